@@ -1,0 +1,25 @@
+#![doc = include_str!("../README.md")]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("vmm-memory needs Linux: it is built on memfd seals and MADV_POPULATE_WRITE");
+
+mod backing;
+#[cfg(feature = "boot")]
+pub mod boot;
+pub mod dirty;
+mod error;
+pub mod layout;
+mod page_bitmap;
+mod prefault;
+mod ram;
+mod region;
+pub mod shared;
+
+pub use backing::Backing;
+pub use dirty::{DirtyLog, DirtyPages, DirtyTracker};
+pub use error::{MemoryError, Seal};
+pub use page_bitmap::{PageBitmap, PageRanges};
+pub use ram::{GuestRam, GuestRamBuilder};
+pub use region::{DirtyBitmap, GuestMemoryMap, GuestRegion, PAGE_SIZE, RegionConfig, is_read_only};
+pub use shared::{Access, ReadOnlySharedMemory, SharedMapping, SharedMemory};
+pub use vm_memory;

@@ -1,0 +1,251 @@
+//! Making guest memory resident before the guest needs it.
+//!
+//! The kernel does it best (`MADV_POPULATE_WRITE`, Linux 5.14). Where it cannot, every page is touched with
+//! an atomic operation that keeps its value, since guest and devices may be writing meanwhile.
+
+#![allow(unsafe_code)] // madvise(2) takes an address
+
+use std::hint::black_box;
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use rustix::io::Errno;
+use rustix::mm::Advice;
+use vm_memory::{GuestMemoryRegion, MmapRegion, VolatileMemory};
+
+use crate::region::{GuestRegion, is_read_only};
+use crate::{MemoryError, PAGE_SIZE};
+
+/// More threads than this wait for each other in the host's page allocator.
+const MAX_THREADS: usize = 64;
+
+/// Bytes that a thread takes at a time: many enough to keep all busy to the end, few enough to be cheap
+/// to hand out.
+const CHUNK: u64 = 32 << 20;
+
+pub(crate) fn prefault(regions: &[Arc<GuestRegion>], threads: NonZeroUsize) -> Result<(), MemoryError> {
+    let total: u64 = regions.iter().map(|region| region.len().div_ceil(CHUNK)).sum();
+    let threads = threads.get().min(MAX_THREADS).min(usize::try_from(total).unwrap_or(MAX_THREADS));
+    let work = Mutex::new(Work { chunks: chunks(regions), failure: None });
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            // Without a further thread, those that run, at least this one, do its share.
+            if thread::Builder::new().name("prefault".into()).spawn_scoped(scope, || run(&work)).is_err() {
+                break;
+            }
+        }
+        run(&work);
+    });
+    match work.into_inner().unwrap_or_else(PoisonError::into_inner).failure {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+struct Work<I> {
+    chunks: I,
+    failure: Option<MemoryError>,
+}
+
+struct Chunk<'a> {
+    region: &'a GuestRegion,
+    offset: u64,
+    size: u64,
+}
+
+fn chunks(regions: &[Arc<GuestRegion>]) -> impl Iterator<Item = Chunk<'_>> + Send {
+    regions.iter().flat_map(|region| {
+        (0..region.len().div_ceil(CHUNK)).map(move |index| {
+            let offset = index * CHUNK;
+            Chunk { region, offset, size: CHUNK.min(region.len() - offset) }
+        })
+    })
+}
+
+/// Works off chunks until there are none or one has failed.
+fn run<'a>(work: &Mutex<Work<impl Iterator<Item = Chunk<'a>>>>) {
+    let lock = || work.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let chunk = {
+            let mut work = lock();
+            if work.failure.is_some() {
+                return;
+            }
+            work.chunks.next()
+        };
+        let Some(chunk) = chunk else { return };
+        if let Err(source) = make_resident(&chunk) {
+            let gpa = chunk.region.start_addr().0 + chunk.offset;
+            lock().failure.get_or_insert(MemoryError::Prefault { gpa, size: chunk.size, source });
+            return;
+        }
+    }
+}
+
+fn make_resident(chunk: &Chunk<'_>) -> io::Result<()> {
+    match populate(chunk) {
+        Err(Errno::INVAL) => touch(chunk),
+        other => Ok(other?),
+    }
+}
+
+/// Lets the kernel populate the page tables.
+fn populate(chunk: &Chunk<'_>) -> Result<(), Errno> {
+    let advice =
+        if is_read_only(chunk.region) { Advice::LinuxPopulateRead } else { Advice::LinuxPopulateWrite };
+    let (Ok(offset), Ok(size)) = (usize::try_from(chunk.offset), usize::try_from(chunk.size)) else {
+        return Err(Errno::OVERFLOW);
+    };
+    // Checks that the chunk lies within the mapping.
+    let slice = MmapRegion::get_slice(chunk.region, offset, size).map_err(|_| Errno::FAULT)?;
+    let address = slice.ptr_guard().as_ptr().cast_mut();
+    loop {
+        // SAFETY: the range lies within a mapping that `chunk.region` keeps alive, and populating it changes
+        // neither the mapping nor a byte of its contents.
+        match unsafe { rustix::mm::madvise(address.cast(), size, advice) } {
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            other => return other,
+        }
+    }
+}
+
+/// Touches every page, in the way its mapping permits.
+fn touch(chunk: &Chunk<'_>) -> io::Result<()> {
+    let mapping: &MmapRegion<_> = chunk.region;
+    for page in 0..chunk.size / PAGE_SIZE {
+        let offset = usize::try_from(chunk.offset + page * PAGE_SIZE).map_err(io::Error::other)?;
+        let word: &AtomicU64 = mapping.get_atomic_ref(offset).map_err(io::Error::other)?;
+        let mut value = black_box(word.load(Ordering::Relaxed));
+        if is_read_only(chunk.region) {
+            continue;
+        }
+        // Not `fetch_or(0)`: the compiler may turn that into a load, which maps the shared zero page. Once
+        // the exchange fails, another has written, so the page is there; another try costs nothing.
+        while let Err(now) = word.compare_exchange_weak(value, value, Ordering::Relaxed, Ordering::Relaxed) {
+            value = now;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+
+    use super::*;
+    use crate::{Backing, GuestRam, RegionConfig};
+
+    /// Number of pages that have host memory of their own. The shared zero page, which a read maps,
+    /// does not count (Linux admin-guide/mm/pagemap: bit 63 present, bit 56 exclusively mapped).
+    fn resident(region: &GuestRegion) -> u64 {
+        const OWN: u64 = 1 << 63 | 1 << 56;
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let mut entries = vec![0; region.size() / 4096 * 8];
+        pagemap.read_exact_at(&mut entries, region.as_ptr().addr() as u64 / PAGE_SIZE * 8).unwrap();
+        let entries = entries.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry));
+        entries.filter(|entry| entry & OWN == OWN).count() as u64
+    }
+
+    fn mapped(size: u64, backing: Backing) -> Arc<GuestRegion> {
+        let region = RegionConfig::new(GuestAddress(1 << 32), size).backing(backing).map(true).unwrap();
+        assert_eq!(resident(&region), 0);
+        region
+    }
+
+    fn whole(region: &GuestRegion) -> Chunk<'_> {
+        Chunk { region, offset: 0, size: region.len() }
+    }
+
+    #[test]
+    fn every_page_becomes_resident() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            // Not a multiple of the chunk: the tail counts too.
+            let size = 2 * CHUNK + 5 * PAGE_SIZE;
+            let region = mapped(size, backing.clone());
+            prefault(&[Arc::clone(&region)], NonZeroUsize::new(3).unwrap()).unwrap();
+            assert_eq!(resident(&region), size / PAGE_SIZE, "{backing:?}");
+        }
+    }
+
+    #[test]
+    fn touching_makes_resident_too() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let region = mapped(4 << 20, backing.clone());
+            touch(&whole(&region)).unwrap();
+            assert_eq!(resident(&region), 1024, "{backing:?}");
+        }
+    }
+
+    #[test]
+    fn read_only_memory_is_populated_and_touched() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let backing = Backing::File { file: Arc::new(file), offset: 0 };
+        let config = RegionConfig::new(GuestAddress(0), 1 << 20).backing(backing).read_only(true);
+        for make in [|chunk: &Chunk<'_>| populate(chunk).map_err(io::Error::from), touch] {
+            let region = config.map(false).unwrap();
+            make(&whole(&region)).unwrap();
+            assert_eq!(resident(&region), 256);
+        }
+    }
+
+    #[test]
+    fn keeps_contents_and_marks_nothing() {
+        for make in [make_resident, touch] {
+            let region = mapped(1 << 20, Backing::Anonymous);
+            region.write_obj(0x1122_3344_5566_7788u64, MemoryRegionAddress(0x3000)).unwrap();
+            MmapRegion::bitmap(&region).as_ref().unwrap().reset();
+            make(&whole(&region)).unwrap();
+            assert_eq!(region.read_obj::<u64>(MemoryRegionAddress(0x3000)).unwrap(), 0x1122_3344_5566_7788);
+            let dirty = MmapRegion::bitmap(&region).as_ref().unwrap().get_and_reset();
+            assert!(dirty.iter().all(|word| *word == 0));
+        }
+    }
+
+    #[test]
+    fn touching_loses_no_concurrent_write() {
+        let region = mapped(PAGE_SIZE, Backing::Anonymous);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let word: &AtomicU64 = MmapRegion::get_atomic_ref(&region, 0).unwrap();
+                for expected in 0..2_000_000 {
+                    // A lost write shows as a value that is not the one stored last.
+                    assert_eq!(word.load(Ordering::Relaxed), expected);
+                    word.store(expected + 1, Ordering::Relaxed);
+                }
+            });
+            while !writer.is_finished() {
+                touch(&whole(&region)).unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn failure_names_the_part() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(CHUNK + PAGE_SIZE).unwrap();
+        let config = RegionConfig::new(GuestAddress(1 << 32), CHUNK + PAGE_SIZE)
+            .backing(Backing::File { file: Arc::clone(&file), offset: 0 });
+        let ram = GuestRam::builder().region(config).build().unwrap();
+        file.set_len(CHUNK).unwrap();
+        let error = ram.prefault(NonZeroUsize::MIN).unwrap_err();
+        let expected = (1 << 32) + CHUNK;
+        assert!(
+            matches!(error, MemoryError::Prefault { gpa, size: PAGE_SIZE, .. } if gpa == expected),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn nothing_to_do_and_many_threads() {
+        prefault(&[], NonZeroUsize::MAX).unwrap();
+        let region = mapped(PAGE_SIZE, Backing::Anonymous);
+        prefault(&[region], NonZeroUsize::MAX).unwrap();
+    }
+}
