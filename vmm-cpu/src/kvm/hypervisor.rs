@@ -1,0 +1,285 @@
+//! Opening `/dev/kvm`, capabilities, creating virtual machines.
+
+use std::ffi::CString;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_pit_config,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use super::vm::{KvmVm, VmInner, VmParts, enable_cap};
+use super::{NAME, host, platform_state};
+use crate::cpuid::{CpuidEntry, CpuidTable};
+use crate::error::{Error, Result};
+use crate::hypervisor::{Capabilities, ClockSource, Hypervisor, InterruptMode, VmConfig};
+use crate::state::VmState;
+use crate::vm::Vm;
+
+/// Where KVM wants three pages for a task-state segment and one for an identity map on Intel
+/// processors without unrestricted guest; below 4 GiB, outside of RAM and of the firmware.
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+const TSS: usize = 0xfffb_d000;
+
+/// Inputs of the VMM's I/O APIC whose ends of interrupt KVM reports with a split irqchip.
+const SPLIT_IO_APIC_PINS: u64 = 24;
+
+/// What the backend cannot do without.
+const REQUIRED: [(Cap, &str); 9] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// The KVM backend.
+#[derive(Debug)]
+pub struct KvmHypervisor {
+    kvm: Kvm,
+    capabilities: Capabilities,
+    cpuid: CpuidTable,
+    saved_msrs: Vec<u32>,
+    run_page_size: usize,
+    max_slots: u32,
+    default_tsc_khz: OnceLock<u32>,
+}
+
+impl KvmHypervisor {
+    /// Opens `/dev/kvm`.
+    ///
+    /// # Errors
+    /// [`Error::HostInterfaceAbsent`], [`Error::PermissionDenied`] or [`Error::HostTooOld`], which say
+    /// what to do.
+    pub fn open() -> Result<Self> {
+        Self::open_path("/dev/kvm")
+    }
+
+    /// Opens the KVM device at another path.
+    ///
+    /// # Errors
+    /// As [`KvmHypervisor::open`].
+    pub fn open_path(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let shown = path.display().to_string();
+        let c_path = CString::new(shown.as_bytes()).map_err(|_| {
+            Error::invalid("path of the KVM device", format_args!("{shown:?}"), "a path without NUL")
+        })?;
+        let kvm = Kvm::new_with_path(c_path.as_c_str()).map_err(|errno| match errno.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::HostInterfaceAbsent {
+                backend: NAME,
+                path: shown.clone(),
+                hint: "load the module kvm_intel or kvm_amd, enable virtualization in the firmware, \
+                       or choose another backend",
+            },
+            libc::EACCES | libc::EPERM => Error::PermissionDenied {
+                backend: NAME,
+                path: shown.clone(),
+                hint: "join the group that owns it (usually kvm)",
+            },
+            _ => host("opening the KVM device", errno),
+        })?;
+        let version = kvm.get_api_version();
+        if u32::try_from(version) != Ok(KVM_API_VERSION) {
+            return Err(Error::HostTooOld {
+                backend: NAME,
+                what: format!("KVM API version {KVM_API_VERSION}: {shown} answers {version}"),
+            });
+        }
+        for (cap, name) in REQUIRED {
+            if !kvm.check_extension(cap) {
+                return Err(Error::HostTooOld { backend: NAME, what: name.to_owned() });
+            }
+        }
+        let cpuid = supported_cpuid(&kvm)?;
+        let saved_msrs = kvm
+            .get_msr_index_list()
+            .map_err(|errno| host("KVM_GET_MSR_INDEX_LIST", errno))?
+            .as_slice()
+            .to_vec();
+        let run_page_size =
+            kvm.get_vcpu_mmap_size().map_err(|errno| host("KVM_GET_VCPU_MMAP_SIZE", errno))?;
+        let capabilities = capabilities(&kvm, &cpuid);
+        let max_slots = u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX);
+        tracing::debug!(?capabilities, "kvm: opened");
+        let default_tsc_khz = OnceLock::new();
+        Ok(Self { kvm, capabilities, cpuid, saved_msrs, run_page_size, max_slots, default_tsc_khz })
+    }
+
+    fn check(&self, config: &VmConfig) -> Result<()> {
+        let limit = self.capabilities.max_vcpus;
+        if config.max_vcpus == 0 {
+            return Err(Error::invalid("VmConfig::max_vcpus", 0, format_args!("1 to {limit}")));
+        }
+        if config.max_vcpus > limit {
+            return Err(Error::TooManyVcpus {
+                index: config.max_vcpus - 1,
+                limit,
+                reason: "KVM_CAP_MAX_VCPUS of this host",
+            });
+        }
+        if !self.capabilities.interrupt_modes.contains(&config.interrupts) {
+            return Err(Error::unsupported(
+                "the interrupt mode",
+                format!("{:?}: this host's KVM lacks it", config.interrupts),
+            ));
+        }
+        if config.legacy_timer && config.interrupts != InterruptMode::Platform {
+            return Err(Error::unsupported("the i8254 timer", "it needs InterruptMode::Platform"));
+        }
+        if config.clock.source != ClockSource::Host {
+            return Err(Error::unsupported("a deterministic clock", "KVM guests see the host's time"));
+        }
+        Ok(())
+    }
+
+    fn create(&self, config: &VmConfig) -> Result<Arc<VmInner>> {
+        self.check(config)?;
+        let cpuid = config.cpu.resolve(&self.cpuid)?;
+        let tsc_khz = self.tsc_khz(config.clock.tsc_khz)?;
+        let fd = self.kvm.create_vm().map_err(|errno| host("KVM_CREATE_VM", errno))?;
+        fd.set_identity_map_address(IDENTITY_MAP)
+            .map_err(|errno| host("KVM_SET_IDENTITY_MAP_ADDR", errno))?;
+        fd.set_tss_address(TSS).map_err(|errno| host("KVM_SET_TSS_ADDR", errno))?;
+        create_interrupt_controllers(&fd, config)?;
+        let inner = Arc::new(VmInner::new(VmParts {
+            fd,
+            interrupts: config.interrupts,
+            legacy_timer: config.legacy_timer,
+            cpuid,
+            max_vcpus: config.max_vcpus,
+            max_slots: self.max_slots,
+            run_page_size: self.run_page_size,
+            saved_msrs: self.saved_msrs.clone(),
+        }));
+        inner.clock.set_tsc_khz(tsc_khz);
+        tracing::debug!(?config.interrupts, config.max_vcpus, "kvm: virtual machine created");
+        Ok(inner)
+    }
+
+    /// The rate of vCPUs that ask for none: that of a vCPU made for the question, 0 if KVM cannot say (the host's
+    /// TSC is unstable).
+    fn default_tsc_khz(&self) -> Result<u32> {
+        if let Some(khz) = self.default_tsc_khz.get() {
+            return Ok(*khz);
+        }
+        let vm = self.kvm.create_vm().map_err(|errno| host("KVM_CREATE_VM", errno))?;
+        let vcpu = vm.create_vcpu(0).map_err(|errno| host("KVM_CREATE_VCPU", errno))?;
+        Ok(*self.default_tsc_khz.get_or_init(|| vcpu.get_tsc_khz().unwrap_or(0)))
+    }
+
+    /// The rate of a VM's vCPUs.
+    fn tsc_khz(&self, wanted: Option<u32>) -> Result<u32> {
+        let default = self.default_tsc_khz()?;
+        match wanted {
+            None => Ok(default),
+            Some(0) => Err(Error::invalid("ClockConfig::tsc_khz", 0, "at least 1 kHz")),
+            Some(wanted) if wanted != default && !self.capabilities.tsc_scaling => Err(Error::unsupported(
+                "another TSC frequency",
+                format!(
+                    "the host's TSC runs at {default} kHz, {wanted} kHz are asked for, and it cannot scale"
+                ),
+            )),
+            Some(wanted) => Ok(wanted),
+        }
+    }
+}
+
+fn create_interrupt_controllers(fd: &VmFd, config: &VmConfig) -> Result<()> {
+    match config.interrupts {
+        InterruptMode::External => {}
+        InterruptMode::LocalApic => {
+            enable_cap(fd, KVM_CAP_SPLIT_IRQCHIP, SPLIT_IO_APIC_PINS)
+                .map_err(|errno| host("KVM_ENABLE_CAP(SPLIT_IRQCHIP)", errno))?;
+        }
+        InterruptMode::Platform => {
+            fd.create_irq_chip().map_err(|errno| host("KVM_CREATE_IRQCHIP", errno))?;
+        }
+    }
+    if config.interrupts != InterruptMode::External {
+        let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+        enable_cap(fd, KVM_CAP_X2APIC_API, u64::from(flags))
+            .map_err(|errno| host("KVM_ENABLE_CAP(X2APIC_API)", errno))?;
+    }
+    if config.legacy_timer {
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(|errno| host("KVM_CREATE_PIT2", errno))?;
+    }
+    Ok(())
+}
+
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuidTable> {
+    /// KVM_CPUID_FLAG_SIGNIFCANT_INDEX.
+    const SUBLEAF_MATTERS: u32 = 1;
+    let table = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|errno| host("KVM_GET_SUPPORTED_CPUID", errno))?;
+    let entries = table.as_slice().iter().map(|entry| CpuidEntry {
+        leaf: entry.function,
+        subleaf: (entry.flags & SUBLEAF_MATTERS != 0).then_some(entry.index),
+        eax: entry.eax,
+        ebx: entry.ebx,
+        ecx: entry.ecx,
+        edx: entry.edx,
+    });
+    Ok(CpuidTable::new(entries.collect()))
+}
+
+fn capabilities(kvm: &Kvm, cpuid: &CpuidTable) -> Capabilities {
+    let mut interrupt_modes = vec![InterruptMode::External];
+    if kvm.check_extension_raw(u64::from(KVM_CAP_SPLIT_IRQCHIP)).is_positive() {
+        interrupt_modes.push(InterruptMode::LocalApic);
+    }
+    if kvm.check_extension(Cap::Irqchip) {
+        interrupt_modes.push(InterruptMode::Platform);
+    }
+    // Leaf 0x8000_0008, EAX[7:0]: physical-address bits.
+    let gpa_bits = cpuid.get(0x8000_0008, 0).map_or(36, |entry| entry.eax.to_le_bytes()[0]);
+    Capabilities {
+        max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX),
+        gpa_bits,
+        interrupt_modes,
+        legacy_timer: kvm.check_extension(Cap::Pit2),
+        tsc_scaling: kvm.check_extension(Cap::TscControl),
+        hardware_assisted: Some(host_has_virtualization()),
+    }
+}
+
+/// Whether the processor offers VMX or SVM: without them KVM can only be of the kind that emulates
+/// privileged code.
+fn host_has_virtualization() -> bool {
+    use core::arch::x86_64::__cpuid;
+    let vmx = __cpuid(1).ecx & 1 << 5 != 0;
+    let svm = __cpuid(0x8000_0000).eax > 0x8000_0000 && __cpuid(0x8000_0001).ecx & 1 << 2 != 0;
+    vmx || svm
+}
+
+impl Hypervisor for KvmHypervisor {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn supported_cpuid(&self) -> &CpuidTable {
+        &self.cpuid
+    }
+
+    fn create_vm(&self, config: &VmConfig) -> Result<Arc<dyn Vm>> {
+        Ok(Arc::new(KvmVm(self.create(config)?)))
+    }
+
+    fn restore_vm(&self, config: &VmConfig, state: &VmState) -> Result<Arc<dyn Vm>> {
+        let inner = self.create(config)?;
+        platform_state::restore(&inner, state)?;
+        Ok(Arc::new(KvmVm(inner)))
+    }
+}

@@ -1,0 +1,44 @@
+//! The hardware-assisted backend: Linux KVM through `kvm-ioctls`.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `hypervisor` | opening `/dev/kvm`, capabilities, creating virtual machines |
+//! | `vm` | memory slots, capabilities of a virtual machine |
+//! | `irq` | interrupt lines, messages, notifiers |
+//! | `clock` | TSC rate, pause and resume |
+//! | `vcpu` | the run loop |
+//! | `exits` | exit counters, the report of an instruction that KVM could not execute |
+//! | `handle` | kick, NMI and INTR from other threads |
+//! | `debug` | breakpoints and single step |
+//! | `state`, `platform_state` | KVM's structures to and from the portable state |
+//! | `sys` | the only unsafe code |
+//!
+//! Threat model: the guest chooses ports, addresses, data, MSR numbers and the moment of every
+//! exit. Exits carry lengths that the host kernel bounds; nothing here indexes by a value of the
+//! guest. The host kernel is trusted.
+//!
+//! A vCPU is kicked by the signal `SIGRTMIN + 0`, for which a handler that does nothing is
+//! installed when the first vCPU is created. A program that installs a handler of its own for
+//! that signal keeps kicks working, unless it sets the disposition to *ignore*.
+
+mod clock;
+mod debug;
+mod exits;
+mod handle;
+mod hypervisor;
+mod irq;
+mod platform_state;
+mod state;
+mod sys;
+mod vcpu;
+mod vm;
+
+pub use hypervisor::KvmHypervisor;
+
+/// Name of this backend.
+pub const NAME: &str = "kvm";
+
+/// An [`Error::Host`](crate::Error::Host) from an errno.
+fn host(operation: &'static str, errno: kvm_ioctls::Error) -> crate::Error {
+    crate::Error::Host { backend: NAME, operation, source: std::io::Error::from_raw_os_error(errno.errno()) }
+}

@@ -1,0 +1,468 @@
+//! The run loop.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_msr_entry};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_memory::PAGE_SIZE;
+use vmm_memory::vm_memory::GuestAddress;
+
+use super::exits::{ExitCounts, internal_error_reason};
+use super::handle::{INTR, KICK, KvmVcpuHandle, NMI, Shared};
+use super::vm::VmInner;
+use super::{NAME, debug, host, state, sys};
+use crate::debug::{DebugReason, DebugStop, DebugStops};
+use crate::error::{Error, Result};
+use crate::hypervisor::InterruptMode;
+use crate::state::{CpuState, GeneralRegisters, RunState, SystemRegisters};
+use crate::vcpu::{Halt, Hypercall, UnhandledInstruction, Vcpu, VcpuHandle, VcpuIo};
+
+/// Longest instruction (Intel SDM 2A 2.3.11).
+const MAX_INSTRUCTION: usize = 15;
+
+/// A vCPU on KVM.
+#[derive(Debug)]
+pub(super) struct KvmVcpu {
+    // The descriptor first: it is closed before the memory behind `vm` may go.
+    fd: VcpuFd,
+    pub(super) shared: Arc<Shared>,
+    pub(super) vm: Arc<VmInner>,
+    index: u32,
+    /// HLT was executed and nothing has ended it (only without a local APIC in KVM).
+    pub(super) halted: bool,
+    /// The last exit's instruction waits for KVM_RUN to complete it.
+    unsettled: bool,
+    /// How much of the VM's paused time is in this vCPU's TSC offset.
+    applied_pause: u64,
+    /// A debugger wants a stop after each instruction.
+    pub(super) single_step: bool,
+    counts: ExitCounts,
+}
+
+/// Why one stay in KVM_RUN and its callback ended.
+enum Step {
+    /// Enter again.
+    Continue,
+    /// EINTR: look at the requests.
+    Requests,
+    /// Return to the caller.
+    Stop(Halt),
+}
+
+impl KvmVcpu {
+    pub(super) fn new(fd: VcpuFd, shared: Shared, vm: Arc<VmInner>, index: u32) -> Self {
+        let applied_pause = vm.clock.paused_ticks();
+        Self {
+            fd,
+            shared: Arc::new(shared),
+            vm,
+            index,
+            halted: false,
+            unsettled: false,
+            applied_pause,
+            single_step: false,
+            counts: ExitCounts::default(),
+        }
+    }
+
+    pub(super) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Answers the requests of handles; the halt that a kick asks for.
+    fn answer_requests(&mut self) -> Result<Option<Halt>> {
+        let requests = self.shared.take_requests();
+        if requests & NMI != 0 {
+            self.fd.nmi().map_err(|errno| host("KVM_NMI", errno))?;
+            self.halted = false;
+        }
+        // INTR needs no answer: the loop looks at the pin before each entry.
+        debug_assert_eq!(requests & !(NMI | KICK | INTR), 0);
+        if requests & KICK != 0 {
+            self.counts.interrupted += 1;
+            return Ok(Some(Halt::Interrupted));
+        }
+        Ok(None)
+    }
+
+    /// Delivers an interrupt if INTR is asserted and the vCPU can take it, else asks for the moment when it can.
+    fn service_intr(&mut self, io: &mut dyn VcpuIo) -> Result<()> {
+        let mut window = self.shared.intr();
+        if window && self.halted && !self.shared.page.ready_for_interrupt() {
+            // What the page says may be older than the registers: a restored vCPU never ran.
+            self.refresh_page()?;
+        }
+        if window && self.shared.page.ready_for_interrupt() {
+            match io.acknowledge_interrupt() {
+                Some(vector) => {
+                    sys::interrupt(&self.fd, vector).map_err(|errno| host("KVM_INTERRUPT", errno))?;
+                    self.halted = false;
+                    window = self.shared.intr();
+                }
+                // Withdrawn: the pin is low until somebody asserts it again.
+                None => {
+                    self.shared.store_intr(false);
+                    window = false;
+                }
+            }
+        }
+        self.shared.page.request_interrupt_window(window);
+        Ok(())
+    }
+
+    /// Lets KVM bring the `kvm_run` page up to date without executing the guest.
+    fn refresh_page(&mut self) -> Result<()> {
+        self.shared.page.set_immediate_exit(true);
+        let result = self.fd.run().map(|_| ());
+        self.shared.rearm();
+        match result {
+            Err(errno) if errno.errno() != libc::EINTR => Err(host("KVM_RUN", errno)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the TSC stand still for the time that the VM's clock was paused since the last run.
+    fn apply_pauses(&mut self) -> Result<()> {
+        let paused = self.vm.clock.paused_ticks();
+        let delta = paused.wrapping_sub(self.applied_pause);
+        if delta != 0 {
+            sys::adjust_tsc_offset(&self.fd, delta.wrapping_neg())
+                .map_err(|errno| host("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)", errno))?;
+            self.applied_pause = paused;
+        }
+        Ok(())
+    }
+
+    /// One KVM_RUN and the callback that its exit asks for.
+    fn step(&mut self, io: &mut dyn VcpuIo) -> Result<Step> {
+        let counts = &mut self.counts;
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(errno) => {
+                return match errno.errno() {
+                    libc::EINTR => {
+                        self.unsettled = false;
+                        Ok(Step::Requests)
+                    }
+                    // A vCPU that waited for INIT or SIPI was woken.
+                    libc::EAGAIN => Ok(Step::Continue),
+                    _ => Err(host("KVM_RUN", errno)),
+                };
+            }
+        };
+        self.unsettled = true;
+        tracing::trace!(vcpu = self.index, ?exit, "kvm: exit");
+        match exit {
+            VcpuExit::IoOut(port, data) => {
+                counts.pio_out += 1;
+                io.pio_write(port, self.shared.page.io_size(), data);
+            }
+            VcpuExit::IoIn(port, data) => {
+                counts.pio_in += 1;
+                io.pio_read(port, self.shared.page.io_size(), data);
+            }
+            VcpuExit::MmioRead(gpa, data) => {
+                counts.mmio_read += 1;
+                io.mmio_read(GuestAddress(gpa), data);
+            }
+            VcpuExit::MmioWrite(gpa, data) => {
+                counts.mmio_write += 1;
+                io.mmio_write(GuestAddress(gpa), data);
+            }
+            VcpuExit::X86Rdmsr(access) => {
+                counts.msr += 1;
+                match io.msr_read(access.index) {
+                    Ok(value) => *access.data = value,
+                    Err(_) => *access.error = 1,
+                }
+            }
+            VcpuExit::X86Wrmsr(access) => {
+                counts.msr += 1;
+                *access.error = u8::from(io.msr_write(access.index, access.data).is_err());
+            }
+            VcpuExit::Hypercall(call) => {
+                counts.hypercall += 1;
+                let [a, b, c, d, ..] = call.args;
+                *call.ret = io.hypercall(&Hypercall::new(call.nr, [a, b, c, d], call.longmode != 0));
+            }
+            VcpuExit::IoapicEoi(vector) => {
+                counts.eoi += 1;
+                io.eoi(vector);
+            }
+            VcpuExit::IrqWindowOpen => {
+                counts.interrupt_window += 1;
+                self.unsettled = false;
+            }
+            VcpuExit::Hlt => {
+                counts.halt += 1;
+                self.unsettled = false;
+                self.halted = true;
+            }
+            VcpuExit::Debug(exit) => {
+                counts.debug += 1;
+                self.unsettled = false;
+                return Ok(Step::Stop(Halt::Debug(debug::stop_of(&exit))));
+            }
+            VcpuExit::Shutdown | VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
+                counts.other += 1;
+                self.unsettled = false;
+                return Ok(Step::Stop(Halt::Shutdown));
+            }
+            VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
+                counts.other += 1;
+                self.unsettled = false;
+                return Ok(Step::Stop(Halt::Reset));
+            }
+            VcpuExit::Intr => self.unsettled = false,
+            VcpuExit::InternalError => {
+                counts.other += 1;
+                self.unsettled = false;
+                return Err(self.unhandled());
+            }
+            VcpuExit::FailEntry(reason, host_cpu) => {
+                self.unsettled = false;
+                return Err(Error::EntryFailed { index: self.index, reason, host_cpu });
+            }
+            other => {
+                let exit = format!("{other:?}");
+                self.unsettled = false;
+                return Err(Error::UnexpectedExit { index: self.index, exit });
+            }
+        }
+        Ok(Step::Continue)
+    }
+
+    /// The error for a KVM_EXIT_INTERNAL_ERROR.
+    fn unhandled(&mut self) -> Error {
+        let internal = self.shared.page.internal_error();
+        let (registers, system) = match (self.registers(), self.system_registers()) {
+            (Ok(registers), Ok(system)) => (registers, system),
+            (Err(error), _) | (_, Err(error)) => return error,
+        };
+        let mut bytes = self.read_linear(state::linear(&registers, &system));
+        if bytes.len() < internal.bytes.len() {
+            bytes.clone_from(&internal.bytes);
+        }
+        let unhandled = Box::new(UnhandledInstruction::new(
+            NAME,
+            self.index,
+            internal_error_reason(&internal),
+            bytes,
+            registers,
+            system,
+        ));
+        tracing::warn!(
+            vcpu = self.index,
+            rip = registers.rip,
+            text = unhandled.text.as_deref(),
+            "kvm: unhandled instruction"
+        );
+        Error::Unhandled(unhandled)
+    }
+
+    /// As many bytes of an instruction at linear address `start` as the guest has mapped.
+    fn read_linear(&mut self, start: u64) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(MAX_INSTRUCTION);
+        while bytes.len() < MAX_INSTRUCTION {
+            let gva = start.wrapping_add(bytes.len() as u64);
+            let Ok(Some(gpa)) = self.translate(gva) else { break };
+            let left_on_page = usize::try_from(PAGE_SIZE - gva % PAGE_SIZE).unwrap_or(1);
+            let wanted = left_on_page.min(MAX_INSTRUCTION - bytes.len());
+            let read = self.vm.read_memory(gpa, wanted);
+            let complete = read.len() == wanted;
+            bytes.extend(read);
+            if !complete {
+                break;
+            }
+        }
+        bytes
+    }
+
+    /// Lets KVM complete the instruction of the last exit, which a panic in a callback left open.
+    fn settle(&mut self) -> Result<()> {
+        if !self.unsettled {
+            return Ok(());
+        }
+        while self.unsettled {
+            self.shared.page.set_immediate_exit(true);
+            match self.fd.run() {
+                Err(errno) if errno.errno() == libc::EINTR => self.unsettled = false,
+                Err(errno) => return Err(host("KVM_RUN", errno)),
+                // Another fragment of the same access: it gets the zeros that stand there.
+                Ok(_) => {}
+            }
+        }
+        self.shared.rearm();
+        Ok(())
+    }
+
+    /// Completes an instruction that was stepped into a callback, and stops behind it. KVM forgets the single step
+    /// of an instruction that it emulates by an exit.
+    fn finish_stepped_access(&mut self, io: &mut dyn VcpuIo) -> Result<Halt> {
+        loop {
+            self.shared.page.set_immediate_exit(true);
+            match self.step(io)? {
+                // The next piece of the same access.
+                Step::Continue => {}
+                // A kick, if there is one, stays for the next run.
+                Step::Requests => {
+                    self.shared.rearm();
+                    let rip = state::linear_rip(self)?;
+                    return Ok(Halt::Debug(DebugStop::new(rip, DebugReason::SingleStep)));
+                }
+                Step::Stop(halt) => {
+                    self.shared.rearm();
+                    return Ok(halt);
+                }
+            }
+        }
+    }
+
+    fn enter(&mut self, io: &mut dyn VcpuIo) -> Result<Halt> {
+        let _running = self.shared.enter();
+        self.apply_pauses()?;
+        if let Some(halt) = self.answer_requests()? {
+            return Ok(halt);
+        }
+        let external = self.shared.has_intr();
+        loop {
+            if external {
+                if self.shared.intr() || self.halted {
+                    self.service_intr(io)?;
+                }
+                if self.halted {
+                    return Ok(self.answer_requests()?.unwrap_or(Halt::Halted));
+                }
+            }
+            match self.step(io)? {
+                Step::Continue if self.single_step && self.unsettled => {
+                    return self.finish_stepped_access(io);
+                }
+                Step::Continue => {}
+                Step::Requests => {
+                    if let Some(halt) = self.answer_requests()? {
+                        return Ok(halt);
+                    }
+                }
+                Step::Stop(halt) => return Ok(halt),
+            }
+        }
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn index(&self) -> u32 {
+        self.index
+    }
+
+    fn run(&mut self, io: &mut dyn VcpuIo) -> Result<Halt> {
+        if self.vm.clock.is_paused() {
+            return Err(Error::unsupported(
+                "running a vCPU",
+                "the VM's clock is paused; call VmClock::resume first",
+            ));
+        }
+        let result = self.enter(io);
+        match &result {
+            Ok(halt) => tracing::trace!(vcpu = self.index, ?halt, "kvm: run ends"),
+            Err(error) => tracing::warn!(vcpu = self.index, %error, "kvm: run fails"),
+        }
+        result
+    }
+
+    fn handle(&self) -> Arc<dyn VcpuHandle> {
+        Arc::new(KvmVcpuHandle(Arc::downgrade(&self.shared)))
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> bool {
+        if self.halted && self.refresh_page().is_err() {
+            // The next run tells the error.
+            return true;
+        }
+        let takes_interrupts = !self.halted || self.shared.page.interrupt_flag();
+        self.shared.sleep(timeout, |shared| {
+            shared.pending() & (KICK | NMI) != 0 || (takes_interrupts && shared.intr())
+        })
+    }
+
+    fn registers(&mut self) -> Result<GeneralRegisters> {
+        let regs = self.fd.get_regs().map_err(|errno| host("KVM_GET_REGS", errno))?;
+        Ok(state::general_from_kvm(&regs))
+    }
+
+    fn set_registers(&mut self, registers: &GeneralRegisters) -> Result<()> {
+        self.fd.set_regs(&state::general_to_kvm(registers)).map_err(|errno| host("KVM_SET_REGS", errno))
+    }
+
+    fn system_registers(&mut self) -> Result<SystemRegisters> {
+        state::read_system(self)
+    }
+
+    fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
+        state::write_system(self, registers)
+    }
+
+    fn msr(&mut self, index: u32) -> Result<u64> {
+        let mut msrs = one_msr(index, 0)?;
+        match self.fd.get_msrs(&mut msrs).map_err(|errno| host("KVM_GET_MSRS", errno))? {
+            0 => Err(Error::invalid("MSR", format_args!("{index:#x}"), "a register that this vCPU has")),
+            _ => Ok(msrs.as_slice().first().map_or(0, |entry| entry.data)),
+        }
+    }
+
+    fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
+        let msrs = one_msr(index, value)?;
+        match self.fd.set_msrs(&msrs).map_err(|errno| host("KVM_SET_MSRS", errno))? {
+            0 => Err(Error::invalid(
+                "MSR write",
+                format_args!("{value:#x} to {index:#x}"),
+                "a register that this vCPU has and a value without reserved bits",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn translate(&mut self, gva: u64) -> Result<Option<GuestAddress>> {
+        // KVM_TRANSLATE looks at no more bits than the page tables have.
+        if !state::is_canonical(&self.fd.get_sregs().map_err(|errno| host("KVM_GET_SREGS", errno))?, gva) {
+            return Ok(None);
+        }
+        let translation = self.fd.translate_gva(gva).map_err(|errno| host("KVM_TRANSLATE", errno))?;
+        Ok((translation.valid != 0).then_some(GuestAddress(translation.physical_address)))
+    }
+
+    fn save(&mut self) -> Result<CpuState> {
+        self.settle()?;
+        state::save(self)
+    }
+
+    fn restore(&mut self, cpu: &CpuState) -> Result<()> {
+        self.settle()?;
+        state::restore(self, cpu)?;
+        let kvm_waits = self.vm.interrupts != InterruptMode::External;
+        self.halted = !kvm_waits && cpu.run_state == RunState::Halted && !cpu.events.nmi.pending;
+        Ok(())
+    }
+
+    fn debug_stops(&mut self) -> Option<&mut dyn DebugStops> {
+        Some(self)
+    }
+
+    fn exit_counts(&self) -> Vec<(&'static str, u64)> {
+        self.counts.named()
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        self.vm.vcpus.fetch_sub(1, Ordering::Relaxed);
+        tracing::debug!(vcpu = self.index, "kvm: vCPU dropped");
+    }
+}
+
+fn one_msr(index: u32, data: u64) -> Result<Msrs> {
+    Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
+        .map_err(|error| Error::Backend { backend: NAME, source: format!("{error:?}").into() })
+}

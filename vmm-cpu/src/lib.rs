@@ -1,0 +1,32 @@
+#![doc = include_str!("../README.md")]
+
+pub mod cpuid;
+mod debug;
+mod decode;
+pub mod entry;
+mod error;
+mod hypervisor;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
+mod registry;
+pub mod state;
+mod threads;
+mod vcpu;
+mod vm;
+
+pub mod writing_a_backend {
+    #![doc = include_str!("../docs/writing-a-backend.md")]
+}
+
+pub use cpuid::{CpuModel, CpuidTable};
+pub use debug::{DebugReason, DebugRequest, DebugStop, DebugStops, HardwareStop, HardwareStopKind};
+pub use error::{Error, Result};
+pub use hypervisor::{Capabilities, ClockConfig, ClockSource, Hypervisor, InterruptMode, VmConfig};
+pub use registry::{backend_names, open_backend};
+pub use threads::{VcpuExit, VcpuThreads};
+pub use vcpu::{EmptyBus, Halt, Hypercall, MsrFault, UnhandledInstruction, Vcpu, VcpuHandle, VcpuIo};
+pub use vm::{
+    Doorbell, DoorbellAddress, GsiRoute, GsiTarget, GuestAccess, GuestDirtyLog, Hypercalls, InterruptLines,
+    MappedRegion, MsiMessage, MsiSink, MsrFilter, MsrRange, Notifier, Notifiers, Vm, VmClock,
+};
+pub use vmm_memory;

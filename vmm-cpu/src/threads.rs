@@ -1,0 +1,294 @@
+//! [`VcpuThreads`]: one thread per vCPU; run, pause all, look inside, resume, stop.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::vcpu::{Halt, Vcpu, VcpuHandle, VcpuIo};
+
+/// A vCPU that stopped by itself: anything but a kick or an HLT that an event will end.
+#[derive(Debug)]
+pub struct VcpuExit {
+    /// Index of the vCPU.
+    pub index: u32,
+    /// Why it stopped.
+    pub reason: Result<Halt>,
+}
+
+/// What the threads are to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Paused,
+    Running,
+    Stopping,
+}
+
+#[derive(Debug)]
+struct Control {
+    mode: Mode,
+    /// Counts resumes: a vCPU that stopped by itself stays so until the next one.
+    generation: u64,
+    /// Threads that are not inside of a vCPU.
+    parked: usize,
+    exits: VecDeque<VcpuExit>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    control: Mutex<Control>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, guard: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
+        self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Parks the calling thread until it may run (true) or must end (false).
+    /// `stopped_in` is the generation in which the vCPU stopped by itself.
+    fn park(&self, stopped_in: Option<u64>) -> bool {
+        let mut control = self.lock();
+        let may_run =
+            |control: &Control| control.mode == Mode::Running && stopped_in != Some(control.generation);
+        if !may_run(&control) && control.mode != Mode::Stopping {
+            control.parked += 1;
+            self.changed.notify_all();
+            while !may_run(&control) && control.mode != Mode::Stopping {
+                control = self.wait(control);
+            }
+            control.parked -= 1;
+        }
+        control.mode != Mode::Stopping
+    }
+}
+
+type SharedVcpu = Arc<Mutex<Box<dyn Vcpu>>>;
+
+struct Thread {
+    index: u32,
+    vcpu: SharedVcpu,
+    handle: Arc<dyn VcpuHandle>,
+    join: JoinHandle<()>,
+}
+
+/// Runs vCPUs, each on a thread of its own.
+///
+/// A halted vCPU waits; a kicked one goes on. Whatever else ends [`Vcpu::run`] is an exit that
+/// [`VcpuThreads::wait`] tells; that vCPU stands still until the next [`VcpuThreads::resume`], the others
+/// go on. Dropping the value stops all threads and waits for them.
+pub struct VcpuThreads {
+    shared: Arc<Shared>,
+    threads: Vec<Thread>,
+}
+
+impl fmt::Debug for VcpuThreads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpuThreads")
+            .field("control", &*self.shared.lock())
+            .field("vcpus", &self.threads.len())
+            .finish()
+    }
+}
+
+impl VcpuThreads {
+    /// Starts one thread for each vCPU, paused. The [`VcpuIo`] beside it answers its accesses.
+    ///
+    /// # Errors
+    /// [`Error::Host`] if the host refuses a thread; those started so far end.
+    pub fn spawn(vcpus: Vec<(Box<dyn Vcpu>, Box<dyn VcpuIo + Send>)>) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            control: Mutex::new(Control {
+                mode: Mode::Paused,
+                generation: 0,
+                parked: 0,
+                exits: VecDeque::new(),
+            }),
+            changed: Condvar::new(),
+        });
+        let mut this = Self { shared, threads: Vec::with_capacity(vcpus.len()) };
+        for (vcpu, mut io) in vcpus {
+            let (index, handle) = (vcpu.index(), vcpu.handle());
+            let vcpu = Arc::new(Mutex::new(vcpu));
+            let (theirs, shared) = (Arc::clone(&vcpu), Arc::clone(&this.shared));
+            let join = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || thread_main(index, &shared, &theirs, &mut *io))
+                .map_err(|source| Error::Host {
+                    backend: "vmm-cpu",
+                    operation: "starting a vCPU thread",
+                    source,
+                })?;
+            this.threads.push(Thread { index, vcpu, handle, join });
+        }
+        Ok(this)
+    }
+
+    /// Lets all vCPUs run, those that stopped by themselves too.
+    pub fn resume(&self) {
+        let mut control = self.shared.lock();
+        control.mode = Mode::Running;
+        control.generation += 1;
+        self.shared.changed.notify_all();
+        tracing::debug!("vCPUs resumed");
+    }
+
+    /// Stops all vCPUs between two instructions and returns when the last one stands still. A callback
+    /// that blocks is waited for (a kick interrupts its system call on Linux).
+    pub fn pause(&self) {
+        let mut control = self.shared.lock();
+        control.mode = Mode::Paused;
+        while control.parked < self.threads.len() {
+            drop(control);
+            self.kick_all();
+            control = self.shared.lock();
+            // A vCPU may have been between looking at the mode and running: kick again after a while.
+            let (guard, _) = self
+                .shared
+                .changed
+                .wait_timeout_while(control, Duration::from_millis(10), |control| {
+                    control.parked < self.threads.len()
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            control = guard;
+        }
+        tracing::debug!("vCPUs paused");
+    }
+
+    /// Waits at most `timeout` (`None`: for ever) for a vCPU to stop by itself.
+    pub fn wait(&self, timeout: Option<Duration>) -> Option<VcpuExit> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut control = self.shared.lock();
+        loop {
+            if let Some(exit) = control.exits.pop_front() {
+                return Some(exit);
+            }
+            control = match deadline {
+                None => self.shared.wait(control),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return None;
+                    }
+                    self.shared.changed.wait_timeout(control, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    /// Calls `look` with the vCPU of that index while the vCPUs are paused: to save it, to set registers.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if there is no such vCPU or the vCPUs are not paused.
+    pub fn with_vcpu<R>(&self, index: u32, look: impl FnOnce(&mut dyn Vcpu) -> R) -> Result<R> {
+        let thread = self.threads.iter().find(|thread| thread.index == index).ok_or_else(|| {
+            Error::invalid("vCPU index", index, format_args!("one of {:?}", self.indices()))
+        })?;
+        // Held while looking, so that nobody resumes under it.
+        let control = self.shared.lock();
+        if control.mode != Mode::Paused || control.parked < self.threads.len() {
+            return Err(Error::invalid(
+                "state of the vCPU threads",
+                "running",
+                "paused; call VcpuThreads::pause",
+            ));
+        }
+        let mut vcpu = thread.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(look(&mut **vcpu))
+    }
+
+    /// Indices of the vCPUs.
+    pub fn indices(&self) -> Vec<u32> {
+        self.threads.iter().map(|thread| thread.index).collect()
+    }
+
+    /// The handle of the vCPU of that index.
+    pub fn handle(&self, index: u32) -> Option<Arc<dyn VcpuHandle>> {
+        self.threads.iter().find(|thread| thread.index == index).map(|thread| Arc::clone(&thread.handle))
+    }
+
+    /// Ends all threads and gives back the vCPUs, in the order in which they came.
+    pub fn stop(mut self) -> Vec<Box<dyn Vcpu>> {
+        self.join_all()
+    }
+
+    fn kick_all(&self) {
+        for thread in &self.threads {
+            thread.handle.kick();
+        }
+    }
+
+    fn join_all(&mut self) -> Vec<Box<dyn Vcpu>> {
+        self.shared.lock().mode = Mode::Stopping;
+        self.shared.changed.notify_all();
+        let mut vcpus = Vec::with_capacity(self.threads.len());
+        for thread in self.threads.drain(..) {
+            while !thread.join.is_finished() {
+                thread.handle.kick();
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            if let Err(panic) = thread.join.join() {
+                tracing::error!(
+                    vcpu = thread.index,
+                    message = panic_message(&*panic),
+                    "a vCPU thread panicked"
+                );
+            }
+            // The thread has ended, so this is the last reference.
+            if let Some(vcpu) = Arc::into_inner(thread.vcpu) {
+                vcpus.push(vcpu.into_inner().unwrap_or_else(PoisonError::into_inner));
+            }
+        }
+        vcpus
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.join_all();
+    }
+}
+
+fn thread_main(index: u32, shared: &Shared, vcpu: &SharedVcpu, io: &mut (dyn VcpuIo + Send)) {
+    let mut stopped_in = None;
+    while shared.park(stopped_in) {
+        let mut guard = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = catch_unwind(AssertUnwindSafe(|| match guard.run(io) {
+            Ok(Halt::Halted) => {
+                guard.wait(None);
+                Ok(Halt::Interrupted)
+            }
+            result => result,
+        }))
+        .unwrap_or_else(|panic| {
+            Err(Error::ThreadPanicked { index, message: panic_message(&*panic).to_owned() })
+        });
+        drop(guard);
+        if matches!(result, Ok(Halt::Interrupted)) {
+            stopped_in = None;
+            continue;
+        }
+        tracing::debug!(vcpu = index, ?result, "vCPU stopped by itself");
+        let mut control = shared.lock();
+        // That of now: a resume during the run does not count.
+        stopped_in = Some(control.generation);
+        control.exits.push_back(VcpuExit { index, reason: result });
+        shared.changed.notify_all();
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a value that is no string")
+}

@@ -1,0 +1,99 @@
+//! The backends under test.
+
+use std::fmt;
+use std::sync::Arc;
+
+use vmm_cpu::{CpuModel, Error, Hypervisor, InterruptMode, VmConfig, backend_names, open_backend};
+
+use super::case::Stop;
+use super::toy::ToyHypervisor;
+
+/// A backend that is compiled in, and whether this host has what it needs.
+pub(crate) struct Candidate {
+    pub(crate) name: &'static str,
+    opened: Result<Backend, Error>,
+}
+
+/// A backend that is open.
+#[derive(Clone)]
+pub(crate) struct Backend {
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+}
+
+/// Cases that KVM cannot pass on a host whose processor has no virtualization, and why. KVM then emulates the
+/// guest's privileged code one instruction at a time and runs the rest natively.
+const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
+    ("cpuid::guest_sees_no_feature_beyond_the_table", "features of unprivileged code cannot be hidden"),
+    ("clock::counter_stands_still_while_paused", "the guest's time-stamp counter is the host's"),
+    ("debug::watchpoint_stops_after_a_write", "data breakpoints never fire"),
+    ("debug::watchpoint_stops_after_an_access", "data breakpoints never fire"),
+    ("debug::int3_stops_the_debugger", "INT3 goes to the guest"),
+    ("debug::int3_is_the_guests_unless_asked_for", "INT3 of privileged 64-bit code is not emulated"),
+    ("hypercalls::not_passed_on_fails_in_the_guest", "VMCALL is patched and executed again for ever"),
+];
+
+/// All backends: those of the crate by name, and the suite's own.
+pub(crate) fn candidates() -> Vec<Candidate> {
+    let compiled_in = backend_names().iter().map(|&name| {
+        let opened = open_backend(name).map(|hypervisor| Backend { hypervisor: Arc::from(hypervisor) });
+        Candidate { name, opened }
+    });
+    let toy = Backend { hypervisor: Arc::new(ToyHypervisor::new()) };
+    compiled_in.chain([Candidate { name: ToyHypervisor::NAME, opened: Ok(toy) }]).collect()
+}
+
+impl Candidate {
+    /// The backend; a host that lacks the interface, or keeps it from this user, is no failure of the backend.
+    pub(crate) fn backend(&self) -> Result<&Backend, Stop> {
+        self.opened.as_ref().map_err(|error| match error {
+            Error::HostInterfaceAbsent { path, .. } => Stop::skipped(format!("no {path}")),
+            Error::PermissionDenied { path, .. } => Stop::skipped(format!("no permission to open {path}")),
+            other => Stop::failed(other.to_string()),
+        })
+    }
+
+    /// Says why this host cannot run the case of that name, if so.
+    pub(crate) fn check_limits(&self, case: &str) -> Result<(), Stop> {
+        let without_hardware = self.opened.as_ref().is_ok_and(Backend::is_kvm_without_hardware);
+        match KVM_WITHOUT_HARDWARE.iter().find(|(name, _)| without_hardware && *name == case) {
+            Some((_, reason)) => Err(Stop::skipped(format!("KVM without virtualization hardware: {reason}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Backend {
+    /// A configuration with the host's CPU in interrupt mode `mode`.
+    pub(crate) fn config(&self, mode: InterruptMode) -> Result<VmConfig, Stop> {
+        if !self.hypervisor.capabilities().interrupt_modes.contains(&mode) {
+            return Err(Stop::skipped(format!("interrupt mode {mode:?} is not offered")));
+        }
+        Ok(VmConfig::new(CpuModel::Host).interrupts(mode))
+    }
+
+    /// How many times too often a level-triggered interrupt may arrive. KVM without virtualization hardware repeats
+    /// one in fifty although its line fell before the end of interrupt; everywhere else a repetition is an error.
+    pub(crate) fn level_repetitions(&self) -> u64 {
+        u64::from(self.is_kvm_without_hardware())
+    }
+
+    fn is_kvm_without_hardware(&self) -> bool {
+        self.hypervisor.name() == "kvm" && self.hypervisor.capabilities().hardware_assisted == Some(false)
+    }
+
+    /// All other backends that this host can run.
+    pub(crate) fn others(&self) -> Vec<Backend> {
+        let name = self.hypervisor.name();
+        candidates()
+            .into_iter()
+            .filter(|other| other.name != name)
+            .filter_map(|other| other.opened.ok())
+            .collect()
+    }
+}
+
+impl fmt::Debug for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.hypervisor.name())
+    }
+}

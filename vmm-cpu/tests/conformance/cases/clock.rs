@@ -1,0 +1,174 @@
+//! The virtual machine's clock and the time-stamp counter.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use iced_x86::code_asm::{dword_ptr, eax, edx};
+use vmm_cpu::{ClockConfig, ClockSource, Error, InterruptMode, VmClock};
+
+use crate::suite::backend::Backend;
+use crate::suite::case::{Outcome, Stop, cases};
+use crate::suite::machine::{Machine, layout};
+use crate::suite::program::Program;
+
+cases![
+    rate_is_known_before_the_first_vcpu,
+    time_passes_at_the_rate_that_is_told,
+    clock_stands_still_while_paused,
+    counter_stands_still_while_paused,
+    pauses_add_up,
+    no_vcpu_runs_while_paused,
+    rate_can_be_asked_for,
+    clocks_that_cannot_be_are_refused,
+];
+
+const PAUSE: Duration = Duration::from_millis(300);
+
+/// A guest that reads its time-stamp counter each time it is run.
+fn machine(backend: &Backend, clock: ClockConfig) -> Outcome<(Machine, Arc<dyn VmClock>)> {
+    let mut p = Program::new()?;
+    let again = p.here()?;
+    p.rdtsc()?;
+    p.mov(dword_ptr(layout::DATA), eax)?;
+    p.mov(dword_ptr(layout::DATA + 4), edx)?;
+    p.checkpoint()?;
+    p.jmp(again)?;
+    let config = backend.config(InterruptMode::External)?.clock(clock);
+    let machine = Machine::with_config(backend, &config, &p.assemble()?)?;
+    let clock = machine.vm.clock().ok_or_else(|| Stop::skipped("no clock"))?;
+    Ok((machine, clock))
+}
+
+/// The guest's counter in nanoseconds.
+fn guest_time(machine: &mut Machine, clock: &dyn VmClock) -> Outcome<Duration> {
+    machine.run_to_end()?;
+    let nanoseconds = u128::from(machine.word(layout::DATA)?) * 1_000_000 / u128::from(clock.tsc_khz());
+    Ok(Duration::from_nanos(u64::try_from(nanoseconds)?))
+}
+
+fn rate_is_known_before_the_first_vcpu(backend: &Backend) -> Outcome {
+    let vm = backend.hypervisor.create_vm(&backend.config(InterruptMode::External)?)?;
+    let clock = vm.clock().ok_or_else(|| Stop::skipped("no clock"))?;
+    let before = clock.tsc_khz();
+    let _vcpu = vm.create_vcpu(0)?;
+    assert_eq!(before, clock.tsc_khz());
+    Ok(())
+}
+
+fn time_passes_at_the_rate_that_is_told(backend: &Backend) -> Outcome {
+    let (mut machine, clock) = machine(backend, ClockConfig::default())?;
+    let outer = Instant::now();
+    let (first, first_now) = (guest_time(&mut machine, &*clock)?, clock.now()?);
+    let inner = Instant::now();
+    thread::sleep(PAUSE);
+    let least = inner.elapsed();
+    let (second, second_now) = (guest_time(&mut machine, &*clock)?, clock.now()?);
+    let most = outer.elapsed();
+    // Clocks disagree by less than one in a hundred.
+    for passed in [second - first, Duration::from_nanos(second_now - first_now)] {
+        assert!(
+            passed >= least.mul_f64(0.99) && passed <= most.mul_f64(1.01),
+            "{least:?} {passed:?} {most:?}"
+        );
+    }
+    Ok(())
+}
+
+fn clock_stands_still_while_paused(backend: &Backend) -> Outcome {
+    let (_machine, clock) = machine(backend, ClockConfig::default())?;
+    clock.pause()?;
+    let at_pause = clock.now()?;
+    thread::sleep(PAUSE);
+    assert_eq!(clock.now()?, at_pause);
+    clock.pause()?;
+    assert_eq!(clock.now()?, at_pause, "pausing twice is pausing once");
+    let resumed = Instant::now();
+    clock.resume()?;
+    clock.resume()?;
+    let passed = Duration::from_nanos(clock.now()? - at_pause);
+    assert!(passed <= resumed.elapsed() + Duration::from_millis(1), "{passed:?}");
+    Ok(())
+}
+
+fn counter_stands_still_while_paused(backend: &Backend) -> Outcome {
+    let (mut machine, clock) = machine(backend, ClockConfig::default())?;
+    let outer = Instant::now();
+    let before = guest_time(&mut machine, &*clock)?;
+    for _ in 0..2 {
+        clock.pause()?;
+        thread::sleep(PAUSE);
+        clock.pause()?;
+        clock.resume()?;
+    }
+    let after = guest_time(&mut machine, &*clock)?;
+    let awake = outer.elapsed() - 2 * PAUSE;
+    assert!(after >= before, "never backwards: {before:?} {after:?}");
+    let passed = after - before;
+    assert!(
+        passed <= awake + Duration::from_millis(1),
+        "{passed:?} passed for the guest, awake for {awake:?}"
+    );
+    Ok(())
+}
+
+/// Several pauses between two runs, and a vCPU that had not run before the first.
+fn pauses_add_up(backend: &Backend) -> Outcome {
+    let (mut machine, clock) = machine(backend, ClockConfig::default())?;
+    let (start, start_now) = (Instant::now(), clock.now()?);
+    for _ in 0..3 {
+        clock.pause()?;
+        thread::sleep(PAUSE);
+        clock.resume()?;
+    }
+    let first = guest_time(&mut machine, &*clock)?;
+    let passed = Duration::from_nanos(clock.now()? - start_now);
+    let awake = start.elapsed() - 3 * PAUSE;
+    assert!(passed <= awake + Duration::from_millis(1), "{passed:?} passed, awake for {awake:?}");
+    assert!(guest_time(&mut machine, &*clock)? >= first);
+    Ok(())
+}
+
+fn no_vcpu_runs_while_paused(backend: &Backend) -> Outcome {
+    let (mut machine, clock) = machine(backend, ClockConfig::default())?;
+    clock.pause()?;
+    let error = machine.vcpu.run(&mut machine.bus);
+    assert!(matches!(error, Err(Error::Unsupported { .. })), "{error:?}");
+    clock.resume()?;
+    machine.run_to_end()
+}
+
+fn rate_can_be_asked_for(backend: &Backend) -> Outcome {
+    let (_, clock) = machine(backend, ClockConfig::default())?;
+    let own = clock.tsc_khz();
+    assert!(own > 0);
+    // The rate that it has anyway is always possible.
+    let (_, clock) = machine(backend, ClockConfig::host_at_khz(own))?;
+    assert_eq!(clock.tsc_khz(), own);
+    if !backend.hypervisor.capabilities().tsc_scaling {
+        return Err(Stop::skipped("the host cannot scale the time-stamp counter"));
+    }
+    let (mut machine, clock) = machine(backend, ClockConfig::host_at_khz(own / 2))?;
+    assert_eq!(clock.tsc_khz(), own / 2);
+    let first = guest_time(&mut machine, &*clock)?;
+    thread::sleep(PAUSE);
+    let passed = guest_time(&mut machine, &*clock)? - first;
+    assert!(passed >= PAUSE.mul_f64(0.99) && passed < 2 * PAUSE, "{passed:?}");
+    Ok(())
+}
+
+fn clocks_that_cannot_be_are_refused(backend: &Backend) -> Outcome {
+    let config = backend.config(InterruptMode::External)?;
+    let create = |clock| backend.hypervisor.create_vm(&config.clone().clock(clock));
+    let mut deterministic = ClockConfig::default();
+    deterministic.source = ClockSource::Deterministic;
+    let result = create(deterministic);
+    assert!(matches!(result, Ok(_) | Err(Error::Unsupported { .. })), "{result:?}");
+    let result = create(ClockConfig::host_at_khz(0));
+    assert!(matches!(result, Err(Error::InvalidArgument { .. })), "{result:?}");
+    if !backend.hypervisor.capabilities().tsc_scaling {
+        let result = create(ClockConfig::host_at_khz(1_234_567));
+        assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! The cases by subject.
+
+mod apic;
+mod bad_input;
+mod basics;
+mod clock;
+mod controllers;
+mod cpuid;
+mod debug;
+mod dirty;
+mod doorbells;
+mod hypercalls;
+mod interrupts;
+mod kicks;
+mod memory;
+mod mmio;
+mod msrs;
+mod pio;
+mod smp;
+mod snapshot;
+mod threads;
+
+use super::case::Case;
+
+/// Every subject with its cases.
+pub(crate) const ALL: &[(&str, &[Case])] = &[
+    ("basics", basics::CASES),
+    ("pio", pio::CASES),
+    ("mmio", mmio::CASES),
+    ("memory", memory::CASES),
+    ("dirty", dirty::CASES),
+    ("msrs", msrs::CASES),
+    ("cpuid", cpuid::CASES),
+    ("clock", clock::CASES),
+    ("interrupts", interrupts::CASES),
+    ("apic", apic::CASES),
+    ("doorbells", doorbells::CASES),
+    ("smp", smp::CASES),
+    ("debug", debug::CASES),
+    ("hypercalls", hypercalls::CASES),
+    ("snapshot", snapshot::CASES),
+    ("controllers", controllers::CASES),
+    ("kicks", kicks::CASES),
+    ("threads", threads::CASES),
+    ("bad_input", bad_input::CASES),
+];
