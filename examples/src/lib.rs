@@ -1,0 +1,3 @@
+//! What the example programs share: getting a kernel to run.
+
+pub mod debian;
