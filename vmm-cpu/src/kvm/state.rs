@@ -101,14 +101,25 @@ fn segment_from_kvm(s: &kvm_segment) -> Segment {
     }
 }
 
+/// The type field has 4 bits and the privilege level 2 (Intel SDM 3A 3.4.5).
+fn check_segment(element: &'static str, s: &Segment) -> Result<()> {
+    if s.kind > 0xf || s.dpl > 3 {
+        return Err(invalid(
+            element,
+            format!("type {:#x} (at most 0xf), privilege level {} (at most 3)", s.kind, s.dpl),
+        ));
+    }
+    Ok(())
+}
+
 fn segment_to_kvm(s: &Segment) -> kvm_segment {
     kvm_segment {
         base: s.base,
         limit: s.limit,
         selector: s.selector,
-        type_: s.kind & 0xf,
+        type_: s.kind,
         present: u8::from(s.present),
-        dpl: s.dpl & 3,
+        dpl: s.dpl,
         db: u8::from(s.big),
         s: u8::from(s.code_or_data),
         l: u8::from(s.long),
@@ -204,6 +215,18 @@ const EFER_DEFINED: u64 = 0x0036_fd01;
 pub(super) fn write_system(vcpu: &KvmVcpu, r: &SystemRegisters) -> Result<()> {
     if r.efer & !EFER_DEFINED != 0 {
         return Err(invalid("system.efer", format!("{:#x} sets bits outside of {EFER_DEFINED:#x}", r.efer)));
+    }
+    for (element, segment) in [
+        ("system.cs", &r.cs),
+        ("system.ds", &r.ds),
+        ("system.es", &r.es),
+        ("system.fs", &r.fs),
+        ("system.gs", &r.gs),
+        ("system.ss", &r.ss),
+        ("system.tr", &r.tr),
+        ("system.ldtr", &r.ldtr),
+    ] {
+        check_segment(element, segment)?;
     }
     let fd = vcpu.fd();
     let sregs = kvm_sregs {
@@ -487,6 +510,13 @@ mod tests {
         for segment in segments {
             assert_eq!(segment_from_kvm(&segment_to_kvm(&segment)), segment);
         }
+    }
+
+    #[test]
+    fn fields_of_a_segment_have_their_widths() {
+        assert!(check_segment("cs", &Segment { kind: 0xf, dpl: 3, ..Segment::code32(8) }).is_ok());
+        assert!(check_segment("cs", &Segment { kind: 0x10, ..Segment::code32(8) }).is_err());
+        assert!(check_segment("cs", &Segment { dpl: 4, ..Segment::code32(8) }).is_err());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use libtest_mimic::{Completion, Failed};
 use super::backend::{Backend, Candidate};
 
 /// Longest that one case may take on a loaded machine.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(90);
 
 /// A named case.
 #[derive(Clone, Copy)]

@@ -28,6 +28,9 @@ cases![
 
 const KICKS: u64 = 100_000;
 
+/// After this, a vCPU that went to run or to wait is most likely there.
+const SETTLED: Duration = Duration::from_micros(100);
+
 /// Longest that the answer to one kick may take on a loaded machine.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -137,16 +140,17 @@ impl Kicked {
     }
 }
 
-/// Every kick waits for the answer to the one before; some also wait until a guest that is `busy` is inside its
-/// loop again.
+/// Every kick waits for the answer to the one before. Most of them find the vCPU on its way into the guest; some wait
+/// until it has settled there, and until a guest that is `busy` counts again.
 fn lockstep(machine: Machine, busy: bool) -> Outcome {
     let ram = machine.ram.clone();
     let count = || ram.memory().read_obj::<u32>(GuestAddress(COUNTER)).unwrap_or(0);
     let kicked = Kicked::start(machine)?;
     for kick in 1..=KICKS {
-        if busy && kick % 128 == 0 {
+        if kick % 64 == 0 {
             let before = count();
-            kicked.until(|| count() != before)?;
+            thread::sleep(SETTLED);
+            kicked.until(|| !busy || count() != before)?;
         }
         kicked.kick();
         kicked.until(|| kicked.answers.load(Ordering::SeqCst) >= kick)?;
@@ -189,7 +193,10 @@ fn bursts_of_kicks_without_waiting(backend: &Backend) -> Outcome {
     for image in [busy_guest()?, halting_guest()?] {
         let kicked = Kicked::start(Machine::new(backend, &image)?)?;
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
-        for _ in 0..3000 {
+        for burst in 0..3000 {
+            if burst % 16 == 0 {
+                thread::sleep(SETTLED);
+            }
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;

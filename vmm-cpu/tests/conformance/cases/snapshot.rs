@@ -1,5 +1,6 @@
 //! Saving and restoring: in the middle of a computation, into a fresh machine, and across backends.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -26,6 +27,7 @@ cases![
     asserted_interrupt_survives,
     queued_nmi_survives,
     kick_is_no_state,
+    access_whose_callback_panicked_is_not_repeated,
     blob_of_another_backend_is_ignored,
     empty_optional_elements_are_allowed,
 ];
@@ -378,6 +380,32 @@ fn kick_is_no_state(backend: &Backend) -> Outcome {
     machine.run_until(&Halt::Interrupted)?;
     assert!(!machine.bus.ended, "the kick is answered first");
     machine.run_to_end()
+}
+
+/// Panics at every OUT.
+struct Broken;
+
+impl VcpuIo for Broken {
+    fn pio_write(&mut self, _port: u16, _size: usize, _data: &[u8]) {
+        std::panic::panic_any("no such device");
+    }
+}
+
+fn access_whose_callback_panicked_is_not_repeated(backend: &Backend) -> Outcome {
+    let mut p = Program::new()?;
+    p.report(0x44, 1)?;
+    p.report(0x45, 2)?;
+    p.end()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    let run = AssertUnwindSafe(|| machine.vcpu.run(&mut Broken));
+    assert!(std::panic::catch_unwind(run).is_err(), "the panic comes through");
+    let state = machine.vcpu.save()?;
+    let mut copy = restored(backend, &machine, &state)?;
+    copy.run_to_end()?;
+    assert_eq!(copy.bus.log, [Access::Out { port: 0x45, size: 1, data: vec![2] }]);
+    machine.run_to_end()?;
+    assert_eq!(machine.bus.log, copy.bus.log);
+    Ok(())
 }
 
 fn blob_of_another_backend_is_ignored(backend: &Backend) -> Outcome {

@@ -40,7 +40,8 @@ impl Signals {
         self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a kick, an NMI or, if the vCPU takes them, an interrupt, at most for `timeout`; whether there is one.
+    /// Waits for a kick, an NMI or, if the vCPU takes them, an interrupt, at most for `timeout`; whether
+    /// there is one.
     pub(super) fn wait(&self, timeout: Option<Duration>, takes_interrupts: bool) -> bool {
         let asleep = |pins: &mut Pins| !(pins.kick || pins.nmi || pins.intr && takes_interrupts);
         let guard = self.pins();
