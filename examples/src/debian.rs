@@ -98,7 +98,9 @@ fn find_package() -> Result<Option<String>> {
 
 fn fetch_into(work: &Path, package: &str) -> Result<PathBuf> {
     eprintln!("debian: downloading {package} (about 26 MB)");
-    run(Command::new("apt-get").args(["-q", "download", package]).current_dir(work).stdout(Stdio::null()))?;
+    // The user that apt downloads as, where root started it, may not write here.
+    let download = ["-q", "-o", "APT::Sandbox::User=root", "download", package];
+    run(Command::new("apt-get").args(download).current_dir(work).stdout(Stdio::null()))?;
     let mut archives = fs::read_dir(work)?.filter_map(|entry| entry.ok().map(|entry| entry.path()));
     let archive = archives
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"))

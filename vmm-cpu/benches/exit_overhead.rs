@@ -19,8 +19,8 @@ const PORT: u16 = 0x80;
 /// `out 0x80, al; jmp` back to it.
 const GUEST: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 
-const ROUNDS: usize = 8_000;
-const EXITS: u32 = 200;
+const ROUNDS: usize = 40_000;
+const EXITS: u32 = 50;
 
 type Failure = Box<dyn std::error::Error>;
 

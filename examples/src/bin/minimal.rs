@@ -2,7 +2,8 @@
 //!
 //!     minimal KERNEL [COMMAND LINE]
 //!
-//! `KERNEL` is anything that `vmm-memory` loads: an ELF with a PVH note, a bzImage, a multiboot image. The guest ends
+//! `KERNEL` is anything that `vmm-memory` loads: an ELF with a PVH note, a multiboot image, a bzImage (which unpacks
+//! itself, and takes its time for that where KVM has no hardware; `linux` enters its payload instead). The guest ends
 //! the run through the ISA debug-exit port at 0xf4 (status `2 * value + 1`, as with QEMU) or by a reset through
 //! the keyboard controller.
 

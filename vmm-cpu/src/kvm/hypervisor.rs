@@ -26,6 +26,9 @@ const TSS: usize = 0xfffb_d000;
 /// Inputs of the VMM's I/O APIC whose ends of interrupt KVM reports with a split irqchip.
 const SPLIT_IO_APIC_PINS: u64 = 24;
 
+/// Leaves that hold the processor's name (Intel SDM 2A, CPUID).
+const BRAND_STRING: std::ops::RangeInclusive<u32> = 0x8000_0002..=0x8000_0004;
+
 /// What the backend cannot do without.
 const REQUIRED: [(Cap, &str); 9] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
@@ -228,7 +231,17 @@ fn supported_cpuid(kvm: &Kvm) -> Result<CpuidTable> {
         ecx: entry.ecx,
         edx: entry.edx,
     });
-    Ok(CpuidTable::new(entries.collect()))
+    let mut supported = CpuidTable::new(entries.collect());
+    // KVM leaves the processor's name to its users.
+    let host = CpuidTable::host();
+    for leaf in BRAND_STRING {
+        if let Some(entry) = host.get(leaf, 0)
+            && supported.max_extended_leaf() >= leaf
+        {
+            supported.set(entry);
+        }
+    }
+    Ok(supported)
 }
 
 fn capabilities(kvm: &Kvm, cpuid: &CpuidTable) -> Capabilities {
