@@ -40,10 +40,7 @@ mod tests {
         assert_eq!(instruction_text(&bytes, &registers, &system).as_deref(), Some("dec ax"));
         system.cs = Segment::code64(8);
         system.efer = SystemRegisters::EFER_LMA;
-        assert_eq!(
-            instruction_text(&bytes, &registers, &system).as_deref(),
-            Some("cmpxchg16b [rsi]")
-        );
+        assert_eq!(instruction_text(&bytes, &registers, &system).as_deref(), Some("cmpxchg16b [rsi]"));
     }
 
     #[test]

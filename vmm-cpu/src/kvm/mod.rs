@@ -38,6 +38,14 @@ pub use hypervisor::KvmHypervisor;
 /// Name of this backend.
 pub const NAME: &str = "kvm";
 
+/// Copies the fields that two structures have under the same names.
+macro_rules! same_fields {
+    ($from:expr => $to:ident { $($field:ident),* $(,)? } $($rest:tt)*) => {
+        $to { $($field: $from.$field,)* $($rest)* }
+    };
+}
+use same_fields;
+
 /// An [`Error::Host`](crate::Error::Host) from an errno.
 fn host(operation: &'static str, errno: kvm_ioctls::Error) -> crate::Error {
     crate::Error::Host { backend: NAME, operation, source: std::io::Error::from_raw_os_error(errno.errno()) }

@@ -10,18 +10,11 @@ use kvm_bindings::{
 
 use super::clock::KvmClock;
 use super::vm::VmInner;
-use super::{host, sys};
+use super::{host, same_fields, sys};
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
 use crate::state::{ClockState, IoApicState, PicState, PitChannelState, PitState, VmState};
 use crate::vm::VmClock as _;
-
-/// Copies the fields that two structures have under the same names.
-macro_rules! same_fields {
-    ($from:expr => $to:ident { $($field:ident),* $(,)? } $($rest:tt)*) => {
-        $to { $($field: $from.$field,)* $($rest)* }
-    };
-}
 
 fn pic_from_kvm(p: &kvm_pic_state) -> PicState {
     same_fields!(p => PicState {

@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::handle::NMI;
 use super::vcpu::KvmVcpu;
-use super::{NAME, host, sys};
+use super::{NAME, host, same_fields, sys};
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
 use crate::state::{
@@ -39,49 +39,15 @@ fn refused(element: &'static str, operation: &'static str) -> impl Fn(kvm_ioctls
 }
 
 pub(super) fn general_from_kvm(r: &kvm_regs) -> GeneralRegisters {
-    GeneralRegisters {
-        rax: r.rax,
-        rbx: r.rbx,
-        rcx: r.rcx,
-        rdx: r.rdx,
-        rsi: r.rsi,
-        rdi: r.rdi,
-        rsp: r.rsp,
-        rbp: r.rbp,
-        r8: r.r8,
-        r9: r.r9,
-        r10: r.r10,
-        r11: r.r11,
-        r12: r.r12,
-        r13: r.r13,
-        r14: r.r14,
-        r15: r.r15,
-        rip: r.rip,
-        rflags: r.rflags,
-    }
+    same_fields!(r => GeneralRegisters {
+        rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags,
+    })
 }
 
 pub(super) fn general_to_kvm(r: &GeneralRegisters) -> kvm_regs {
-    kvm_regs {
-        rax: r.rax,
-        rbx: r.rbx,
-        rcx: r.rcx,
-        rdx: r.rdx,
-        rsi: r.rsi,
-        rdi: r.rdi,
-        rsp: r.rsp,
-        rbp: r.rbp,
-        r8: r.r8,
-        r9: r.r9,
-        r10: r.r10,
-        r11: r.r11,
-        r12: r.r12,
-        r13: r.r13,
-        r14: r.r14,
-        r15: r.r15,
-        rip: r.rip,
-        rflags: r.rflags,
-    }
+    same_fields!(r => kvm_regs {
+        rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags,
+    })
 }
 
 fn segment_from_kvm(s: &kvm_segment) -> Segment {

@@ -19,7 +19,7 @@ const MAX_NOTE_BYTES: u64 = 1 << 20;
 /// A loadable segment: a program header of type `PT_LOAD` with bytes in memory (ELF gABI, program header).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Segment {
+pub struct LoadSegment {
     /// Index in the program header table.
     pub index: usize,
     /// `p_paddr`: guest-physical address of the first byte.
@@ -36,7 +36,7 @@ pub struct Segment {
     pub flags: u32,
 }
 
-impl Segment {
+impl LoadSegment {
     /// The guest-physical range, `.bss` included.
     pub fn physical(&self) -> Range<u64> {
         self.paddr..self.paddr.saturating_add(self.memsz)
@@ -55,7 +55,7 @@ pub(super) struct ElfImage {
     /// `e_entry`, as it is in the file.
     pub(super) entry: u64,
     /// Ascending by physical address, disjoint, never empty.
-    pub(super) segments: Vec<Segment>,
+    pub(super) segments: Vec<LoadSegment>,
     pub(super) notes: XenNotes,
 }
 
@@ -183,12 +183,12 @@ where
 }
 
 /// The segment that a `PT_LOAD` header describes; `None` if it occupies no memory.
-fn segment<E>(file: &[u8], index: usize, header: &E::ProgramHeader) -> Result<Option<Segment>, BootError>
+fn segment<E>(file: &[u8], index: usize, header: &E::ProgramHeader) -> Result<Option<LoadSegment>, BootError>
 where
     E: FileHeader<Endian = LittleEndian>,
 {
     let e = LittleEndian;
-    let segment = Segment {
+    let segment = LoadSegment {
         index,
         paddr: header.p_paddr(e).into(),
         vaddr: header.p_vaddr(e).into(),
@@ -197,7 +197,7 @@ where
         memsz: header.p_memsz(e).into(),
         flags: header.p_flags(e).0,
     };
-    let Segment { paddr, vaddr, offset, filesz, memsz, .. } = segment;
+    let LoadSegment { paddr, vaddr, offset, filesz, memsz, .. } = segment;
     if filesz > memsz {
         return Err(BootError::SegmentSize { index, filesz, memsz });
     }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use super::bzimage::{self, SetupHeader};
-use super::elf::{ElfImage, Segment};
+use super::elf::{ElfImage, LoadSegment};
 use super::error::{BootError, slice};
 use super::multiboot::MultibootHeader;
 use super::notes::XenNotes;
@@ -163,7 +163,7 @@ impl<'a> KernelImage<'a> {
     }
 
     /// The loadable segments of an ELF, ascending by physical address and disjoint; empty for other formats.
-    pub fn segments(&self) -> &[Segment] {
+    pub fn segments(&self) -> &[LoadSegment] {
         self.elf().map_or(&[], |elf| &elf.segments)
     }
 
@@ -172,7 +172,7 @@ impl<'a> KernelImage<'a> {
     /// # Errors
     ///
     /// [`BootError::Truncated`] if `segment` is of another image and does not fit this one.
-    pub fn segment_bytes(&self, segment: &Segment) -> Result<&[u8], BootError> {
+    pub fn segment_bytes(&self, segment: &LoadSegment) -> Result<&[u8], BootError> {
         // An empty segment may have any offset.
         let offset = if segment.filesz == 0 { 0 } else { segment.offset };
         slice(&self.bytes, "segment (p_offset, p_filesz)", offset, segment.filesz)

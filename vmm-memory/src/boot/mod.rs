@@ -56,7 +56,7 @@ mod target;
 pub use bzimage::SetupHeader;
 pub use cpu_tables::GdtLocation;
 pub use e820::{E820Entry, E820Kind};
-pub use elf::Segment;
+pub use elf::LoadSegment;
 pub use error::{BootError, BootItem, ProducedSize};
 pub use image::{BootProtocol, ImageFormat, KernelImage};
 pub use loader::{Boot, BootEntry};
