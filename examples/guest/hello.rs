@@ -190,16 +190,19 @@ const SUCCESS: u32 = 0x10;
 const FAILURE: u32 = 0x11;
 
 fn outb(port: u16, value: u8) {
+    // SAFETY: writes a port; no device of this machine changes memory for that.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) }
 }
 
 fn inb(port: u16) -> u8 {
     let value;
+    // SAFETY: reads a port; no device of this machine changes memory for that.
     unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) }
     value
 }
 
 fn leave(status: u32) -> ! {
+    // SAFETY: as in `outb`.
     unsafe { asm!("out dx, eax", in("dx") DEBUG_EXIT, in("eax") status, options(nomem, nostack)) }
     loop {
         core::hint::spin_loop();
@@ -231,6 +234,7 @@ fn text_at(address: u64) -> &'static str {
     if address == 0 {
         return "";
     }
+    // SAFETY: the loader put a string with a NUL there (hvm_start_info), and all of low memory is mapped.
     let bytes = unsafe { core::ffi::CStr::from_ptr(address as *const _) };
     bytes.to_str().unwrap_or("(not UTF-8)")
 }
@@ -251,6 +255,7 @@ fn show_text(label: &str, registers: &[u32]) {
 }
 
 fn show_processor() {
+    // SAFETY: written once, before Rust code ran, and never again.
     let [basic, features, hypervisor, extended, brand @ ..] = unsafe { &cpuid_answers };
     show_text("  vendor      ", &[basic[1], basic[3], basic[2]]);
     if extended[0] >= 0x8000_0004 && brand.as_flattened().iter().any(|register| *register != 0) {
@@ -281,6 +286,7 @@ fn count_primes() -> usize {
 
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(start_info: *const StartInfo) -> ! {
+    // SAFETY: the PVH entry got this address from the loader; the structure is mapped and never changes.
     let info = unsafe { &*start_info };
     say!("Hello from a guest in 64-bit mode.");
     if info.magic != START_INFO_MAGIC {
@@ -290,6 +296,7 @@ extern "C" fn guest_main(start_info: *const StartInfo) -> ! {
     show_processor();
     say!("  command     {}", text_at(info.cmdline));
     for index in 0..info.memmap_entries as usize {
+        // SAFETY: `index` is below the count that the loader gave for this table.
         let entry = unsafe { &*(info.memmap as *const MemoryMapEntry).add(index) };
         let kind = if entry.kind == 1 { "RAM" } else { "reserved" };
         say!("  memory      {:#012x} + {:#012x} {kind}", entry.addr, entry.size);
@@ -317,6 +324,7 @@ extern "C" fn _Unwind_Resume() -> ! {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+    // SAFETY: the caller vouches for both ranges, as for the C function of this name; DF is clear at entry.
     unsafe {
         asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") count => _, options(nostack))
     }
@@ -326,8 +334,10 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
     if (to as usize).wrapping_sub(from as usize) >= count {
+        // SAFETY: ascending order is right here, and the caller vouches for both ranges.
         return unsafe { memcpy(to, from, count) };
     }
+    // SAFETY: the caller vouches for both ranges, as for the C function of this name; DF is clear at entry.
     unsafe {
         asm!("std", "rep movsb", "cld", inout("rdi") to.add(count).sub(1) => _,
              inout("rsi") from.add(count).sub(1) => _, inout("rcx") count => _, options(nostack))
@@ -337,6 +347,7 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memset(to: *mut u8, value: i32, count: usize) -> *mut u8 {
+    // SAFETY: the caller vouches for both ranges, as for the C function of this name; DF is clear at entry.
     unsafe {
         asm!("rep stosb", inout("rdi") to => _, in("al") value as u8, inout("rcx") count => _, options(nostack))
     }
@@ -346,6 +357,7 @@ unsafe extern "C" fn memset(to: *mut u8, value: i32, count: usize) -> *mut u8 {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
     for index in 0..count {
+        // SAFETY: `index` is below `count`, for which the caller vouches.
         let (a, b) = unsafe { (a.add(index).read_volatile(), b.add(index).read_volatile()) };
         if a != b {
             return i32::from(a) - i32::from(b);
@@ -356,12 +368,14 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
+    // SAFETY: the same contract.
     unsafe { memcmp(a, b, count) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn strlen(text: *const u8) -> usize {
     let mut length = 0;
+    // SAFETY: the caller vouches for a NUL; every byte before it is readable.
     while unsafe { text.add(length).read_volatile() } != 0 {
         length += 1;
     }
