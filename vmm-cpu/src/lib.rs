@@ -26,7 +26,9 @@ pub use registry::{backend_names, open_backend};
 pub use threads::{VcpuExit, VcpuThreads};
 pub use vcpu::{EmptyBus, Halt, Hypercall, MsrFault, UnhandledInstruction, Vcpu, VcpuHandle, VcpuIo};
 pub use vm::{
-    Doorbell, DoorbellAddress, GsiRoute, GsiTarget, GuestAccess, GuestDirtyLog, Hypercalls, InterruptLines,
-    MappedRegion, MsiMessage, MsiSink, MsrFilter, MsrRange, Notifier, Notifiers, Vm, VmClock,
+    Doorbell, DoorbellAddress, Doorbells, GsiRoute, GsiTarget, GuestAccess, GuestDirtyLog, Hypercalls,
+    InterruptLines, InterruptNotifiers, MappedRegion, MsiMessage, MsiSink, MsrFilter, MsrRange, Notifier, Vm,
+    VmClock,
 };
 pub use vmm_memory;
+pub use vmm_sys_util;

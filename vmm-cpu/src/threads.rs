@@ -84,7 +84,7 @@ struct Thread {
 ///
 /// A halted vCPU waits; a kicked one goes on. Whatever else ends [`Vcpu::run`] is an exit that
 /// [`VcpuThreads::wait`] tells; that vCPU stands still until the next [`VcpuThreads::resume`], the others
-/// go on. Dropping the value stops all threads and waits for them.
+/// go on. Dropping the value stops all threads and waits for them (for all but its own, if a callback drops it).
 pub struct VcpuThreads {
     shared: Arc<Shared>,
     threads: Vec<Thread>,
@@ -143,10 +143,21 @@ impl VcpuThreads {
 
     /// Stops all vCPUs between two instructions and returns when the last one stands still. A callback
     /// that blocks is waited for (a kick interrupts its system call on Linux).
+    ///
+    /// Returns earlier if another thread resumes the vCPUs meanwhile. From a callback it returns at once, since it
+    /// cannot wait for its own vCPU: all vCPUs pause once their callbacks are done.
     pub fn pause(&self) {
         let mut control = self.shared.lock();
+        if control.mode == Mode::Stopping {
+            return;
+        }
         control.mode = Mode::Paused;
-        while control.parked < self.threads.len() {
+        if self.is_own_thread() {
+            drop(control);
+            self.kick_all();
+            return;
+        }
+        while control.mode == Mode::Paused && control.parked < self.threads.len() {
             drop(control);
             self.kick_all();
             control = self.shared.lock();
@@ -155,7 +166,7 @@ impl VcpuThreads {
                 .shared
                 .changed
                 .wait_timeout_while(control, Duration::from_millis(10), |control| {
-                    control.parked < self.threads.len()
+                    control.mode == Mode::Paused && control.parked < self.threads.len()
                 })
                 .unwrap_or_else(PoisonError::into_inner);
             control = guard;
@@ -185,6 +196,7 @@ impl VcpuThreads {
     }
 
     /// Calls `look` with the vCPU of that index while the vCPUs are paused: to save it, to set registers.
+    /// `look` must not call methods of this value, which is locked meanwhile so that nobody resumes.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if there is no such vCPU or the vCPUs are not paused.
@@ -192,7 +204,6 @@ impl VcpuThreads {
         let thread = self.threads.iter().find(|thread| thread.index == index).ok_or_else(|| {
             Error::invalid("vCPU index", index, format_args!("one of {:?}", self.indices()))
         })?;
-        // Held while looking, so that nobody resumes under it.
         let control = self.shared.lock();
         if control.mode != Mode::Paused || control.parked < self.threads.len() {
             return Err(Error::invalid(
@@ -215,9 +226,16 @@ impl VcpuThreads {
         self.threads.iter().find(|thread| thread.index == index).map(|thread| Arc::clone(&thread.handle))
     }
 
-    /// Ends all threads and gives back the vCPUs, in the order in which they came.
+    /// Ends all threads and gives back the vCPUs, in the order in which they came. From a callback its own vCPU
+    /// is not among them.
     pub fn stop(mut self) -> Vec<Box<dyn Vcpu>> {
         self.join_all()
+    }
+
+    /// Whether the calling thread is one of those here, inside of a callback.
+    fn is_own_thread(&self) -> bool {
+        let current = std::thread::current().id();
+        self.threads.iter().any(|thread| thread.join.thread().id() == current)
     }
 
     fn kick_all(&self) {
@@ -230,7 +248,13 @@ impl VcpuThreads {
         self.shared.lock().mode = Mode::Stopping;
         self.shared.changed.notify_all();
         let mut vcpus = Vec::with_capacity(self.threads.len());
+        let current = std::thread::current().id();
         for thread in self.threads.drain(..) {
+            if thread.join.thread().id() == current {
+                // Dropped by a callback: its thread ends when the callback is done.
+                thread.handle.kick();
+                continue;
+            }
             while !thread.join.is_finished() {
                 thread.handle.kick();
                 std::thread::sleep(Duration::from_micros(200));

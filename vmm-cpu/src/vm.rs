@@ -47,6 +47,9 @@ pub trait Vm: fmt::Debug + Send + Sync {
     /// Creates vCPU `index` in its state after RESET (Intel SDM 3A 11.1.1). Where the backend has local
     /// APICs, vCPU 0 is the bootstrap processor and the others wait for INIT and SIPI.
     ///
+    /// An index may be used up for good (it is on `kvm`), also by a vCPU that was dropped and by one that could not be
+    /// restored: to try again, create the virtual machine anew.
+    ///
     /// # Errors
     /// [`Error::TooManyVcpus`](crate::Error::TooManyVcpus),
     /// [`Error::VcpuExists`](crate::Error::VcpuExists).
@@ -79,8 +82,13 @@ pub trait Vm: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Notifiers that the backend serves without leaving the guest, or close to it.
-    fn notifiers(&self) -> Option<Arc<dyn Notifiers>> {
+    /// Notifiers that raise interrupt lines, without a detour through the VMM's threads.
+    fn interrupt_notifiers(&self) -> Option<Arc<dyn InterruptNotifiers>> {
+        None
+    }
+
+    /// Guest writes that signal notifiers instead of calling [`VcpuIo`](crate::VcpuIo).
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         None
     }
 
@@ -169,7 +177,7 @@ impl Drop for MappedRegion {
 /// Numbered interrupt lines (global system interrupts, ACPI 6.5 5.2.13).
 pub trait InterruptLines: fmt::Debug + Send + Sync {
     /// Drives line `gsi`. Level-triggered lines stay asserted until driven low; for edge-triggered
-    /// ones the rising edge counts.
+    /// ones the rising edge counts. A line without a route leads nowhere.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if there is no such line.
@@ -233,8 +241,8 @@ pub trait MsiSink: fmt::Debug + Send + Sync {
     /// Delivers `message` now. Returns whether some vCPU's local APIC took it.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an address outside of
-    /// `0xfee0_0000..=0xfeef_ffff`.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the low half of the address is outside of
+    /// `0xfee0_0000..=0xfeef_ffff` or the high half holds more than bits 8 to 31 of a 32-bit destination.
     fn send(&self, message: MsiMessage) -> Result<bool>;
 }
 
@@ -357,8 +365,8 @@ impl Doorbell {
     }
 }
 
-/// Connects notifiers with interrupt lines and with doorbells.
-pub trait Notifiers: fmt::Debug + Send + Sync {
+/// Connects notifiers with interrupt lines.
+pub trait InterruptNotifiers: fmt::Debug + Send + Sync {
     /// Each signal of `notifier` raises line `gsi`: an edge, or, with `resample`, a level that stays
     /// until the guest's end of interrupt, which signals `resample`.
     ///
@@ -366,12 +374,15 @@ pub trait Notifiers: fmt::Debug + Send + Sync {
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the notifier is attached already.
     fn attach_interrupt(&self, gsi: u32, notifier: &Notifier, resample: Option<&Notifier>) -> Result<()>;
 
-    /// Undoes [`Notifiers::attach_interrupt`].
+    /// Undoes [`InterruptNotifiers::attach_interrupt`].
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if it is not attached.
     fn detach_interrupt(&self, gsi: u32, notifier: &Notifier) -> Result<()>;
+}
 
+/// Connects notifiers with guest writes.
+pub trait Doorbells: fmt::Debug + Send + Sync {
     /// Each matching guest write signals `notifier`.
     ///
     /// # Errors
@@ -379,7 +390,7 @@ pub trait Notifiers: fmt::Debug + Send + Sync {
     /// doorbell that is attached already.
     fn attach_doorbell(&self, doorbell: &Doorbell, notifier: &Notifier) -> Result<()>;
 
-    /// Undoes [`Notifiers::attach_doorbell`].
+    /// Undoes [`Doorbells::attach_doorbell`].
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if it is not attached.

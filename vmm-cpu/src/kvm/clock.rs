@@ -25,6 +25,7 @@ struct Pause {
 #[derive(Debug, Default)]
 pub(super) struct ClockAccount {
     tsc_khz: AtomicU32,
+    host_khz: AtomicU32,
     pause: Mutex<Option<Pause>>,
     paused: AtomicBool,
     /// Host ticks of all pauses so far.
@@ -40,8 +41,27 @@ impl ClockAccount {
         self.paused_ticks.load(Ordering::Acquire)
     }
 
-    pub(super) fn set_tsc_khz(&self, khz: u32) {
-        self.tsc_khz.store(khz, Ordering::Relaxed);
+    /// Host ticks of all pauses, with that of a pause that still lasts.
+    pub(super) fn paused_ticks_now(&self) -> u64 {
+        let pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        let lasting = pause.map_or(0, |pause| sys::host_tsc().wrapping_sub(pause.host_tsc));
+        self.paused_ticks().wrapping_add(lasting)
+    }
+
+    /// `host_ticks` at the guest's rate.
+    pub(super) fn guest_ticks(&self, host_ticks: u64) -> u64 {
+        let (guest, host) = (self.tsc_khz(), self.host_khz.load(Ordering::Relaxed));
+        if guest == host || host == 0 {
+            return host_ticks;
+        }
+        let scaled = u128::from(host_ticks) * u128::from(guest) / u128::from(host);
+        u64::try_from(scaled).unwrap_or(u64::MAX)
+    }
+
+    /// The rates of the guest's counter and of the host's.
+    pub(super) fn set_rates(&self, guest_khz: u32, host_khz: u32) {
+        self.tsc_khz.store(guest_khz, Ordering::Relaxed);
+        self.host_khz.store(host_khz, Ordering::Relaxed);
     }
 
     pub(super) fn tsc_khz(&self) -> u32 {
@@ -96,5 +116,30 @@ impl VmClock for KvmClock {
             self.account().paused.store(false, Ordering::Release);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_count_at_the_guests_rate() {
+        let account = ClockAccount::default();
+        assert_eq!(account.guest_ticks(1_000), 1_000);
+        account.set_rates(1_500_000, 3_000_000);
+        assert_eq!(account.guest_ticks(3_000_000_000), 1_500_000_000);
+        account.set_rates(3_000_000, 1_500_000);
+        assert_eq!(account.guest_ticks(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn a_pause_counts_while_it_lasts() {
+        let account = ClockAccount::default();
+        assert_eq!(account.paused_ticks_now(), 0);
+        *account.pause.lock().unwrap() =
+            Some(Pause { guest_ns: 0, host_tsc: sys::host_tsc().wrapping_sub(1_000) });
+        assert!(account.paused_ticks_now() >= 1_000);
+        assert_eq!(account.paused_ticks(), 0);
     }
 }

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use super::host;
 use super::sys::{self, RunPage};
 use crate::error::{Error, Result};
 use crate::vcpu::VcpuHandle;
@@ -57,15 +58,21 @@ impl Shared {
     }
 
     /// Publishes the calling thread until the guard is dropped, also by a panic.
-    pub(super) fn enter(self: &Arc<Self>) -> Running {
+    pub(super) fn enter(self: &Arc<Self>) -> Result<Running> {
+        sys::unblock_kick_signal().map_err(|errno| host("pthread_sigmask", errno))?;
         self.running.store(sys::thread_id(), Ordering::SeqCst);
-        Running(Arc::clone(self))
+        Ok(Running(Arc::clone(self)))
     }
 
     /// Takes all request bits.
     pub(super) fn take_requests(&self) -> u32 {
         self.page.set_immediate_exit(false);
         self.requests.swap(0, Ordering::SeqCst)
+    }
+
+    /// Forgets requests that were not answered yet.
+    pub(super) fn withdraw(&self, requests: u32) {
+        self.requests.fetch_and(!requests, Ordering::SeqCst);
     }
 
     /// Undoes an `immediate_exit` that the vCPU thread set for itself; that of a request stays.

@@ -161,7 +161,7 @@ impl KvmHypervisor {
             run_page_size: self.run_page_size,
             saved_msrs: self.saved_msrs.clone(),
         }));
-        inner.clock.set_tsc_khz(tsc_khz);
+        inner.clock.set_rates(tsc_khz, self.default_tsc_khz()?);
         tracing::debug!(?config.interrupts, config.max_vcpus, "kvm: virtual machine created");
         Ok(inner)
     }

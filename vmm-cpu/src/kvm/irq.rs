@@ -15,8 +15,8 @@ use super::{host, sys};
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
 use crate::vm::{
-    Doorbell, DoorbellAddress, GsiRoute, GsiTarget, InterruptLines, MsiMessage, MsiSink, Notifier,
-    NotifierIdentity, Notifiers,
+    Doorbell, DoorbellAddress, Doorbells, GsiRoute, GsiTarget, InterruptLines, InterruptNotifiers,
+    MsiMessage, MsiSink, Notifier, NotifierIdentity,
 };
 
 /// Inputs of the I/O APIC, and so the highest line that a PC routes to one, plus one.
@@ -38,7 +38,9 @@ fn halves(address: u64) -> (u32, u32) {
 }
 
 fn check_message(message: MsiMessage) -> Result<()> {
-    if MSI_WINDOW.contains(&message.address) {
+    // Above 4 GiB stand bits 8 to 31 of a 32-bit destination (KVM_X2APIC_API_USE_32BIT_IDS).
+    let (low, high) = halves(message.address);
+    if MSI_WINDOW.contains(&u64::from(low)) && high & 0xff == 0 {
         return Ok(());
     }
     Err(Error::invalid(
@@ -132,16 +134,6 @@ fn attach_error(
 }
 
 impl KvmNotifiers {
-    fn check_interrupts(&self) -> Result<()> {
-        if self.0.interrupts == InterruptMode::External {
-            return Err(Error::unsupported(
-                "attaching a notifier to an interrupt line",
-                "with InterruptMode::External the lines belong to the VMM",
-            ));
-        }
-        Ok(())
-    }
-
     fn ioeventfd(&self, doorbell: &Doorbell, notifier: &Notifier, deassign: bool) -> Result<()> {
         let (addr, port, widths): (_, _, &[u8]) = match doorbell.address {
             DoorbellAddress::Pio(port) => (u64::from(port), true, &[1, 2, 4]),
@@ -207,9 +199,8 @@ impl AttachedNotifiers {
     }
 }
 
-impl Notifiers for KvmNotifiers {
+impl InterruptNotifiers for KvmNotifiers {
     fn attach_interrupt(&self, gsi: u32, notifier: &Notifier, resample: Option<&Notifier>) -> Result<()> {
-        self.check_interrupts()?;
         check_gsi(gsi)?;
         let mut attached = self.0.attached_notifiers();
         match resample {
@@ -224,7 +215,6 @@ impl Notifiers for KvmNotifiers {
     }
 
     fn detach_interrupt(&self, gsi: u32, notifier: &Notifier) -> Result<()> {
-        self.check_interrupts()?;
         check_gsi(gsi)?;
         let mut attached = self.0.attached_notifiers();
         if !attached.remove(gsi, notifier) {
@@ -239,7 +229,9 @@ impl Notifiers for KvmNotifiers {
             .unregister_irqfd(notifier.event_fd(), gsi)
             .map_err(|errno| attach_error("KVM_IRQFD", "interrupt notifier", format!("on GSI {gsi}"), errno))
     }
+}
 
+impl Doorbells for KvmNotifiers {
     fn attach_doorbell(&self, doorbell: &Doorbell, notifier: &Notifier) -> Result<()> {
         self.ioeventfd(doorbell, notifier, false)
     }

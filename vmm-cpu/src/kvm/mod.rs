@@ -17,9 +17,10 @@
 //! exit. Exits carry lengths that the host kernel bounds; nothing here indexes by a value of the
 //! guest. The host kernel is trusted.
 //!
-//! A vCPU is kicked by the signal `SIGRTMIN + 0`, for which a handler that does nothing is
-//! installed when the first vCPU is created. A program that installs a handler of its own for
-//! that signal keeps kicks working, unless it sets the disposition to *ignore*.
+//! A vCPU is kicked by the signal `SIGRTMIN + 0`. When the first vCPU is created, a handler that does nothing is
+//! installed for it, unless the program has one; any handler will do, *ignore* would lose kicks. A thread
+//! that calls [`Vcpu::run`](crate::Vcpu::run) gets the signal unblocked at its first call and must not block it
+//! again.
 
 mod clock;
 mod debug;

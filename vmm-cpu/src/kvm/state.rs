@@ -7,7 +7,7 @@ use kvm_bindings::{
     KVM_X86_SHADOW_INT_STI, Msrs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
     kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Cap, KvmNestedStateBuffer, VcpuFd};
 
 use super::handle::NMI;
 use super::vcpu::KvmVcpu;
@@ -22,6 +22,9 @@ use crate::state::{
 
 /// MSRs that have a field elsewhere in the state: APIC base, EFER, FS base, GS base.
 const MSRS_WITH_A_FIELD: [u32; 4] = [0x1b, 0xc000_0080, 0xc000_0100, 0xc000_0101];
+
+/// IA32_TIME_STAMP_COUNTER.
+pub(super) const IA32_TSC: u32 = 0x10;
 
 /// MSRs in one KVM_GET_MSRS or KVM_SET_MSRS.
 const MSR_BATCH: usize = 128;
@@ -182,6 +185,9 @@ pub(super) fn write_system(vcpu: &KvmVcpu, r: &SystemRegisters) -> Result<()> {
     if r.efer & !EFER_DEFINED != 0 {
         return Err(invalid("system.efer", format!("{:#x} sets bits outside of {EFER_DEFINED:#x}", r.efer)));
     }
+    if r.cr8 > 0xf {
+        return Err(invalid("system.cr8", format!("{:#x}, CR8 has 4 bits", r.cr8)));
+    }
     for (element, segment) in [
         ("system.cs", &r.cs),
         ("system.ds", &r.ds),
@@ -216,6 +222,7 @@ pub(super) fn write_system(vcpu: &KvmVcpu, r: &SystemRegisters) -> Result<()> {
         interrupt_bitmap: [0; 4],
     };
     fd.set_sregs(&sregs).map_err(refused("system", "KVM_SET_SREGS"))?;
+    vcpu.shared.page.set_cr8(r.cr8);
     let mut debug = fd.get_debug_regs().map_err(|errno| host("KVM_GET_DEBUGREGS", errno))?;
     if (debug.db, debug.dr6, debug.dr7) != (r.dr, r.dr6, r.dr7) {
         (debug.db, debug.dr6, debug.dr7) = (r.dr, r.dr6, r.dr7);
@@ -381,8 +388,25 @@ fn has_local_apic(vcpu: &KvmVcpu) -> bool {
     vcpu.vm.interrupts != InterruptMode::External
 }
 
+/// Refuses to save a vCPU that runs, or may run, guests of its own.
+fn check_not_nested(vcpu: &KvmVcpu) -> Result<()> {
+    if !vcpu.vm.fd.check_extension(Cap::NestedState) {
+        return Ok(());
+    }
+    let mut nested = KvmNestedStateBuffer::empty();
+    match vcpu.fd().nested_state(&mut nested) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err(Error::unsupported(
+            "saving a vCPU with nested virtualization in use",
+            "the state has no place for it",
+        )),
+        Err(errno) => Err(host("KVM_GET_NESTED_STATE", errno)),
+    }
+}
+
 pub(super) fn save(vcpu: &KvmVcpu) -> Result<CpuState> {
     let fd = vcpu.fd();
+    check_not_nested(vcpu)?;
     let local_apic = has_local_apic(vcpu);
     // First of all, since it lets KVM take a waiting INIT or SIPI.
     let mp_state = fd.get_mp_state().map_err(|errno| host("KVM_GET_MP_STATE", errno))?.mp_state;
@@ -402,12 +426,21 @@ pub(super) fn save(vcpu: &KvmVcpu) -> Result<CpuState> {
         vcpu.vm.saved_msrs.iter().copied().filter(|index| !MSRS_WITH_A_FIELD.contains(index)).collect();
     let mut msrs = read_msrs(fd, &indices)?;
     msrs.sort_unstable_by_key(|msr| msr.index);
+    if let Some(tsc) = msrs.iter_mut().find(|msr| msr.index == IA32_TSC) {
+        tsc.value = tsc.value.wrapping_sub(vcpu.outstanding_pause());
+    }
     let lapic = if local_apic {
         Some(lapic_from_kvm(&fd.get_lapic().map_err(|errno| host("KVM_GET_LAPIC", errno))?))
     } else {
         None
     };
     let events = fd.get_vcpu_events().map_err(|errno| host("KVM_GET_VCPU_EVENTS", errno))?;
+    if events.smi.smm != 0 || events.smi.pending != 0 {
+        return Err(Error::unsupported(
+            "saving a vCPU in system-management mode",
+            "the state has no place for it",
+        ));
+    }
     let mut events = events_from_kvm(&events, vcpu.shared.intr());
     // One that no run has handed to KVM yet.
     events.nmi.pending |= vcpu.shared.pending() & NMI != 0;

@@ -104,6 +104,13 @@ impl RunPage {
         self.byte(offset_of!(kvm_run, request_interrupt_window)).store(u8::from(wanted), Ordering::Relaxed);
     }
 
+    /// CR8 for the next entry of a vCPU without a local APIC in KVM, which takes it from here (bits 0 to 3).
+    pub(super) fn set_cr8(&self, value: u64) {
+        let [low, ..] = value.to_le_bytes();
+        // The other bytes are zero: KVM writes them and CR8 has four bits.
+        self.byte(offset_of!(kvm_run, cr8)).store(low, Ordering::Relaxed);
+    }
+
     /// Whether KVM_INTERRUPT would be accepted now.
     pub(super) fn ready_for_interrupt(&self) -> bool {
         self.byte(offset_of!(kvm_run, ready_for_interrupt_injection)).load(Ordering::Relaxed) != 0
@@ -191,7 +198,7 @@ pub(super) fn ioeventfd(vm: &VmFd, argument: &kvm_ioeventfd) -> errno::Result<()
     }
 }
 
-/// Adds `delta` to the vCPU's KVM_VCPU_TSC_OFFSET (host ticks at guest rate).
+/// Adds `delta` guest ticks to the vCPU's KVM_VCPU_TSC_OFFSET.
 pub(super) fn adjust_tsc_offset(vcpu: &VcpuFd, delta: u64) -> errno::Result<()> {
     let offset = Cell::new(0_u64);
     let attribute = kvm_device_attr {
@@ -300,11 +307,51 @@ fn kick_signal() -> libc::c_int {
     SIGRTMIN()
 }
 
-/// Installs the handler that does nothing, once per process.
+/// Installs the handler that does nothing, once per process and only where there is none.
 pub(super) fn install_kick_handler() -> errno::Result<()> {
     use std::sync::OnceLock;
     static INSTALLED: OnceLock<errno::Result<()>> = OnceLock::new();
-    *INSTALLED.get_or_init(|| register_signal_handler(kick_signal(), on_kick))
+    *INSTALLED.get_or_init(|| {
+        if has_handler(kick_signal())? { Ok(()) } else { register_signal_handler(kick_signal(), on_kick) }
+    })
+}
+
+/// Whether the program handles `signal`, by something else than the default or *ignore*.
+fn has_handler(signal: libc::c_int) -> errno::Result<bool> {
+    let mut present = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: a null new action asks for the present one, which is written to a place of its own type.
+    if unsafe { libc::sigaction(signal, std::ptr::null(), present.as_mut_ptr()) } != 0 {
+        return errno::errno_result();
+    }
+    // SAFETY: the call above succeeded and so wrote it.
+    let present = unsafe { present.assume_init() };
+    Ok(!matches!(present.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN))
+}
+
+/// Lets the calling thread receive the kick signal; a system call only at the thread's first call.
+pub(super) fn unblock_kick_signal() -> errno::Result<()> {
+    thread_local! {
+        static UNBLOCKED: Cell<bool> = const { Cell::new(false) };
+    }
+    if UNBLOCKED.get() {
+        return Ok(());
+    }
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: the set is a place of its own type; both functions only write to it.
+    let made = unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: as above, and the set was initialised by the call before.
+    let made = made | unsafe { libc::sigaddset(set.as_mut_ptr(), kick_signal()) };
+    if made != 0 {
+        return errno::errno_result();
+    }
+    // SAFETY: the set is initialised, the old mask is not asked for.
+    match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), std::ptr::null_mut()) } {
+        0 => {
+            UNBLOCKED.set(true);
+            Ok(())
+        }
+        error => Err(errno::Error::new(error)),
+    }
 }
 
 /// Kernel thread ID of the calling thread; never 0.

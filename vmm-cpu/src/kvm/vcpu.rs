@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_msr_entry};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
+    kvm_mp_state, kvm_msr_entry, kvm_vcpu_events,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_memory::PAGE_SIZE;
 use vmm_memory::vm_memory::GuestAddress;
@@ -36,6 +39,8 @@ pub(super) struct KvmVcpu {
     unsettled: bool,
     /// How much of the VM's paused time is in this vCPU's TSC offset.
     applied_pause: u64,
+    /// The registers are newer than what the `kvm_run` page says of them.
+    page_stale: bool,
     /// A debugger wants a stop after each instruction.
     pub(super) single_step: bool,
     counts: ExitCounts,
@@ -62,6 +67,7 @@ impl KvmVcpu {
             halted: false,
             unsettled: false,
             applied_pause,
+            page_stale: true,
             single_step: false,
             counts: ExitCounts::default(),
         }
@@ -76,7 +82,8 @@ impl KvmVcpu {
         let requests = self.shared.take_requests();
         if requests & NMI != 0 {
             self.fd.nmi().map_err(|errno| host("KVM_NMI", errno))?;
-            self.halted = false;
+            // A handler of NMIs that halts goes on halting: the next one waits for its IRET.
+            self.halted = self.halted && self.events()?.nmi.masked != 0;
         }
         // INTR needs no answer: the loop looks at the pin before each entry.
         debug_assert_eq!(requests & !(NMI | KICK | INTR), 0);
@@ -90,14 +97,13 @@ impl KvmVcpu {
     /// Delivers an interrupt if INTR is asserted and the vCPU can take it, else asks for the moment when it can.
     fn service_intr(&mut self, io: &mut dyn VcpuIo) -> Result<()> {
         let mut window = self.shared.intr();
-        if window && self.halted && !self.shared.page.ready_for_interrupt() {
-            // What the page says may be older than the registers: a restored vCPU never ran.
+        if window && self.page_stale {
             self.refresh_page()?;
         }
         if window && self.shared.page.ready_for_interrupt() {
             match io.acknowledge_interrupt() {
                 Some(vector) => {
-                    sys::interrupt(&self.fd, vector).map_err(|errno| host("KVM_INTERRUPT", errno))?;
+                    self.inject(vector)?;
                     self.halted = false;
                     window = self.shared.intr();
                 }
@@ -112,11 +118,34 @@ impl KvmVcpu {
         Ok(())
     }
 
+    /// Delivers an interrupt that the vCPU is ready for and that the VMM's controller was told to be accepted.
+    fn inject(&self, vector: u8) -> Result<()> {
+        if self.vm.interrupts == InterruptMode::External {
+            return sys::interrupt(&self.fd, vector).map_err(|errno| host("KVM_INTERRUPT", errno));
+        }
+        // With a local APIC in KVM, KVM_INTERRUPT puts the vector where no state shows it until the guest is
+        // entered; a kick and a save in between would lose it.
+        let mut events = self.events()?;
+        (events.interrupt.injected, events.interrupt.nr, events.interrupt.soft) = (1, vector, 0);
+        self.fd.set_vcpu_events(&events).map_err(|errno| host("KVM_SET_VCPU_EVENTS", errno))?;
+        let halted = self.fd.get_mp_state().map_err(|errno| host("KVM_GET_MP_STATE", errno))?;
+        if halted.mp_state == KVM_MP_STATE_HALTED {
+            let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+            self.fd.set_mp_state(running).map_err(|errno| host("KVM_SET_MP_STATE", errno))?;
+        }
+        Ok(())
+    }
+
+    fn events(&self) -> Result<kvm_vcpu_events> {
+        self.fd.get_vcpu_events().map_err(|errno| host("KVM_GET_VCPU_EVENTS", errno))
+    }
+
     /// Lets KVM bring the `kvm_run` page up to date without executing the guest.
     fn refresh_page(&mut self) -> Result<()> {
         self.shared.page.set_immediate_exit(true);
         let result = self.fd.run().map(|_| ());
         self.shared.rearm();
+        self.page_stale = false;
         match result {
             Err(errno) if errno.errno() != libc::EINTR => Err(host("KVM_RUN", errno)),
             _ => Ok(()),
@@ -126,13 +155,24 @@ impl KvmVcpu {
     /// Lets the TSC stand still for the time that the VM's clock was paused since the last run.
     fn apply_pauses(&mut self) -> Result<()> {
         let paused = self.vm.clock.paused_ticks();
-        let delta = paused.wrapping_sub(self.applied_pause);
+        let delta = self.vm.clock.guest_ticks(paused.wrapping_sub(self.applied_pause));
         if delta != 0 {
             sys::adjust_tsc_offset(&self.fd, delta.wrapping_neg())
                 .map_err(|errno| host("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)", errno))?;
             self.applied_pause = paused;
         }
         Ok(())
+    }
+
+    /// What is to be taken off the TSC that KVM tells, in guest ticks: pauses that no run has accounted for yet.
+    pub(super) fn outstanding_pause(&self) -> u64 {
+        let clock = &self.vm.clock;
+        clock.guest_ticks(clock.paused_ticks_now().wrapping_sub(self.applied_pause))
+    }
+
+    /// The TSC was written: what was paused before does not count for the new value.
+    pub(super) fn forget_pauses(&mut self) {
+        self.applied_pause = self.vm.clock.paused_ticks_now();
     }
 
     /// One KVM_RUN and the callback that its exit asks for.
@@ -143,6 +183,7 @@ impl KvmVcpu {
     fn step(&mut self, io: &mut dyn VcpuIo) -> Result<Step> {
         let (vcpu, counts) = (self.index, &mut self.counts);
         let was_unsettled = std::mem::replace(&mut self.unsettled, true);
+        self.page_stale = false;
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(errno) => {
@@ -231,7 +272,8 @@ impl KvmVcpu {
                 self.unsettled = false;
                 return Ok(Step::Stop(Halt::Reset));
             }
-            VcpuExit::Intr => self.unsettled = false,
+            // The guest lowered CR8 without a local APIC in KVM; what becomes deliverable is seen before the next entry.
+            VcpuExit::Intr | VcpuExit::SetTpr => self.unsettled = false,
             VcpuExit::InternalError => {
                 counts.other += 1;
                 self.unsettled = false;
@@ -337,7 +379,7 @@ impl KvmVcpu {
     }
 
     fn enter(&mut self, io: &mut dyn VcpuIo) -> Result<Halt> {
-        let _running = self.shared.enter();
+        let _running = self.shared.enter()?;
         self.apply_pauses()?;
         if let Some(halt) = self.answer_requests()? {
             return Ok(halt);
@@ -349,7 +391,13 @@ impl KvmVcpu {
                     self.service_intr(io)?;
                 }
                 if self.halted {
-                    return Ok(self.answer_requests()?.unwrap_or(Halt::Halted));
+                    if let Some(halt) = self.answer_requests()? {
+                        return Ok(halt);
+                    }
+                    // An NMI among the requests may have ended it.
+                    if self.halted {
+                        return Ok(Halt::Halted);
+                    }
                 }
             }
             match self.step(io)? {
@@ -409,6 +457,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_registers(&mut self, registers: &GeneralRegisters) -> Result<()> {
+        self.page_stale = true;
         self.fd.set_regs(&state::general_to_kvm(registers)).map_err(|errno| host("KVM_SET_REGS", errno))
     }
 
@@ -417,6 +466,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
+        self.page_stale = true;
         state::write_system(self, registers)
     }
 
@@ -424,7 +474,11 @@ impl Vcpu for KvmVcpu {
         let mut msrs = one_msr(index, 0)?;
         match self.fd.get_msrs(&mut msrs).map_err(|errno| host("KVM_GET_MSRS", errno))? {
             0 => Err(Error::invalid("MSR", format_args!("{index:#x}"), "a register that this vCPU has")),
-            _ => Ok(msrs.as_slice().first().map_or(0, |entry| entry.data)),
+            _ => {
+                let value = msrs.as_slice().first().map_or(0, |entry| entry.data);
+                let paused = if index == state::IA32_TSC { self.outstanding_pause() } else { 0 };
+                Ok(value.wrapping_sub(paused))
+            }
         }
     }
 
@@ -436,7 +490,12 @@ impl Vcpu for KvmVcpu {
                 format_args!("{value:#x} to {index:#x}"),
                 "a register that this vCPU has and a value without reserved bits",
             )),
-            _ => Ok(()),
+            _ => {
+                if index == state::IA32_TSC {
+                    self.forget_pauses();
+                }
+                Ok(())
+            }
         }
     }
 
@@ -456,9 +515,17 @@ impl Vcpu for KvmVcpu {
 
     fn restore(&mut self, cpu: &CpuState) -> Result<()> {
         self.settle()?;
+        self.page_stale = true;
+        // An NMI from before belongs to the state that goes.
+        self.shared.withdraw(NMI);
         state::restore(self, cpu)?;
+        if cpu.msr(state::IA32_TSC).is_some() {
+            self.forget_pauses();
+        }
         let kvm_waits = self.vm.interrupts != InterruptMode::External;
-        self.halted = !kvm_waits && cpu.run_state == RunState::Halted && !cpu.events.nmi.pending;
+        self.halted = !kvm_waits
+            && cpu.run_state == RunState::Halted
+            && (!cpu.events.nmi.pending || cpu.events.nmi.masked);
         Ok(())
     }
 

@@ -26,8 +26,8 @@ use crate::hypervisor::InterruptMode;
 use crate::state::VmState;
 use crate::vcpu::Vcpu;
 use crate::vm::{
-    GuestAccess, GuestDirtyLog, Hypercalls, InterruptLines, MsiSink, MsrFilter, MsrRange, Notifiers, Vm,
-    VmClock,
+    Doorbells, GuestAccess, GuestDirtyLog, Hypercalls, InterruptLines, InterruptNotifiers, MsiSink,
+    MsrFilter, MsrRange, Vm, VmClock,
 };
 
 /// Ranges in KVM's MSR filter.
@@ -291,11 +291,14 @@ impl Vm for KvmVm {
             .then(|| Arc::new(KvmInterrupts(Arc::clone(&self.0))) as Arc<dyn MsiSink>)
     }
 
-    fn notifiers(&self) -> Option<Arc<dyn Notifiers>> {
-        self.0
-            .fd
-            .check_extension(Cap::Ioeventfd)
-            .then(|| Arc::new(KvmNotifiers(Arc::clone(&self.0))) as Arc<dyn Notifiers>)
+    fn interrupt_notifiers(&self) -> Option<Arc<dyn InterruptNotifiers>> {
+        let present = self.0.interrupts != InterruptMode::External && self.0.fd.check_extension(Cap::Irqfd);
+        present.then(|| Arc::new(KvmNotifiers(Arc::clone(&self.0))) as Arc<dyn InterruptNotifiers>)
+    }
+
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        let present = self.0.fd.check_extension(Cap::Ioeventfd);
+        present.then(|| Arc::new(KvmNotifiers(Arc::clone(&self.0))) as Arc<dyn Doorbells>)
     }
 
     fn dirty_log(&self) -> Option<Arc<dyn GuestDirtyLog>> {

@@ -1,8 +1,9 @@
 //! Portable state of vCPUs and virtual machines: named elements in structures of our own, which any
 //! backend can read back, plus a tagged blob for what only one backend understands.
 //!
-//! The structures are `#[non_exhaustive]`: build them from `default()` or one of the constructors
-//! and set fields. Whoever reads one treats it as hostile, since snapshots come from files.
+//! Structures that will grow are `#[non_exhaustive]`: build them from `default()` or one of the constructors
+//! and set fields. Those that mirror a register file are complete by nature. Whoever reads one treats it as hostile,
+//! since snapshots come from files.
 
 mod events;
 mod platform;
@@ -63,7 +64,8 @@ pub struct BackendBlob {
     pub data: Vec<u8>,
 }
 
-/// Everything that a vCPU is.
+/// Everything that a vCPU is, system-management mode and nested virtualization excepted: a backend refuses to save
+/// a vCPU that is in either.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CpuState {
@@ -85,7 +87,6 @@ pub struct CpuState {
     /// What only the writing backend understands; others ignore it.
     pub backend: Option<BackendBlob>,
 }
-
 impl CpuState {
     /// The state after RESET (Intel SDM 3A table 11-1) with an empty x87 and SSE state.
     pub fn at_reset() -> Self {

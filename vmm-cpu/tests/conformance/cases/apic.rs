@@ -6,7 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use iced_x86::code_asm::{dword_ptr, eax, ecx, edx, rax, rcx};
-use vmm_cpu::{Error, GsiRoute, GsiTarget, InterruptLines, InterruptMode, MsiMessage, Notifier, Notifiers};
+use vmm_cpu::{
+    Error, GsiRoute, GsiTarget, InterruptLines, InterruptMode, InterruptNotifiers, MsiMessage, Notifier,
+};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, Stop, cases};
@@ -309,8 +311,8 @@ fn end_of_level_interrupt_is_reported(backend: &Backend) -> Outcome {
     Ok(())
 }
 
-fn notifiers(machine: &Machine) -> Outcome<Arc<dyn Notifiers>> {
-    machine.vm.notifiers().ok_or_else(|| Stop::skipped("no notifiers"))
+fn notifiers(machine: &Machine) -> Outcome<Arc<dyn InterruptNotifiers>> {
+    machine.vm.interrupt_notifiers().ok_or_else(|| Stop::skipped("no notifiers"))
 }
 
 fn notifier_raises_an_edge(backend: &Backend) -> Outcome {

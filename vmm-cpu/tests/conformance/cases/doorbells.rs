@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use iced_x86::code_asm::{al, ax, byte_ptr, dword_ptr, dx, eax, qword_ptr, rax, rbx, word_ptr};
 use vmm_cpu::vmm_memory::vm_memory::GuestAddress;
-use vmm_cpu::{Doorbell, DoorbellAddress, Error, Notifier, Notifiers};
+use vmm_cpu::{Doorbell, DoorbellAddress, Doorbells, Error, Notifier};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, Stop, cases};
@@ -56,10 +56,10 @@ fn writing_guest(address: DoorbellAddress, width: u8, values: &[u64]) -> Outcome
     p.assemble()
 }
 
-fn machine(backend: &Backend, image: &Image) -> Outcome<(Machine, Arc<dyn Notifiers>)> {
+fn machine(backend: &Backend, image: &Image) -> Outcome<(Machine, Arc<dyn Doorbells>)> {
     let machine = Machine::new(backend, image)?;
-    let notifiers = machine.vm.notifiers().ok_or_else(|| Stop::skipped("no notifiers"))?;
-    Ok((machine, notifiers))
+    let doorbells = machine.vm.doorbells().ok_or_else(|| Stop::skipped("no doorbells"))?;
+    Ok((machine, doorbells))
 }
 
 /// The access by which a write of `width` bytes arrives at the VMM.
@@ -78,9 +78,9 @@ fn rings_on_its_value(backend: &Backend, address: DoorbellAddress, width: u8) ->
     let values = VALUES.map(|value| value | high);
     let mut all = values.to_vec();
     all.push(values[1] ^ high);
-    let (mut machine, notifiers) = machine(backend, &writing_guest(address, width, &all)?)?;
+    let (mut machine, doorbells) = machine(backend, &writing_guest(address, width, &all)?)?;
     let notifier = Notifier::new()?;
-    notifiers.attach_doorbell(&Doorbell::new(address, width).matching(values[1]), &notifier)?;
+    doorbells.attach_doorbell(&Doorbell::new(address, width).matching(values[1]), &notifier)?;
     machine.run_to_end()?;
     let others = [values[0], values[2], all[3]];
     let expected =
@@ -101,9 +101,9 @@ fn mmio_of_every_width_rings_on_its_value(backend: &Backend) -> Outcome {
 
 fn without_a_value_every_write_rings(backend: &Backend) -> Outcome {
     for address in [DoorbellAddress::Pio(PORT), DoorbellAddress::Mmio(GuestAddress(layout::MMIO))] {
-        let (mut machine, notifiers) = machine(backend, &writing_guest(address, 4, &VALUES)?)?;
+        let (mut machine, doorbells) = machine(backend, &writing_guest(address, 4, &VALUES)?)?;
         let notifier = Notifier::new()?;
-        notifiers.attach_doorbell(&Doorbell::new(address, 4), &notifier)?;
+        doorbells.attach_doorbell(&Doorbell::new(address, 4), &notifier)?;
         machine.run_to_end()?;
         assert_eq!(machine.bus.log, [], "{address:?}");
         assert_eq!(notifier.take()?, 3, "{address:?}");
@@ -122,10 +122,10 @@ fn other_widths_and_reads_go_to_the_vmm(backend: &Backend) -> Outcome {
     p.mov(dword_ptr(rbx + 4), eax)?;
     p.mov(dword_ptr(rbx), eax)?;
     p.end()?;
-    let (mut machine, notifiers) = machine(backend, &p.assemble()?)?;
+    let (mut machine, doorbells) = machine(backend, &p.assemble()?)?;
     let notifier = Notifier::new()?;
     let doorbell = Doorbell::new(DoorbellAddress::Mmio(GuestAddress(gpa)), 4).matching(0x11);
-    notifiers.attach_doorbell(&doorbell, &notifier)?;
+    doorbells.attach_doorbell(&doorbell, &notifier)?;
     machine.run_to_end()?;
     let expected = [
         Access::Store { gpa, data: vec![0x11, 0] },
@@ -139,10 +139,10 @@ fn other_widths_and_reads_go_to_the_vmm(backend: &Backend) -> Outcome {
 
 fn two_values_at_one_address(backend: &Backend) -> Outcome {
     let address = DoorbellAddress::Mmio(GuestAddress(layout::MMIO));
-    let (mut machine, notifiers) = machine(backend, &writing_guest(address, 2, &VALUES)?)?;
+    let (mut machine, doorbells) = machine(backend, &writing_guest(address, 2, &VALUES)?)?;
     let (first, second) = (Notifier::new()?, Notifier::new()?);
-    notifiers.attach_doorbell(&Doorbell::new(address, 2).matching(VALUES[0]), &first)?;
-    notifiers.attach_doorbell(&Doorbell::new(address, 2).matching(VALUES[2]), &second)?;
+    doorbells.attach_doorbell(&Doorbell::new(address, 2).matching(VALUES[0]), &first)?;
+    doorbells.attach_doorbell(&Doorbell::new(address, 2).matching(VALUES[2]), &second)?;
     machine.run_to_end()?;
     assert_eq!(machine.bus.log, [arrival(address, 2, VALUES[1])?]);
     assert_eq!((first.take()?, second.take()?), (1, 1));
@@ -151,24 +151,24 @@ fn two_values_at_one_address(backend: &Backend) -> Outcome {
 
 fn detached_doorbell_is_silent(backend: &Backend) -> Outcome {
     let address = DoorbellAddress::Pio(PORT);
-    let (mut machine, notifiers) = machine(backend, &writing_guest(address, 4, &VALUES)?)?;
+    let (mut machine, doorbells) = machine(backend, &writing_guest(address, 4, &VALUES)?)?;
     let notifier = Notifier::new()?;
     let doorbell = Doorbell::new(address, 4);
-    notifiers.attach_doorbell(&doorbell, &notifier)?;
-    notifiers.detach_doorbell(&doorbell, &notifier)?;
+    doorbells.attach_doorbell(&doorbell, &notifier)?;
+    doorbells.detach_doorbell(&doorbell, &notifier)?;
     machine.run_to_end()?;
     assert_eq!(machine.bus.log.len(), 3);
     assert_eq!(notifier.take()?, 0);
-    let error = notifiers.detach_doorbell(&doorbell, &notifier);
+    let error = doorbells.detach_doorbell(&doorbell, &notifier);
     assert!(matches!(error, Err(Error::InvalidArgument { .. })), "{error:?}");
     Ok(())
 }
 
 fn rings_are_counted(backend: &Backend) -> Outcome {
     let address = DoorbellAddress::Mmio(GuestAddress(layout::MMIO));
-    let (mut machine, notifiers) = machine(backend, &writing_guest(address, 4, &[7; 500])?)?;
+    let (mut machine, doorbells) = machine(backend, &writing_guest(address, 4, &[7; 500])?)?;
     let notifier = Notifier::new()?;
-    notifiers.attach_doorbell(&Doorbell::new(address, 4).matching(7), &notifier)?;
+    doorbells.attach_doorbell(&Doorbell::new(address, 4).matching(7), &notifier)?;
     machine.run_to_end()?;
     assert_eq!(notifier.take()?, 500);
     Ok(())
@@ -176,10 +176,10 @@ fn rings_are_counted(backend: &Backend) -> Outcome {
 
 fn impossible_doorbells_are_refused(backend: &Backend) -> Outcome {
     let (pio, mmio) = (DoorbellAddress::Pio(PORT), DoorbellAddress::Mmio(GuestAddress(layout::MMIO)));
-    let (_machine, notifiers) = machine(backend, &writing_guest(pio, 1, &VALUES)?)?;
+    let (_machine, doorbells) = machine(backend, &writing_guest(pio, 1, &VALUES)?)?;
     let notifier = Notifier::new()?;
     let refused = |doorbell: Doorbell| {
-        let error = notifiers.attach_doorbell(&doorbell, &notifier);
+        let error = doorbells.attach_doorbell(&doorbell, &notifier);
         assert!(matches!(error, Err(Error::InvalidArgument { .. })), "{doorbell:?}: {error:?}");
     };
     for width in [0, 3, 5, 16, 255] {
@@ -190,7 +190,7 @@ fn impossible_doorbells_are_refused(backend: &Backend) -> Outcome {
     refused(Doorbell::new(pio, 1).matching(0x100));
     refused(Doorbell::new(mmio, 4).matching(1 << 32));
     let doorbell = Doorbell::new(mmio, 4).matching(1);
-    notifiers.attach_doorbell(&doorbell, &notifier)?;
+    doorbells.attach_doorbell(&doorbell, &notifier)?;
     refused(doorbell);
     Ok(())
 }
