@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use iced_x86::code_asm::{al, dword_ptr, eax, ecx, qword_ptr, rax};
+use iced_x86::code_asm::{al, cr8, dword_ptr, eax, ecx, qword_ptr, rax};
+use vmm_cpu::state::rflags;
 use vmm_cpu::{Halt, InterruptMode};
 
 use crate::suite::backend::Backend;
@@ -24,6 +25,8 @@ cases![
     nmi_ignores_cli,
     nmi_blocks_nmi_until_iret,
     wait_times_out,
+    registers_set_from_outside_decide_what_is_deliverable,
+    guest_raises_and_lowers_its_task_priority,
 ];
 
 const VECTOR: u8 = 0x21;
@@ -44,6 +47,60 @@ fn halting_guest() -> Outcome<Image> {
         p.iretq()?;
     }
     p.assemble()
+}
+
+/// A vCPU that last stood with interrupts on is set to code that has them off: INTR waits for its STI.
+fn registers_set_from_outside_decide_what_is_deliverable(backend: &Backend) -> Outcome {
+    let mut p = Program::new()?;
+    p.sti()?;
+    p.nop()?;
+    p.checkpoint()?;
+    p.report(0x10, 1)?;
+    p.mov(al, 3)?;
+    p.sti()?;
+    p.out(0x10, al)?;
+    p.report(0x10, 4)?;
+    p.end()?;
+    p.handler(VECTOR)?;
+    p.report(0x10, VECTOR)?;
+    p.iretq()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    machine.run_to_end()?;
+    let mut registers = machine.vcpu.registers()?;
+    assert_ne!(registers.rflags & rflags::IF, 0);
+    registers.rflags &= !rflags::IF;
+    machine.vcpu.set_registers(&registers)?;
+    machine.bus.vectors.push_back(VECTOR);
+    machine.vcpu.handle().set_intr(true)?;
+    machine.run_to_end()?;
+    assert_eq!(machine.bus.output(0x10), [1, 3, VECTOR, 4]);
+    Ok(())
+}
+
+/// CR8 is an ordinary register of a vCPU without a local APIC, to the guest and to the VMM.
+fn guest_raises_and_lowers_its_task_priority(backend: &Backend) -> Outcome {
+    let mut p = Program::new()?;
+    p.mov(rax, cr8)?;
+    p.mov(dword_ptr(layout::DATA), eax)?;
+    p.mov(eax, 9)?;
+    p.mov(cr8, rax)?;
+    p.mov(eax, 2)?;
+    p.mov(cr8, rax)?;
+    p.checkpoint()?;
+    p.end()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    let mut system = machine.vcpu.system_registers()?;
+    system.cr8 = 5;
+    machine.vcpu.set_system_registers(&system)?;
+    machine.run_to_end()?;
+    assert_eq!(machine.word(layout::DATA)?, 5);
+    assert_eq!(machine.vcpu.system_registers()?.cr8, 2);
+    let state = machine.vcpu.save()?;
+    let config = backend.config(InterruptMode::External)?;
+    let mut copy = machine.copy(backend, &config, &state)?;
+    copy.run_to_end()?;
+    assert_eq!(copy.vcpu.system_registers()?.cr8, 2);
+    Ok(())
 }
 
 fn interrupt_wakes_from_hlt(backend: &Backend) -> Outcome {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{al, dword_ptr};
 use vmm_cpu::vmm_memory::vm_memory::{Bytes, GuestAddress};
+use vmm_cpu::vmm_sys_util::signal::{SIGRTMAX, SIGRTMIN, block_signal};
 use vmm_cpu::{EmptyBus, Halt, InterruptMode, VcpuHandle};
 
 use crate::suite::backend::Backend;
@@ -23,6 +24,7 @@ cases![
     hundred_thousand_kicks_of_a_vcpu_that_waits_in_run,
     bursts_of_kicks_without_waiting,
     kick_during_a_callback_that_blocks,
+    kick_reaches_a_thread_that_blocks_all_signals,
     handle_outlives_its_vcpu,
 ];
 
@@ -56,6 +58,24 @@ fn halting_guest() -> Outcome<Image> {
     p.hlt()?;
     p.jmp(again)?;
     p.assemble()
+}
+
+/// Programs that take signals by a descriptor block them in every thread.
+fn kick_reaches_a_thread_that_blocks_all_signals(backend: &Backend) -> Outcome {
+    let mut machine = Machine::new(backend, &busy_guest()?)?;
+    let handle = machine.vcpu.handle();
+    let (sender, ended) = mpsc::channel();
+    thread::Builder::new().spawn(move || {
+        for signal in SIGRTMIN()..=SIGRTMAX() {
+            block_signal(signal).expect("a real-time signal can be blocked");
+        }
+        sender.send(machine.vcpu.run(&mut EmptyBus)).ok();
+    })?;
+    thread::sleep(Duration::from_millis(50));
+    handle.kick();
+    let halt = ended.recv_timeout(DEADLINE)??;
+    assert_eq!(halt, Halt::Interrupted);
+    Ok(())
 }
 
 /// A vCPU on a thread of its own that answers kicks, seen from the thread that kicks.

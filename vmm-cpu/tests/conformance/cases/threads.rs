@@ -1,6 +1,6 @@
 //! vCPU threads: run, pause all, look inside, resume, stop.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ cases![
     pausing_halted_vcpus,
     stop_gives_the_vcpus_back,
     dropping_stops_the_threads,
+    callback_pauses_all,
 ];
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -269,6 +270,46 @@ fn stop_gives_the_vcpus_back(backend: &Backend) -> Outcome {
     threads.resume();
     guest.counts(0)?;
     guest.counts(1)
+}
+
+/// Pauses all vCPUs from the callback of one, as a debug port might.
+struct PausePort {
+    threads: Arc<OnceLock<VcpuThreads>>,
+}
+
+impl VcpuIo for PausePort {
+    fn pio_write(&mut self, _port: u16, _size: usize, _data: &[u8]) {
+        self.threads.get().expect("the threads are there before they run").pause();
+    }
+}
+
+fn callback_pauses_all(backend: &Backend) -> Outcome {
+    let mut p = Program::new()?;
+    p.out(0x44, al)?;
+    let again = p.here()?;
+    p.inc(rax)?;
+    p.mov(ptr(rbx), rax)?;
+    p.jmp(again)?;
+    let pausing = p.assemble_at(layout::CODE + 0x1000)?;
+    let shared = Arc::new(OnceLock::new());
+    let port = PausePort { threads: Arc::clone(&shared) };
+    let (vcpus, guest) = two_vcpus(backend, [&counting()?, &pausing], [Box::new(EmptyBus), Box::new(port)])?;
+    let threads = shared.get_or_init(|| VcpuThreads::spawn(vcpus).expect("threads start"));
+    threads.resume();
+    let deadline = Instant::now() + DEADLINE;
+    // Both stand still: only then can one be looked into.
+    while threads.with_vcpu(0, |_| ()).is_err() {
+        if Instant::now() > deadline {
+            return Err(Stop::failed("the vCPUs did not pause"));
+        }
+        thread::yield_now();
+    }
+    threads.with_vcpu(1, |_| ())?;
+    threads.resume();
+    guest.counts(0)?;
+    guest.counts(1)?;
+    threads.pause();
+    Ok(())
 }
 
 fn dropping_stops_the_threads(backend: &Backend) -> Outcome {

@@ -63,12 +63,20 @@ impl Interpreter<'_> {
     }
 
     pub(super) fn register(&self, register: Register) -> Result<u64, Fault> {
+        if register == Register::CR8 {
+            return Ok(self.cpu.state.system.cr8);
+        }
         let mut general = self.cpu.state.general;
         let whole = *slot(&mut general, register).ok_or_else(unknown_operand)?;
         Ok(alu::truncate(whole >> shift_of(register), register.size()))
     }
 
     pub(super) fn set_register(&mut self, register: Register, value: u64) -> Result<(), Fault> {
+        if register == Register::CR8 {
+            // Without a local APIC it holds back no interrupt.
+            self.cpu.state.system.cr8 = value & 0xf;
+            return Ok(());
+        }
         let whole = slot(&mut self.cpu.state.general, register).ok_or_else(unknown_operand)?;
         let (size, shift) = (register.size(), shift_of(register));
         *whole = if size >= 4 {
