@@ -14,6 +14,7 @@ use vmm_memory::vm_memory::GuestAddress;
 
 use super::exits::{ExitCounts, internal_error_reason};
 use super::handle::{INTR, KICK, KvmVcpuHandle, NMI, Shared};
+use super::sys::RunPage;
 use super::vm::VmInner;
 use super::{NAME, debug, host, state, sys};
 use crate::debug::{DebugReason, DebugStop, DebugStops};
@@ -182,8 +183,6 @@ impl KvmVcpu {
     #[inline(always)]
     fn step(&mut self, io: &mut dyn VcpuIo) -> Result<Step> {
         let (vcpu, counts) = (self.index, &mut self.counts);
-        let was_unsettled = std::mem::replace(&mut self.unsettled, true);
-        self.page_stale = false;
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(errno) => {
@@ -193,24 +192,22 @@ impl KvmVcpu {
                         Ok(Step::Requests)
                     }
                     // A vCPU that waited for INIT or SIPI was woken.
-                    libc::EAGAIN => {
-                        self.unsettled = was_unsettled;
-                        Ok(Step::Continue)
-                    }
+                    libc::EAGAIN => Ok(Step::Continue),
                     _ => Err(host("KVM_RUN", errno)),
                 };
             }
         };
+        self.unsettled = true;
         match exit {
             VcpuExit::IoOut(port, data) => {
                 counts.pio_out += 1;
                 tracing::trace!(vcpu, port, len = data.len(), "kvm: port write");
-                io.pio_write(port, self.shared.page.io_size(), data);
+                io.pio_write(port, element_size(&self.shared.page, data), data);
             }
             VcpuExit::IoIn(port, data) => {
                 counts.pio_in += 1;
                 tracing::trace!(vcpu, port, len = data.len(), "kvm: port read");
-                io.pio_read(port, self.shared.page.io_size(), data);
+                io.pio_read(port, element_size(&self.shared.page, data), data);
             }
             VcpuExit::MmioRead(gpa, data) => {
                 counts.mmio_read += 1;
@@ -543,6 +540,11 @@ impl Drop for KvmVcpu {
         self.vm.vcpus.fetch_sub(1, Ordering::Relaxed);
         tracing::debug!(vcpu = self.index, "kvm: vCPU dropped");
     }
+}
+
+/// Element size of a port access. Only one of several bytes needs a look at the second mapping of kvm_run.
+fn element_size(page: &RunPage, data: &[u8]) -> usize {
+    if data.len() == 1 { 1 } else { page.io_size() }
 }
 
 fn one_msr(index: u32, data: u64) -> Result<Msrs> {
