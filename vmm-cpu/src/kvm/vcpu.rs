@@ -246,6 +246,9 @@ impl KvmVcpu {
             VcpuExit::IrqWindowOpen => {
                 counts.interrupt_window += 1;
                 tracing::trace!(vcpu, "kvm: interrupt window");
+                // Asked for again before the next entry if the pin is still high; else KVM would go on telling
+                // instead of running the guest.
+                self.shared.page.request_interrupt_window(false);
                 self.unsettled = false;
             }
             VcpuExit::Hlt => {

@@ -17,6 +17,7 @@ cases![
     blocked_by_cli_until_after_sti,
     hlt_with_interrupts_off_stays,
     withdrawn_interrupt_is_not_delivered,
+    pin_lowered_while_interrupts_are_off_is_forgotten,
     two_interrupts_one_after_the_other,
     interrupt_of_a_busy_guest,
     interrupt_reaches_a_vcpu_with_a_local_apic,
@@ -74,6 +75,33 @@ fn registers_set_from_outside_decide_what_is_deliverable(backend: &Backend) -> O
     machine.vcpu.handle().set_intr(true)?;
     machine.run_to_end()?;
     assert_eq!(machine.bus.output(0x10), [1, 3, VECTOR, 4]);
+    Ok(())
+}
+
+/// The pin was high while the guest could not take an interrupt, and is low when it can: nothing happens.
+fn pin_lowered_while_interrupts_are_off_is_forgotten(backend: &Backend) -> Outcome {
+    let mut p = Program::new()?;
+    p.cli()?;
+    p.checkpoint()?;
+    p.report(0x10, 1)?;
+    p.checkpoint()?;
+    p.sti()?;
+    for value in 3..10 {
+        p.report(0x10, value)?;
+    }
+    p.end()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    machine.run_to_end()?;
+    machine.vcpu.handle().set_intr(true)?;
+    machine.run_to_end()?;
+    machine.vcpu.handle().set_intr(false)?;
+    machine.run_to_end()?;
+    assert_eq!(machine.bus.output(0x10), [1, 3, 4, 5, 6, 7, 8, 9]);
+    assert!(!machine.bus.log.iter().any(|access| matches!(access, Access::Acknowledge(_))));
+    // A backend that asked to be told of the moment is told once: hardware would not get past a second time.
+    let counts = machine.vcpu.exit_counts();
+    let windows = counts.iter().find(|(kind, _)| *kind == "interrupt-window").map_or(0, |(_, count)| *count);
+    assert!(windows <= 1, "{counts:?}");
     Ok(())
 }
 
