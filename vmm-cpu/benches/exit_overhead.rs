@@ -1,8 +1,12 @@
 //! What `Vcpu::run` and its callback add to a port-I/O exit, beside the same guest on bare `kvm-ioctls`.
 //!
-//! Both run in this process, in rounds that alternate, so that drift of the machine meets both. The guest is an endless
-//! `out dx, al; jmp`; a round is a fixed number of exits. The last line is `added_ns: N`: nanoseconds per exit, the
-//! median of the differences within each pair of rounds. It informs and decides nothing.
+//! The guest is an endless `out dx, al; jmp`; a round is a fixed number of exits. Three VMs run in this process, in
+//! rounds that take turns, so that drift of the machine meets all of them: one behind the traits and two on bare ioctls.
+//! Two VMs of the very same kind can differ by tens of nanoseconds an exit for as long as they live, because of where
+//! their pages came to lie. So the VMs are made anew many times, in every order, and the figure is the median over these
+//! placements; the second bare VM shows how much of it is chance.
+//!
+//! The last line is `added_ns: N`, nanoseconds per exit. It informs and decides nothing.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -12,14 +16,17 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_cpu::entry::real_mode_entry;
 use vmm_cpu::vmm_memory::vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 use vmm_cpu::vmm_memory::{GuestRam, GuestRegion};
-use vmm_cpu::{CpuModel, Halt, Hypervisor, Vcpu, VcpuHandle, VcpuIo, VmConfig};
+use vmm_cpu::{CpuModel, Halt, Hypervisor, Vcpu, VcpuHandle, VcpuIo, Vm, VmConfig};
 
 const ENTRY: u16 = 0x1000;
 const PORT: u16 = 0x80;
 /// `out 0x80, al; jmp` back to it.
 const GUEST: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 
-const ROUNDS: usize = 40_000;
+/// How often the VMs are made anew.
+const PLACEMENTS: usize = 48;
+/// Rounds of each VM at each placement.
+const ROUNDS: usize = 600;
 const EXITS: u32 = 50;
 
 type Failure = Box<dyn std::error::Error>;
@@ -66,11 +73,34 @@ impl VcpuIo for Counter {
     }
 }
 
-fn through_the_traits(vcpu: &mut dyn Vcpu) -> Result<Duration, Failure> {
-    let mut counter = Counter { vcpu: vcpu.handle(), round: Round::default() };
-    let halt = vcpu.run(&mut counter)?;
-    assert_eq!((halt, counter.round.seen), (Halt::Interrupted, EXITS + 1));
-    Ok(counter.round.time)
+/// One of the VMs that are compared.
+trait Subject {
+    fn round(&mut self) -> Result<Duration, Failure>;
+}
+
+/// The VM behind the traits of this crate.
+struct Traits {
+    vcpu: Box<dyn Vcpu>,
+    _vm: Arc<dyn Vm>,
+}
+
+impl Traits {
+    fn new() -> Result<Self, Failure> {
+        let vm = vmm_cpu::kvm::KvmHypervisor::open()?.create_vm(&VmConfig::new(CpuModel::Host))?;
+        vm.map_ram(&guest_ram()?)?;
+        let mut vcpu = vm.create_vcpu(0)?;
+        real_mode_entry(0, ENTRY).apply(&mut *vcpu)?;
+        Ok(Self { vcpu, _vm: vm })
+    }
+}
+
+impl Subject for Traits {
+    fn round(&mut self) -> Result<Duration, Failure> {
+        let mut counter = Counter { vcpu: self.vcpu.handle(), round: Round::default() };
+        let halt = self.vcpu.run(&mut counter)?;
+        assert_eq!((halt, counter.round.seen), (Halt::Interrupted, EXITS + 1));
+        Ok(counter.round.time)
+    }
 }
 
 /// The peer: memory, vCPU and loop written straight on kvm-ioctls.
@@ -100,7 +130,9 @@ impl Bare {
         vcpu.set_regs(&regs)?;
         Ok(Self { vcpu, _vm: vm, _ram: ram })
     }
+}
 
+impl Subject for Bare {
     fn round(&mut self) -> Result<Duration, Failure> {
         let mut round = Round::default();
         loop {
@@ -139,31 +171,66 @@ fn ns_per_exit(round: Duration) -> f64 {
     round.as_secs_f64() * 1e9 / f64::from(EXITS)
 }
 
-/// Nanoseconds per exit through the traits and through bare ioctls, one pair per round.
-fn measure() -> Result<Vec<(f64, f64)>, Failure> {
-    let hypervisor = vmm_cpu::kvm::KvmHypervisor::open()?;
-    let vm = hypervisor.create_vm(&VmConfig::new(CpuModel::Host))?;
-    let ram = guest_ram()?;
-    vm.map_ram(&ram)?;
-    let mut vcpu = vm.create_vcpu(0)?;
-    real_mode_entry(0, ENTRY).apply(&mut *vcpu)?;
-    let mut bare = Bare::new()?;
-    let mut pairs = Vec::with_capacity(ROUNDS);
+/// Medians at one placement, in nanoseconds per exit.
+struct Placement {
+    traits: f64,
+    ioctls: f64,
+    /// Traits less bare ioctls, and one bare VM less the other, each within its round.
+    added: f64,
+    control: f64,
+}
+
+/// `order` is a permutation of the three VMs: in which order they are made.
+fn measure(order: [usize; 3]) -> Result<Placement, Failure> {
+    let mut subjects: [Option<Box<dyn Subject>>; 3] = [None, None, None];
+    for which in order {
+        let subject: Box<dyn Subject> =
+            if which == 0 { Box::new(Traits::new()?) } else { Box::new(Bare::new()?) };
+        *subjects.get_mut(which).ok_or("no such VM")? = Some(subject);
+    }
+    let [Some(mut traits), Some(mut bare), Some(mut other)] = subjects else {
+        return Err("an order that leaves a VM out".into());
+    };
+    let mut rounds = Vec::with_capacity(ROUNDS);
     for round in 0..ROUNDS + 10 {
-        // The second of a pair may find the machine in another state than the first: take turns.
-        let (traits, ioctls) = if round % 2 == 0 {
-            let first = through_the_traits(&mut *vcpu)?;
-            (first, bare.round()?)
-        } else {
-            let first = bare.round()?;
-            (through_the_traits(&mut *vcpu)?, first)
-        };
+        // Whoever runs later may find the machine in another state: take turns, the pair that counts as well as the
+        // control.
+        let mut times = [0.0; 3];
+        let mut turn: [(usize, &mut dyn Subject); 3] = [(0, &mut *traits), (1, &mut *bare), (2, &mut *other)];
+        turn.rotate_left(round % 3);
+        if round / 3 % 2 == 1 {
+            turn.reverse();
+        }
+        for (which, subject) in turn {
+            if let Some(time) = times.get_mut(which) {
+                *time = ns_per_exit(subject.round()?);
+            }
+        }
         // The first rounds find everything cold.
         if round >= 10 {
-            pairs.push((ns_per_exit(traits), ns_per_exit(ioctls)));
+            rounds.push(times);
         }
     }
-    Ok(pairs)
+    let over = |figure: fn(&[f64; 3]) -> f64| median(rounds.iter().map(figure).collect());
+    Ok(Placement {
+        traits: over(|[traits, _, _]| *traits),
+        ioctls: over(|[_, bare, other]| f64::midpoint(*bare, *other)),
+        added: over(|[traits, bare, other]| traits - f64::midpoint(*bare, *other)),
+        control: over(|[_, bare, other]| bare - other),
+    })
+}
+
+fn measure_all() -> Result<Vec<Placement>, Failure> {
+    const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0], [1, 0, 2], [0, 2, 1]];
+    ORDERS.into_iter().cycle().take(PLACEMENTS).map(measure).collect()
+}
+
+/// Median and the quartiles around it.
+fn spread(figures: Vec<f64>) -> String {
+    let mut sorted = figures.clone();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let at = |quarter: usize| sorted.get(sorted.len() * quarter / 4).copied().unwrap_or(0.0);
+    format!("{:.1} ns (quartiles {:.1} to {:.1})", median(figures), at(1), at(3))
 }
 
 fn main() -> ExitCode {
@@ -171,12 +238,17 @@ fn main() -> ExitCode {
         println!("skipped: {error}");
         return ExitCode::SUCCESS;
     }
-    match measure() {
-        Ok(pairs) => {
-            println!("{ROUNDS} pairs of rounds of {EXITS} exits; medians per exit");
-            println!("Vcpu::run:   {:.1} ns", median(pairs.iter().map(|pair| pair.0).collect()));
-            println!("kvm-ioctls:  {:.1} ns", median(pairs.iter().map(|pair| pair.1).collect()));
-            println!("added_ns: {:.1}", median(pairs.iter().map(|pair| pair.0 - pair.1).collect()));
+    match measure_all() {
+        Ok(placements) => {
+            let over = |figure: fn(&Placement) -> f64| placements.iter().map(figure).collect::<Vec<_>>();
+            println!(
+                "{PLACEMENTS} placements of 3 VMs, {ROUNDS} rounds of {EXITS} exits each; medians per exit"
+            );
+            println!("Vcpu::run:            {}", spread(over(|at| at.traits)));
+            println!("kvm-ioctls:           {}", spread(over(|at| at.ioctls)));
+            println!("control, bare - bare: {}", spread(over(|at| at.control)));
+            println!("added:                {}", spread(over(|at| at.added)));
+            println!("added_ns: {:.1}", median(over(|at| at.added)));
             ExitCode::SUCCESS
         }
         Err(error) => {
