@@ -1,0 +1,20 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "acpi")]
+pub mod acpi;
+pub mod bus;
+pub mod clock;
+mod error;
+pub mod interrupt;
+pub mod platform;
+mod timed;
+
+pub use bus::{BusDevice, BusDeviceMut, BusRange, MmioBus, PioBus};
+pub use clock::{Clock, ManualClock};
+pub use error::{BusError, LineError, StateError};
+pub use interrupt::{InterruptLine, MsiSink};
+pub use platform::{PlatformEvent, PlatformEvents};
+pub use timed::{Timed, TimedDevice};
+pub use vm_superio;
+pub use vmm_memory;
