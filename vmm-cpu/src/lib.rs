@@ -11,6 +11,8 @@ pub mod kvm;
 mod registry;
 pub mod state;
 mod threads;
+#[cfg(feature = "translate")]
+pub mod translate;
 mod vcpu;
 mod vm;
 

@@ -8,6 +8,8 @@ pub fn backend_names() -> &'static [&'static str] {
     &[
         #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
         crate::kvm::NAME,
+        #[cfg(feature = "translate")]
+        crate::translate::NAME,
     ]
 }
 
@@ -19,6 +21,8 @@ pub fn open_backend(name: &str) -> Result<Box<dyn Hypervisor>> {
     match name {
         #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
         crate::kvm::NAME => Ok(Box::new(crate::kvm::KvmHypervisor::open()?)),
+        #[cfg(feature = "translate")]
+        crate::translate::NAME => Ok(Box::new(crate::translate::TranslateHypervisor::new())),
         _ => Err(Error::UnknownBackend { name: name.to_owned(), available: backend_names().join(", ") }),
     }
 }

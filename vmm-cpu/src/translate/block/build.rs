@@ -1,0 +1,70 @@
+//! Decodes a block.
+
+use iced_x86::{Decoder, DecoderOptions};
+
+use super::{Block, MAX_OPS};
+use crate::translate::core::{Flow, Machine, Place};
+use crate::translate::exception::{Exception, vector};
+use crate::translate::memory::{Access, PAGE, PAGE_MASK};
+use crate::translate::ops;
+
+/// Longest instruction in bytes (Intel SDM 2A 2.3.11).
+const MAX_INSTRUCTION: usize = 15;
+
+/// Decodes the block at linear address `va`, whose first byte lies at `gpa`.
+///
+/// # Errors
+/// If the first instruction crosses into a page that cannot be fetched, is too long, or lies in no memory.
+pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
+    let code_bits = m.mode.code_bits;
+    let room = usize::try_from(PAGE - (gpa & !PAGE_MASK)).unwrap_or(0);
+    let mut page = [0; MAX_OPS * MAX_INSTRUCTION];
+    let (bytes, _) = page.split_at_mut(room.min(MAX_OPS * MAX_INSTRUCTION));
+    if !m.map().read(gpa, bytes) {
+        return Err(m.unhandled(format!("code at guest-physical {gpa:#x}, where there is no memory")));
+    }
+    let mut list = Vec::with_capacity(8);
+    let mut decoder = Decoder::with_ip(code_bits, bytes, 0, DecoderOptions::NONE);
+    let mut length = 0;
+    while decoder.can_decode() && list.len() < MAX_OPS {
+        let start = decoder.position();
+        let instruction = decoder.decode();
+        let incomplete = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+        if incomplete && list.is_empty() && bytes.len() < MAX_INSTRUCTION {
+            return crossing(m, va, gpa, bytes);
+        }
+        if incomplete {
+            break;
+        }
+        let lowered = ops::lower(m, &instruction, u16::try_from(start).unwrap_or(u16::MAX), code_bits);
+        list.push(lowered.op);
+        length = decoder.position();
+        if lowered.ends_block {
+            break;
+        }
+    }
+    let code = bytes.get(..length).unwrap_or_default();
+    Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits })
+}
+
+/// A block of one instruction that continues in the next page.
+fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block> {
+    let code_bits = m.mode.code_bits;
+    let next = va.wrapping_add(first.len() as u64) & if code_bits == 64 { u64::MAX } else { 0xffff_ffff };
+    let second_page = m.translate(Place::data(next), Access::Execute)?.gpa;
+    let mut bytes = [0; MAX_INSTRUCTION];
+    let (here, there) = bytes.split_at_mut(first.len().min(MAX_INSTRUCTION));
+    here.copy_from_slice(first);
+    if !m.map().read(second_page, there) {
+        return Err(m.unhandled(format!("code at guest-physical {second_page:#x}, where there is no memory")));
+    }
+    let mut decoder = Decoder::with_ip(code_bits, &bytes, 0, DecoderOptions::NONE);
+    let instruction = decoder.decode();
+    if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+        // More than 15 bytes.
+        return Err(m.raise(Exception::with_error(vector::GP, 0)));
+    }
+    let lowered = ops::lower(m, &instruction, 0, code_bits);
+    let code = bytes.get(..instruction.len()).unwrap_or_default();
+    Ok(Block { ops: [lowered.op].into(), bytes: code.into(), gpa, second_page: Some(second_page), code_bits })
+}

@@ -1,0 +1,201 @@
+//! The cache of blocks.
+
+use rustc_hash::FxHashMap;
+
+use super::Block;
+use crate::translate::core::CodeStore;
+use crate::translate::memory::{MemoryMap, PAGE, PAGE_MASK};
+
+/// Entries of the table from RIP to block.
+const JUMPS: usize = 4096;
+
+/// Blocks that are kept. When there are more, all are dropped: whoever fills this much runs through new code.
+const MAX_BLOCKS: usize = 128 * 1024;
+
+/// Whether what is known of a linear address still holds: TLB generation, code width and privilege level.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Stamp(pub(crate) u64);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Jump {
+    rip: u64,
+    stamp: Stamp,
+    block: u32,
+    /// [`BlockCache::epoch`] when it was remembered.
+    epoch: u32,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct BlockCache {
+    /// Dropped blocks have no operations until their place is used again.
+    blocks: Vec<Block>,
+    free: Vec<u32>,
+    by_address: FxHashMap<(u64, u32), u32>,
+    /// Blocks with code in each page.
+    by_page: FxHashMap<u64, Vec<u32>>,
+    jumps: Box<[Jump; JUMPS]>,
+    /// Changes whenever a block's place may have become another's.
+    epoch: u32,
+}
+
+impl BlockCache {
+    pub(crate) fn new() -> Self {
+        Self {
+            blocks: Vec::new(),
+            free: Vec::new(),
+            by_address: FxHashMap::default(),
+            by_page: FxHashMap::default(),
+            jumps: Box::new([Jump::default(); JUMPS]),
+            epoch: 1,
+        }
+    }
+
+    #[allow(clippy::cast_possible_truncation, reason = "the low bits select")]
+    fn slot(rip: u64) -> usize {
+        (rip ^ rip >> 12) as usize % JUMPS
+    }
+
+    /// The block that runs at `rip`, if that was asked before and nothing has changed.
+    #[allow(clippy::indexing_slicing, reason = "the index is reduced to the length")]
+    #[inline(always)]
+    pub(crate) fn find(&self, rip: u64, stamp: Stamp) -> Option<u32> {
+        let jump = &self.jumps[Self::slot(rip)];
+        (jump.rip == rip && jump.stamp == stamp && jump.epoch == self.epoch).then_some(jump.block)
+    }
+
+    /// Remembers which block runs at `rip`.
+    #[allow(clippy::indexing_slicing, reason = "the index is reduced to the length")]
+    pub(crate) fn remember(&mut self, rip: u64, stamp: Stamp, block: u32) {
+        self.jumps[Self::slot(rip)] = Jump { rip, stamp, block, epoch: self.epoch };
+    }
+
+    #[inline(always)]
+    pub(crate) fn get(&self, block: u32) -> Option<&Block> {
+        self.blocks.get(block as usize)
+    }
+
+    /// The block at `gpa`, if its code is still what it was. `second_page` finds where code that crosses into the next
+    /// page continues.
+    pub(crate) fn lookup(
+        &mut self,
+        gpa: u64,
+        code_bits: u32,
+        map: &MemoryMap,
+        second_page: impl FnOnce() -> Option<u64>,
+    ) -> Option<u32> {
+        let id = *self.by_address.get(&(gpa, code_bits))?;
+        let block = self.get(id)?;
+        let here = block.bytes.len().min(usize::try_from(PAGE - (gpa & !PAGE_MASK)).unwrap_or(0));
+        let mut now = [0; 1024];
+        let same = match (now.get_mut(..block.bytes.len()), block.second_page) {
+            (Some(now), None) => map.read(gpa, now) && *now == *block.bytes,
+            (Some(now), Some(page)) => {
+                let (first, second) = now.split_at_mut(here);
+                second_page() == Some(page)
+                    && map.read(gpa, first)
+                    && map.read(page, second)
+                    && block.bytes.starts_with(first)
+                    && block.bytes.ends_with(second)
+            }
+            (None, _) => false,
+        };
+        if same {
+            return Some(id);
+        }
+        self.drop_block(id);
+        None
+    }
+
+    /// Keeps a block.
+    pub(crate) fn insert(&mut self, block: Block) -> u32 {
+        let first = block.gpa & PAGE_MASK;
+        let (key, pages) = ((block.gpa, block.code_bits), [Some(first), block.second_page]);
+        let id = match self.free.pop() {
+            Some(id) => id,
+            None => u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
+        };
+        match self.blocks.get_mut(id as usize) {
+            Some(place) => *place = block,
+            None => self.blocks.push(block),
+        }
+        if let Some(old) = self.by_address.insert(key, id) {
+            self.unlink(old);
+        }
+        for page in pages.into_iter().flatten() {
+            self.by_page.entry(page).or_default().push(id);
+        }
+        id
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.blocks.len() >= MAX_BLOCKS && self.free.is_empty()
+    }
+
+    /// Drops everything.
+    pub(crate) fn clear(&mut self) {
+        self.blocks.clear();
+        self.free.clear();
+        self.by_address.clear();
+        self.by_page.clear();
+        self.forget_jumps();
+    }
+
+    fn forget_jumps(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
+        if self.epoch == 0 {
+            // After 2^32 of them, old entries would look new.
+            self.jumps.fill(Jump::default());
+            self.epoch = 1;
+        }
+    }
+
+    /// Drops the blocks whose code a store may have changed; whether there were any.
+    pub(crate) fn invalidate(&mut self, store: CodeStore) -> bool {
+        let first = store.gpa & PAGE_MASK;
+        let end = store.gpa.saturating_add(store.bytes);
+        let mut any = false;
+        let Some(ids) = self.by_page.get(&first) else { return false };
+        let overlapping: Vec<u32> = ids
+            .iter()
+            .copied()
+            .filter(|id| {
+                self.get(*id).is_some_and(|block| {
+                    let in_second = block.second_page == Some(first);
+                    let in_first = block.gpa < end && store.gpa < block.gpa.saturating_add(block.len());
+                    in_second || in_first
+                })
+            })
+            .collect();
+        for id in overlapping {
+            self.drop_block(id);
+            any = true;
+        }
+        any
+    }
+
+    fn drop_block(&mut self, id: u32) {
+        if let Some(block) = self.get(id) {
+            self.by_address.remove(&(block.gpa, block.code_bits));
+        }
+        self.unlink(id);
+    }
+
+    /// Takes a block, which no address leads to any more, out of the pages and makes its place free.
+    fn unlink(&mut self, id: u32) {
+        let Some(block) = self.blocks.get_mut(id as usize) else { return };
+        let pages = [Some(block.gpa & PAGE_MASK), block.second_page];
+        // What remembers it finds nothing to run.
+        (block.ops, block.bytes) = (Box::default(), Box::default());
+        for page in pages.into_iter().flatten() {
+            if let Some(ids) = self.by_page.get_mut(&page) {
+                ids.retain(|other| *other != id);
+                if ids.is_empty() {
+                    self.by_page.remove(&page);
+                }
+            }
+        }
+        self.forget_jumps();
+        self.free.push(id);
+    }
+}

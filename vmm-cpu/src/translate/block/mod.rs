@@ -1,0 +1,38 @@
+//! Basic blocks: decoded instructions, found by guest-physical address, and the cache that keeps them.
+//!
+//! A block ends at the first instruction that may go elsewhere, at the end of its page, or at [`MAX_OPS`]. It belongs to
+//! a guest-physical address and a code width, so address spaces share it. Code that changes is found out in two ways:
+//! stores of vCPUs to pages that hold code are seen by the TLB's slow path and drop the blocks that they overlap; and
+//! whenever a block is looked up anew (after any change of the TLB, and at each entry to `run`), its bytes are compared
+//! with memory, which finds what devices and the VMM wrote.
+
+mod build;
+mod cache;
+
+pub(crate) use build::build;
+pub(crate) use cache::{BlockCache, Stamp};
+
+use super::ops::Op;
+
+/// Most instructions in a block.
+pub(crate) const MAX_OPS: usize = 64;
+
+/// Decoded instructions that run one after another.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) ops: Box<[Op]>,
+    /// The code that was decoded.
+    pub(crate) bytes: Box<[u8]>,
+    pub(crate) gpa: u64,
+    /// Where the code continues if its last instruction crosses into another page.
+    pub(crate) second_page: Option<u64>,
+    /// Width of the code in bits.
+    pub(crate) code_bits: u32,
+}
+
+impl Block {
+    /// Length of the code in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+}

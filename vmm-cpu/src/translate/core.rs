@@ -1,0 +1,671 @@
+//! What the handlers of instructions work on: the vCPU with its TLB, and the memory accesses that they make.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+use iced_x86::Instruction;
+use vmm_memory::vm_memory::GuestAddress;
+
+use super::apic::LocalApic;
+use super::cpu::{Cpu, cr0, cr4};
+use super::exception::{Event, Exception, vector};
+use super::flags::bits;
+use super::memory::{
+    Access, HostWord, MemoryMap, PAGE, PAGE_MASK, Paging, Reach, Slot, Tlb, Translation, walk,
+};
+use super::ops::Tables;
+use super::segment::{attribute, index};
+use super::signals::Signals;
+use super::vm::Shared;
+use crate::debug::DebugRequest;
+use crate::vcpu::{Halt, VcpuIo};
+
+/// The instruction did not complete; [`Core::reason`] says why. Its effects are undone or never happened.
+#[derive(Debug)]
+pub(crate) struct Leave;
+
+/// What a handler returns.
+pub(crate) type Flow<T = ()> = std::result::Result<T, Leave>;
+
+/// Why an instruction did not complete.
+#[derive(Debug, Default)]
+pub(crate) enum Reason {
+    #[default]
+    None,
+    /// It faulted.
+    Exception(Exception),
+    /// `run` returns. The instruction is executed again when it goes on.
+    Halt(Halt),
+    /// The interpreter does not know it.
+    Unhandled(String),
+}
+
+/// A linear address and the segment that it came from, which decides the exception of a bad one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) va: u64,
+    pub(crate) segment: u8,
+}
+
+impl Place {
+    /// An address that is no offset in a segment that matters.
+    pub(crate) fn data(va: u64) -> Self {
+        Self { va, segment: 3 }
+    }
+
+    pub(crate) fn stack(va: u64) -> Self {
+        Self { va, segment: 2 }
+    }
+
+    pub(crate) fn plus(self, bytes: u64) -> Self {
+        Self { va: self.va.wrapping_add(bytes), ..self }
+    }
+}
+
+/// What follows from control registers, CS and SS, kept at hand.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mode {
+    /// 16, 32 or 64.
+    pub(crate) code_bits: u32,
+    pub(crate) cpl: u8,
+    /// What of RSP addresses the stack.
+    pub(crate) stack_mask: u64,
+    /// What of RIP addresses code.
+    pub(crate) ip_mask: u64,
+    pub(crate) reach: Reach,
+    /// SSE instructions may run.
+    pub(crate) sse: bool,
+}
+
+/// A store to a page that code was decoded from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CodeStore {
+    pub(crate) gpa: u64,
+    pub(crate) bytes: u64,
+}
+
+/// A vCPU without its block cache.
+pub(crate) struct Core {
+    pub(crate) cpu: Cpu,
+    pub(crate) tlb: Tlb,
+    pub(crate) mode: Mode,
+    pub(crate) reason: Reason,
+    /// How many instructions of the running block may still start; handlers lower it to end the block after their
+    /// own.
+    pub(crate) limit: usize,
+    /// Rarely executed instructions, which handlers take apart anew.
+    pub(crate) rare: Vec<Instruction>,
+    pub(crate) code_stores: Vec<CodeStore>,
+    pub(crate) tables: &'static Tables,
+    /// Events that another backend was about to deliver when the state was saved.
+    pub(crate) injected: Option<Event>,
+    pub(crate) apic: Option<LocalApic>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) index: u32,
+    pub(crate) cpuid: crate::cpuid::CpuidTable,
+    /// CR4 bits that CPUID lets the guest set.
+    pub(crate) cr4_allowed: u64,
+    pub(crate) debug: DebugRequest,
+    /// Data accesses are compared with watchpoints.
+    pub(crate) watching: bool,
+    /// Watchpoints of the guest (bits 0 to 3) and of the debugger (bits 8 to 15) that the instruction hit.
+    pub(crate) watch_hits: u16,
+    /// A single-step trap follows the running instruction, unless that goes through a gate.
+    pub(crate) trap_pending: bool,
+    /// RFLAGS.RF was loaded by the running instruction and is for the next.
+    pub(crate) keeps_rf: bool,
+    /// The debugger's breakpoint here was reported; the instruction is due.
+    pub(crate) reported: Option<u64>,
+    /// The loop looks at events before the next block.
+    pub(crate) urgent: bool,
+    /// An interrupt whose vector the PIC knows was posted.
+    pub(crate) ext_int: bool,
+    /// Instructions left until time is looked at.
+    pub(crate) budget: i64,
+    /// When the timer of the local APIC is due, in nanoseconds.
+    pub(crate) deadline: Option<u64>,
+    /// Instructions executed.
+    pub(crate) instructions: u64,
+    /// Those that a deterministic clock has not counted yet.
+    pub(crate) uncounted: u64,
+    /// Base of CS that remembered blocks were found with.
+    code_base: u64,
+    pub(crate) signals: Arc<Signals>,
+    pub(crate) counts: super::vcpu::Counts,
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core").field("index", &self.index).field("cpu", &self.cpu).finish_non_exhaustive()
+    }
+}
+
+/// A vCPU that runs, with what it calls for I/O.
+pub(crate) struct Machine<'a> {
+    core: &'a mut Core,
+    pub(crate) io: &'a mut dyn VcpuIo,
+}
+
+impl Deref for Machine<'_> {
+    type Target = Core;
+
+    #[inline(always)]
+    fn deref(&self) -> &Core {
+        self.core
+    }
+}
+
+impl DerefMut for Machine<'_> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut Core {
+        self.core
+    }
+}
+
+impl Core {
+    pub(crate) fn new(
+        index: u32,
+        shared: Arc<Shared>,
+        signals: Arc<Signals>,
+        apic: Option<LocalApic>,
+    ) -> Self {
+        let cpuid = shared.cpuid.for_vcpu(index, shared.max_vcpus);
+        let mode = Mode {
+            code_bits: 16,
+            cpl: 0,
+            stack_mask: 0xffff,
+            ip_mask: 0xffff_ffff,
+            reach: Reach::SupervisorAll,
+            sse: false,
+        };
+        let mut core = Self {
+            cpu: Cpu::at_reset(),
+            tlb: Tlb::new(shared.map()),
+            mode,
+            reason: Reason::None,
+            limit: 0,
+            rare: Vec::new(),
+            code_stores: Vec::new(),
+            tables: Tables::get(),
+            injected: None,
+            apic,
+            cr4_allowed: super::cpuid::cr4_allowed(&cpuid),
+            cpuid,
+            index,
+            debug: DebugRequest::none(),
+            watching: false,
+            watch_hits: 0,
+            trap_pending: false,
+            keeps_rf: false,
+            reported: None,
+            urgent: true,
+            ext_int: false,
+            budget: 0,
+            deadline: None,
+            instructions: 0,
+            uncounted: 0,
+            code_base: 0,
+            signals,
+            counts: super::vcpu::Counts::default(),
+            shared,
+        };
+        core.update_mode();
+        core
+    }
+
+    /// Says why the instruction did not complete.
+    #[cold]
+    pub(crate) fn leave(&mut self, reason: Reason) -> Leave {
+        self.reason = reason;
+        Leave
+    }
+
+    #[cold]
+    pub(crate) fn raise(&mut self, exception: Exception) -> Leave {
+        self.leave(Reason::Exception(exception))
+    }
+
+    /// #GP.
+    #[cold]
+    pub(crate) fn gp(&mut self, error: u16) -> Leave {
+        self.raise(Exception::with_error(vector::GP, error))
+    }
+
+    /// #UD.
+    #[cold]
+    pub(crate) fn ud(&mut self) -> Leave {
+        self.raise(Exception::new(vector::UD))
+    }
+
+    #[cold]
+    pub(crate) fn unhandled(&mut self, reason: impl Into<String>) -> Leave {
+        self.leave(Reason::Unhandled(reason.into()))
+    }
+
+    /// The block ends after the running instruction.
+    #[inline(always)]
+    pub(crate) fn end_block(&mut self) {
+        self.limit = 0;
+    }
+
+    /// Recomputes what follows from registers that changed. The block ends.
+    pub(crate) fn update_mode(&mut self) {
+        let cpu = &self.cpu;
+        let code_bits = cpu.code_bits();
+        let cpl = cpu.cpl();
+        let reach = if cpl == 3 {
+            Reach::User
+        } else if cpu.cr4 & cr4::SMAP != 0 && !cpu.flags.control(bits::AC) {
+            Reach::Supervisor
+        } else {
+            Reach::SupervisorAll
+        };
+        let stack_mask = if code_bits == 64 {
+            u64::MAX
+        } else if cpu.segment(index::SS).has(attribute::BIG) {
+            0xffff_ffff
+        } else {
+            0xffff
+        };
+        let ip_mask = if code_bits == 64 { u64::MAX } else { 0xffff_ffff };
+        let sse = cpu.cr0 & (cr0::EM | cr0::TS) == 0 && cpu.cr4 & cr4::OSFXSR != 0;
+        self.mode = Mode { code_bits, cpl, stack_mask, ip_mask, reach, sse };
+        self.tlb.set_reach(reach);
+        let code_base = if code_bits == 64 { 0 } else { self.cpu.cs().base };
+        if code_base != self.code_base {
+            self.code_base = code_base;
+            self.tlb.forget_lookups();
+        }
+        self.urgent = true;
+        self.end_block();
+    }
+
+    /// As [`Core::update_mode`], where nothing but RFLAGS.AC changed.
+    pub(crate) fn update_reach(&mut self) {
+        if self.mode.cpl != 3 && self.cpu.cr4 & cr4::SMAP != 0 {
+            let lifted = self.cpu.flags.control(bits::AC);
+            self.mode.reach = if lifted { Reach::SupervisorAll } else { Reach::Supervisor };
+            self.tlb.set_reach(self.mode.reach);
+        }
+    }
+
+    /// Whether addresses are those of 64-bit code.
+    #[inline(always)]
+    pub(crate) fn is_64(&self) -> bool {
+        self.mode.code_bits == 64
+    }
+
+    pub(crate) fn paging(&self) -> Paging {
+        let (user, smap_lifted) = match self.mode.reach {
+            Reach::User => (true, true),
+            Reach::Supervisor => (false, false),
+            Reach::SupervisorAll => (false, true),
+        };
+        let cpu = &self.cpu;
+        Paging { cr0: cpu.cr0, cr3: cpu.cr3, cr4: cpu.cr4, efer: cpu.efer, user, smap_lifted }
+    }
+
+    pub(crate) fn map(&self) -> &Arc<MemoryMap> {
+        self.tlb.map()
+    }
+
+    /// Whether 4-level paging could translate `va`.
+    pub(crate) fn is_canonical(&self, va: u64) -> bool {
+        is_canonical(va)
+    }
+
+    /// Walks the page tables.
+    pub(crate) fn translate(&mut self, place: Place, access: Access) -> Flow<Translation> {
+        if self.cpu.long_mode() && !is_canonical(place.va) {
+            let vector = if usize::from(place.segment) == index::SS { vector::SS } else { vector::GP };
+            return Err(self.raise(Exception::with_error(vector, 0)));
+        }
+        let va = if self.cpu.long_mode() { place.va } else { place.va & 0xffff_ffff };
+        match walk(self.tlb.map(), &self.paging(), va, access) {
+            Ok(translation) => Ok(translation),
+            Err(fault) => Err(self.raise(Exception::page_fault(va, fault.error))),
+        }
+    }
+
+    /// Whether stores to that page of RAM must be seen.
+    fn must_notice_stores(&self, slot: &Slot, gpa: u64) -> bool {
+        slot.code.contains(slot.page(gpa))
+            || slot.dirty.as_ref().is_some_and(|dirty| !dirty.contains(slot.page(gpa)))
+    }
+
+    /// A store to RAM that the TLB did not let through.
+    fn note_store(&mut self, slot: &Slot, gpa: u64, bytes: u64) {
+        slot.mark_dirty(gpa);
+        if slot.code.contains(slot.page(gpa)) {
+            self.code_stores.push(CodeStore { gpa, bytes });
+            self.end_block();
+        }
+    }
+
+    fn fill(&mut self, va: u64, translation: &Translation) {
+        if self.watching && self.watches_page(va) {
+            return;
+        }
+        let map = Arc::clone(self.tlb.map());
+        if let Some(slot) = map.slot(translation.gpa) {
+            let writes = !self.must_notice_stores(slot, translation.gpa);
+            self.tlb.fill(va, translation, writes);
+        }
+    }
+}
+
+/// Whether 4-level paging could translate `va`.
+pub(crate) fn is_canonical(va: u64) -> bool {
+    let sign = va.cast_signed() << 16 >> 16;
+    sign.cast_unsigned() == va
+}
+
+impl<'a> Machine<'a> {
+    pub(crate) fn new(core: &'a mut Core, io: &'a mut dyn VcpuIo) -> Self {
+        Self { core, io }
+    }
+
+    #[inline(always)]
+    pub(crate) fn load<W: HostWord>(&mut self, place: Place) -> Flow<W> {
+        match self.core.tlb.load(place.va) {
+            Some(value) => Ok(value),
+            None => self.load_slow(place),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn store<W: HostWord>(&mut self, place: Place, value: W) -> Flow {
+        if self.core.tlb.store(place.va, value) { Ok(()) } else { self.store_slow(place, value) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_slow<W: HostWord>(&mut self, place: Place) -> Flow<W> {
+        let mut bytes = [0; 8];
+        let (bytes_read, _) = bytes.split_at_mut(W::BYTES);
+        self.read(place, bytes_read)?;
+        Ok(W::truncate(u64::from_le_bytes(bytes)))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn store_slow<W: HostWord>(&mut self, place: Place, value: W) -> Flow {
+        let bytes = value.extend().to_le_bytes();
+        let (bytes, _) = bytes.split_at(W::BYTES);
+        self.write(place, bytes)
+    }
+
+    /// Reads bytes that may cross from one page into the next.
+    pub(crate) fn read(&mut self, place: Place, bytes: &mut [u8]) -> Flow {
+        if self.core.tlb.load_bytes(place.va, bytes) {
+            return Ok(());
+        }
+        let here = usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(bytes.len()).min(bytes.len());
+        let (first, second) = bytes.split_at_mut(here);
+        self.read_in_page(place, first)?;
+        if second.is_empty() { Ok(()) } else { self.read_in_page(place.plus(here as u64), second) }
+    }
+
+    fn read_in_page(&mut self, place: Place, bytes: &mut [u8]) -> Flow {
+        let translation = self.translate(place, Access::Read)?;
+        self.watch(place.va, bytes.len(), false);
+        let gpa = translation.gpa | place.va & !PAGE_MASK;
+        if self.map().read(gpa, bytes) {
+            self.fill(place.va, &translation);
+        } else {
+            self.mmio_read(gpa, bytes);
+        }
+        Ok(())
+    }
+
+    /// Writes bytes that may cross from one page into the next. Nothing is written if any of it faults.
+    pub(crate) fn write(&mut self, place: Place, bytes: &[u8]) -> Flow {
+        if self.core.tlb.store_bytes(place.va, bytes) {
+            return Ok(());
+        }
+        let here = usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(bytes.len()).min(bytes.len());
+        let (first, second) = bytes.split_at(here);
+        let translation = self.translate(place, Access::Write)?;
+        if !second.is_empty() {
+            let next = place.plus(here as u64);
+            let next_translation = self.translate(next, Access::Write)?;
+            self.write_in_page(place.va, &translation, first);
+            self.write_in_page(next.va, &next_translation, second);
+            return Ok(());
+        }
+        self.write_in_page(place.va, &translation, first);
+        Ok(())
+    }
+
+    fn write_in_page(&mut self, va: u64, translation: &Translation, bytes: &[u8]) {
+        self.watch(va, bytes.len(), true);
+        let gpa = translation.gpa | va & !PAGE_MASK;
+        let map = Arc::clone(self.map());
+        match map.slot(gpa) {
+            Some(slot) if slot.is_writable() && map.write(gpa, bytes) => {
+                self.note_store(slot, gpa, bytes.len() as u64);
+                self.fill(va, translation);
+            }
+            _ => self.mmio_write(gpa, bytes),
+        }
+    }
+
+    /// Checks that a write of `len` bytes would not fault.
+    pub(crate) fn probe_write(&mut self, place: Place, len: u64) -> Flow {
+        self.translate(place, Access::Write)?;
+        let last = place.plus(len.saturating_sub(1));
+        if (last.va ^ place.va) & PAGE_MASK != 0 {
+            self.translate(last, Access::Write)?;
+        }
+        Ok(())
+    }
+
+    /// Reads, changes and writes back a word, atomically if `lock`; what was there before.
+    #[inline(always)]
+    pub(crate) fn modify<W: HostWord>(
+        &mut self,
+        place: Place,
+        lock: bool,
+        mut f: impl FnMut(u64) -> u64,
+    ) -> Flow<u64> {
+        if let Some(mut old) = self.core.tlb.load::<W>(place.va) {
+            if lock {
+                loop {
+                    match self.core.tlb.compare_exchange(place.va, old, W::truncate(f(old.extend()))) {
+                        Some(Ok(_)) => return Ok(old.extend()),
+                        Some(Err(changed)) => old = changed,
+                        None => break,
+                    }
+                }
+            } else {
+                let new = W::truncate(f(old.extend()));
+                if self.core.tlb.store(place.va, new) {
+                    return Ok(old.extend());
+                }
+            }
+        }
+        self.modify_slow::<W>(place, lock, &mut f)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn modify_slow<W: HostWord>(
+        &mut self,
+        place: Place,
+        lock: bool,
+        f: &mut dyn FnMut(u64) -> u64,
+    ) -> Flow<u64> {
+        // The page is made writable first: a page that cannot be written faults as a write.
+        self.probe_write(place, W::BYTES as u64)?;
+        let aligned = place.va.is_multiple_of(W::BYTES as u64);
+        let translation = self.translate(place, Access::Write)?;
+        let gpa = translation.gpa | place.va & !PAGE_MASK;
+        let map = Arc::clone(self.map());
+        let slot = map.slot(gpa).filter(|slot| slot.is_writable());
+        if let (true, true, Some(slot)) = (lock, aligned, slot) {
+            self.watch(place.va, W::BYTES, true);
+            while let Some(old) = map.load::<W>(gpa) {
+                match map.compare_exchange(gpa, old, W::truncate(f(old.extend()))) {
+                    Some(true) => {
+                        self.note_store(slot, gpa, W::BYTES as u64);
+                        self.fill(place.va, &translation);
+                        return Ok(old.extend());
+                    }
+                    Some(false) => {}
+                    None => break,
+                }
+            }
+        }
+        let old = self.load::<W>(place)?.extend();
+        self.store(place, W::truncate(f(old)))?;
+        Ok(old)
+    }
+
+    /// Compares and exchanges 16 aligned bytes of a page that can be written; what was there before.
+    pub(crate) fn exchange_16(&mut self, place: Place, expected: u128, new: u128) -> Flow<u128> {
+        let translation = self.translate(place, Access::Write)?;
+        let gpa = translation.gpa | place.va & !PAGE_MASK;
+        let map = Arc::clone(self.map());
+        self.watch(place.va, 16, true);
+        if let Some(slot) = map.slot(gpa).filter(|slot| slot.is_writable())
+            && let Some(old) = slot.compare_exchange_16(gpa, expected, new)
+        {
+            self.note_store(slot, gpa, 16);
+            return Ok(old);
+        }
+        let mut bytes = [0; 16];
+        self.read(place, &mut bytes)?;
+        let old = u128::from_le_bytes(bytes);
+        let stored = if old == expected { new } else { old };
+        self.write(place, &stored.to_le_bytes())?;
+        Ok(old)
+    }
+
+    fn mmio_read(&mut self, gpa: u64, bytes: &mut [u8]) {
+        self.end_block();
+        if self.apic_page(gpa) {
+            self.apic_read(gpa, bytes);
+            return;
+        }
+        self.counts.mmio_read += 1;
+        for (offset, piece) in bytes.chunks_mut(8).enumerate() {
+            let gpa = GuestAddress(gpa.wrapping_add(offset as u64 * 8));
+            self.leave_guest(|io| io.mmio_read(gpa, piece));
+        }
+    }
+
+    fn mmio_write(&mut self, gpa: u64, bytes: &[u8]) {
+        self.end_block();
+        if self.apic_page(gpa) {
+            self.apic_write(gpa, bytes);
+            return;
+        }
+        self.counts.mmio_write += 1;
+        for (offset, piece) in bytes.chunks(8).enumerate() {
+            let gpa = GuestAddress(gpa.wrapping_add(offset as u64 * 8));
+            self.leave_guest(|io| io.mmio_write(gpa, piece));
+        }
+    }
+
+    /// Reads a word of a system structure (descriptor, TSS, IDT), as the processor itself does at any privilege level.
+    pub(crate) fn load_system<W: HostWord>(&mut self, va: u64) -> Flow<W> {
+        self.as_system(|machine| machine.load(Place::data(va)))
+    }
+
+    /// Accesses of the processor itself: those of the supervisor, SMAP never lifted.
+    pub(crate) fn as_system<T>(&mut self, f: impl FnOnce(&mut Self) -> Flow<T>) -> Flow<T> {
+        let reach = self.mode.reach;
+        let system = if self.cpu.cr4 & cr4::SMAP != 0 { Reach::Supervisor } else { Reach::SupervisorAll };
+        self.set_reach(system);
+        let result = f(self);
+        self.set_reach(reach);
+        result
+    }
+
+    /// Accesses with the rights of another privilege level.
+    pub(crate) fn with_cpl<T>(&mut self, cpl: u8, f: impl FnOnce(&mut Self) -> Flow<T>) -> Flow<T> {
+        if cpl == 3 {
+            let reach = self.mode.reach;
+            self.set_reach(Reach::User);
+            let result = f(self);
+            self.set_reach(reach);
+            result
+        } else {
+            self.as_system(f)
+        }
+    }
+
+    fn set_reach(&mut self, reach: Reach) {
+        self.mode.reach = reach;
+        self.tlb.set_reach(reach);
+    }
+
+    /// The stack pointer moved down by `bytes`, as the stack segment's size has it.
+    fn stack_pointer_minus(&self, bytes: u64) -> u64 {
+        let (rsp, mask) = (self.cpu.r(super::cpu::RSP), self.mode.stack_mask);
+        rsp & !mask | rsp.wrapping_sub(bytes) & mask
+    }
+
+    /// Where the stack segment puts offset `rsp`, with the segment checks of legacy modes.
+    pub(crate) fn stack_place(&mut self, rsp: u64, bytes: u64, write: bool) -> Flow<Place> {
+        if self.is_64() {
+            return Ok(Place::stack(rsp));
+        }
+        let offset = rsp & self.mode.stack_mask;
+        self.legacy_place(index::SS, offset, bytes, write)
+    }
+
+    /// Pushes a word of width `W`.
+    #[inline(always)]
+    pub(crate) fn push<W: HostWord>(&mut self, value: u64) -> Flow {
+        let rsp = self.stack_pointer_minus(W::BYTES as u64);
+        let place = self.stack_place(rsp, W::BYTES as u64, true)?;
+        self.store(place, W::truncate(value))?;
+        self.cpu.set_r(super::cpu::RSP, rsp);
+        Ok(())
+    }
+
+    /// The word of width `W` that lies `skip` bytes above the top of the stack. The stack pointer stays.
+    #[inline(always)]
+    pub(crate) fn peek<W: HostWord>(&mut self, skip: u64) -> Flow<u64> {
+        let rsp = self.cpu.r(super::cpu::RSP).wrapping_add(skip);
+        let place = self.stack_place(rsp, W::BYTES as u64, false)?;
+        Ok(self.load::<W>(place)?.extend())
+    }
+
+    /// Moves the stack pointer up by `bytes`.
+    #[inline(always)]
+    pub(crate) fn drop_stack(&mut self, bytes: u64) {
+        let (rsp, mask) = (self.cpu.r(super::cpu::RSP), self.mode.stack_mask);
+        self.cpu.set_r(super::cpu::RSP, rsp & !mask | rsp.wrapping_add(bytes) & mask);
+    }
+
+    /// A linear address in legacy modes and compatibility mode, where segments have limits and rights.
+    pub(crate) fn legacy_place(
+        &mut self,
+        segment: usize,
+        offset: u64,
+        bytes: u64,
+        write: bool,
+    ) -> Flow<Place> {
+        let register = *self.cpu.segment(segment);
+        let last = offset.wrapping_add(bytes.saturating_sub(1));
+        let protected = self.cpu.protected() && !self.cpu.virtual_8086();
+        let wrong_kind = protected
+            && if write {
+                register.attributes & (attribute::CODE | attribute::WRITABLE_READABLE)
+                    != attribute::WRITABLE_READABLE
+            } else {
+                register.has(attribute::CODE) && !register.has(attribute::WRITABLE_READABLE)
+            };
+        let unusable = protected && register.is_unusable();
+        if unusable || wrong_kind || !register.contains(offset, last) {
+            let stack = segment == index::SS;
+            let vector = if stack { vector::SS } else { vector::GP };
+            return Err(self.raise(Exception::with_error(vector, 0)));
+        }
+        let va = register.base.wrapping_add(offset) & 0xffff_ffff;
+        Ok(Place { va, segment: super::segment::low8(segment as u64) })
+    }
+}

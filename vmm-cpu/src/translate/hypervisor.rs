@@ -1,0 +1,105 @@
+//! [`TranslateHypervisor`]: the entry to the backend.
+
+use std::sync::Arc;
+
+use super::clock::Clock;
+use super::vm::{Shared, TranslateVm};
+use super::{NAME, cpuid};
+use crate::cpuid::CpuidTable;
+use crate::error::{Error, Result};
+use crate::hypervisor::{Capabilities, ClockSource, Hypervisor, InterruptMode, VmConfig};
+use crate::state::VmState;
+use crate::vm::Vm;
+
+/// vCPUs of one virtual machine, at most.
+const MAX_VCPUS: u32 = 8;
+
+/// Runs guests in software. Needs nothing of the host.
+#[derive(Debug)]
+pub struct TranslateHypervisor {
+    capabilities: Capabilities,
+    cpuid: CpuidTable,
+}
+
+impl TranslateHypervisor {
+    /// Opens the backend.
+    pub fn new() -> Self {
+        let mut capabilities = Capabilities::minimal();
+        capabilities.max_vcpus = MAX_VCPUS;
+        capabilities.gpa_bits = u8::try_from(cpuid::GPA_BITS).unwrap_or(u8::MAX);
+        capabilities.interrupt_modes = vec![InterruptMode::External, InterruptMode::LocalApic];
+        capabilities.tsc_scaling = true;
+        Self { capabilities, cpuid: cpuid::supported() }
+    }
+
+    fn create(&self, config: &VmConfig) -> Result<TranslateVm> {
+        let limit = MAX_VCPUS;
+        if config.max_vcpus > limit {
+            let reason = "limit of the translate backend";
+            return Err(Error::TooManyVcpus { index: config.max_vcpus - 1, limit, reason });
+        }
+        if config.max_vcpus == 0 {
+            return Err(Error::invalid("VmConfig::max_vcpus", 0, format!("1 to {limit}")));
+        }
+        if config.interrupts == InterruptMode::Platform {
+            return Err(Error::unsupported(
+                "InterruptMode::Platform",
+                "the translate backend has local APICs only; the I/O APIC and PIC of vmm-devices go with \
+                 InterruptMode::LocalApic",
+            ));
+        }
+        if config.legacy_timer {
+            return Err(Error::unsupported(
+                "a legacy timer",
+                "the translate backend has none; vmm-devices has",
+            ));
+        }
+        if config.clock.tsc_khz == Some(0) {
+            return Err(Error::invalid("ClockConfig::tsc_khz", 0, "1 or more"));
+        }
+        if config.clock.source == ClockSource::Deterministic && config.max_vcpus > 1 {
+            return Err(Error::unsupported(
+                "a deterministic clock with more than one vCPU",
+                "their threads run in no defined order",
+            ));
+        }
+        let cpuid = config.cpu.resolve(&self.cpuid)?;
+        let clock = Clock::new(config.clock.tsc_khz, config.clock.source);
+        tracing::debug!(vcpus = config.max_vcpus, "{NAME}: virtual machine created");
+        Ok(TranslateVm(Arc::new(Shared::new(cpuid, config.interrupts, config.max_vcpus, clock))))
+    }
+}
+
+impl Default for TranslateHypervisor {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Hypervisor for TranslateHypervisor {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn supported_cpuid(&self) -> &CpuidTable {
+        &self.cpuid
+    }
+
+    fn create_vm(&self, config: &VmConfig) -> Result<Arc<dyn Vm>> {
+        Ok(Arc::new(self.create(config)?))
+    }
+
+    fn restore_vm(&self, config: &VmConfig, state: &VmState) -> Result<Arc<dyn Vm>> {
+        if state.io_apic.is_some() || state.pics.is_some() || state.pit.is_some() {
+            let problem = "the translate backend has no I/O APIC, PIC or timer".to_owned();
+            return Err(Error::InvalidState { element: "interrupt controllers", problem });
+        }
+        let vm = self.create(config)?;
+        vm.restore_clock(state.clock)?;
+        Ok(Arc::new(vm))
+    }
+}

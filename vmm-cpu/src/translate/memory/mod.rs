@@ -1,0 +1,17 @@
+//! Guest memory as a vCPU sees it: the map of guest-physical addresses, the page-table walk, the software TLB.
+//!
+//! Threat model: every address is the guest's choice, and page tables are guest memory that other vCPUs and devices
+//! write at the same time. An entry is read once and judged by what was read.
+
+mod host;
+mod map;
+mod tlb;
+mod walk;
+
+pub(crate) use host::HostWord;
+pub(crate) use map::{MemoryMap, Slot};
+pub(crate) use tlb::{Reach, Tlb};
+pub(crate) use walk::{Access, GPA_BITS, Paging, Translation, walk};
+
+pub(crate) const PAGE: u64 = 4096;
+pub(crate) const PAGE_MASK: u64 = !(PAGE - 1);

@@ -1,0 +1,290 @@
+//! Model-specific registers, and what CPUID says.
+
+use super::apic::{ApicAction, LocalApic, MSR_APIC_BASE};
+use super::core::{Core, Flow, Machine, is_canonical};
+use super::cpu::{cr0, cr4, efer};
+use super::segment::{index, low32};
+
+/// Numbers of registers (Intel SDM 4, AMD APM 2 appendix A).
+mod number {
+    pub(super) const TSC: u32 = 0x10;
+    pub(super) const APIC_BASE: u32 = 0x1b;
+    pub(super) const MICROCODE: u32 = 0x8b;
+    pub(super) const MTRR_CAP: u32 = 0xfe;
+    pub(super) const SYSENTER_CS: u32 = 0x174;
+    pub(super) const SYSENTER_ESP: u32 = 0x175;
+    pub(super) const SYSENTER_EIP: u32 = 0x176;
+    pub(super) const MISC_ENABLE: u32 = 0x1a0;
+    pub(super) const DEBUG_CONTROL: u32 = 0x1d9;
+    pub(super) const MTRR_VARIABLE: u32 = 0x200;
+    pub(super) const MTRR_FIXED: [u32; 11] =
+        [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
+    pub(super) const PAT: u32 = 0x277;
+    pub(super) const MTRR_DEF_TYPE: u32 = 0x2ff;
+    pub(super) const EFER: u32 = 0xc000_0080;
+    pub(super) const STAR: u32 = 0xc000_0081;
+    pub(super) const LSTAR: u32 = 0xc000_0082;
+    pub(super) const CSTAR: u32 = 0xc000_0083;
+    pub(super) const FMASK: u32 = 0xc000_0084;
+    pub(super) const FS_BASE: u32 = 0xc000_0100;
+    pub(super) const GS_BASE: u32 = 0xc000_0101;
+    pub(super) const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    pub(super) const TSC_AUX: u32 = 0xc000_0103;
+    pub(super) const SYSCFG: u32 = 0xc001_0010;
+    pub(super) const HWCR: u32 = 0xc001_0015;
+    pub(super) const INTERRUPT_PENDING: u32 = 0xc001_0055;
+    pub(super) const VM_CR: u32 = 0xc001_0114;
+    pub(super) const DECODER_CONFIGURATION: u32 = 0xc001_1029;
+}
+
+/// Eight variable ranges, fixed ranges, write combining.
+const MTRR_CAP: u64 = 8 | 1 << 8 | 1 << 10;
+
+/// Registers that read as zero and drop what is written: AMD's configuration, which has no meaning here.
+const IGNORED: [u32; 6] = [
+    number::SYSCFG,
+    number::HWCR,
+    number::INTERRUPT_PENDING,
+    number::VM_CR,
+    number::DECODER_CONFIGURATION,
+    number::MICROCODE,
+];
+
+/// Registers that make up a saved state, those of the local APIC and those with a place of their own aside.
+pub(crate) fn saved() -> impl Iterator<Item = u32> {
+    let variable = number::MTRR_VARIABLE..number::MTRR_VARIABLE + 16;
+    let mut list = vec![
+        number::TSC,
+        number::SYSENTER_CS,
+        number::SYSENTER_ESP,
+        number::SYSENTER_EIP,
+        number::MISC_ENABLE,
+        number::PAT,
+        number::MTRR_DEF_TYPE,
+        number::STAR,
+        number::LSTAR,
+        number::CSTAR,
+        number::FMASK,
+        number::KERNEL_GS_BASE,
+        number::TSC_AUX,
+    ];
+    list.extend(variable);
+    list.extend(number::MTRR_FIXED);
+    list.sort_unstable();
+    list.into_iter()
+}
+
+/// A memory type (Intel SDM 3A table 12-2).
+fn is_memory_type(value: u64) -> bool {
+    matches!(value, 0 | 1 | 4 | 5 | 6)
+}
+
+fn bytes_are(value: u64, allowed: impl Fn(u64) -> bool) -> bool {
+    value.to_le_bytes().into_iter().all(|byte| allowed(byte.into()))
+}
+
+impl Core {
+    /// RDMSR without filters; `None` if there is no such register.
+    pub(crate) fn msr(&mut self, index: u32) -> Option<u64> {
+        if LocalApic::owns_msr(index) {
+            return self.apic_msr(index);
+        }
+        let msr = &self.cpu.msr;
+        Some(match index {
+            number::TSC => self.guest_tsc(),
+            number::APIC_BASE => self.cpu.apic_base,
+            number::MTRR_CAP => MTRR_CAP,
+            number::SYSENTER_CS => msr.sysenter_cs,
+            number::SYSENTER_ESP => msr.sysenter_esp,
+            number::SYSENTER_EIP => msr.sysenter_eip,
+            number::MISC_ENABLE => msr.misc_enable,
+            number::DEBUG_CONTROL => 0,
+            number::PAT => msr.pat,
+            number::MTRR_DEF_TYPE => msr.mtrr_def_type,
+            number::EFER => self.cpu.efer,
+            number::STAR => msr.star,
+            number::LSTAR => msr.lstar,
+            number::CSTAR => msr.cstar,
+            number::FMASK => msr.fmask,
+            number::FS_BASE => self.cpu.segment(index::FS).base,
+            number::GS_BASE => self.cpu.segment(index::GS).base,
+            number::KERNEL_GS_BASE => msr.kernel_gs_base,
+            number::TSC_AUX => msr.tsc_aux,
+            _ if IGNORED.contains(&index) => 0,
+            _ => {
+                let variable = index.checked_sub(number::MTRR_VARIABLE).and_then(|n| usize::try_from(n).ok());
+                let fixed = number::MTRR_FIXED.iter().position(|other| *other == index);
+                let variable = variable.and_then(|n| msr.mtrr_variable.get(n));
+                *variable.or_else(|| msr.mtrr_fixed.get(fixed?))?
+            }
+        })
+    }
+
+    /// WRMSR without filters; `None` if there is no such register or it cannot hold `value`.
+    pub(crate) fn set_msr(&mut self, index: u32, value: u64) -> Option<()> {
+        let now = self.shared.clock.tsc();
+        let msr = &mut self.cpu.msr;
+        let canonical = |value: u64| is_canonical(value).then_some(value);
+        match index {
+            number::TSC => {
+                msr.tsc_offset = value.wrapping_sub(now);
+                self.refresh_deadline();
+            }
+            number::SYSENTER_CS => msr.sysenter_cs = value,
+            number::SYSENTER_ESP => msr.sysenter_esp = canonical(value)?,
+            number::SYSENTER_EIP => msr.sysenter_eip = canonical(value)?,
+            number::MISC_ENABLE => msr.misc_enable = value,
+            number::DEBUG_CONTROL if value == 0 => {}
+            number::PAT if bytes_are(value, |byte| is_memory_type(byte) || byte == 7) => msr.pat = value,
+            number::MTRR_DEF_TYPE if value & !0xcff == 0 && is_memory_type(value & 0xff) => {
+                msr.mtrr_def_type = value;
+            }
+            number::EFER => self.set_efer(value)?,
+            number::STAR => msr.star = value,
+            number::LSTAR => msr.lstar = canonical(value)?,
+            number::CSTAR => msr.cstar = canonical(value)?,
+            number::FMASK => msr.fmask = value & 0xffff_ffff,
+            number::FS_BASE => self.cpu.segment_mut(index::FS).base = canonical(value)?,
+            number::GS_BASE => self.cpu.segment_mut(index::GS).base = canonical(value)?,
+            number::KERNEL_GS_BASE => msr.kernel_gs_base = canonical(value)?,
+            number::TSC_AUX if value >> 32 == 0 => msr.tsc_aux = value,
+            _ if IGNORED.contains(&index) => {}
+            _ => {
+                let variable = index.checked_sub(number::MTRR_VARIABLE).and_then(|n| usize::try_from(n).ok());
+                if let Some(register) = variable.and_then(|n| msr.mtrr_variable.get_mut(n)) {
+                    *register = value;
+                } else {
+                    let fixed = number::MTRR_FIXED.iter().position(|other| *other == index)?;
+                    let register =
+                        msr.mtrr_fixed.get_mut(fixed).filter(|_| bytes_are(value, is_memory_type))?;
+                    *register = value;
+                }
+            }
+        }
+        Some(())
+    }
+
+    fn set_efer(&mut self, value: u64) -> Option<()> {
+        let old = self.cpu.efer;
+        // LMA cannot be written, and what is written there does not matter.
+        let value = value & !efer::LMA | old & efer::LMA;
+        let lme_while_paging = (old ^ value) & efer::LME != 0 && self.cpu.cr0 & cr0::PG != 0;
+        if value & !efer::ALL != 0 || lme_while_paging {
+            return None;
+        }
+        self.cpu.efer = value;
+        if (old ^ value) & efer::NXE != 0 {
+            self.tlb.flush_all();
+        }
+        self.update_mode();
+        Some(())
+    }
+
+    /// The time-stamp counter of this vCPU.
+    pub(crate) fn guest_tsc(&mut self) -> u64 {
+        let now = self.now();
+        self.shared.clock.ticks(now).wrapping_add(self.cpu.msr.tsc_offset)
+    }
+
+    /// XCR0 bits that CPUID lets the guest set.
+    pub(crate) fn xcr0_allowed(&self) -> u64 {
+        let leaf = self.cpuid.get(0xd, 0);
+        leaf.map_or(1, |entry| u64::from(entry.edx) << 32 | u64::from(entry.eax)) | 1
+    }
+
+    /// What CPUID says now.
+    pub(crate) fn guest_cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let Some(entry) = self.cpuid.get(leaf, subleaf) else { return [0; 4] };
+        let mut registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+        let [_, _, ecx, edx] = &mut registers;
+        if leaf == 1 {
+            let osxsave = 1 << 27;
+            *ecx &= !osxsave;
+            if self.cpu.cr4 & cr4::OSXSAVE != 0 {
+                *ecx |= osxsave;
+            }
+        }
+        if leaf == 1 && self.apic_disabled() {
+            *edx &= !(1 << 9);
+        }
+        registers
+    }
+}
+
+impl Machine<'_> {
+    /// RDMSR by the guest.
+    pub(crate) fn guest_rdmsr(&mut self, index: u32) -> Flow<u64> {
+        if !self.shared.passed_on.msr_read(index) {
+            if let Some(value) = self.msr(index) {
+                return Ok(value);
+            }
+            if !self.shared.passed_on.unknown_msrs() {
+                return Err(self.gp(0));
+            }
+        }
+        self.counts.msr += 1;
+        self.end_block();
+        let result = self.leave_guest(|io| io.msr_read(index));
+        result.map_err(|_| self.gp(0))
+    }
+
+    /// WRMSR by the guest.
+    pub(crate) fn guest_wrmsr(&mut self, index: u32, value: u64) -> Flow {
+        if !self.shared.passed_on.msr_write(index) {
+            if LocalApic::owns_msr(index) && self.apic.is_some() {
+                let (now, tsc) = (self.now(), self.guest_tsc());
+                let action = self.apic.as_mut().map(|apic| apic.msr_write(index, value, now, tsc));
+                return match action {
+                    Some(Ok(action)) => {
+                        if index == MSR_APIC_BASE {
+                            self.cpu.apic_base = value;
+                        }
+                        self.act(action);
+                        Ok(())
+                    }
+                    _ => Err(self.gp(0)),
+                };
+            }
+            if self.set_msr(index, value).is_some() {
+                return Ok(());
+            }
+            if !self.shared.passed_on.unknown_msrs() {
+                return Err(self.gp(0));
+            }
+        }
+        self.counts.msr += 1;
+        self.end_block();
+        let result = self.leave_guest(|io| io.msr_write(index, value));
+        result.map_err(|_| self.gp(0))
+    }
+}
+
+impl Core {
+    /// RDMSR of a register of the local APIC.
+    fn apic_msr(&mut self, index: u32) -> Option<u64> {
+        let (now, tsc) = (self.now(), self.guest_tsc());
+        match &mut self.apic {
+            Some(apic) => {
+                let value = apic.msr_read(index, now, tsc).ok();
+                self.urgent = true;
+                value
+            }
+            None if index == MSR_APIC_BASE => Some(self.cpu.apic_base),
+            None => None,
+        }
+    }
+
+    /// WRMSR of a register of the local APIC from outside of the guest: no messages are sent.
+    pub(crate) fn set_apic_msr(&mut self, index: u32, value: u64) -> Option<()> {
+        let (now, tsc) = (self.now(), self.guest_tsc());
+        let apic = self.apic.as_mut()?;
+        let action = apic.msr_write(index, value, now, tsc).ok()?;
+        if index == MSR_APIC_BASE {
+            self.cpu.apic_base = value;
+            self.tlb.flush_all();
+        }
+        self.refresh_deadline();
+        self.urgent = true;
+        (action == ApicAction::None || action == ApicAction::BaseChanged || low32(value) == 0).then_some(())
+    }
+}

@@ -1,0 +1,104 @@
+//! x87: the operands. What is computed is the affair of [`x87`](crate::translate::x87).
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::op::{Handler, Op, operand_bytes};
+use crate::translate::core::{Flow, Leave, Machine, Place};
+use crate::translate::cpu::{BLOCK, RAX, cr0};
+use crate::translate::exception::{Exception, vector};
+use crate::translate::flags::bits;
+use crate::translate::x87::{X87Context, X87Machine, X87Stop, execute};
+
+/// The memory operand and the registers that x87 instructions touch.
+struct Operands<'a, 'b> {
+    m: &'a mut Machine<'b>,
+    place: Option<Place>,
+}
+
+impl X87Machine for Operands<'_, '_> {
+    type Stop = Leave;
+
+    fn read(&mut self, buffer: &mut [u8]) -> Flow {
+        match self.place {
+            Some(place) => self.m.read(place, buffer),
+            None => Err(self.m.ud()),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Flow {
+        match self.place {
+            Some(place) => self.m.write(place, bytes),
+            None => Err(self.m.ud()),
+        }
+    }
+
+    fn set_ax(&mut self, value: u16) {
+        self.m.cpu.set::<u16>(RAX, value.into());
+    }
+
+    fn set_compare_flags(&mut self, zf: bool, pf: bool, cf: bool) {
+        let status = bits::of(zf, bits::ZF) | bits::of(pf, bits::PF) | bits::of(cf, bits::CF);
+        self.m.cpu.flags.replace_status(bits::STATUS, status);
+    }
+
+    fn flags(&self) -> u64 {
+        self.m.cpu.flags.get()
+    }
+}
+
+impl Machine<'_> {
+    /// #MF if an unmasked x87 exception is pending. Without CR0.NE hardware would tell the PIC; that line has nobody
+    /// at its end here, so it is #MF as well.
+    pub(crate) fn check_x87_pending(&mut self) -> Flow {
+        if self.cpu.x87.is_pending() { Err(self.raise(Exception::new(vector::MF))) } else { Ok(()) }
+    }
+}
+
+fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
+    let instruction = m.rare(op);
+    if m.cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
+        return Err(m.raise(Exception::new(vector::NM)));
+    }
+    let bytes = operand_bytes(&instruction, 0);
+    let has_memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == iced_x86::OpKind::Memory);
+    let place = if has_memory { Some(m.place(op, bytes, false)?) } else { None };
+    let context = X87Context {
+        instruction_pointer: m.cpu.r(BLOCK).wrapping_add(u64::from(op.start)) & m.mode.ip_mask,
+        code_selector: m.cpu.cs().selector,
+        data_pointer: if has_memory { m.effective_address(op) } else { 0 },
+        data_selector: m.cpu.segment(op.segment()).selector,
+        opcode: opcode(m, op),
+        real_mode: !m.cpu.protected() || m.cpu.virtual_8086(),
+    };
+    let mut state = m.cpu.x87;
+    let result = execute(&mut state, &instruction, &context, &mut Operands { m, place });
+    match result {
+        Ok(()) => {
+            m.cpu.x87 = state;
+            Ok(())
+        }
+        Err(X87Stop::Machine(leave)) => Err(leave),
+        Err(X87Stop::Pending) => Err(m.raise(Exception::new(vector::MF))),
+        Err(X87Stop::Invalid) => Err(m.ud()),
+    }
+}
+
+/// The low three bits of the first opcode byte, and the second, for the opcode register. It is read only by debuggers, so
+/// it is not worth keeping with the instruction.
+fn opcode(_: &Machine<'_>, _: &Op) -> u16 {
+    0
+}
+
+/// The handler of an instruction of this family and whether it ends its block, `None` for others.
+pub(super) fn lower(instruction: &Instruction) -> Option<(Handler, bool)> {
+    let is_x87 = is_escape(instruction);
+    is_x87.then_some((run as Handler, false))
+}
+
+/// Whether the opcode is one of D8 to DF.
+fn is_escape(instruction: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    let features = instruction.cpuid_features();
+    features.iter().any(|feature| matches!(feature, F::FPU | F::FPU287 | F::FPU387))
+        || instruction.mnemonic() == Mnemonic::Fisttp
+}

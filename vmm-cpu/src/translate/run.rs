@@ -1,0 +1,370 @@
+//! The run loop: from block to block, and what happens between two of them.
+
+use std::sync::Arc;
+
+use super::block::{self, BlockCache, Stamp};
+use super::core::{Core, Flow, Machine, Place, Reason};
+use super::cpu::{Activity, BLOCK};
+use super::exception::{Event, Exception, dr6};
+use super::flags::bits;
+use super::memory::{Access, PAGE_MASK, Reach};
+use crate::error::{Error, Result};
+use crate::hypervisor::InterruptMode;
+use crate::vcpu::{Halt, UnhandledInstruction};
+
+/// Longest instruction in bytes.
+const MAX_INSTRUCTION: usize = 15;
+
+/// Rarely executed instructions that are kept, those of dropped blocks included.
+const MAX_RARE: usize = 1 << 20;
+
+/// What the pause between two blocks comes to.
+enum Next {
+    /// Go on.
+    Block,
+    /// One instruction, then look again.
+    Instruction,
+    /// `run` returns.
+    Return(Halt),
+}
+
+/// Runs until something ends the stay.
+pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
+    // The VMM may have changed anything.
+    m.tlb.forget_lookups();
+    m.update_mode();
+    loop {
+        let mut single = false;
+        if m.urgent || m.budget <= 0 || m.signals.wants_attention() {
+            match between(m, cache) {
+                Ok(Next::Block) => {}
+                Ok(Next::Instruction) => single = true,
+                Ok(Next::Return(halt)) => return Ok(halt),
+                Err(_) => match leave(m)? {
+                    Some(halt) => return Ok(halt),
+                    None => continue,
+                },
+            }
+        }
+        let left = execute(m, cache, single).is_err();
+        if left {
+            // What a debugger or the guest's debug registers wanted to see of the instruction is void: it did not
+            // complete.
+            m.watch_hits = 0;
+            if let Some(halt) = leave(m)? {
+                return Ok(halt);
+            }
+        } else if single && let Some(halt) = m.after_instruction()? {
+            return Ok(halt);
+        }
+        if !m.code_stores.is_empty() {
+            drop_changed_code(m, cache);
+        }
+    }
+}
+
+/// Runs one block, or its first instruction.
+#[inline(always)]
+fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
+    let rip = m.cpu.rip;
+    let stamp = m.stamp();
+    let id = match cache.find(rip, stamp) {
+        Some(id) => id,
+        None => find(m, cache, rip)?,
+    };
+    let Some(block) = cache.get(id) else { return Ok(()) };
+    m.cpu.set_r(BLOCK, rip);
+    m.cpu.rip = rip.wrapping_add(block.len()) & m.mode.ip_mask;
+    m.limit = if single { 1 } else { usize::try_from(m.budget).unwrap_or(1) };
+    let mut done = 0;
+    let mut left = None;
+    for op in &block.ops {
+        if done >= m.limit {
+            // Something ended the block early.
+            m.cpu.rip = rip.wrapping_add(u64::from(op.start)) & m.mode.ip_mask;
+            break;
+        }
+        if let Err(leave) = (op.run)(m, op) {
+            m.cpu.rip = rip.wrapping_add(u64::from(op.start)) & m.mode.ip_mask;
+            left = Some(leave);
+            break;
+        }
+        done += 1;
+    }
+    m.count(done);
+    match left {
+        None => Ok(()),
+        Some(leave) => Err(leave),
+    }
+}
+
+/// Finds or decodes the block at `rip`.
+#[cold]
+#[inline(never)]
+fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<u32> {
+    let code_bits = m.mode.code_bits;
+    let va = if code_bits == 64 {
+        rip
+    } else {
+        let cs = *m.cpu.cs();
+        if rip > u64::from(cs.limit) {
+            return Err(m.gp(0));
+        }
+        cs.base.wrapping_add(rip) & 0xffff_ffff
+    };
+    let translation = m.translate(Place::data(va), Access::Execute)?;
+    let gpa = translation.gpa | va & !PAGE_MASK;
+    let map = Arc::clone(m.map());
+    let mut known = cache.lookup(gpa, code_bits, &map, || {
+        let next = (va | !PAGE_MASK).wrapping_add(1);
+        m.translate(Place::data(next), Access::Execute).ok().map(|page| page.gpa)
+    });
+    if known.is_none() {
+        if cache.is_full() || m.rare.len() >= MAX_RARE {
+            cache.clear();
+            m.rare.clear();
+        }
+        // Stores to the page are seen from before its bytes are read.
+        m.watch_code(gpa);
+        let block = block::build(m, va, gpa)?;
+        if let Some(second) = block.second_page {
+            m.watch_code(second);
+        }
+        known = Some(cache.insert(block));
+    }
+    let Some(id) = known else { return Err(m.gp(0)) };
+    cache.remember(rip, m.stamp(), id);
+    Ok(id)
+}
+
+/// Drops the blocks that stores of this vCPU have changed, and tells the others.
+#[cold]
+fn drop_changed_code(m: &mut Machine<'_>, cache: &mut BlockCache) {
+    for store in std::mem::take(&mut m.code_stores) {
+        cache.invalidate(store);
+        m.shared.post_code_store(m.index, store);
+    }
+}
+
+/// Looks at everything that may want something of the vCPU.
+#[cold]
+#[inline(never)]
+fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
+    loop {
+        m.urgent = false;
+        if m.signals.take_attention() {
+            m.see_epoch();
+            for store in m.signals.take_code_stores() {
+                if store.bytes == u64::MAX {
+                    cache.clear();
+                    m.rare.clear();
+                } else {
+                    cache.invalidate(store);
+                }
+            }
+            m.cpu.nmi_pending |= m.signals.take_nmi();
+            m.drain_inbox();
+            if m.signals.take_kick() {
+                m.counts.interrupted += 1;
+                // What else there is, is looked at when it goes on.
+                m.urgent = true;
+                return Ok(Next::Return(Halt::Interrupted));
+            }
+        }
+        if let Some(event) = m.injected.take() {
+            m.take(event)?;
+        }
+        m.check_timer();
+        m.budget = m.next_budget();
+        m.take_interrupt()?;
+        if m.cpu.activity == Activity::Running {
+            break;
+        }
+        if let Some(halt) = m.rest() {
+            return Ok(Next::Return(halt));
+        }
+    }
+    if m.cpu.shadow_sti || m.cpu.shadow_mov_ss {
+        m.urgent = true;
+        (m.cpu.shadow_sti, m.cpu.shadow_mov_ss) = (false, false);
+        if !m.is_careful() {
+            return Ok(Next::Instruction);
+        }
+    }
+    if m.is_careful() {
+        m.urgent = true;
+        return match m.before_instruction()? {
+            Some(halt) => Ok(Next::Return(halt)),
+            None => Ok(Next::Instruction),
+        };
+    }
+    Ok(Next::Block)
+}
+
+/// Does what an instruction that did not complete asks for; the halt to return with.
+#[cold]
+#[inline(never)]
+fn leave(m: &mut Machine<'_>) -> Result<Option<Halt>> {
+    match std::mem::take(&mut m.reason) {
+        Reason::None => Ok(None),
+        Reason::Halt(halt) => Ok(Some(halt)),
+        Reason::Exception(exception) => Ok(m.deliver_exception(exception)),
+        Reason::Unhandled(reason) => {
+            let unhandled = m.describe(reason);
+            tracing::warn!(vcpu = m.index, rip = m.cpu.rip, "translate: unhandled instruction");
+            Err(Error::Unhandled(Box::new(unhandled)))
+        }
+    }
+}
+
+impl Core {
+    /// What a remembered block depends on besides RIP.
+    #[inline(always)]
+    fn stamp(&self) -> Stamp {
+        let user = u64::from(self.mode.reach == Reach::User);
+        Stamp(self.tlb.generation() << 8 | u64::from(self.mode.code_bits) << 1 | user)
+    }
+
+    /// Accounts for executed instructions.
+    #[inline(always)]
+    fn count(&mut self, done: usize) {
+        self.instructions += done as u64;
+        self.uncounted += done as u64;
+        self.budget -= done as i64;
+    }
+
+    /// Takes a new memory map over, if there is one.
+    pub(crate) fn see_epoch(&mut self) {
+        let epoch = self.shared.epoch();
+        if epoch == self.signals.last_seen() {
+            return;
+        }
+        let map = self.shared.map();
+        let changed = !Arc::ptr_eq(&map, self.tlb.map());
+        if changed {
+            self.tlb.set_map(map);
+        } else {
+            self.tlb.watch_all_stores();
+        }
+        self.signals.saw(epoch);
+        // Decoded code is compared with memory when it is next looked up.
+        self.tlb.forget_lookups();
+    }
+
+    /// Makes stores to a page of code seen, also those of other vCPUs.
+    fn watch_code(&mut self, gpa: u64) {
+        let map = Arc::clone(self.tlb.map());
+        let Some(slot) = map.slot(gpa) else { return };
+        if !slot.code.insert(slot.page(gpa)) {
+            return;
+        }
+        self.tlb.watch_stores(gpa);
+        let shared = Arc::clone(&self.shared);
+        if shared.max_vcpus > 1 {
+            // Two vCPUs that do this at once would wait for each other.
+            let signals = Arc::clone(&self.signals);
+            signals.leave_guest();
+            shared.synchronize(Some(self.index));
+            signals.enter_guest();
+            self.see_epoch();
+        }
+    }
+
+    /// Describes the instruction at RIP.
+    fn describe(&mut self, reason: String) -> UnhandledInstruction {
+        let (general, system) = (self.general_registers(), self.system_registers());
+        let linear = self.cpu.cs().base.wrapping_add(self.cpu.rip);
+        let mut bytes = Vec::with_capacity(MAX_INSTRUCTION);
+        while bytes.len() < MAX_INSTRUCTION {
+            let va = linear.wrapping_add(bytes.len() as u64);
+            let mut byte = [0];
+            let Ok(page) = self.translate(Place::data(va), Access::Execute) else { break };
+            if !self.map().read(page.gpa | va & !PAGE_MASK, &mut byte) {
+                break;
+            }
+            bytes.extend(byte);
+        }
+        self.reason = Reason::None;
+        UnhandledInstruction::new(super::NAME, self.index, reason, bytes, general, system)
+    }
+}
+
+impl Machine<'_> {
+    /// Takes an NMI or an interrupt, if there is one and it is not held off.
+    fn take_interrupt(&mut self) -> Flow {
+        if matches!(self.cpu.activity, Activity::WaitForInit | Activity::WaitForSipi) {
+            return Ok(());
+        }
+        let shadow = self.cpu.shadow_sti || self.cpu.shadow_mov_ss;
+        if self.cpu.nmi_pending && !self.cpu.nmi_masked && !shadow {
+            self.cpu.nmi_pending = false;
+            self.cpu.activity = Activity::Running;
+            return self.take(Event::Nmi);
+        }
+        if shadow || !self.cpu.flags.control(bits::IF) {
+            return Ok(());
+        }
+        if self.pending_vector() {
+            let Some(vector) = self.apic.as_mut().map(super::apic::LocalApic::acknowledge) else {
+                return Ok(());
+            };
+            self.cpu.activity = Activity::Running;
+            return self.take(Event::External { vector });
+        }
+        let pin = self.signals.intr() && self.takes_pin();
+        if pin || std::mem::take(&mut self.ext_int) {
+            self.counts.interrupt += 1;
+            // The callback may change the pin.
+            match self.leave_guest(|io| io.acknowledge_interrupt()) {
+                Some(vector) => {
+                    self.cpu.activity = Activity::Running;
+                    self.urgent = true;
+                    return self.take(Event::External { vector });
+                }
+                // Withdrawn: the pin is low until somebody asserts it again.
+                None => self.signals.store_intr(false),
+            }
+        }
+        Ok(())
+    }
+
+    /// A vCPU that executes nothing: waits, or returns where the VMM wants to wait itself.
+    fn rest(&mut self) -> Option<Halt> {
+        let waits_here = self.shared.interrupts != InterruptMode::External;
+        if !waits_here {
+            return Some(Halt::Halted);
+        }
+        let timeout = self.time_to_deadline();
+        if self.shared.clock.is_deterministic()
+            && let Some(left) = timeout
+        {
+            // Nothing else happens until then.
+            self.shared.clock.advance(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
+            return None;
+        }
+        let signals = Arc::clone(&self.signals);
+        signals.leave_guest();
+        signals.sleep(timeout, super::signals::Signals::wants_attention);
+        signals.enter_guest();
+        self.see_epoch();
+        None
+    }
+
+    /// Debug exceptions that come after an instruction, and the debugger's stops.
+    fn after_instruction(&mut self) -> Result<Option<Halt>> {
+        let hits = std::mem::take(&mut self.watch_hits);
+        if !std::mem::take(&mut self.keeps_rf) {
+            self.cpu.flags.set_control(bits::RF, false);
+        }
+        let mut causes = u64::from(hits & 0xf);
+        if std::mem::take(&mut self.trap_pending) {
+            causes |= dr6::BS;
+        }
+        if causes != 0
+            && let Some(halt) = self.deliver_exception(Exception::debug(causes))
+        {
+            return Ok(Some(halt));
+        }
+        Ok(self.debugger_stop(hits >> 8))
+    }
+}

@@ -1,0 +1,198 @@
+//! What reaches a vCPU from other threads: kicks, NMIs, INTR, and requests to forget what it has cached.
+//!
+//! Whoever wants something sets it first and `attention` second; the vCPU takes `attention` first and looks second, so
+//! nothing is lost. The loop that runs blocks polls just `attention`.
+//!
+//! Changes of the memory map and of what is watched are an epoch of the virtual machine: whoever makes one waits until
+//! each vCPU has seen it or is not in the guest. A vCPU enters the guest by saying so and reading the epoch afterwards,
+//! both sequentially consistent, so that one of the two sees the other.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use super::core::CodeStore;
+use crate::error::Result;
+use crate::vcpu::VcpuHandle;
+
+const KICK: u32 = 1;
+const NMI: u32 = 2;
+
+/// Stores of other vCPUs to code that are listed one by one; beyond, all blocks are dropped.
+const MAX_CODE_STORES: usize = 256;
+
+/// Shared by a vCPU, its handles and its virtual machine.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    attention: AtomicBool,
+    requests: AtomicU32,
+    intr: AtomicBool,
+    in_guest: AtomicBool,
+    seen: AtomicU64,
+    code_stores: Mutex<Vec<CodeStore>>,
+    asleep: Mutex<()>,
+    wakeup: Condvar,
+}
+
+impl Signals {
+    pub(crate) fn new() -> Self {
+        Self {
+            attention: AtomicBool::new(false),
+            requests: AtomicU32::new(0),
+            intr: AtomicBool::new(false),
+            in_guest: AtomicBool::new(false),
+            seen: AtomicU64::new(0),
+            code_stores: Mutex::default(),
+            asleep: Mutex::default(),
+            wakeup: Condvar::new(),
+        }
+    }
+
+    /// Whether to look at the rest.
+    #[inline(always)]
+    pub(crate) fn wants_attention(&self) -> bool {
+        self.attention.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn take_attention(&self) -> bool {
+        self.attention.swap(false, Ordering::SeqCst)
+    }
+
+    /// Makes the vCPU look, and wakes it.
+    pub(crate) fn attract(&self) {
+        self.attention.store(true, Ordering::SeqCst);
+        // Taking the lock orders the notification after a sleeper's last look.
+        drop(self.asleep.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wakeup.notify_all();
+    }
+
+    fn request(&self, bit: u32) {
+        self.requests.fetch_or(bit, Ordering::SeqCst);
+        self.attract();
+    }
+
+    pub(crate) fn take_kick(&self) -> bool {
+        self.requests.fetch_and(!KICK, Ordering::SeqCst) & KICK != 0
+    }
+
+    pub(crate) fn kick_pending(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) & KICK != 0
+    }
+
+    pub(crate) fn take_nmi(&self) -> bool {
+        self.requests.fetch_and(!NMI, Ordering::SeqCst) & NMI != 0
+    }
+
+    pub(crate) fn nmi_pending(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) & NMI != 0
+    }
+
+    pub(crate) fn intr(&self) -> bool {
+        self.intr.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn store_intr(&self, asserted: bool) {
+        self.intr.store(asserted, Ordering::SeqCst);
+    }
+
+    /// Another vCPU wrote to a page that holds code.
+    pub(crate) fn post_code_store(&self, store: CodeStore) {
+        let mut stores = self.code_stores.lock().unwrap_or_else(PoisonError::into_inner);
+        if stores.len() < MAX_CODE_STORES {
+            stores.push(store);
+        } else {
+            // One that covers everything.
+            stores.clear();
+            stores.push(CodeStore { gpa: 0, bytes: u64::MAX });
+        }
+        drop(stores);
+        self.attract();
+    }
+
+    pub(crate) fn take_code_stores(&self) -> Vec<CodeStore> {
+        std::mem::take(&mut *self.code_stores.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Says that guest memory may be accessed from now on. The epoch has to be looked at afterwards.
+    pub(crate) fn enter_guest(&self) {
+        self.in_guest.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn leave_guest(&self) {
+        self.in_guest.store(false, Ordering::SeqCst);
+    }
+
+    /// Says that nothing older than `epoch` is cached.
+    pub(crate) fn saw(&self, epoch: u64) {
+        self.seen.store(epoch, Ordering::SeqCst);
+    }
+
+    pub(crate) fn last_seen(&self) -> u64 {
+        self.seen.load(Ordering::SeqCst)
+    }
+
+    /// Waits until the vCPU has seen `epoch` or is out of the guest.
+    pub(crate) fn wait_for(&self, epoch: u64) {
+        let mut spins = 0_u32;
+        while self.in_guest.load(Ordering::SeqCst) && self.seen.load(Ordering::SeqCst) < epoch {
+            self.attention.store(true, Ordering::SeqCst);
+            spins += 1;
+            if spins < 64 {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Sleeps until `awake`, at most until `timeout` has passed; whether it is awake.
+    pub(crate) fn sleep(&self, timeout: Option<Duration>, awake: impl Fn(&Self) -> bool) -> bool {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut guard = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
+        while !awake(self) {
+            guard = match deadline {
+                None => self.wakeup.wait(guard).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    self.wakeup.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        true
+    }
+}
+
+/// The handle; a weak reference, so that a forgotten handle keeps nothing alive.
+#[derive(Debug)]
+pub(crate) struct Handle(pub(crate) Weak<Signals>);
+
+impl Handle {
+    pub(crate) fn new(signals: &Arc<Signals>) -> Self {
+        Self(Arc::downgrade(signals))
+    }
+}
+
+impl VcpuHandle for Handle {
+    fn kick(&self) {
+        if let Some(signals) = self.0.upgrade() {
+            signals.request(KICK);
+        }
+    }
+
+    fn nmi(&self) -> Result<()> {
+        if let Some(signals) = self.0.upgrade() {
+            signals.request(NMI);
+        }
+        Ok(())
+    }
+
+    fn set_intr(&self, asserted: bool) -> Result<()> {
+        let Some(signals) = self.0.upgrade() else { return Ok(()) };
+        signals.store_intr(asserted);
+        signals.attract();
+        Ok(())
+    }
+}
