@@ -1,200 +1,484 @@
-//! Starts Debian's stock kernel (or another) with a serial console.
+//! Boots Debian's stock kernel, or another, to a shell or through one command.
 //!
-//! With no kernel given it gets Debian's cloud kernel as a package. The kernel is entered by PVH, the ELF payload of a
-//! bzImage directly. The run ends when the guest resets or powers off, when the backend meets something it cannot
-//! execute (the error says what), or after `--seconds`.
+//! With no kernel given it gets Debian's cloud kernel and its static busybox as packages, makes an initial RAM disk of
+//! them, and keeps both under `target/`. `--command` runs a shell line in the guest: standard output and standard error are
+//! the line's, and the exit status is. Statuses of the program's own begin at 124.
+//!
+//! The kernel is entered by PVH, the ELF payload of a bzImage directly. The machine is `vmm_examples::pc`'s. Before the
+//! guest runs, the process gives up all that it does not need (`vmm_examples::confine`).
 
-use std::io::{self, Stdout, Write as _};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read as _, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
 use vmm_cpu::entry::entry_state;
-use vmm_cpu::{
-    CpuModel, Error, Halt, Hypervisor, InterruptLines, InterruptMode, VcpuHandle, VcpuIo, VmConfig,
-    open_backend,
-};
-use vmm_examples::debian;
+use vmm_cpu::{CpuModel, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuHandle, VmConfig, open_backend};
+use vmm_devices::platform::PlatformEvent;
+use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
+use vmm_examples::debian::{self, MODULES, ModuleTree, Series};
+use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session};
+use vmm_examples::initramfs::{Userspace, userspace};
+use vmm_examples::pc::{Output, Pc};
+use vmm_examples::terminal::{self, EscapeKeys, RawMode};
 use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
+use vmm_memory::vm_memory::GuestMemoryRegion as _;
 
-const COM1: u16 = 0x3f8;
-const COM1_GSI: u32 = 4;
-const KEYBOARD_CONTROLLER: u16 = 0x64;
-const DEBUG_EXIT: u16 = 0xf4;
-
-/// Statuses of the program's own: QEMU's debug exit can give any odd one.
-const VMM_FAILURE: u8 = 125;
+/// Statuses of the program's own; those of commands end at 123 by custom, and a debug exit's is QEMU's.
 const TIME_IS_UP: u8 = 124;
+const VMM_FAILURE: u8 = 125;
 
-/// Starts Debian's stock kernel, or another, with a serial console.
+/// Rate of the guest's time-stamp counter. The kernel is told, so that it need not measure it.
+const TSC_KHZ: u32 = 1_000_000;
+
+/// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
 struct Options {
-    /// The backend that runs it.
-    #[arg(long, default_value = "kvm")]
+    /// What runs the guest: kvm, translate, or auto, which takes hardware assistance where the processor has it.
+    #[arg(long, default_value = "auto")]
     backend: String,
-    /// Kernel: bzImage, ELF with a PVH note, or multiboot image.
+    /// Kernel: bzImage, ELF with a PVH note, or multiboot image. Debian's cloud kernel if not given.
     #[arg(long)]
     kernel: Option<PathBuf>,
-    /// Initial RAM disk.
-    #[arg(long)]
+    /// Which of Debian's kernels to get.
+    #[arg(long, value_enum, default_value_t, conflicts_with = "kernel")]
+    series: Series,
+    /// Initial RAM disk instead of the program's own; module of a multiboot kernel.
+    #[arg(long, conflicts_with_all = ["command", "packages"])]
     initrd: Option<PathBuf>,
-    /// Added to the kernel's command line.
+    /// Added to the kernel's command line; all of it for kernels other than Linux.
     #[arg(long, default_value = "")]
     append: String,
     /// RAM in MiB.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=1 << 20))]
     memory: u64,
-    /// Ends the run after that time.
+    /// Runs this shell line in the guest and exits with its status.
+    #[arg(long)]
+    command: Option<String>,
+    /// Gives the program's standard input to the command; without it the command has none.
+    #[arg(long, requires = "command")]
+    stdin: bool,
+    /// Debian packages to add to the guest's userspace, with what they depend on.
+    #[arg(long, value_delimiter = ',')]
+    packages: Vec<String>,
+    /// Ends the run after that time, with status 124.
     #[arg(long)]
     seconds: Option<u64>,
-    /// Exits by kind and time, at the end, on standard error.
+    /// Times, exits by kind, instructions and memory, on standard error at the end.
     #[arg(long)]
     timings: bool,
 }
 
-struct Edge(Arc<dyn InterruptLines>);
-
-impl Trigger for Edge {
-    type E = Error;
-
-    fn trigger(&self) -> Result<(), Error> {
-        self.0.set_level(COM1_GSI, true)?;
-        self.0.set_level(COM1_GSI, false)
-    }
-}
-
-/// Register of the serial port at `port`, if it is one of its eight.
-fn com1_register(port: u16) -> Option<u8> {
-    port.checked_sub(COM1).and_then(|offset| u8::try_from(offset).ok()).filter(|register| *register < 8)
-}
-
-struct Machine {
-    serial: Serial<Edge, NoEvents, Stdout>,
-    vcpu: Arc<dyn VcpuHandle>,
-    exit: Option<u8>,
-}
-
-impl Machine {
-    fn end(&mut self, status: u8) {
-        self.exit = Some(status);
-        self.vcpu.kick();
-    }
-}
-
-impl VcpuIo for Machine {
-    fn pio_read(&mut self, port: u16, _size: usize, data: &mut [u8]) {
-        data.fill(0xff);
-        match (com1_register(port), port, data) {
-            (Some(register), _, [byte]) => *byte = self.serial.read(register),
-            // No key, and the controller is ready for a command.
-            (_, KEYBOARD_CONTROLLER, data) => data.fill(0),
-            _ => {}
-        }
-    }
-
-    fn pio_write(&mut self, port: u16, _size: usize, data: &[u8]) {
-        match (com1_register(port), port, data) {
-            (Some(register), _, [byte]) => {
-                if let Err(error) = self.serial.write(register, *byte) {
-                    eprintln!("linux: serial port: {error:?}");
-                    self.end(VMM_FAILURE);
-                }
-            }
-            (_, DEBUG_EXIT, [value, ..]) => self.end(value.wrapping_mul(2) | 1),
-            (_, KEYBOARD_CONTROLLER, [0xfe]) => self.end(0),
-            _ => {}
-        }
-    }
-}
-
 fn main() -> ExitCode {
+    let started = Instant::now();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(io::stderr)
         .init();
-    run(&Options::parse()).unwrap_or_else(|error| {
+    run(&Options::parse(), started).map(ExitCode::from).unwrap_or_else(|error| {
+        terminal::restore();
         eprintln!("linux: {error:#}");
         ExitCode::from(VMM_FAILURE)
     })
 }
 
-fn run(options: &Options) -> Result<ExitCode> {
-    let started = Instant::now();
-    // Before the kernel is fetched: without a backend there is no use for it.
-    let hypervisor = open_backend(&options.backend)?;
-    let kernel_path = options.kernel.clone().map_or_else(debian::kernel, Ok)?;
-    let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
-    let image = read(&kernel_path)?;
-    let initrd = options.initrd.as_ref().map(read).transpose()?;
+fn run(options: &Options, started: Instant) -> Result<u8> {
+    let inherited = inherited_descriptors()?;
+    // Before anything is fetched: without a backend there is no use for it.
+    let hypervisor = choose(&options.backend)?;
+    let session = session(options)?;
+    let guest = Guest::get(options, &session)?;
 
     let ram = GuestRam::builder().ram(options.memory << 20).build()?;
-    let kernel = KernelImage::parse(&image).with_context(|| format!("kernel {}", kernel_path.display()))?;
-    let command_line = format!("console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 {}", options.append);
-    let mut boot = Boot::new(&kernel).command_line(command_line.trim_end());
-    if let Some(initrd) = &initrd {
+    let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
+    let is_linux = kernel.setup_header().is_some();
+    let mut boot = Boot::new(&kernel).command_line(guest.command_line.trim());
+    if let Some(initrd) = &guest.initrd {
         boot = boot.initrd(initrd);
     }
-    if kernel.setup_header().is_some() {
-        // The payload's own PVH entry: the guest need not decompress itself.
-        boot = boot.protocol(BootProtocol::Pvh);
+    let tables = Pc::write_tables(&ram, 1)?;
+    if is_linux {
+        // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS
+        // leaves them.
+        boot = boot.protocol(BootProtocol::Pvh).rsdp(tables);
     }
-    let entry = boot.load(&*ram.memory()).with_context(|| format!("kernel {}", kernel_path.display()))?;
+    let entry = boot.load(&*ram.memory()).with_context(|| guest.name())?;
 
-    let vm = hypervisor.create_vm(&config(&*hypervisor))?;
+    let vm = hypervisor.create_vm(&machine(&*hypervisor))?;
     vm.map_ram(&ram)?;
     let mut vcpu = vm.create_vcpu(0)?;
     entry_state(&entry)?.apply(&mut *vcpu)?;
-    let lines = vm.interrupt_lines().context("the backend has no interrupt lines")?;
-    let serial = Serial::new(Edge(lines), io::stdout());
-    let mut machine = Machine { serial, vcpu: vcpu.handle(), exit: None };
 
-    let time_is_up = Arc::new(AtomicBool::new(false));
-    if let Some(seconds) = options.seconds {
-        let (flag, vcpu) = (Arc::clone(&time_is_up), vcpu.handle());
-        std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_secs(seconds));
-            flag.store(true, Ordering::SeqCst);
-            vcpu.kick();
-        });
+    let watch = Arc::new(Watch::new(&session, vcpu.handle(), started));
+    let messages = vm.msi().context("the backend takes no interrupt messages")?;
+    let pc = Arc::new(Pc::new(messages, |port| Watch::port(&watch, port))?);
+    pc.start(vec![vcpu.handle()]);
+    let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
+    if !matches!(session, Session::Command { .. }) {
+        read_keys(&pc, &watch, raw.is_some())?;
     }
-    let status = loop {
-        match vcpu.run(&mut machine) {
-            Ok(Halt::Interrupted) => {
-                if let Some(status) = machine.exit {
-                    break Ok(status);
-                }
-                if time_is_up.load(Ordering::SeqCst) {
-                    break Ok(TIME_IS_UP);
-                }
-            }
-            Ok(Halt::Reset | Halt::Shutdown) => break Ok(0),
-            Ok(halt) => break Err(anyhow::anyhow!("the guest stopped: {halt:?}")),
-            Err(error) => break Err(error.into()),
-        }
-    };
-    io::stdout().flush()?;
+    let time_is_up = alarm(options.seconds, vcpu.handle())?;
+    let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
+    confine(&*hypervisor, &inherited)?;
+
+    let end = run_vcpu(&mut *vcpu, &pc, &watch, &time_is_up);
+    drop(raw);
+    let ended = started.elapsed();
+    let status = watch.finish()?;
     if options.timings {
-        eprintln!("wall time: {:.3} s", started.elapsed().as_secs_f64());
-        for (kind, count) in vcpu.exit_counts().into_iter().filter(|(_, count)| *count > 0) {
-            eprintln!("exits {kind}: {count}");
-        }
+        report(&watch, ended, &*vcpu, memory)?;
     }
-    match status {
-        Ok(TIME_IS_UP) => bail!("the guest was still running after {} s", options.seconds.unwrap_or(0)),
-        Ok(status) => Ok(ExitCode::from(status)),
-        Err(error) => Err(error),
+    match end? {
+        End::TimeIsUp => {
+            eprintln!("linux: the guest was still running after {} s", options.seconds.unwrap_or(0));
+            Ok(TIME_IS_UP)
+        }
+        End::DebugExit(status) => Ok(status),
+        End::User => Ok(0),
+        End::Guest => match (&session, status) {
+            (_, Some(status)) => Ok(status),
+            (Session::Command { .. }, None) => bail!("the guest ended before the command did"),
+            (_, None) => Ok(0),
+        },
     }
 }
 
-/// The machine that a PC kernel expects, as far as the backend has it.
-fn config(hypervisor: &dyn Hypervisor) -> VmConfig {
-    let capabilities = hypervisor.capabilities();
-    VmConfig::new(CpuModel::Host).interrupts(InterruptMode::Platform).legacy_timer(capabilities.legacy_timer)
+/// The backend of that name. The program says what `auto` has chosen, and why.
+fn choose(name: &str) -> Result<Box<dyn Hypervisor>> {
+    if name != "auto" {
+        return Ok(open_backend(name)?);
+    }
+    let why = match open_backend("kvm") {
+        Ok(kvm) if kvm.capabilities().hardware_assisted == Some(true) => {
+            eprintln!("linux: backend kvm, since the processor has hardware assistance");
+            return Ok(kvm);
+        }
+        Ok(_) => "since /dev/kvm has no hardware assistance behind it".to_owned(),
+        Err(Error::HostInterfaceAbsent { path, .. }) => format!("since there is no {path}"),
+        Err(error) => format!("since kvm is not to be had: {error}"),
+    };
+    eprintln!("linux: backend translate, {why}");
+    Ok(open_backend("translate")?)
+}
+
+/// The machine that [`Pc`] goes with.
+fn machine(hypervisor: &dyn Hypervisor) -> VmConfig {
+    let mut config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic);
+    if hypervisor.capabilities().tsc_scaling {
+        config.clock.tsc_khz = Some(TSC_KHZ);
+    }
+    config
+}
+
+/// What the guest is to do.
+fn session(options: &Options) -> Result<Session> {
+    if let Some(line) = &options.command {
+        let input = if options.stdin {
+            let mut input = Vec::new();
+            io::stdin().read_to_end(&mut input).context("reading standard input")?;
+            Some(input)
+        } else {
+            None
+        };
+        return Ok(Session::Command { line: line.clone(), input });
+    }
+    let is_terminal = io::IsTerminal::is_terminal(&io::stdin());
+    Ok(if is_terminal {
+        let (rows, columns) = terminal::size().unwrap_or((24, 80));
+        Session::Shell(Screen { rows, columns, term: terminal::kind() })
+    } else {
+        Session::Log
+    })
+}
+
+/// What the machine is started with.
+struct Guest {
+    kernel: PathBuf,
+    image: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+    command_line: String,
+}
+
+impl Guest {
+    fn get(options: &Options, session: &Session) -> Result<Self> {
+        let debian = if options.kernel.is_none() { Some(debian::kernel(options.series)?) } else { None };
+        let kernel = match (&options.kernel, &debian) {
+            (Some(path), _) => path.clone(),
+            (None, Some(debian)) => debian.image.clone(),
+            (None, None) => bail!("no kernel"),
+        };
+        let image = read(&kernel)?;
+        let is_linux = KernelImage::parse(&image)
+            .with_context(|| format!("kernel {}", kernel.display()))?
+            .setup_header()
+            .is_some();
+        if !is_linux {
+            ensure!(options.command.is_none(), "--command needs a Linux kernel (a bzImage)");
+            let initrd = options.initrd.as_deref().map(read).transpose()?;
+            return Ok(Self { kernel, image, initrd, command_line: options.append.clone() });
+        }
+        let append = format!("tsc_early_khz={TSC_KHZ} {}", options.append);
+        if let Some(initrd) = &options.initrd {
+            let command_line = format!("console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 {append}");
+            return Ok(Self { kernel, image, initrd: Some(read(initrd)?), command_line });
+        }
+        let modules = match &debian {
+            Some(debian) => ModuleTree::open(&debian.modules)?.select(&MODULES)?,
+            None => Vec::new(),
+        };
+        let busybox = debian::busybox()?;
+        let mut tree = Userspace::new(&busybox);
+        if let Some(debian) = &debian {
+            tree = tree.modules(&debian.release, &modules);
+        }
+        let names: Vec<&str> = options.packages.iter().map(String::as_str).collect();
+        let packages = if names.is_empty() { None } else { Some(debian::packages(&names)?) };
+        if let Some(packages) = &packages {
+            tree = tree.packages(packages);
+        }
+        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, &[], &append)?;
+        Ok(Self { kernel, image, initrd: Some(run.initrd), command_line: run.command_line })
+    }
+
+    fn name(&self) -> String {
+        format!("kernel {}", self.kernel.display())
+    }
+}
+
+fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
+    let path = path.as_ref();
+    std::fs::read(path).with_context(|| format!("reading {}", path.display()))
+}
+
+/// What the program sees of the guest: its output, and when which came.
+struct Watch {
+    streams: Mutex<Option<Streams>>,
+    vcpu: Arc<dyn VcpuHandle>,
+    started: Instant,
+    first_output: OnceLock<Duration>,
+    init: OnceLock<Duration>,
+    /// The command has ended.
+    done: AtomicBool,
+    /// The user wants the machine to end.
+    enough: AtomicBool,
+    /// An output that cannot be written ends the machine.
+    broken: AtomicBool,
+}
+
+type Streams = GuestStreams<io::BufWriter<io::Stdout>, io::Stderr>;
+
+impl Watch {
+    fn new(session: &Session, vcpu: Arc<dyn VcpuHandle>, started: Instant) -> Self {
+        let streams = GuestStreams::new(session, io::BufWriter::new(io::stdout()), io::stderr());
+        Self {
+            streams: Mutex::new(Some(streams)),
+            vcpu,
+            started,
+            first_output: OnceLock::new(),
+            init: OnceLock::new(),
+            done: AtomicBool::new(false),
+            enough: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+        }
+    }
+
+    /// What takes the output of a serial port.
+    fn port(watch: &Arc<Self>, port: SerialPort) -> Output {
+        Box::new(PortWriter { watch: Arc::clone(watch), port })
+    }
+
+    fn receive(&self, port: SerialPort, bytes: &[u8]) -> io::Result<()> {
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(streams) = streams.as_mut() else { return Ok(()) };
+        self.first_output.get_or_init(|| self.started.elapsed());
+        let result = streams.receive(port, bytes).and_then(|()| {
+            // A line that is complete is to be seen.
+            if bytes.contains(&b'\n') { streams.flush() } else { Ok(()) }
+        });
+        if result.is_err() {
+            self.broken.store(true, Ordering::SeqCst);
+            self.vcpu.kick();
+        }
+        if streams.init_has_begun() {
+            self.init.get_or_init(|| self.started.elapsed());
+        }
+        if streams.status().is_some() && !self.done.swap(true, Ordering::SeqCst) {
+            self.vcpu.kick();
+        }
+        result
+    }
+
+    fn end_by_user(&self) {
+        self.enough.store(true, Ordering::SeqCst);
+        self.vcpu.kick();
+    }
+
+    /// Ends the streams; the exit status, if the guest gave one.
+    fn finish(&self) -> Result<Option<u8>> {
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).take();
+        streams.map_or(Ok(None), GuestStreams::finish)
+    }
+}
+
+/// One serial port's way to the streams.
+struct PortWriter {
+    watch: Arc<Watch>,
+    port: SerialPort,
+}
+
+impl Write for PortWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.watch.receive(self.port, bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Starts the thread that types at the console what comes from standard input.
+fn read_keys(pc: &Arc<Pc>, watch: &Arc<Watch>, raw: bool) -> Result<()> {
+    let (pc, watch) = (Arc::clone(pc), Arc::clone(watch));
+    let keys = move || {
+        let (mut escape, mut buffer) = (EscapeKeys::default(), [0; 256]);
+        // An input that ends, or breaks, is one that nothing comes from any more.
+        while let Ok(length @ 1..) = io::stdin().read(&mut buffer) {
+            let typed = buffer.get(..length).unwrap_or_default();
+            if !raw {
+                pc.type_in(typed);
+                continue;
+            }
+            let mut for_guest = Vec::with_capacity(length);
+            let ends = escape.take(typed, &mut for_guest);
+            pc.type_in(&for_guest);
+            if ends {
+                watch.end_by_user();
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new().name("keys".to_owned()).spawn(keys)?;
+    Ok(())
+}
+
+/// Starts the thread that kicks the vCPU when the time is up; what tells that it is.
+fn alarm(seconds: Option<u64>, vcpu: Arc<dyn VcpuHandle>) -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    if let Some(seconds) = seconds {
+        let flag = Arc::clone(&flag);
+        let alarm = move || {
+            std::thread::sleep(Duration::from_secs(seconds));
+            flag.store(true, Ordering::SeqCst);
+            vcpu.kick();
+        };
+        std::thread::Builder::new().name("alarm".to_owned()).spawn(alarm)?;
+    }
+    Ok(flag)
+}
+
+/// Gives up what the process does not need from here on.
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[std::os::fd::RawFd]) -> Result<()> {
+    let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
+    Confinement::new(engine).deny_descriptors(inherited).enter()
+}
+
+/// What ended the run.
+enum End {
+    /// Power-off, reset, shutdown, or the end of the command.
+    Guest,
+    DebugExit(u8),
+    User,
+    TimeIsUp,
+}
+
+fn run_vcpu(vcpu: &mut dyn Vcpu, pc: &Pc, watch: &Watch, time_is_up: &AtomicBool) -> Result<End> {
+    let mut io = pc;
+    loop {
+        match vcpu.run(&mut io)? {
+            Halt::Interrupted => {}
+            Halt::Reset | Halt::Shutdown => return Ok(End::Guest),
+            halt => bail!("the guest stopped: {halt:?}"),
+        }
+        if watch.broken.load(Ordering::SeqCst) {
+            bail!("the guest's output cannot be written");
+        }
+        if let Some(end) = pc.end() {
+            return Ok(match end {
+                PlatformEvent::DebugExit { status } => End::DebugExit(u8::try_from(status & 0xff)?),
+                _ => End::Guest,
+            });
+        }
+        if watch.done.load(Ordering::SeqCst) {
+            return Ok(End::Guest);
+        }
+        if watch.enough.load(Ordering::SeqCst) {
+            return Ok(End::User);
+        }
+        if time_is_up.load(Ordering::SeqCst) {
+            return Ok(End::TimeIsUp);
+        }
+    }
+}
+
+/// What tells the memory that the program uses, opened while it still may.
+struct Memory {
+    maps: File,
+    guest: Vec<(usize, usize)>,
+}
+
+impl Memory {
+    fn open(ram: &GuestRam) -> Result<Self> {
+        let range = |region: &Arc<vmm_memory::GuestRegion>| {
+            let start = region.as_ptr().addr();
+            (start, start + usize::try_from(region.len()).unwrap_or(0))
+        };
+        let guest = ram.regions().iter().map(range).collect();
+        Ok(Self { maps: File::open("/proc/self/smaps").context("/proc/self/smaps")?, guest })
+    }
+
+    /// Resident bytes of the guest's RAM, and of everything else.
+    fn resident(mut self) -> Result<(u64, u64)> {
+        let mut text = String::new();
+        self.maps.read_to_string(&mut text).context("/proc/self/smaps")?;
+        let (mut guest, mut other, mut is_guest) = (0, 0, false);
+        for line in text.lines() {
+            let word = line.split(' ').next().unwrap_or_default();
+            if let Some((start, end)) = word.split_once('-') {
+                let number = |text| usize::from_str_radix(text, 16).unwrap_or(0);
+                let (start, end) = (number(start), number(end));
+                is_guest = self.guest.iter().any(|range| start < range.1 && range.0 < end);
+            } else if word == "Rss:" {
+                let kib: u64 = line.split_whitespace().nth(1).and_then(|text| text.parse().ok()).unwrap_or(0);
+                *(if is_guest { &mut guest } else { &mut other }) += kib << 10;
+            }
+        }
+        Ok((guest, other))
+    }
+}
+
+fn report(watch: &Watch, ended: Duration, vcpu: &dyn Vcpu, memory: Option<Memory>) -> Result<()> {
+    let at = |what: &str, time: Option<&Duration>| {
+        if let Some(time) = time {
+            eprintln!("{what}: {:.3} s", time.as_secs_f64());
+        }
+    };
+    at("first line of the kernel", watch.first_output.get());
+    at("init", watch.init.get());
+    at("end", Some(&ended));
+    for (kind, count) in vcpu.exit_counts().into_iter().filter(|(_, count)| *count > 0) {
+        eprintln!("{kind}: {count}");
+    }
+    if let Some(memory) = memory {
+        let (guest, other) = memory.resident()?;
+        eprintln!("guest memory in use: {:.1} MiB", guest as f64 / f64::from(1 << 20));
+        eprintln!("host memory beyond that: {:.1} MiB", other as f64 / f64::from(1 << 20));
+    }
+    Ok(())
 }

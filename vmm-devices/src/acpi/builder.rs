@@ -224,6 +224,8 @@ impl AcpiBuilder {
             .flag(Flags::ProcC1)
             // Not that there is a sleep button: that there is none among the fixed events.
             .flag(Flags::SlpButton)
+            // The RTC wakes nobody by a fixed event: the machine does not sleep.
+            .flag(Flags::FixRtc)
             .flag(Flags::Headless);
         // Also in the old place, for those who look there.
         table.dsdt = dsdt.into();

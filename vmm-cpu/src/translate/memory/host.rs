@@ -171,14 +171,14 @@ unsafe fn compare_exchange_16_native(address: *mut u8, expected: u128, new: u128
     use crate::translate::word::halves;
     let ([mut low, mut high], [new_low, new_high]) = (halves(expected), halves(new));
     // SAFETY: the caller vouches for address, alignment and processor. RBX, which the compiler keeps for itself, is
-    // put back.
+    // put back; the operands have registers by name, since the compiler might give one RBX otherwise.
     unsafe {
         std::arch::asm!(
-            "xchg {new_low}, rbx",
-            "lock cmpxchg16b xmmword ptr [{address}]",
-            "mov rbx, {new_low}",
-            address = in(reg) address,
-            new_low = inout(reg) new_low => _,
+            "xchg rsi, rbx",
+            "lock cmpxchg16b xmmword ptr [rdi]",
+            "mov rbx, rsi",
+            in("rdi") address,
+            inout("rsi") new_low => _,
             in("rcx") new_high,
             inout("rax") low,
             inout("rdx") high,

@@ -34,7 +34,6 @@ mod transcendental;
 mod transfer;
 
 pub(crate) use execute::execute;
-pub(crate) use f80::F80;
 pub(crate) use image::{FXSAVE_X87_BYTES, PointerFormat};
 pub(crate) use state::X87State;
 

@@ -1,0 +1,45 @@
+#!/bin/busybox sh
+# The guest's first process: runs what /vmm/run says and powers off. That file sets
+#   mode      command, shell or log
+#   command   the shell line, and input, the file that it reads
+#   console, output, errors, control: the serial ports
+#   modules   the kernel modules to load first
+# Every program that is started here costs the guest time, so there are few.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root USER=root
+mount -a
+. /vmm/run
+echo init >"$control"
+[ -z "$modules" ] || modprobe -a $modules
+
+case $mode in
+command)
+    # The command writes into pipes: a terminal would change how programs write, and they could change the terminal.
+    stty -F "$output" raw
+    stty -F "$errors" raw
+    cat </vmm/output >"$output" &
+    cat </vmm/errors >"$errors" &
+    last=$!
+    /bin/sh -c "$command" <"$input" >/vmm/output 2>/vmm/errors
+    status=$?
+    # What the command left running, all of it younger than the pipes, would keep them open.
+    for process in /proc/[0-9]*; do
+        process=${process#/proc/}
+        [ "$process" -le "$last" ] || kill -9 "$process"
+    done 2>/dev/null
+    # A port is closed when all of its bytes are out.
+    wait
+    ;;
+shell)
+    stty -F "$console" rows "$rows" cols "$columns"
+    export TERM="$term"
+    cd "$HOME"
+    # The first terminal that the leader of a session opens becomes its own, with job control.
+    setsid sh -c 'exec /bin/sh -i <"$0" >"$0" 2>&1' "$console"
+    status=$?
+    ;;
+log)
+    status=0
+    ;;
+esac
+echo "status $status" >"$control"
+poweroff -f
