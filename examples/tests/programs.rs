@@ -2,13 +2,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in functions that it calls")]
 
-use std::process::{Command, Output};
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use vmm_examples::debian::{self, Series};
 
 /// The freestanding guest, as `hello` has it built in.
 const GUEST: &str = env!("HELLO_GUEST");
 /// What the guest's word for success becomes at the debug-exit port.
 const GUEST_SUCCESS: i32 = 33;
+const TIME_IS_UP: i32 = 124;
 const VMM_FAILURE: i32 = 125;
+const LINUX: &str = env!("CARGO_BIN_EXE_linux");
 
 /// Whether a guest can be run here; says why not.
 fn kvm_is_here(test: &str) -> bool {
@@ -105,51 +110,170 @@ fn minimal_fits_on_one_page() {
     assert!(lines <= 150, "minimal.rs has {lines} lines, allowed are 150");
 }
 
+/// Runs `test` with each backend that can run guests here.
+fn on_each_backend(test: &str, run: impl Fn(&str)) {
+    run("translate");
+    if kvm_is_here(test) {
+        run("kvm");
+    }
+}
+
 #[test]
 fn linux_ends_with_the_status_of_a_kernel_at_the_debug_exit() {
-    if !kvm_is_here("linux, debug exit") {
-        return;
-    }
-    let (output, text) = run(env!("CARGO_BIN_EXE_linux"), &["--kernel", GUEST, "--append", "some more"]);
-    assert_eq!(output.status.code(), Some(GUEST_SUCCESS), "{text}");
-    assert!(text.contains("some more"), "{text}");
+    on_each_backend("linux, debug exit", |backend| {
+        let arguments = ["--backend", backend, "--kernel", GUEST, "--append", "some more"];
+        let (output, text) = run(LINUX, &arguments);
+        assert_eq!(output.status.code(), Some(GUEST_SUCCESS), "{backend}: {text}");
+        assert!(text.contains("some more"), "{backend}: {text}");
+    });
 }
 
 #[test]
 fn linux_ends_a_guest_that_never_ends() {
-    if !kvm_is_here("linux, endless guest") {
-        return;
-    }
     let image = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(image.path(), endless_guest()).unwrap();
     let kernel = image.path().to_str().unwrap();
-    let (output, text) = run(env!("CARGO_BIN_EXE_linux"), &["--kernel", kernel, "--seconds", "1"]);
-    assert_eq!(output.status.code(), Some(VMM_FAILURE), "{text}");
-    assert!(text.contains("still running after 1 s"), "{text}");
+    on_each_backend("linux, endless guest", |backend| {
+        let (output, text) = run(LINUX, &["--backend", backend, "--kernel", kernel, "--seconds", "1"]);
+        assert_eq!(output.status.code(), Some(TIME_IS_UP), "{backend}: {text}");
+        assert!(text.contains("still running after 1 s"), "{backend}: {text}");
+    });
 }
 
-/// Debian's kernel logs over the serial port. Where KVM emulates privilege level 0 it comes to an
-/// instruction that KVM cannot emulate, and the error shows that instruction.
+/// Whether Debian's packages are to be had; says why not.
+fn debian_is_here(test: &str, series: Series) -> bool {
+    let found = debian::kernel(series).and_then(|_| debian::busybox());
+    found.map_err(|error| println!("{test}: skipped: {error:#}")).is_ok()
+}
+
+/// Debian's kernel on KVM, where that executes privilege level 0 itself, runs the command. Where KVM emulates it, it comes to
+/// an instruction that KVM cannot emulate, and the error shows that instruction and what the kernel had logged.
 #[test]
-fn linux_prints_the_log_of_the_debian_kernel() {
-    const TEST: &str = "linux, Debian's kernel";
-    if !kvm_is_here(TEST) {
+fn linux_on_kvm_ends_well_or_says_what_kvm_could_not_do() {
+    const TEST: &str = "linux, Debian's kernel on KVM";
+    if !kvm_is_here(TEST) || !debian_is_here(TEST, Series::V6_1) {
         return;
     }
-    let kernel = match vmm_examples::debian::kernel() {
-        Ok(kernel) => kernel,
-        Err(error) => return println!("{TEST}: skipped: {error:#}"),
-    };
-    let kernel = kernel.to_str().unwrap();
-    let (output, text) =
-        run(env!("CARGO_BIN_EXE_linux"), &["--kernel", kernel, "--memory", "64", "--seconds", "300"]);
-    for expected in ["Linux version 6.", "Command line: console=ttyS0", "BIOS-e820: "] {
-        assert!(text.contains(expected), "no {expected:?} in {text}");
-    }
+    let arguments = ["--backend", "kvm", "--memory", "64", "--seconds", "300", "--command", "exit 9"];
+    let (output, text) = run(LINUX, &arguments);
     match output.status.code() {
-        // Without a root file system it panics, and panic=-1 is a reset.
-        Some(0) => assert!(text.contains("Kernel panic - not syncing: VFS"), "{text}"),
-        Some(VMM_FAILURE) => assert!(text.contains("cannot execute `") && text.contains("rip"), "{text}"),
+        Some(9) => {}
+        Some(VMM_FAILURE) => {
+            for expected in ["Linux version 6.", "BIOS-e820: ", "cannot execute `", "rip"] {
+                assert!(text.contains(expected), "no {expected:?} in {text}");
+            }
+        }
         other => panic!("status {other:?}: {text}"),
+    }
+}
+
+/// Runs a shell line in Debian's guest on translate; `None` without Debian's packages.
+fn in_debian(test: &str, series: Series, line: &str, more: &[&str]) -> Option<Output> {
+    if !debian_is_here(test, series) {
+        return None;
+    }
+    let series = if series == Series::V6_12 { "6.12" } else { "6.1" };
+    let mut arguments = vec!["--backend", "translate", "--series", series, "--seconds", "600", "--command", line];
+    arguments.extend(more);
+    let output = Command::new(LINUX).args(arguments).env_remove("RUST_LOG").output().unwrap();
+    Some(output)
+}
+
+#[test]
+fn linux_runs_a_command_with_its_output_apart_and_its_status() {
+    let line = "uname -srm; echo bad >&2; sha256sum /bin/busybox; \
+                dd if=/dev/zero bs=64k count=16 2>/dev/null | gzip -c | gunzip -c | md5sum; exit 7";
+    let Some(output) = in_debian("linux, command", Series::V6_1, line, &[]) else { return };
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    assert_eq!(output.stderr, b"bad\n");
+    let lines: Vec<&str> = text.lines().collect();
+    let busybox = debian::busybox().unwrap();
+    let digest = Command::new("sha256sum").arg(busybox).output().unwrap();
+    let digest = String::from_utf8_lossy(&digest.stdout)[..64].to_owned();
+    assert!(lines[0].starts_with("Linux 6.1.") && lines[0].ends_with(" x86_64"), "{text}");
+    assert_eq!(lines[1], format!("{digest}  /bin/busybox"));
+    // A mebibyte of zeros.
+    assert_eq!(lines[2], "b6d81b360a5672d80c27430f39153e2c  -");
+    assert_eq!(lines.len(), 3, "{text}");
+}
+
+#[test]
+fn linux_boots_the_newer_kernel_and_passes_standard_input_on() {
+    const TEST: &str = "linux, 6.12";
+    if !debian_is_here(TEST, Series::V6_12) {
+        return;
+    }
+    let mut child = Command::new(LINUX)
+        .args(["--backend", "translate", "--series", "6.12", "--seconds", "600", "--stdin"])
+        .args(["--command", "uname -r; rev"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"straight\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.starts_with("6.12.") && text.ends_with("\nthgiarts\n"), "{text}");
+}
+
+/// Debian's own programs compute.
+#[test]
+fn linux_runs_debians_bash_coreutils_perl_and_python() {
+    const SCRIPT: &str = r#"
+set -e
+bash -c 'declare -A a; for i in {1..300}; do a[$((i % 7))]=$((${a[$((i % 7))]:-0} + i * i)); done; echo ${a[0]} ${a[3]} $((2 ** 40 / 7))'
+seq 1 2000 | sort -R --random-source=/bin/bash | sort -n | sha256sum | cut -c1-16
+perl -e 'my ($x, $s) = (1, 0); for (1 .. 2000) { $x = ($x * 1103515245 + 12345) % 2147483648; $s += sqrt($x) * sin($_) } printf "%.6f %s\n", $s, join ",", map { sprintf "%b", $_ } 5, 9'
+python3 -c '
+import math, hashlib
+print(2 ** 521 % 1000000007, math.factorial(60) % 998244353, hashlib.sha1(b"guest").hexdigest()[:12])
+print("%.12e %.12e" % (math.fsum(1 / n for n in range(1, 3000)), math.exp(math.pi) - math.gamma(5.5)))'
+"#;
+    const PACKAGES: &str = "bash,coreutils,perl-base,python3-minimal";
+    let more = ["--packages", PACKAGES, "--memory", "512"];
+    let Some(output) = in_debian("linux, userland", Series::V6_1, SCRIPT, &more) else { return };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    // As a real machine computes them.
+    let expected = "1253665 1291978 157073089682\n\
+                    6251e5743b6fd6a7\n\
+                    -71896.703013 101,1001\n\
+                    213363750 563101905 35675e68f4b5\n\
+                    8.583416556626e+00 -2.920208515177e+01\n";
+    assert_eq!(text, expected);
+}
+
+/// With no /dev at all, and so no KVM, the default backend runs the guest in software and says so.
+#[test]
+fn linux_runs_where_there_is_no_kvm() {
+    let hidden = Command::new("unshare")
+        .args(["--mount", "sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh", LINUX])
+        .args(["--kernel", GUEST])
+        .stdin(Stdio::piped())
+        .output();
+    let output = match hidden {
+        Ok(output) if output.status.code() != Some(1) && output.status.code() != Some(32) => output,
+        other => return println!("linux, no KVM: skipped: no mount namespace for this user: {other:?}"),
+    };
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(GUEST_SUCCESS), "{text}");
+    assert!(text.contains("backend translate, since there is no /dev/kvm"), "{text}");
+}
+
+#[test]
+fn linux_says_what_is_wrong_with_its_arguments() {
+    let cases: [(&[&str], i32, &str); 5] = [
+        (&["--backend", "bochs"], VMM_FAILURE, "translate"),
+        (&["--kernel", "/nowhere/vmlinuz"], VMM_FAILURE, "/nowhere/vmlinuz"),
+        (&["--kernel", GUEST, "--command", "true"], VMM_FAILURE, "needs a Linux kernel"),
+        (&["--memory", "1"], 2, "16..="),
+        (&["--stdin"], 2, "--command"),
+    ];
+    for (arguments, status, expected) in cases {
+        let (output, text) = run(LINUX, arguments);
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {text}");
+        assert!(text.contains(expected), "{arguments:?}: {text}");
     }
 }

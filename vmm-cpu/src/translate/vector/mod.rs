@@ -31,7 +31,7 @@
 mod aes;
 mod arith;
 mod bits;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(vmm_portable)))]
 mod host;
 mod lanes;
 mod polynomial;
@@ -96,7 +96,7 @@ pub(crate) type MmxInsertOp = fn(dst: u64, src: u64, imm: u8) -> u64;
 /// [`Mnemonic::Movsd`] is the string instruction as well. MOVLPS, MOVLPD, MOVHPS and MOVHPD are here as loads.
 /// For a source in memory see [`memory_immediate`].
 pub(crate) fn xmm_op(mnemonic: Mnemonic) -> Option<VectorOp> {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(vmm_portable)))]
     if let Some(op) = host::xmm_op(mnemonic) {
         return Some(op);
     }
