@@ -61,7 +61,7 @@ pub(super) enum Registers {
 }
 
 /// Enables the local APIC by its spurious-interrupt register.
-fn enable_local_apic(p: &mut Program, registers: Registers) -> Outcome {
+pub(super) fn enable_local_apic(p: &mut Program, registers: Registers) -> Outcome {
     match registers {
         Registers::Mmio => {
             p.mov(rax, LOCAL_APIC + 0xf0)?;
@@ -82,7 +82,7 @@ fn enable_local_apic(p: &mut Program, registers: Registers) -> Outcome {
     Ok(())
 }
 
-fn end_of_interrupt(p: &mut Program, registers: Registers) -> Outcome {
+pub(super) fn end_of_interrupt(p: &mut Program, registers: Registers) -> Outcome {
     match registers {
         Registers::Mmio => {
             p.mov(rax, LOCAL_APIC + 0xb0)?;

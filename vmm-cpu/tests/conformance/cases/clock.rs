@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use iced_x86::code_asm::{dword_ptr, eax, edx};
+use iced_x86::code_asm::{dword_ptr, eax, edx, qword_ptr, rax, rbx, rdi};
 use vmm_cpu::{ClockConfig, ClockSource, Error, InterruptMode, VmClock};
 
+use super::apic::{Registers, VECTOR, enable_local_apic, end_of_interrupt};
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, Stop, cases};
 use crate::suite::machine::{Machine, layout};
@@ -21,6 +22,7 @@ cases![
     no_vcpu_runs_while_paused,
     rate_can_be_asked_for,
     clocks_that_cannot_be_are_refused,
+    counted_time_interrupts_at_exact_instructions,
 ];
 
 const PAUSE: Duration = Duration::from_millis(300);
@@ -169,6 +171,76 @@ fn clocks_that_cannot_be_are_refused(backend: &Backend) -> Outcome {
     if !backend.hypervisor.capabilities().tsc_scaling {
         let result = create(ClockConfig::host_at_khz(1_234_567));
         assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
+    }
+    Ok(())
+}
+
+/// With a clock that counts instructions, a periodic timer interrupts every so many of them, and kicks from outside change
+/// nothing.
+fn counted_time_interrupts_at_exact_instructions(backend: &Backend) -> Outcome {
+    const PERIOD: u64 = 20_011;
+    const INTERRUPTS: u64 = 200;
+    let mut clock = ClockConfig::default();
+    clock.source = ClockSource::Deterministic;
+    let config = backend.config(InterruptMode::LocalApic)?.clock(clock);
+    if matches!(backend.hypervisor.create_vm(&config), Err(Error::Unsupported { .. })) {
+        return Err(Stop::skipped("no clock that counts instructions"));
+    }
+
+    let (local_apic, end) = (0xfee0_0000_u64, layout::DATA + 16 * INTERRUPTS);
+    let mut p = Program::new()?;
+    enable_local_apic(&mut p, Registers::Mmio)?;
+    let (divide_by_1, periodic) = (0b1011, 1 << 17 | u32::from(VECTOR));
+    let period = u32::try_from(PERIOD)?;
+    p.mov(rdi, layout::DATA)?;
+    for (register, value) in [(0x3e0, divide_by_1), (0x320, periodic), (0x380, period)] {
+        p.mov(rax, local_apic + register)?;
+        p.mov(dword_ptr(rax), value)?;
+    }
+    p.sti()?;
+    let again = p.here()?;
+    p.inc(rbx)?;
+    p.cmp(rdi, i32::try_from(end)?)?;
+    p.jb(again)?;
+    p.cli()?;
+    p.end()?;
+    p.handler(VECTOR)?;
+    p.push(rax)?;
+    p.rdtsc()?;
+    p.mov(dword_ptr(rdi), eax)?;
+    p.mov(dword_ptr(rdi + 4), edx)?;
+    p.mov(qword_ptr(rdi + 8), rbx)?;
+    p.add(rdi, 16)?;
+    end_of_interrupt(&mut p, Registers::Mmio)?;
+    p.pop(rax)?;
+    p.iretq()?;
+    let image = p.assemble()?;
+
+    let run = |kicks: u64| -> Outcome<(Vec<u8>, u64)> {
+        let mut machine = Machine::with_config(backend, &config, &image)?;
+        let handle = machine.vcpu.handle();
+        let kicker = thread::spawn(move || {
+            for _ in 0..kicks {
+                handle.kick();
+                thread::sleep(Duration::from_micros(50));
+            }
+        });
+        while !machine.bus.ended {
+            machine.vcpu.run(&mut machine.bus)?;
+        }
+        kicker.join().expect("the kicker's thread ends");
+        let length = usize::try_from(16 * INTERRUPTS)?;
+        Ok((machine.bytes(layout::DATA, length)?, machine.vcpu.registers()?.rbx))
+    };
+    let (undisturbed, kicked) = (run(0)?, run(200)?);
+    assert!(undisturbed == kicked, "kicks change what the guest does");
+    let (stamps, _) = undisturbed.0.as_chunks::<16>();
+    let times: Vec<u64> = stamps
+        .iter()
+        .map(|[a, b, c, d, e, f, g, h, ..]| u64::from_le_bytes([*a, *b, *c, *d, *e, *f, *g, *h]))
+        .collect();
+    for pair in times.windows(2) {
+        assert_eq!(pair[1] - pair[0], PERIOD, "{times:?}");
     }
     Ok(())
 }
