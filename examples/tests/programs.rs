@@ -140,6 +140,67 @@ fn linux_ends_a_guest_that_never_ends() {
     });
 }
 
+/// A multiboot 1 kernel that prints its command line and its first module, and ends with status 43.
+fn multiboot_kernel() -> Vec<u8> {
+    use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, dx, eax, ebx, ecx, esi};
+
+    const BASE: u32 = 0x10_0000;
+    const HEADERS: u32 = 52 + 32;
+    const MULTIBOOT: u32 = 12;
+    let mut code = CodeAssembler::new(32).unwrap();
+    let (mut print, mut printed) = (code.create_label(), code.create_label());
+    code.mov(dx, 0x3f8).unwrap();
+    code.mov(esi, dword_ptr(ebx + 16)).unwrap();
+    code.set_label(&mut print).unwrap();
+    code.lodsb().unwrap();
+    code.test(al, al).unwrap();
+    code.jz(printed).unwrap();
+    code.out(dx, al).unwrap();
+    code.jmp(print).unwrap();
+    code.set_label(&mut printed).unwrap();
+    code.mov(eax, dword_ptr(ebx + 24)).unwrap();
+    code.mov(esi, dword_ptr(eax)).unwrap();
+    code.mov(ecx, dword_ptr(eax + 4)).unwrap();
+    code.sub(ecx, esi).unwrap();
+    code.rep().outsb().unwrap();
+    code.mov(al, 21).unwrap();
+    code.out(0xf4, al).unwrap();
+    let code = code.assemble(u64::from(BASE + HEADERS + MULTIBOOT)).unwrap();
+
+    let length = HEADERS + MULTIBOOT + u32::try_from(code.len()).unwrap();
+    let mut image = b"\x7fELF\x01\x01\x01".to_vec();
+    image.resize(16, 0);
+    image.extend([2, 0, 3, 0, 1, 0, 0, 0]);
+    for value in [BASE + HEADERS + MULTIBOOT, 52, 0, 0, 32 << 16 | 52, 1, 0] {
+        image.extend(value.to_le_bytes());
+    }
+    for value in [1, 0, BASE, BASE, length, length, 5, 0x1000] {
+        image.extend(value.to_le_bytes());
+    }
+    const MAGIC: u32 = 0x1bad_b002;
+    for value in [MAGIC, 0, MAGIC.wrapping_neg()] {
+        image.extend(value.to_le_bytes());
+    }
+    image.extend(code);
+    image
+}
+
+#[test]
+fn linux_takes_a_multiboot_kernel_with_its_command_line_and_module() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kernel, module) = (directory.path().join("kernel"), directory.path().join("module"));
+    std::fs::write(&kernel, multiboot_kernel()).unwrap();
+    std::fs::write(&module, "what the module holds").unwrap();
+    let (kernel, module) = (kernel.to_str().unwrap(), module.to_str().unwrap());
+    on_each_backend("linux, multiboot", |backend| {
+        let arguments =
+            ["--backend", backend, "--kernel", kernel, "--initrd", module, "--append", "words for it|"];
+        let (output, text) = run(LINUX, &arguments);
+        assert_eq!(output.status.code(), Some(43), "{backend}: {text}");
+        assert!(text.contains("words for it|what the module holds"), "{backend}: {text}");
+    });
+}
+
 /// Whether Debian's packages are to be had; says why not.
 fn debian_is_here(test: &str, series: Series) -> bool {
     let found = debian::kernel(series).and_then(|_| debian::busybox());
@@ -173,7 +234,8 @@ fn in_debian(test: &str, series: Series, line: &str, more: &[&str]) -> Option<Ou
         return None;
     }
     let series = if series == Series::V6_12 { "6.12" } else { "6.1" };
-    let mut arguments = vec!["--backend", "translate", "--series", series, "--seconds", "600", "--command", line];
+    let mut arguments =
+        vec!["--backend", "translate", "--series", series, "--seconds", "600", "--command", line];
     arguments.extend(more);
     let output = Command::new(LINUX).args(arguments).env_remove("RUST_LOG").output().unwrap();
     Some(output)
