@@ -8,6 +8,8 @@ mod error;
 mod hypervisor;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
+#[cfg(any(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"), feature = "translate"))]
+mod pin;
 mod registry;
 pub mod state;
 mod threads;

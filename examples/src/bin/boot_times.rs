@@ -89,7 +89,11 @@ fn archive() -> Result<Vec<u8>> {
 /// The program `linux` that was built with this one.
 fn translate(kernel: &Path, initrd: &Path) -> Result<Command> {
     let program: PathBuf = std::env::current_exe()?.with_file_name("linux");
-    ensure!(program.exists(), "{} is absent: build it with `cargo build --release --bins`", program.display());
+    ensure!(
+        program.exists(),
+        "{} is absent: build it with `cargo build --release --bins`",
+        program.display()
+    );
     let mut command = Command::new(program);
     command.args(["--backend", "translate", "--append", "quiet", "--kernel"]).arg(kernel);
     command.arg("--initrd").arg(initrd);
@@ -140,8 +144,8 @@ fn install_qemu() -> Result<()> {
         let mut command = Command::new("apt-get");
         command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null()).status()
     };
-    let installed =
-        apt(&["-q", "update"]).and_then(|_| apt(&["-qy", "install", "--no-install-recommends", "qemu-system-x86"]));
+    let installed = apt(&["-q", "update"])
+        .and_then(|_| apt(&["-qy", "install", "--no-install-recommends", "qemu-system-x86"]));
     ensure!(
         installed.is_ok_and(|status| status.success()) && present(),
         "{QEMU} is absent and cannot be installed here; install Debian's package qemu-system-x86"

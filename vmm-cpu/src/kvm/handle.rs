@@ -13,13 +13,14 @@
 //! A bit set between clearing and taking is taken now, and its `immediate_exit` causes one
 //! more EINTR that finds nothing.
 
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use super::host;
 use super::sys::{self, RunPage};
 use crate::error::{Error, Result};
+use crate::pin::{IntrPin, Sleeper};
 use crate::vcpu::VcpuHandle;
 
 /// Request bit: [`VcpuHandle::kick`].
@@ -37,11 +38,10 @@ pub(super) struct Shared {
     running: AtomicI32,
     requests: AtomicU32,
     /// Level of the INTR pin.
-    intr: AtomicBool,
+    pub(super) intr: IntrPin,
     /// Whether the INTR pin is the VMM's.
     has_intr: bool,
-    asleep: Mutex<()>,
-    wakeup: Condvar,
+    sleeper: Sleeper,
 }
 
 impl Shared {
@@ -50,10 +50,9 @@ impl Shared {
             page,
             running: AtomicI32::new(0),
             requests: AtomicU32::new(0),
-            intr: AtomicBool::new(false),
+            intr: IntrPin::default(),
             has_intr,
-            asleep: Mutex::new(()),
-            wakeup: Condvar::new(),
+            sleeper: Sleeper::default(),
         }
     }
 
@@ -91,14 +90,6 @@ impl Shared {
         self.has_intr
     }
 
-    pub(super) fn intr(&self) -> bool {
-        self.intr.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn store_intr(&self, asserted: bool) {
-        self.intr.store(asserted, Ordering::SeqCst);
-    }
-
     fn request(&self, bit: u32) {
         self.requests.fetch_or(bit, Ordering::SeqCst);
         self.page.set_immediate_exit(true);
@@ -106,28 +97,12 @@ impl Shared {
             0 => {}
             tid => sys::signal_thread(tid),
         }
-        // Taking the lock orders the notification after a waiter's last look.
-        drop(self.asleep.lock().unwrap_or_else(PoisonError::into_inner));
-        self.wakeup.notify_all();
+        self.sleeper.wake();
     }
 
     /// Sleeps until `awake`, at most until `timeout` has passed; whether it is awake.
     pub(super) fn sleep(&self, timeout: Option<Duration>, awake: impl Fn(&Self) -> bool) -> bool {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let mut guard = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
-        while !awake(self) {
-            guard = match deadline {
-                None => self.wakeup.wait(guard).unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return false;
-                    }
-                    self.wakeup.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-            };
-        }
-        true
+        self.sleeper.sleep(timeout, || awake(self))
     }
 }
 
@@ -167,7 +142,7 @@ impl VcpuHandle for KvmVcpuHandle {
                 "with InterruptMode::Platform the pin belongs to the backend's PIC; use Vm::interrupt_lines",
             ));
         }
-        shared.store_intr(asserted);
+        shared.intr.set(asserted);
         if asserted {
             shared.request(INTR);
         }

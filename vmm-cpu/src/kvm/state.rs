@@ -441,7 +441,7 @@ pub(super) fn save(vcpu: &KvmVcpu) -> Result<CpuState> {
             "the state has no place for it",
         ));
     }
-    let mut events = events_from_kvm(&events, vcpu.shared.intr());
+    let mut events = events_from_kvm(&events, vcpu.shared.intr.is_high());
     // One that no run has handed to KVM yet.
     events.nmi.pending |= vcpu.shared.pending() & NMI != 0;
     Ok(CpuState {
@@ -488,7 +488,7 @@ pub(super) fn restore(vcpu: &KvmVcpu, state: &CpuState) -> Result<()> {
     // Last: the registers' own ioctls drop events.
     let events = events_to_kvm(&state.events, vcpu.vm.exception_payloads, local_apic);
     fd.set_vcpu_events(&events).map_err(refused("events", "KVM_SET_VCPU_EVENTS"))?;
-    vcpu.shared.store_intr(vcpu.shared.has_intr() && state.events.intr);
+    vcpu.shared.intr.set(vcpu.shared.has_intr() && state.events.intr);
     Ok(())
 }
 

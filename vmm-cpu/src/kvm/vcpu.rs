@@ -97,21 +97,21 @@ impl KvmVcpu {
 
     /// Delivers an interrupt if INTR is asserted and the vCPU can take it, else asks for the moment when it can.
     fn service_intr(&mut self, io: &mut dyn VcpuIo) -> Result<()> {
-        let mut window = self.shared.intr();
+        let mut window = self.shared.intr.is_high();
         if window && self.page_stale {
             self.refresh_page()?;
         }
         if window && self.shared.page.ready_for_interrupt() {
+            let before = self.shared.intr.now();
             match io.acknowledge_interrupt() {
                 Some(vector) => {
                     self.inject(vector)?;
                     self.halted = false;
-                    window = self.shared.intr();
+                    window = self.shared.intr.is_high();
                 }
                 // Withdrawn: the pin is low until somebody asserts it again.
                 None => {
-                    self.shared.store_intr(false);
-                    window = false;
+                    window = !self.shared.intr.withdraw(before);
                 }
             }
         }
@@ -387,7 +387,7 @@ impl KvmVcpu {
         let external = self.shared.has_intr();
         loop {
             if external {
-                if self.shared.intr() || self.halted {
+                if self.shared.intr.is_high() || self.halted {
                     self.service_intr(io)?;
                 }
                 if self.halted {
@@ -447,7 +447,7 @@ impl Vcpu for KvmVcpu {
         }
         let takes_interrupts = !self.halted || self.shared.page.interrupt_flag();
         self.shared.sleep(timeout, |shared| {
-            shared.pending() & (KICK | NMI) != 0 || (takes_interrupts && shared.intr())
+            shared.pending() & (KICK | NMI) != 0 || (takes_interrupts && shared.intr.is_high())
         })
     }
 

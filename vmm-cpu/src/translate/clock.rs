@@ -64,11 +64,6 @@ impl Clock {
         }
     }
 
-    /// The time-stamp counter of a vCPU with offset 0.
-    pub(crate) fn tsc(&self) -> u64 {
-        self.ticks(self.nanoseconds())
-    }
-
     /// Ticks of the counter in that time.
     #[allow(clippy::cast_possible_truncation, reason = "the counter wraps, after centuries")]
     pub(crate) fn ticks(&self, nanoseconds: u64) -> u64 {
@@ -124,7 +119,7 @@ mod tests {
     fn counted_time_moves_only_when_told() {
         let clock = Clock::new(Some(2_500_000), ClockSource::Deterministic);
         clock.advance(1000);
-        assert_eq!((clock.nanoseconds(), clock.tsc()), (1000, 2500));
+        assert_eq!((clock.nanoseconds(), clock.ticks(1000)), (1000, 2500));
         assert_eq!((clock.nanoseconds_of(2500), clock.nanoseconds_of(2501)), (1000, 1001));
     }
 

@@ -106,6 +106,8 @@ pub(crate) struct Core {
     pub(crate) cpuid: crate::cpuid::CpuidTable,
     /// CR4 bits that CPUID lets the guest set.
     pub(crate) cr4_allowed: u64,
+    /// EFER bits, likewise.
+    pub(crate) efer_allowed: u64,
     pub(crate) debug: DebugRequest,
     /// Data accesses are compared with watchpoints.
     pub(crate) watching: bool,
@@ -129,8 +131,8 @@ pub(crate) struct Core {
     pub(crate) instructions: u64,
     /// Those that a deterministic clock has not counted yet.
     pub(crate) uncounted: u64,
-    /// Base of CS that remembered blocks were found with.
-    code_base: u64,
+    /// Base and limit of CS that remembered blocks were found with.
+    code_segment: (u64, u32),
     pub(crate) signals: Arc<Signals>,
     pub(crate) counts: super::vcpu::Counts,
 }
@@ -191,6 +193,7 @@ impl Core {
             injected: None,
             apic,
             cr4_allowed: super::cpuid::cr4_allowed(&cpuid),
+            efer_allowed: super::cpuid::efer_allowed(&cpuid),
             cpuid,
             index,
             debug: DebugRequest::none(),
@@ -205,7 +208,7 @@ impl Core {
             deadline: None,
             instructions: 0,
             uncounted: 0,
-            code_base: 0,
+            code_segment: (0, 0),
             signals,
             counts: super::vcpu::Counts::default(),
             shared,
@@ -272,9 +275,10 @@ impl Core {
         let sse = cpu.cr0 & (cr0::EM | cr0::TS) == 0 && cpu.cr4 & cr4::OSFXSR != 0;
         self.mode = Mode { code_bits, cpl, stack_mask, ip_mask, reach, sse };
         self.tlb.set_reach(reach);
-        let code_base = if code_bits == 64 { 0 } else { self.cpu.cs().base };
-        if code_base != self.code_base {
-            self.code_base = code_base;
+        let cs = self.cpu.cs();
+        let code_segment = if code_bits == 64 { (0, u32::MAX) } else { (cs.base, cs.limit) };
+        if code_segment != self.code_segment {
+            self.code_segment = code_segment;
             self.tlb.forget_lookups();
         }
         self.urgent = true;
@@ -403,20 +407,27 @@ impl<'a> Machine<'a> {
         }
         let here = usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(bytes.len()).min(bytes.len());
         let (first, second) = bytes.split_at_mut(here);
-        self.read_in_page(place, first)?;
-        if second.is_empty() { Ok(()) } else { self.read_in_page(place.plus(here as u64), second) }
+        let translation = self.translate(place, Access::Read)?;
+        if !second.is_empty() {
+            // A device is not read if the rest faults.
+            let next = place.plus(here as u64);
+            let next_translation = self.translate(next, Access::Read)?;
+            self.read_in_page(place.va, &translation, first);
+            self.read_in_page(next.va, &next_translation, second);
+            return Ok(());
+        }
+        self.read_in_page(place.va, &translation, first);
+        Ok(())
     }
 
-    fn read_in_page(&mut self, place: Place, bytes: &mut [u8]) -> Flow {
-        let translation = self.translate(place, Access::Read)?;
-        self.watch(place.va, bytes.len(), false);
-        let gpa = translation.gpa | place.va & !PAGE_MASK;
+    fn read_in_page(&mut self, va: u64, translation: &Translation, bytes: &mut [u8]) {
+        self.watch(va, bytes.len(), false);
+        let gpa = translation.gpa | va & !PAGE_MASK;
         if self.map().read(gpa, bytes) {
-            self.fill(place.va, &translation);
+            self.fill(va, translation);
         } else {
             self.mmio_read(gpa, bytes);
         }
-        Ok(())
     }
 
     /// Writes bytes that may cross from one page into the next. Nothing is written if any of it faults.
@@ -451,12 +462,13 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Checks that a write of `len` bytes would not fault.
+    /// Checks that a write of `len` bytes, at most a page, would not fault.
     pub(crate) fn probe_write(&mut self, place: Place, len: u64) -> Flow {
         self.translate(place, Access::Write)?;
-        let last = place.plus(len.saturating_sub(1));
-        if (last.va ^ place.va) & PAGE_MASK != 0 {
-            self.translate(last, Access::Write)?;
+        let here = PAGE - (place.va & !PAGE_MASK);
+        if here < len {
+            // CR2 is the first address that faults.
+            self.translate(place.plus(here), Access::Write)?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! one of the first with long mode, for which guests know no workarounds that would cost time.
 
 use crate::cpuid::{CpuidEntry, CpuidTable, Feature};
-use crate::translate::cpu::cr4;
+use crate::translate::cpu::{cr4, efer};
 pub(crate) use crate::translate::memory::GPA_BITS;
 
 const VENDOR: [u32; 3] =
@@ -90,6 +90,16 @@ pub(crate) fn cr4_allowed(table: &CpuidTable) -> u64 {
         .fold(always, |allowed, (_, bit)| allowed | bit)
 }
 
+/// The EFER bits that go with the features of `table`.
+pub(crate) fn efer_allowed(table: &CpuidTable) -> u64 {
+    let optional =
+        [(Feature::SYSCALL, efer::SCE), (Feature::LM, efer::LME | efer::LMA), (Feature::NX, efer::NXE)];
+    optional
+        .into_iter()
+        .filter(|(feature, _)| table.has(*feature))
+        .fold(0, |allowed, (_, bits)| allowed | bits)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +110,14 @@ mod tests {
         assert_eq!(cr4_allowed(&table) & (cr4::SMEP | cr4::SMAP | cr4::OSXSAVE), cr4::SMEP | cr4::SMAP);
         table.remove_leaf(7);
         assert_eq!(cr4_allowed(&table) & (cr4::SMEP | cr4::SMAP | cr4::UMIP | cr4::FSGSBASE), 0);
+    }
+
+    #[test]
+    fn extended_features_follow_features() {
+        assert_eq!(efer_allowed(&supported()), efer::ALL);
+        let mut table = supported();
+        table.remove_leaf(0x8000_0001);
+        assert_eq!(efer_allowed(&table), 0);
     }
 
     #[test]

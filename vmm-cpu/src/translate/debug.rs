@@ -125,7 +125,7 @@ impl Core {
 }
 
 impl Machine<'_> {
-    /// Execution breakpoints at the next instruction.
+    /// Execution breakpoints at the next instruction. MOV SS holds none off, on AMD's processors.
     pub(crate) fn before_instruction(&mut self) -> Flow<Option<Halt>> {
         self.trap_pending = self.cpu.flags.control(bits::TF);
         self.keeps_rf = false;

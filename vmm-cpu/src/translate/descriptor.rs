@@ -259,12 +259,13 @@ impl Machine<'_> {
         Ok(descriptor.register)
     }
 
-    /// Empties the data segment registers that code at the outer privilege level `cpl` could not have loaded.
+    /// Makes the data segment registers unusable that code at the outer privilege level `cpl` could not have loaded.
+    /// Their bases stay, which 64-bit code sees in those of FS and GS.
     pub(crate) fn drop_inner_segments(&mut self, cpl: u8) {
         for segment in [index::ES, index::DS, index::FS, index::GS] {
             let register = self.cpu.segment_mut(segment);
             if register.is_too_privileged(cpl) {
-                *register = SegmentRegister::null_data(0);
+                (register.selector, register.attributes) = (0, 0);
             }
         }
     }

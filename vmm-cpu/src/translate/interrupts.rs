@@ -13,6 +13,9 @@ use crate::error::Result;
 use crate::vcpu::VcpuIo;
 use crate::vm::MsiMessage;
 
+/// How many instructions a vCPU with a deterministic clock runs at most before it looks at the time.
+const DETERMINISTIC_POLL: u64 = 1 << 20;
+
 /// Sends a message to the local APICs of a virtual machine; whether one took it.
 pub(crate) fn send(shared: &Shared, message: MsiMessage) -> Result<bool> {
     let Some(message) = Message::from_msi(message)? else { return Ok(false) };
@@ -91,7 +94,10 @@ impl Core {
         // One instruction is one nanosecond: the timer fires at its very instruction.
         let now = self.now();
         let left = self.deadline.map_or(u64::MAX, |deadline| deadline.saturating_sub(now));
-        i64::try_from(left).map_or(1 << 20, |left| left.clamp(1, 1 << 20))
+        // Counted from moments that do not depend on who else wanted something when: a block that this cuts short is
+        // cut at the same place in each run.
+        let poll = DETERMINISTIC_POLL - now % DETERMINISTIC_POLL;
+        i64::try_from(left.min(poll)).unwrap_or(i64::MAX).max(1)
     }
 
     /// What other threads posted to the local APIC.
@@ -123,10 +129,11 @@ impl Core {
         cpu.set_r(RDX, u64::from(signature));
         cpu.activity = if self.index == 0 { Activity::Running } else { Activity::WaitForSipi };
         self.cpu = cpu;
+        self.injected = None;
         if let Some(apic) = &mut self.apic {
             apic.init();
         }
-        self.tlb.flush_all();
+        self.update_debug();
         self.refresh_deadline();
         self.update_mode();
     }
@@ -203,8 +210,9 @@ impl Machine<'_> {
             ApicAction::None => {}
             ApicAction::Ipi(message) => {
                 let (shared, own) = (Arc::clone(&self.shared), self.index);
+                // One to itself is taken before the next instruction, as others are: INIT must not change what the
+                // running one goes on with.
                 post(&shared, Some(own), message);
-                self.drain_inbox();
             }
             ApicAction::Eoi(vector) => {
                 self.counts.eoi += 1;
@@ -217,3 +225,7 @@ impl Machine<'_> {
         self.end_block();
     }
 }
+
+#[cfg(test)]
+#[path = "interrupts_tests.rs"]
+mod tests;

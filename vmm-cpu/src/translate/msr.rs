@@ -4,6 +4,7 @@ use super::apic::{ApicAction, LocalApic, MSR_APIC_BASE};
 use super::core::{Core, Flow, Machine, is_canonical};
 use super::cpu::{cr0, cr4, efer};
 use super::segment::{index, low32};
+use crate::cpuid::Feature;
 
 /// Numbers of registers (Intel SDM 4, AMD APM 2 appendix A).
 mod number {
@@ -30,6 +31,8 @@ mod number {
     pub(super) const GS_BASE: u32 = 0xc000_0101;
     pub(super) const KERNEL_GS_BASE: u32 = 0xc000_0102;
     pub(super) const TSC_AUX: u32 = 0xc000_0103;
+    /// Event selectors and counters of a K7 and K8.
+    pub(super) const PERFORMANCE: std::ops::RangeInclusive<u32> = 0xc001_0000..=0xc001_0007;
     pub(super) const SYSCFG: u32 = 0xc001_0010;
     pub(super) const HWCR: u32 = 0xc001_0015;
     pub(super) const INTERRUPT_PENDING: u32 = 0xc001_0055;
@@ -40,7 +43,8 @@ mod number {
 /// Eight variable ranges, fixed ranges, write combining.
 const MTRR_CAP: u64 = 8 | 1 << 8 | 1 << 10;
 
-/// Registers that read as zero and drop what is written: AMD's configuration, which has no meaning here.
+/// Registers that read as zero and drop what is written: AMD's configuration, which has no meaning here. So do
+/// [`number::PERFORMANCE`]: no CPUID bit says that a processor of this family lacks the four counters.
 const IGNORED: [u32; 6] = [
     number::SYSCFG,
     number::HWCR,
@@ -49,6 +53,10 @@ const IGNORED: [u32; 6] = [
     number::DECODER_CONFIGURATION,
     number::MICROCODE,
 ];
+
+fn is_ignored(index: u32) -> bool {
+    IGNORED.contains(&index) || number::PERFORMANCE.contains(&index)
+}
 
 /// Registers that make up a saved state, those of the local APIC and those with a place of their own aside.
 pub(crate) fn saved() -> impl Iterator<Item = u32> {
@@ -109,8 +117,8 @@ impl Core {
             number::FS_BASE => self.cpu.segment(index::FS).base,
             number::GS_BASE => self.cpu.segment(index::GS).base,
             number::KERNEL_GS_BASE => msr.kernel_gs_base,
-            number::TSC_AUX => msr.tsc_aux,
-            _ if IGNORED.contains(&index) => 0,
+            number::TSC_AUX if self.cpuid.has(Feature::RDTSCP) => msr.tsc_aux,
+            _ if is_ignored(index) => 0,
             _ => {
                 let variable = index.checked_sub(number::MTRR_VARIABLE).and_then(|n| usize::try_from(n).ok());
                 let fixed = number::MTRR_FIXED.iter().position(|other| *other == index);
@@ -122,12 +130,12 @@ impl Core {
 
     /// WRMSR without filters; `None` if there is no such register or it cannot hold `value`.
     pub(crate) fn set_msr(&mut self, index: u32, value: u64) -> Option<()> {
-        let now = self.shared.clock.tsc();
         let msr = &mut self.cpu.msr;
         let canonical = |value: u64| is_canonical(value).then_some(value);
         match index {
             number::TSC => {
-                msr.tsc_offset = value.wrapping_sub(now);
+                let now = self.now();
+                self.cpu.msr.tsc_offset = value.wrapping_sub(self.shared.clock.ticks(now));
                 self.refresh_deadline();
             }
             number::SYSENTER_CS => msr.sysenter_cs = value,
@@ -147,8 +155,8 @@ impl Core {
             number::FS_BASE => self.cpu.segment_mut(index::FS).base = canonical(value)?,
             number::GS_BASE => self.cpu.segment_mut(index::GS).base = canonical(value)?,
             number::KERNEL_GS_BASE => msr.kernel_gs_base = canonical(value)?,
-            number::TSC_AUX if value >> 32 == 0 => msr.tsc_aux = value,
-            _ if IGNORED.contains(&index) => {}
+            number::TSC_AUX if value >> 32 == 0 && self.cpuid.has(Feature::RDTSCP) => msr.tsc_aux = value,
+            _ if is_ignored(index) => {}
             _ => {
                 let variable = index.checked_sub(number::MTRR_VARIABLE).and_then(|n| usize::try_from(n).ok());
                 if let Some(register) = variable.and_then(|n| msr.mtrr_variable.get_mut(n)) {
@@ -169,7 +177,7 @@ impl Core {
         // LMA cannot be written, and what is written there does not matter.
         let value = value & !efer::LMA | old & efer::LMA;
         let lme_while_paging = (old ^ value) & efer::LME != 0 && self.cpu.cr0 & cr0::PG != 0;
-        if value & !efer::ALL != 0 || lme_while_paging {
+        if value & !(self.efer_allowed | old) != 0 || lme_while_paging {
             return None;
         }
         self.cpu.efer = value;
@@ -286,5 +294,21 @@ impl Core {
         self.refresh_deadline();
         self.urgent = true;
         (action == ApicAction::None || action == ApicAction::BaseChanged || low32(value) == 0).then_some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::translate::test_support::Guest;
+
+    #[test]
+    fn performance_counters_stand_still() {
+        let core = &mut Guest::long().core;
+        for index in 0xc001_0000..=0xc001_0007 {
+            assert_eq!(core.set_msr(index, 0x1_2345), Some(()));
+            assert_eq!(core.msr(index), Some(0));
+        }
+        // Those of later families, which a CPUID bit announces.
+        assert_eq!((core.msr(0xc001_0008), core.msr(0xc001_0200)), (None, None));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::block::{self, BlockCache, Stamp};
+use super::block::{self, Block, BlockCache, Stamp};
 use super::core::{Core, Flow, Machine, Place, Reason};
 use super::cpu::{Activity, BLOCK};
 use super::exception::{Event, Exception, dr6};
@@ -33,6 +33,15 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
     // The VMM may have changed anything.
     m.tlb.forget_lookups();
     m.update_mode();
+    let result = run_blocks(m, cache);
+    // Other vCPUs go on, and the clock is looked at, also where this vCPU is not run again.
+    drop_changed_code(m, cache);
+    m.now();
+    result
+}
+
+/// From block to block until something ends the stay.
+fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
     loop {
         let mut single = false;
         if m.urgent || m.budget <= 0 || m.signals.wants_attention() {
@@ -46,6 +55,10 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
                 },
             }
         }
+        if !m.code_stores.is_empty() {
+            // Those of the last block, and of whatever was delivered since.
+            drop_changed_code(m, cache);
+        }
         let left = execute(m, cache, single).is_err();
         if left {
             // What a debugger or the guest's debug registers wanted to see of the instruction is void: it did not
@@ -57,9 +70,6 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
         } else if single && let Some(halt) = m.after_instruction()? {
             return Ok(halt);
         }
-        if !m.code_stores.is_empty() {
-            drop_changed_code(m, cache);
-        }
     }
 }
 
@@ -68,14 +78,14 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
 fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
     let rip = m.cpu.rip;
     let stamp = m.stamp();
-    let id = match cache.find(rip, stamp) {
-        Some(id) => id,
+    let (id, cut) = match cache.find(rip, stamp) {
+        Some(id) => (id, false),
         None => find(m, cache, rip)?,
     };
     let Some(block) = cache.get(id) else { return Ok(()) };
     m.cpu.set_r(BLOCK, rip);
     m.cpu.rip = rip.wrapping_add(block.len()) & m.mode.ip_mask;
-    m.limit = if single { 1 } else { usize::try_from(m.budget).unwrap_or(1) };
+    m.limit = if single || cut { 1 } else { usize::try_from(m.budget).unwrap_or(1) };
     let mut done = 0;
     let mut left = None;
     for op in &block.ops {
@@ -84,7 +94,10 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
             m.cpu.rip = rip.wrapping_add(u64::from(op.start)) & m.mode.ip_mask;
             break;
         }
-        if let Err(leave) = (op.run)(m, op) {
+        let unwinding = Unwinding { m: &mut *m, block, done };
+        let result = (op.run)(unwinding.m, op);
+        std::mem::forget(unwinding);
+        if let Err(leave) = result {
             m.cpu.rip = rip.wrapping_add(u64::from(op.start)) & m.mode.ip_mask;
             left = Some(leave);
             break;
@@ -98,10 +111,28 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
     }
 }
 
-/// Finds or decodes the block at `rip`.
+/// Dropped only where a callback panics: RIP, which is that of the end of the block, becomes that of the next
+/// instruction. The access is not repeated.
+struct Unwinding<'m, 'a, 'b> {
+    m: &'m mut Machine<'a>,
+    block: &'b Block,
+    done: usize,
+}
+
+impl Drop for Unwinding<'_, '_, '_> {
+    #[cold]
+    fn drop(&mut self) {
+        let next = self.block.ops.get(self.done + 1).map_or(self.block.len(), |op| op.start.into());
+        self.m.cpu.rip = self.m.cpu.r(BLOCK).wrapping_add(next) & self.m.mode.ip_mask;
+        self.m.count(self.done + 1);
+    }
+}
+
+/// Finds or decodes the block at `rip`, and says whether the code segment ends within it: then only the first
+/// instruction may run.
 #[cold]
 #[inline(never)]
-fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<u32> {
+fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, bool)> {
     let code_bits = m.mode.code_bits;
     let va = if code_bits == 64 {
         rip
@@ -114,27 +145,38 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<u32> {
     };
     let translation = m.translate(Place::data(va), Access::Execute)?;
     let gpa = translation.gpa | va & !PAGE_MASK;
+    // Stores to the page are seen from before its bytes are looked at. A block that is known already may be of a region
+    // that was mapped anew since.
+    m.watch_code(gpa);
     let map = Arc::clone(m.map());
     let mut known = cache.lookup(gpa, code_bits, &map, || {
         let next = (va | !PAGE_MASK).wrapping_add(1);
-        m.translate(Place::data(next), Access::Execute).ok().map(|page| page.gpa)
+        let page = m.translate(Place::data(next), Access::Execute).ok()?;
+        m.watch_code(page.gpa);
+        Some(page.gpa)
     });
     if known.is_none() {
         if cache.is_full() || m.rare.len() >= MAX_RARE {
             cache.clear();
             m.rare.clear();
         }
-        // Stores to the page are seen from before its bytes are read.
-        m.watch_code(gpa);
         let block = block::build(m, va, gpa)?;
-        if let Some(second) = block.second_page {
-            m.watch_code(second);
-        }
         known = Some(cache.insert(block));
     }
     let Some(id) = known else { return Err(m.gp(0)) };
+    if code_bits != 64
+        && let Some(block) = cache.get(id)
+    {
+        let left = u64::from(m.cpu.cs().limit).saturating_sub(rip).saturating_add(1);
+        if block.first_len() > left {
+            return Err(m.gp(0));
+        }
+        if block.len() > left {
+            return Ok((id, true));
+        }
+    }
     cache.remember(rip, m.stamp(), id);
-    Ok(id)
+    Ok((id, false))
 }
 
 /// Drops the blocks that stores of this vCPU have changed, and tells the others.
@@ -142,6 +184,9 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<u32> {
 fn drop_changed_code(m: &mut Machine<'_>, cache: &mut BlockCache) {
     for store in std::mem::take(&mut m.code_stores) {
         cache.invalidate(store);
+        if !cache.has_page(store.gpa) {
+            m.forget_code(store.gpa);
+        }
         m.shared.post_code_store(m.index, store);
     }
 }
@@ -173,10 +218,16 @@ fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
         }
         if let Some(event) = m.injected.take() {
             m.take(event)?;
+            if m.injected.is_some() {
+                continue;
+            }
         }
         m.check_timer();
         m.budget = m.next_budget();
         m.take_interrupt()?;
+        if m.injected.is_some() {
+            continue;
+        }
         if m.cpu.activity == Activity::Running {
             break;
         }
@@ -252,12 +303,15 @@ impl Core {
     }
 
     /// Makes stores to a page of code seen, also those of other vCPUs.
-    fn watch_code(&mut self, gpa: u64) {
+    pub(super) fn watch_code(&mut self, gpa: u64) {
         let map = Arc::clone(self.tlb.map());
         let Some(slot) = map.slot(gpa) else { return };
-        if !slot.code.insert(slot.page(gpa)) {
+        let page = slot.page(gpa);
+        if slot.code_known.contains(page) {
             return;
         }
+        // Another vCPU may be about to do the same: what it has not finished does not count.
+        slot.code.insert(page);
         self.tlb.watch_stores(gpa);
         let shared = Arc::clone(&self.shared);
         if shared.max_vcpus > 1 {
@@ -267,6 +321,19 @@ impl Core {
             shared.synchronize(Some(self.index));
             signals.enter_guest();
             self.see_epoch();
+        }
+        slot.code_known.insert(page);
+    }
+
+    /// No block of this page is left: stores to it need not be seen any more. Where there are other vCPUs, they may
+    /// have some.
+    fn forget_code(&mut self, gpa: u64) {
+        let map = Arc::clone(self.tlb.map());
+        if self.shared.max_vcpus == 1
+            && let Some(slot) = map.slot(gpa)
+        {
+            slot.code_known.remove(slot.page(gpa));
+            slot.code.remove(slot.page(gpa));
         }
     }
 
@@ -311,10 +378,11 @@ impl Machine<'_> {
             self.cpu.activity = Activity::Running;
             return self.take(Event::External { vector });
         }
-        let pin = self.signals.intr() && self.takes_pin();
+        let pin = self.signals.intr.is_high() && self.takes_pin();
         if pin || std::mem::take(&mut self.ext_int) {
             self.counts.interrupt += 1;
-            // The callback may change the pin.
+            // The callback may change the pin, and so may others meanwhile.
+            let before = self.signals.intr.now();
             match self.leave_guest(|io| io.acknowledge_interrupt()) {
                 Some(vector) => {
                     self.cpu.activity = Activity::Running;
@@ -322,7 +390,9 @@ impl Machine<'_> {
                     return self.take(Event::External { vector });
                 }
                 // Withdrawn: the pin is low until somebody asserts it again.
-                None => self.signals.store_intr(false),
+                None => {
+                    self.signals.intr.withdraw(before);
+                }
             }
         }
         Ok(())
@@ -360,6 +430,11 @@ impl Machine<'_> {
         if std::mem::take(&mut self.trap_pending) {
             causes |= dr6::BS;
         }
+        if self.cpu.shadow_mov_ss {
+            // The stack pointer comes first (Intel SDM 3A 7.8.3): what was hit is told after it, the step is not.
+            self.watch_hits = hits & 0xf;
+            causes = 0;
+        }
         if causes != 0
             && let Some(halt) = self.deliver_exception(Exception::debug(causes))
         {
@@ -368,3 +443,7 @@ impl Machine<'_> {
         Ok(self.debugger_stop(hits >> 8))
     }
 }
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

@@ -8,11 +8,12 @@
 //! both sequentially consistent, so that one of the two sees the other.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use super::core::CodeStore;
 use crate::error::Result;
+use crate::pin::{IntrPin, Sleeper};
 use crate::vcpu::VcpuHandle;
 
 const KICK: u32 = 1;
@@ -26,12 +27,11 @@ const MAX_CODE_STORES: usize = 256;
 pub(crate) struct Signals {
     attention: AtomicBool,
     requests: AtomicU32,
-    intr: AtomicBool,
+    pub(crate) intr: IntrPin,
     in_guest: AtomicBool,
     seen: AtomicU64,
     code_stores: Mutex<Vec<CodeStore>>,
-    asleep: Mutex<()>,
-    wakeup: Condvar,
+    sleeper: Sleeper,
 }
 
 impl Signals {
@@ -39,12 +39,11 @@ impl Signals {
         Self {
             attention: AtomicBool::new(false),
             requests: AtomicU32::new(0),
-            intr: AtomicBool::new(false),
+            intr: IntrPin::default(),
             in_guest: AtomicBool::new(false),
             seen: AtomicU64::new(0),
             code_stores: Mutex::default(),
-            asleep: Mutex::default(),
-            wakeup: Condvar::new(),
+            sleeper: Sleeper::default(),
         }
     }
 
@@ -61,9 +60,7 @@ impl Signals {
     /// Makes the vCPU look, and wakes it.
     pub(crate) fn attract(&self) {
         self.attention.store(true, Ordering::SeqCst);
-        // Taking the lock orders the notification after a sleeper's last look.
-        drop(self.asleep.lock().unwrap_or_else(PoisonError::into_inner));
-        self.wakeup.notify_all();
+        self.sleeper.wake();
     }
 
     fn request(&self, bit: u32) {
@@ -85,14 +82,6 @@ impl Signals {
 
     pub(crate) fn nmi_pending(&self) -> bool {
         self.requests.load(Ordering::SeqCst) & NMI != 0
-    }
-
-    pub(crate) fn intr(&self) -> bool {
-        self.intr.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn store_intr(&self, asserted: bool) {
-        self.intr.store(asserted, Ordering::SeqCst);
     }
 
     /// Another vCPU wrote to a page that holds code.
@@ -147,21 +136,7 @@ impl Signals {
 
     /// Sleeps until `awake`, at most until `timeout` has passed; whether it is awake.
     pub(crate) fn sleep(&self, timeout: Option<Duration>, awake: impl Fn(&Self) -> bool) -> bool {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let mut guard = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
-        while !awake(self) {
-            guard = match deadline {
-                None => self.wakeup.wait(guard).unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return false;
-                    }
-                    self.wakeup.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-            };
-        }
-        true
+        self.sleeper.sleep(timeout, || awake(self))
     }
 }
 
@@ -191,7 +166,7 @@ impl VcpuHandle for Handle {
 
     fn set_intr(&self, asserted: bool) -> Result<()> {
         let Some(signals) = self.0.upgrade() else { return Ok(()) };
-        signals.store_intr(asserted);
+        signals.intr.set(asserted);
         signals.attract();
         Ok(())
     }

@@ -5,11 +5,12 @@ use super::cpu::{Activity, Cpu, TableRegister, cr0, cr4, efer};
 use super::exception::{Event, Exception, vector};
 use super::segment::index;
 use super::x87::{FXSAVE_X87_BYTES, PointerFormat, X87State};
-use super::{apic, core, msr};
+use super::{apic, msr};
 use crate::error::{Error, Result};
 use crate::state::{
-    CpuState, DescriptorTable, ExceptionStage, GeneralRegisters, InterruptShadow, LocalApicState, Msr,
-    NmiState, PendingEvents, RunState, Segment, SystemRegisters, XSAVE_HEADER_END, XsaveArea,
+    CpuState, DescriptorTable, ExceptionEvent, ExceptionStage, GeneralRegisters, InterruptEvent,
+    InterruptShadow, LocalApicState, Msr, NmiState, PendingEvents, RunState, Segment, SystemRegisters,
+    XSAVE_HEADER_END, XsaveArea,
 };
 
 /// Exceptions have vectors below (Intel SDM 3A 7.2).
@@ -183,12 +184,14 @@ impl Core {
         msrs.sort_unstable_by_key(|msr| msr.index);
         let local_apic = self.apic.as_mut().map(|apic| apic.save(now, tsc));
         let cpu = &self.cpu;
+        let (exception, interrupt) = saved_event(self.injected);
         let events = PendingEvents {
-            exception: None,
-            interrupt: None,
+            exception,
+            interrupt,
             nmi: NmiState { injected: false, pending: cpu.nmi_pending, masked: cpu.nmi_masked },
             shadow: InterruptShadow { sti: cpu.shadow_sti, mov_ss: cpu.shadow_mov_ss },
-            intr: self.signals.intr(),
+            // An interrupt that came as a message of that kind has the pin to come back by.
+            intr: self.signals.intr.is_high() || self.ext_int,
             sipi_vector: 0,
         };
         let run_state = match cpu.activity {
@@ -212,12 +215,6 @@ impl Core {
     /// Replaces the state. On an error the vCPU is as it was.
     pub(crate) fn load_state(&mut self, state: &CpuState) -> Result<()> {
         check_events(&state.events)?;
-        if !core::is_canonical(state.general.rip) {
-            return Err(invalid(
-                "general",
-                format!("RIP is {:#x}, which is not canonical", state.general.rip),
-            ));
-        }
         let waits = matches!(state.run_state, RunState::WaitForInit | RunState::WaitForSipi);
         if waits && self.apic.is_none() {
             return Err(invalid(
@@ -279,6 +276,7 @@ impl Core {
             RunState::WaitForSipi => Activity::WaitForSipi,
         };
         self.injected = injected_event(&state.events);
+        self.ext_int = false;
         self.refresh_deadline();
         self.update_mode();
         Ok(())
@@ -349,6 +347,24 @@ fn injected_event(events: &PendingEvents) -> Option<Event> {
     })
 }
 
+/// What [`injected_event`] made of a state that was not run since.
+fn saved_event(event: Option<Event>) -> (Option<ExceptionEvent>, Option<InterruptEvent>) {
+    match event {
+        Some(Event::Exception(exception)) => {
+            let mut saved = ExceptionEvent::injected(exception.vector, exception.error);
+            let is_debug = exception.vector == vector::DB && exception.dr6 != 0;
+            if exception.cr2.is_some() || is_debug {
+                saved.stage = ExceptionStage::Pending;
+                saved.payload = exception.cr2.or(Some(exception.dr6));
+            }
+            (Some(saved), None)
+        }
+        Some(Event::Software { vector }) => (None, Some(InterruptEvent::new(vector, true))),
+        Some(Event::External { vector }) => (None, Some(InterruptEvent::new(vector, false))),
+        _ => (None, None),
+    }
+}
+
 fn check_events(events: &PendingEvents) -> Result<()> {
     match events.exception {
         Some(exception) if exception.vector >= EXCEPTIONS => {
@@ -374,3 +390,7 @@ fn refuse_interrupts_in_service(registers: &LocalApicState) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

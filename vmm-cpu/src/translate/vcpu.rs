@@ -110,9 +110,14 @@ impl Vcpu for TranslateVcpu {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> bool {
-        let takes_interrupts = self.core.cpu.flags.control(rflags::IF);
+        let cpu = &self.core.cpu;
+        let takes_interrupts = cpu.activity == Activity::Running || cpu.flags.control(rflags::IF);
+        // One that was queued may be with the vCPU already: saved state says so too.
+        let nmi = cpu.nmi_pending && !cpu.nmi_masked;
         self.signals.sleep(timeout, |signals| {
-            signals.kick_pending() || signals.nmi_pending() || signals.intr() && takes_interrupts
+            nmi || signals.kick_pending()
+                || signals.nmi_pending()
+                || signals.intr.is_high() && takes_interrupts
         })
     }
 
@@ -170,7 +175,7 @@ impl Vcpu for TranslateVcpu {
 
     fn restore(&mut self, state: &CpuState) -> Result<()> {
         self.core.load_state(state)?;
-        self.signals.store_intr(state.events.intr);
+        self.signals.intr.set(state.events.intr);
         self.signals.attract();
         Ok(())
     }

@@ -210,6 +210,18 @@ impl Vm for TranslateVm {
         if !gpa.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
             return Err(Error::invalid("region", format_args!("{gpa:#x}+{len:#x}"), "whole pages of 4 KiB"));
         }
+        let needed = match access {
+            GuestAccess::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+            GuestAccess::ReadOnly => libc::PROT_READ,
+        };
+        // The guest's accesses go to the host mapping itself.
+        if region.prot() & needed != needed {
+            return Err(Error::invalid(
+                "host protection of the region",
+                format_args!("{:#x} at {gpa:#x}", region.prot()),
+                format_args!("one that includes {needed:#x}, for {access:?}"),
+            ));
+        }
         self.0.change_map(|map| map.insert(Slot::new(region, access)))
     }
 

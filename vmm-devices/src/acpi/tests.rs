@@ -84,8 +84,8 @@ fn the_fadt_says_what_the_power_management_device_does() {
     assert_eq!(fadt[88..92], [4, 2, 0, 4]);
     assert_eq!(fadt[108], 0x32, "century");
     assert_eq!(fadt[109..111], [5, 0], "legacy devices, no VGA, no i8042, an RTC");
-    // WBINVD, C1, no sleep button, 32-bit timer, reset register, headless.
-    assert_eq!(u32_at(112), 1 | 1 << 2 | 1 << 5 | 1 << 8 | 1 << 10 | 1 << 12);
+    // WBINVD, C1, no sleep button, no wake by the RTC, 32-bit timer, reset register, headless.
+    assert_eq!(u32_at(112), 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 12);
     assert_eq!(fadt[116..129], [1, 8, 0, 1, 0x0c, 8, 0, 0, 0, 0, 0, 0, 1], "reset register and value");
     assert_eq!(fadt[208..220], [1, 32, 0, 3, 8, 8, 0, 0, 0, 0, 0, 0], "PM timer");
 }

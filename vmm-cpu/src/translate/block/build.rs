@@ -1,12 +1,11 @@
 //! Decodes a block.
 
-use iced_x86::{Decoder, DecoderOptions};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
 
 use super::{Block, MAX_OPS};
 use crate::translate::core::{Flow, Machine, Place};
-use crate::translate::exception::{Exception, vector};
 use crate::translate::memory::{Access, PAGE, PAGE_MASK};
-use crate::translate::ops;
+use crate::translate::ops::{self, Lowered, Op};
 
 /// Longest instruction in bytes (Intel SDM 2A 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
@@ -25,18 +24,27 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     }
     let mut list = Vec::with_capacity(8);
     let mut decoder = Decoder::with_ip(code_bits, bytes, 0, DecoderOptions::NONE);
+    // Time is counted by blocks, so what asks for it begins one.
+    let exact = m.shared.clock.is_deterministic();
     let mut length = 0;
     while decoder.can_decode() && list.len() < MAX_OPS {
         let start = decoder.position();
         let instruction = decoder.decode();
         let incomplete = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
-        if incomplete && list.is_empty() && bytes.len() < MAX_INSTRUCTION {
+        if incomplete && list.is_empty() {
+            if bytes.len() >= MAX_INSTRUCTION {
+                // As many bytes as an instruction can have, and it is longer.
+                return Err(m.gp(0));
+            }
             return crossing(m, va, gpa, bytes);
         }
-        if incomplete {
+        if incomplete || exact && !list.is_empty() && reads_time(&instruction) {
             break;
         }
-        let lowered = ops::lower(m, &instruction, u16::try_from(start).unwrap_or(u16::MAX), code_bits);
+        let lowered = lower(m, &instruction, u16::try_from(start).unwrap_or(u16::MAX));
+        if lowered.is_far && !list.is_empty() {
+            break;
+        }
         list.push(lowered.op);
         length = decoder.position();
         if lowered.ends_block {
@@ -47,11 +55,31 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits })
 }
 
+fn reads_time(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp | Mnemonic::Rdmsr | Mnemonic::Wrmsr)
+}
+
+/// What becomes of an instruction. The decoder says of a longer one than there can be that it is invalid and has as many
+/// bytes as there can be.
+fn lower(m: &mut Machine<'_>, instruction: &Instruction, start: u16) -> Lowered {
+    if instruction.is_invalid() && instruction.len() >= MAX_INSTRUCTION {
+        return Lowered { op: Op::new(too_long, start), is_far: false, ends_block: true };
+    }
+    let code_bits = m.mode.code_bits;
+    ops::lower(m, instruction, start, code_bits)
+}
+
+/// #GP(0) of an instruction of more than 15 bytes.
+fn too_long(m: &mut Machine<'_>, _: &Op) -> Flow {
+    Err(m.gp(0))
+}
+
 /// A block of one instruction that continues in the next page.
 fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block> {
     let code_bits = m.mode.code_bits;
     let next = va.wrapping_add(first.len() as u64) & if code_bits == 64 { u64::MAX } else { 0xffff_ffff };
     let second_page = m.translate(Place::data(next), Access::Execute)?.gpa;
+    m.watch_code(second_page);
     let mut bytes = [0; MAX_INSTRUCTION];
     let (here, there) = bytes.split_at_mut(first.len().min(MAX_INSTRUCTION));
     here.copy_from_slice(first);
@@ -60,11 +88,7 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
     }
     let mut decoder = Decoder::with_ip(code_bits, &bytes, 0, DecoderOptions::NONE);
     let instruction = decoder.decode();
-    if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
-        // More than 15 bytes.
-        return Err(m.raise(Exception::with_error(vector::GP, 0)));
-    }
-    let lowered = ops::lower(m, &instruction, 0, code_bits);
+    let lowered = lower(m, &instruction, 0);
     let code = bytes.get(..instruction.len()).unwrap_or_default();
     Ok(Block { ops: [lowered.op].into(), bytes: code.into(), gpa, second_page: Some(second_page), code_bits })
 }

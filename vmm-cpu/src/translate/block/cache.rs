@@ -12,6 +12,9 @@ const JUMPS: usize = 4096;
 /// Blocks that are kept. When there are more, all are dropped: whoever fills this much runs through new code.
 const MAX_BLOCKS: usize = 128 * 1024;
 
+/// Operations that are kept, of all blocks together: 64 MiB. A kernel's blocks have some six each.
+const MAX_KEPT_OPS: usize = 2 * 1024 * 1024;
+
 /// Whether what is known of a linear address still holds: TLB generation, code width and privilege level.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Stamp(pub(crate) u64);
@@ -31,6 +34,8 @@ pub(crate) struct BlockCache {
     /// Dropped blocks have no operations until their place is used again.
     blocks: Vec<Block>,
     free: Vec<u32>,
+    /// Operations in them.
+    ops: usize,
     by_address: FxHashMap<(u64, u32), u32>,
     /// Blocks with code in each page.
     by_page: FxHashMap<u64, Vec<u32>>,
@@ -44,6 +49,7 @@ impl BlockCache {
         Self {
             blocks: Vec::new(),
             free: Vec::new(),
+            ops: 0,
             by_address: FxHashMap::default(),
             by_page: FxHashMap::default(),
             jumps: Box::new([Jump::default(); JUMPS]),
@@ -109,12 +115,12 @@ impl BlockCache {
 
     /// Keeps a block.
     pub(crate) fn insert(&mut self, block: Block) -> u32 {
-        let first = block.gpa & PAGE_MASK;
-        let (key, pages) = ((block.gpa, block.code_bits), [Some(first), block.second_page]);
+        let (key, pages) = ((block.gpa, block.code_bits), block.pages());
         let id = match self.free.pop() {
             Some(id) => id,
             None => u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
         };
+        self.ops += block.ops.len();
         match self.blocks.get_mut(id as usize) {
             Some(place) => *place = block,
             None => self.blocks.push(block),
@@ -122,20 +128,26 @@ impl BlockCache {
         if let Some(old) = self.by_address.insert(key, id) {
             self.unlink(old);
         }
-        for page in pages.into_iter().flatten() {
+        for page in pages {
             self.by_page.entry(page).or_default().push(id);
         }
         id
     }
 
+    /// Whether there is a block with code in the page of `gpa`.
+    pub(crate) fn has_page(&self, gpa: u64) -> bool {
+        self.by_page.contains_key(&(gpa & PAGE_MASK))
+    }
+
     pub(crate) fn is_full(&self) -> bool {
-        self.blocks.len() >= MAX_BLOCKS && self.free.is_empty()
+        self.blocks.len() >= MAX_BLOCKS && self.free.is_empty() || self.ops >= MAX_KEPT_OPS
     }
 
     /// Drops everything.
     pub(crate) fn clear(&mut self) {
         self.blocks.clear();
         self.free.clear();
+        self.ops = 0;
         self.by_address.clear();
         self.by_page.clear();
         self.forget_jumps();
@@ -184,10 +196,11 @@ impl BlockCache {
     /// Takes a block, which no address leads to any more, out of the pages and makes its place free.
     fn unlink(&mut self, id: u32) {
         let Some(block) = self.blocks.get_mut(id as usize) else { return };
-        let pages = [Some(block.gpa & PAGE_MASK), block.second_page];
+        let pages = block.pages();
+        self.ops = self.ops.saturating_sub(block.ops.len());
         // What remembers it finds nothing to run.
         (block.ops, block.bytes) = (Box::default(), Box::default());
-        for page in pages.into_iter().flatten() {
+        for page in pages {
             if let Some(ids) = self.by_page.get_mut(&page) {
                 ids.retain(|other| *other != id);
                 if ids.is_empty() {

@@ -12,6 +12,7 @@ mod cache;
 pub(crate) use build::build;
 pub(crate) use cache::{BlockCache, Stamp};
 
+use super::memory::PAGE_MASK;
 use super::ops::Op;
 
 /// Most instructions in a block.
@@ -34,5 +35,16 @@ impl Block {
     /// Length of the code in bytes.
     pub(crate) fn len(&self) -> u64 {
         self.bytes.len() as u64
+    }
+
+    /// The pages that hold the code. Paging may make both the same, which is then told once.
+    fn pages(&self) -> impl Iterator<Item = u64> + use<> {
+        let first = self.gpa & PAGE_MASK;
+        [Some(first), self.second_page.filter(|second| *second != first)].into_iter().flatten()
+    }
+
+    /// Length of its first instruction.
+    pub(crate) fn first_len(&self) -> u64 {
+        self.ops.get(1).map_or(self.len(), |second| second.start.into())
     }
 }

@@ -1,8 +1,8 @@
 //! Delivery through the IVT of real mode and the IDT of legacy protected mode.
 
-use super::{Event, Exception, Stack, vector};
+use super::{Event, Exception, Stack, dr6, vector};
 use crate::translate::core::{Flow, Machine, Reason};
-use crate::translate::cpu::RSP;
+use crate::translate::cpu::{Activity, RSP};
 use crate::translate::descriptor::{Gate, kind, rpl};
 use crate::translate::flags::bits;
 use crate::translate::segment::{SegmentRegister, attribute, index, low16};
@@ -59,8 +59,15 @@ impl Machine<'_> {
         }
         self.cpu.shadow_sti = false;
         self.cpu.shadow_mov_ss = false;
+        // Also the trap that follows HLT ends the halt.
+        self.cpu.activity = Activity::Running;
         // TF is clear now, so what was about to be a single step is none.
         self.trap_pending = false;
+        if event == Event::Int1 {
+            // What MOV SS put off comes with the trap of INT1.
+            self.cpu.dr6 |= u64::from(self.watch_hits) & dr6::BREAKPOINTS;
+            self.watch_hits &= !0xf;
+        }
         if event == Event::Nmi {
             self.cpu.nmi_masked = true;
         }

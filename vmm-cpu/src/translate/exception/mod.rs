@@ -48,6 +48,9 @@ pub(crate) mod dr6 {
     pub(crate) const BT: u64 = 1 << 15;
 }
 
+/// Deliveries in a row. Without tasks there are three at most: an exception, a double fault, a shutdown.
+const MAX_DELIVERIES: u32 = 8;
+
 /// General detect, in DR7.
 const DR7_GD: u64 = 1 << 13;
 
@@ -183,9 +186,12 @@ impl Machine<'_> {
     /// Delivers an event, and what comes of exceptions in doing so. RIP is what the handler shall return to.
     ///
     /// The one way to fail is [`Halt::Shutdown`], the triple fault.
+    ///
+    /// A handler that is a task may fault as soon as it is entered, and so may the handler of that. What is still on its
+    /// way after a few of those waits for the run loop, which looks at kicks in between.
     pub(crate) fn take(&mut self, event: Event) -> Flow {
         let mut event = event;
-        loop {
+        for _ in 0..MAX_DELIVERIES {
             if self.deliver(event).is_ok() {
                 return Ok(());
             }
@@ -199,6 +205,10 @@ impl Machine<'_> {
                 None => return Err(self.leave(Reason::Halt(Halt::Shutdown))),
             }
         }
+        self.injected = Some(event);
+        self.urgent = true;
+        self.end_block();
+        Ok(())
     }
 
     /// As [`Machine::take`], of an exception; the halt that it ends in, if it does.

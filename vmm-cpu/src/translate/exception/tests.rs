@@ -187,6 +187,21 @@ fn debug_exceptions_leave_their_cause_in_dr6() {
 }
 
 #[test]
+fn int1_takes_along_what_mov_ss_put_off() {
+    let mut guest = Guest::protected();
+    guest.gate(vector::DB, CODE_32, HANDLER, 0x8e, 0);
+    guest.core.cpu.dr6 = 0;
+    // Of the guest and of a debugger.
+    guest.core.watch_hits = 0x102;
+    take(&mut guest, Event::Int1);
+    assert_eq!((guest.core.cpu.dr6, guest.core.watch_hits), (2, 0x100));
+    // That of INT n comes in the handler.
+    guest.core.watch_hits = 2;
+    take(&mut guest, Event::Software { vector: vector::DB });
+    assert_eq!(guest.core.watch_hits, 2);
+}
+
+#[test]
 fn real_mode_frame() {
     let mut guest = with_flags(Guest::real());
     guest.write::<4>(0x21 * 4, 0x1234_5678);

@@ -29,6 +29,13 @@ impl Pages {
         self.word(page).is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 != 0)
     }
 
+    /// Takes a page out.
+    pub(crate) fn remove(&self, page: u64) {
+        if let Some(word) = self.word(page) {
+            word.fetch_and(!(1 << (page % 64)), Ordering::SeqCst);
+        }
+    }
+
     /// Adds a page; whether it is new.
     pub(crate) fn insert(&self, page: u64) -> bool {
         let bit = 1 << (page % 64);
@@ -51,6 +58,8 @@ pub(crate) struct Slot {
     pub(crate) access: GuestAccess,
     /// Pages that decoded code comes from: stores there are looked at.
     pub(crate) code: Arc<Pages>,
+    /// Those of them of which every vCPU knows.
+    pub(crate) code_known: Arc<Pages>,
     /// Pages that the guest wrote, while that is logged.
     pub(crate) dirty: Option<Arc<Pages>>,
 }
@@ -58,8 +67,8 @@ pub(crate) struct Slot {
 impl Slot {
     pub(crate) fn new(region: Arc<GuestRegion>, access: GuestAccess) -> Self {
         let (start, bytes) = (region.start_addr().0, region.len());
-        let code = Arc::new(Pages::new(bytes));
-        Self { region, start, end: start.saturating_add(bytes), access, code, dirty: None }
+        let (code, code_known) = (Arc::new(Pages::new(bytes)), Arc::new(Pages::new(bytes)));
+        Self { region, start, end: start.saturating_add(bytes), access, code, code_known, dirty: None }
     }
 
     pub(crate) fn start_log(&mut self) {

@@ -209,7 +209,7 @@ impl Tlb {
         let replaced = self.entries.get_mut(index).map(|slot| std::mem::replace(slot, entry));
         let was_local = replaced.is_some_and(|old| old.read != INVALID && old.kind & GLOBAL == 0);
         if !translation.global && !was_local {
-            if self.local.len() == ENTRIES {
+            if self.local.len() >= ENTRIES {
                 self.collect_local();
             }
             self.local.extend(u16::try_from(index));
@@ -288,3 +288,7 @@ impl Tlb {
 fn host_pointer(address: u64) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(address as usize)
 }
+
+#[cfg(test)]
+#[path = "tlb_tests.rs"]
+mod tests;

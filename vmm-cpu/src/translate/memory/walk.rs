@@ -283,3 +283,7 @@ fn update(map: &MemoryMap, gpa: u64, narrow: bool, old: u64, new: u64) -> bool {
         map.compare_exchange(gpa, old, new).unwrap_or(true)
     }
 }
+
+#[cfg(test)]
+#[path = "walk_tests.rs"]
+mod tests;

@@ -275,3 +275,7 @@ pub(super) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+#[path = "alu_tests.rs"]
+mod tests;

@@ -228,3 +228,7 @@ fn return_bytes(code: Code) -> u8 {
         _ => 8,
     }
 }
+
+#[cfg(test)]
+#[path = "branch_tests.rs"]
+mod tests;

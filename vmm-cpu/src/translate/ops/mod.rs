@@ -42,6 +42,8 @@ use by_width;
 /// What a family makes of an instruction.
 pub(crate) struct Lowered {
     pub(crate) op: Op,
+    /// Its memory operand is too far from the block's start: it begins a block of its own.
+    pub(crate) is_far: bool,
     /// Nothing can follow in the same block.
     pub(crate) ends_block: bool,
 }
@@ -49,18 +51,21 @@ pub(crate) struct Lowered {
 /// Lowers an instruction that was decoded at offset `start` of a block of code of that width.
 pub(crate) fn lower(core: &mut Core, instruction: &Instruction, start: u16, code_bits: u32) -> Lowered {
     let mut op = Op::new(undefined, start);
-    let mut ends_block = true;
+    let (mut ends_block, mut is_far) = (true, false);
     if !is_invalid(instruction) {
         let fits = op.take_memory(instruction, code_bits);
         if !fits {
-            // Only MOV of the accumulator has absolute 64-bit addresses; RIP-relative ones that far from the block's
-            // start have an offset of their own once they begin a block.
-            op.run = if let Some(run) = mov::lower_absolute(instruction, &mut op) {
-                ends_block = false;
-                run
-            } else {
-                undefined
-            };
+            // Only MOV of the accumulator has absolute 64-bit addresses.
+            match mov::lower_absolute(instruction, &mut op) {
+                Some(run) => {
+                    op.run = run;
+                    ends_block = false;
+                }
+                None => {
+                    op.run = too_far;
+                    is_far = true;
+                }
+            }
         } else if let Some(run) = plain(instruction, &mut op) {
             op.run = run;
             ends_block = false;
@@ -72,7 +77,7 @@ pub(crate) fn lower(core: &mut Core, instruction: &Instruction, start: u16, code
             ends_block = ends;
         }
     }
-    Lowered { op, ends_block }
+    Lowered { op, is_far, ends_block }
 }
 
 /// Instructions that go on with the next one.
@@ -131,6 +136,11 @@ fn may_lock(instruction: &Instruction) -> bool {
                 | M::Cmpxchg8b
                 | M::Cmpxchg16b
         )
+}
+
+/// The last bytes that a RIP-relative address can reach.
+fn too_far(m: &mut Machine<'_>, _: &Op) -> Flow {
+    Err(m.unhandled("a RIP-relative address at the very end of its range"))
 }
 
 /// What does not exist.

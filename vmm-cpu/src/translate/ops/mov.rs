@@ -534,3 +534,7 @@ impl Machine<'_> {
         self.exchange_16(place, expected, new)
     }
 }
+
+#[cfg(test)]
+#[path = "mov_tests.rs"]
+mod tests;

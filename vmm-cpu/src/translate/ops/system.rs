@@ -222,7 +222,7 @@ fn write_debug(m: &mut Machine<'_>, op: &Op) -> Flow {
     }
     match number {
         4 | 6 => m.cpu.dr6 = value & 0xe00f | 0xffff_0ff0,
-        5 | 7 => m.cpu.dr7 = value & 0xffff_2bff | 0x400,
+        5 | 7 => m.cpu.dr7 = value & 0xffff_23ff | 0x400,
         number => {
             if let Some(register) = m.cpu.dr.get_mut(number) {
                 *register = value;
@@ -307,7 +307,9 @@ fn cache_control(m: &mut Machine<'_>, _: &Op) -> Flow {
 /// STAC, CLAC.
 fn set_alignment_check(m: &mut Machine<'_>, op: &Op) -> Flow {
     let on = m.rare(op).mnemonic() == Mnemonic::Stac;
-    m.require_cpl0()?;
+    if m.mode.cpl != 0 {
+        return Err(m.ud());
+    }
     m.cpu.flags.set_control(bits::AC, on);
     m.update_reach();
     Ok(())
@@ -377,6 +379,11 @@ fn hypercall(m: &mut Machine<'_>, _: &Op) -> Flow {
     if !m.shared.passed_on.hypercall(nr) {
         return Err(m.ud());
     }
+    if m.mode.cpl != 0 {
+        // As KVM answers programs: -KVM_EPERM.
+        write_wide(m, RAX, (-1_i64).cast_unsigned());
+        return Ok(());
+    }
     m.counts.hypercall += 1;
     m.end_block();
     let call = Hypercall::new(nr, args, long_mode);
@@ -396,12 +403,6 @@ fn check_wait(m: &mut Machine<'_>, _: &Op) -> Flow {
 /// RSM outside of system-management mode.
 fn invalid(m: &mut Machine<'_>, _: &Op) -> Flow {
     Err(m.ud())
-}
-
-/// SERIALIZE and the like: all that matters is that the block ends.
-fn serialize(m: &mut Machine<'_>, _: &Op) -> Flow {
-    m.end_block();
-    Ok(())
 }
 
 /// The handler of an instruction of this family and whether it ends its block, `None` for others.
@@ -434,7 +435,10 @@ pub(super) fn lower(instruction: &Instruction) -> Option<(Handler, bool)> {
         M::Vmcall | M::Vmmcall => (hypercall, true),
         M::Wait => (check_wait, false),
         M::Rsm | M::Vmlaunch | M::Vmresume | M::Vmxoff | M::Ud0 | M::Ud1 | M::Ud2 => (invalid, true),
-        M::Serialize => (serialize, true),
         _ => return None,
     })
 }
+
+#[cfg(test)]
+#[path = "system_tests.rs"]
+mod tests;

@@ -2,13 +2,15 @@
 //!
 //! Where the vendors differ, this is AMD's processor, which is what CPUID says (AMD64 APM 3): SYSCALL works from
 //! compatibility and legacy mode, and SYSRET to an address that is not canonical faults at privilege level 3, when the
-//! instruction there is fetched. SYSENTER and SYSEXIT work in all modes of protected mode.
+//! instruction there is fetched. TF as SYSCALL and SYSRET leave it decides about a single-step trap. SYSENTER and
+//! SYSEXIT work in all modes of protected mode.
 
 use iced_x86::{Code, Instruction};
 
 use crate::translate::core::{Flow, Machine};
 use crate::translate::cpu::{R11, RCX, RDX, RSP, efer};
 use crate::translate::descriptor::is_null;
+use crate::translate::exception::{Event, Exception, dr6};
 use crate::translate::flags::bits;
 use crate::translate::ops::op::{Handler, Op};
 use crate::translate::segment::{SegmentRegister, index, low16};
@@ -47,6 +49,7 @@ fn syscall(m: &mut Machine<'_>, _: &Op) -> Flow {
         m.cpu.set_r(R11, flags & !bits::RF);
         m.cpu.flags.set(flags & !(msr.fmask | bits::RF));
         let target = if m.is_64() { msr.lstar } else { msr.cstar };
+        m.trap_pending &= m.cpu.flags.control(bits::TF);
         m.set_flat(cs, cs.wrapping_add(8), 0, true, target);
     } else {
         m.cpu.flags.set(flags & !(bits::IF | bits::RF));
@@ -71,6 +74,11 @@ fn sysret(m: &mut Machine<'_>, op: &Op) -> Flow {
     } else {
         m.set_flat(base, base.wrapping_add(8), 3, false, rip & 0xffff_ffff);
     }
+    // Where another instruction has to be started with TF, this one traps itself.
+    if m.cpu.flags.control(bits::TF) {
+        return m.take(Event::Exception(Exception::debug(dr6::BS)));
+    }
+    m.trap_pending = false;
     Ok(())
 }
 

@@ -1,5 +1,5 @@
 use crate::translate::cpu::{R11, RCX, RDX, RSP, efer};
-use crate::translate::exception::vector;
+use crate::translate::exception::{dr6, vector};
 use crate::translate::flags::bits;
 use crate::translate::segment::{attribute, index};
 use crate::translate::test_support::*;
@@ -34,6 +34,29 @@ fn there_and_back() {
     assert_eq!((cpu.cs().selector, cpu.segment(index::SS).selector), (0x33, 0x2b));
     assert_eq!((cpu.rip, cpu.flags.get()), (CODE + 2, bits::IF | bits::CF | bits::FIXED));
     assert_eq!((guest.core.mode.cpl, guest.core.mode.code_bits), (3, 64));
+}
+
+#[test]
+fn the_flags_that_are_left_decide_about_a_single_step() {
+    let mut guest = guest();
+    guest.core.trap_pending = true;
+    guest.core.cpu.flags.set(bits::TF);
+    guest.execute(&SYSCALL).unwrap();
+    assert!(!guest.core.trap_pending);
+    // There, and back with TF: the trap comes before the next instruction.
+    let handler = 0xa000;
+    guest.gate(vector::DB, CODE_64, handler, 0x8e, 0);
+    guest.execute(&SYSRETQ).unwrap();
+    let cpu = &guest.core.cpu;
+    assert_eq!((cpu.rip, cpu.dr6 & dr6::BS), (handler, dr6::BS));
+    let [rip, cs, flags] = guest.words::<8, 3>(INNER_STACK - 40);
+    assert_eq!((rip, cs, flags), (CODE + 2, USER_CODE_64.into(), bits::TF | bits::FIXED));
+    // A mask that keeps TF keeps the trap.
+    guest.core.trap_pending = true;
+    guest.core.cpu.msr.fmask = 0;
+    guest.core.cpu.flags.set(bits::TF);
+    guest.execute(&SYSCALL).unwrap();
+    assert!(guest.core.trap_pending);
 }
 
 #[test]

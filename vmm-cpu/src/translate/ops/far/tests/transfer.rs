@@ -46,6 +46,7 @@ fn iretq_to_user_drops_inner_segments() {
     guest.core.cpu.segment_mut(index::FS).attributes = 0;
     guest.core.cpu.segment_mut(index::FS).base = 0x7777;
     *guest.core.cpu.segment_mut(index::ES) = guest.segment(USER_DATA);
+    guest.core.cpu.segment_mut(index::GS).base = 0x8888;
     guest.core.cpu.nmi_masked = true;
     frame(&mut guest, [TARGET, USER_CODE_64.into(), bits::IF | bits::RF | 2, 0x5555, USER_DATA.into()]);
     guest.execute(&IRETQ).unwrap();
@@ -56,6 +57,8 @@ fn iretq_to_user_drops_inner_segments() {
     assert_eq!(cpu.segment(index::ES).selector, USER_DATA);
     // What a model-specific register put there stays.
     assert_eq!(cpu.segment(index::FS).base, 0x7777);
+    let gs = cpu.segment(index::GS);
+    assert_eq!((gs.selector, gs.is_unusable(), gs.base), (0, true, 0x8888));
     assert!(!cpu.nmi_masked && guest.core.mode.cpl == 3);
 }
 

@@ -1,0 +1,198 @@
+//! Against the host's processor, and what faults leave behind.
+
+use crate::translate::core::Reason;
+use crate::translate::cpu::{RAX, RCX, RDX, RSP};
+use crate::translate::exception::vector;
+use crate::translate::ops::misc::bench::{Bench, HOLE, RAM};
+
+#[cfg(target_arch = "x86_64")]
+mod against_host {
+    use crate::translate::flags::bits;
+    use crate::translate::ops::misc::bench::{Bench, Native, Numbers, native};
+
+    fn compare(natives: &[Native]) {
+        let (mut bench, mut numbers) = (Bench::new(64), Numbers(11));
+        for native in natives {
+            for round in 0..300 {
+                let mut before = numbers.registers();
+                if round % 3 == 0 {
+                    // CMPXCHG finds what it expects, in 32 bits at least.
+                    before[1] = before[1] & !0xffff_ffff | before[0] & 0xffff_ffff;
+                }
+                bench.compare(native, before, bits::STATUS);
+            }
+        }
+    }
+
+    #[test]
+    fn moves() {
+        compare(&[
+            native!(0x88 0xc8),
+            native!(0x88 0xe1),
+            native!(0x66 0x89 0xc8),
+            native!(0x89 0xc8),
+            native!(0x48 0x89 0xc8),
+            native!(0xb4 0x81),
+            native!(0x66 0xb8 0x34 0x92),
+            native!(0x48 0xc7 0xc0 0x00 0x00 0x00 0x80),
+            native!(0x66 0x0f 0xb6 0xc5),
+            native!(0x0f 0xb6 0xc1),
+            native!(0x48 0x0f 0xb7 0xc1),
+            native!(0x66 0x0f 0xbe 0xc5),
+            native!(0x0f 0xbe 0xc1),
+            native!(0x48 0x0f 0xbf 0xc1),
+            native!(0x48 0x63 0xc1),
+            native!(0x63 0xc1),
+            native!(0x48 0x8d 0x44 0x88 0xfd),
+            native!(0x67 0x48 0x8d 0x44 0x88 0xfd),
+            native!(0x8d 0x44 0x48 0x7f),
+            native!(0x66 0x8d 0x04 0x88),
+            native!(0x67 0x66 0x8d 0x04 0x50),
+            native!(0x48 0x91),
+            native!(0x91),
+            native!(0x66 0x91),
+            native!(0x86 0xe1),
+            native!(0x87 0xd0),
+        ]);
+    }
+
+    #[test]
+    fn exchanges() {
+        compare(&[
+            native!(0x0f 0xc0 0xc8),
+            native!(0x0f 0xc0 0xe5),
+            native!(0x66 0x0f 0xc1 0xc8),
+            native!(0x0f 0xc1 0xc8),
+            native!(0x48 0x0f 0xc1 0xc8),
+            native!(0x0f 0xc1 0xc0),
+            native!(0x0f 0xc0 0xc4),
+            native!(0x0f 0xb0 0xd1),
+            native!(0x0f 0xb0 0xd4),
+            native!(0x66 0x0f 0xb1 0xd1),
+            native!(0x0f 0xb1 0xd1),
+            native!(0x48 0x0f 0xb1 0xd1),
+            native!(0x0f 0xb1 0xc0),
+            native!(0x0f 0xb1 0xc2),
+        ]);
+    }
+
+    #[test]
+    fn conditions() {
+        compare(&[
+            native!(0x0f 0x90 0xc4),
+            native!(0x0f 0x91 0xc0),
+            native!(0x0f 0x92 0xc0),
+            native!(0x0f 0x93 0xc0),
+            native!(0x0f 0x94 0xc0),
+            native!(0x0f 0x95 0xc0),
+            native!(0x0f 0x96 0xc0),
+            native!(0x0f 0x97 0xc0),
+            native!(0x0f 0x98 0xc0),
+            native!(0x0f 0x99 0xc0),
+            native!(0x0f 0x9a 0xc0),
+            native!(0x0f 0x9b 0xc0),
+            native!(0x0f 0x9c 0xc0),
+            native!(0x0f 0x9d 0xc0),
+            native!(0x0f 0x9e 0xc0),
+            native!(0x0f 0x9f 0xc5),
+            native!(0x0f 0x40 0xc1),
+            native!(0x48 0x0f 0x42 0xc1),
+            native!(0x66 0x0f 0x44 0xc1),
+            native!(0x0f 0x47 0xc1),
+            native!(0x0f 0x4a 0xc1),
+            native!(0x48 0x0f 0x4c 0xc1),
+            native!(0x66 0x0f 0x4f 0xc1),
+            native!(0x0f 0x4e 0xc1),
+        ]);
+    }
+}
+
+fn page_fault(bench: &mut Bench, code: &[u8]) -> u64 {
+    match bench.run(code) {
+        Err(Reason::Exception(exception)) if exception.vector == vector::PF => exception.cr2.unwrap(),
+        other => panic!("{code:x?}: {other:?}"),
+    }
+}
+
+#[test]
+fn a_fault_leaves_everything_as_it_was() {
+    // PUSH RAX, POP [RAX], CALL to itself, XADD [RAX], CMPXCHG, XCHG, ADD, CMPXCHG8B.
+    let codes: [&[u8]; 8] = [
+        &[0x50],
+        &[0x8f, 0x00],
+        &[0xe8, 0, 0, 0, 0],
+        &[0x48, 0x0f, 0xc1, 0x08],
+        &[0x48, 0x0f, 0xb1, 0x08],
+        &[0x48, 0x87, 0x08],
+        &[0x48, 0x01, 0x08],
+        &[0x0f, 0xc7, 0x08],
+    ];
+    for code in codes {
+        // The last four bytes lie in the hole.
+        let mut bench = Bench::new(64);
+        let stack = if code == [0x8f, 0x00] { 0x8000 } else { HOLE + 4 };
+        bench.set(&[(RAX, HOLE - 4), (RCX, 5), (RDX, 6), (RSP, stack)]);
+        bench.poke(HOLE - 8, &[0xaa; 8]);
+        bench.core.cpu.flags.set(0x8d7);
+        // A push that straddles the edge writes downwards from within the hole.
+        assert_eq!(page_fault(&mut bench, code), HOLE, "{code:x?}");
+        assert_eq!([bench.r(RAX), bench.r(RCX), bench.r(RDX), bench.r(RSP)], [HOLE - 4, 5, 6, stack]);
+        assert_eq!(bench.peek(HOLE - 8, 8), [0xaa; 8], "{code:x?}");
+        assert_eq!(bench.core.cpu.flags.get(), 0x8d7);
+    }
+}
+
+#[test]
+fn a_device_is_not_read_if_the_rest_of_the_access_faults() {
+    let mut bench = Bench::new(64);
+    bench.set(&[(RAX, 2 * RAM - 2)]);
+    // MOV ECX, [RAX].
+    assert_eq!(page_fault(&mut bench, &[0x8b, 0x08]), 2 * RAM);
+    assert!(bench.devices.log.is_empty(), "{:?}", bench.devices.log);
+}
+
+#[test]
+fn read_modify_write_of_devices_is_a_read_and_a_write() {
+    for code in [&[0x48, 0x01, 0x08][..], &[0xf0, 0x48, 0x01, 0x08], &[0x48, 0x0f, 0xc1, 0x08]] {
+        let mut bench = Bench::new(64);
+        bench.set(&[(RAX, RAM), (RCX, 1)]);
+        bench.run(code).unwrap();
+        let read = vec![0x10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17];
+        let mut written = read.clone();
+        written[0] = 0x11;
+        assert_eq!(bench.devices.log, [(RAM, read), (RAM, written)], "{code:x?}");
+    }
+}
+
+#[test]
+fn the_stack_pointer_in_operands() {
+    let mut bench = Bench::new(64);
+    bench.poke(0x8000, &0x1234_u64.to_le_bytes());
+    bench.set(&[(RSP, 0x8000)]);
+    // POP [RSP]: the address is that after the pop.
+    bench.run(&[0x8f, 0x04, 0x24]).unwrap();
+    assert_eq!((bench.r(RSP), bench.peek(0x8008, 2)), (0x8008, vec![0x34, 0x12]));
+    // PUSH RSP pushes what it was.
+    bench.run(&[0x54]).unwrap();
+    assert_eq!(bench.peek(0x8000, 2), [0x08, 0x80]);
+    // POP RSP takes the word as it is.
+    bench.poke(0x8000, &0x5000_u64.to_le_bytes());
+    bench.run(&[0x5c]).unwrap();
+    assert_eq!(bench.r(RSP), 0x5000);
+    // PUSH with a 16-bit operand.
+    bench.set(&[(RAX, 0x1_2345)]);
+    bench.run(&[0x66, 0x50]).unwrap();
+    assert_eq!((bench.r(RSP), bench.peek(0x4ffe, 2)), (0x4ffe, vec![0x45, 0x23]));
+}
+
+#[test]
+fn sixteen_byte_exchanges_must_be_aligned() {
+    let mut bench = Bench::new(64);
+    bench.set(&[(RAX, 0x8008)]);
+    match bench.run(&[0x48, 0x0f, 0xc7, 0x08]) {
+        Err(Reason::Exception(exception)) => {
+            assert_eq!((exception.vector, exception.error), (vector::GP, Some(0)))
+        }
+        other => panic!("{other:?}"),
+    }
+}

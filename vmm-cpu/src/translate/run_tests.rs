@@ -1,0 +1,252 @@
+//! The loop, with small guests that end with HLT.
+
+use super::*;
+use crate::debug::{DebugReason, DebugRequest};
+use crate::hypervisor::ClockSource;
+use crate::translate::clock::Clock;
+use crate::translate::cpu::{RAX, RCX, RDX, RSI, RSP};
+use crate::translate::exception::vector;
+use crate::translate::segment::index;
+use crate::translate::signals::{Handle, Signals};
+use crate::translate::test_support::{CODE, CODE_32, CODE_64, Guest, STACK};
+use crate::translate::vm::{Shared, TranslateVm};
+use crate::vcpu::{VcpuHandle, VcpuIo};
+use crate::vm::{GuestAccess, Vm};
+use vmm_memory::GuestRam;
+use vmm_memory::vm_memory::GuestAddress;
+
+/// A page for handlers and what is called.
+const OTHER: u64 = 0x9000;
+const HLT: u8 = 0xf4;
+
+fn put(guest: &mut Guest, gpa: u64, code: &[u8]) {
+    assert!(guest.core.map().write(gpa, code));
+}
+
+fn run_on(guest: &mut Guest, cache: &mut BlockCache) -> Halt {
+    run(&mut guest.machine(), cache).unwrap()
+}
+
+/// Runs from [`CODE`] to a HLT.
+fn run_code(guest: &mut Guest, code: &[u8]) {
+    put(guest, CODE, code);
+    assert_eq!(run_on(guest, &mut BlockCache::new()), Halt::Halted);
+}
+
+/// A handler that halts at once; its address tells which.
+fn handler(guest: &mut Guest, vector: u8) -> u64 {
+    let at = OTHER + 16 * u64::from(vector);
+    put(guest, at, &[HLT]);
+    let selector = if guest.core.cpu.long_mode() { CODE_64 } else { CODE_32 };
+    guest.gate(vector, selector, at, 0x8e, 0);
+    at + 1
+}
+
+#[test]
+fn an_instruction_of_sixteen_bytes_is_a_protection_fault() {
+    // Within a page, and into the next.
+    for start in [CODE, CODE - 7] {
+        let mut guest = Guest::long();
+        let end = handler(&mut guest, vector::GP);
+        handler(&mut guest, vector::UD);
+        guest.core.cpu.rip = start;
+        put(&mut guest, start, &[0x66; 15]);
+        put(&mut guest, start + 15, &[0x90, HLT]);
+        assert_eq!(run_on(&mut guest, &mut BlockCache::new()), Halt::Halted);
+        assert_eq!(guest.core.cpu.rip, end, "{start:#x}");
+    }
+}
+
+#[test]
+fn the_step_that_follows_hlt_wakes() {
+    let mut guest = Guest::long();
+    let at = OTHER;
+    // INC EAX, HLT.
+    put(&mut guest, at, &[0xff, 0xc0, HLT]);
+    guest.gate(vector::DB, CODE_64, at, 0x8e, 0);
+    guest.core.cpu.flags.set_control(bits::TF, true);
+    run_code(&mut guest, &[HLT]);
+    assert_eq!((guest.core.cpu.r(RAX), guest.core.cpu.rip), (1, at + 3));
+}
+
+#[test]
+fn a_step_over_mov_ss_takes_the_next_instruction_along() {
+    let mut guest = Guest::long();
+    let end = handler(&mut guest, vector::DB);
+    guest.core.cpu.set_r(RAX, 0x10);
+    guest.core.cpu.flags.set_control(bits::TF, true);
+    // MOV SS, AX; NOP; NOP.
+    run_code(&mut guest, &[0x8e, 0xd0, 0x90, 0x90, HLT]);
+    assert_eq!(guest.core.cpu.rip, end);
+    assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP)), CODE + 3);
+}
+
+#[test]
+fn a_guest_breakpoint_behind_mov_ss_is_seen() {
+    let mut guest = Guest::long();
+    let end = handler(&mut guest, vector::DB);
+    guest.core.cpu.set_r(RAX, 0x10);
+    (guest.core.cpu.dr[0], guest.core.cpu.dr7) = (CODE + 2, 0x402);
+    run_code(&mut guest, &[0x8e, 0xd0, 0x90, HLT]);
+    assert_eq!(guest.core.cpu.rip, end);
+    assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP)), CODE + 2);
+}
+
+#[test]
+fn code_ends_with_its_segment() {
+    // The limit lies between two instructions, or within one.
+    for (limit, fault) in [(CODE + 1, CODE + 2), (CODE + 3, CODE + 2)] {
+        let mut guest = Guest::protected();
+        let end = handler(&mut guest, vector::GP);
+        let mut cache = BlockCache::new();
+        // NOP, NOP, MOV EAX, 1, HLT: known whole from a run with another limit.
+        let code = [0x90, 0x90, 0xb8, 1, 0, 0, 0, HLT];
+        put(&mut guest, CODE, &code);
+        assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+        assert_eq!(guest.core.cpu.rip, CODE + code.len() as u64);
+        guest.core.cpu.activity = Activity::Running;
+        guest.core.cpu.rip = CODE;
+        guest.core.cpu.segment_mut(index::CS).limit = u32::try_from(limit).unwrap();
+        assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+        assert_eq!(guest.core.cpu.rip, end, "{limit:#x}");
+        assert_eq!(guest.read::<4>(guest.core.cpu.r(RSP) + 4), fault, "{limit:#x}");
+    }
+}
+
+/// Queues an NMI at each OUT.
+struct Nmi(Arc<Signals>);
+
+impl VcpuIo for Nmi {
+    fn pio_write(&mut self, _: u16, _: usize, _: &[u8]) {
+        Handle::new(&self.0).nmi().unwrap();
+    }
+}
+
+#[test]
+fn a_handler_that_its_own_frame_overwrites_is_decoded_anew() {
+    let mut guest = Guest::protected();
+    // RET, NOP three times, HLT twice.
+    put(&mut guest, OTHER, &[0xc3, 0x90, 0x90, 0x90, HLT, HLT]);
+    guest.gate(vector::NMI, CODE_32, OTHER, 0x8e, 0);
+    // CALL OTHER; MOV ESP, OTHER + 4; OUT 0x80, AL; HLT.
+    put(&mut guest, CODE, &[0xe8, 0xfb, 0x0f, 0, 0, 0xbc, 0x04, 0x90, 0, 0, 0xe6, 0x80, HLT]);
+    // EFLAGS land on the handler: INC ESI; ADD [EAX], AL; ADD AH, DH; HLT.
+    guest.core.cpu.flags.set(bits::ZF | bits::PF);
+    guest.core.cpu.set_r(RAX, STACK);
+    // Nothing else makes the loop look at code anew.
+    guest.core.see_epoch();
+    let mut bus = Nmi(Arc::clone(&guest.core.signals));
+    let halt = run(&mut Machine::new(&mut guest.core, &mut bus), &mut BlockCache::new()).unwrap();
+    assert_eq!(halt, Halt::Halted);
+    assert_eq!((guest.core.cpu.r(RSI), guest.core.cpu.rip), (1, OTHER + 6));
+}
+
+#[test]
+fn code_that_is_known_is_watched_after_its_memory_was_mapped_anew() {
+    let mut guest = Guest::protected();
+    let mut cache = BlockCache::new();
+    // INC EAX; RET.
+    put(&mut guest, OTHER, &[0x40, 0xc3]);
+    // CALL; MOV [OTHER], DL, which is the opcode of DEC EAX; CALL; HLT.
+    put(&mut guest, CODE, &[0xe8, 0xfb, 0x0f, 0, 0, 0x88, 0x15, 0, 0x90, 0, 0]);
+    put(&mut guest, CODE + 11, &[0xe8, 0xf0, 0x0f, 0, 0, HLT]);
+    guest.core.cpu.set_r(RDX, 0x48);
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    assert_eq!(guest.core.cpu.r(RAX), 0);
+    // Now the other way round; the code that is called is what it was.
+    guest.core.cpu.set_r(RDX, 0x40);
+    let vm = TranslateVm(Arc::clone(&guest.core.shared));
+    let region = vm.unmap_memory(GuestAddress(0)).unwrap();
+    vm.map_memory(region, GuestAccess::ReadWrite).unwrap();
+    guest.core.see_epoch();
+    guest.core.cpu.activity = Activity::Running;
+    guest.core.cpu.rip = CODE;
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    assert_eq!(guest.core.cpu.r(RAX), 0);
+}
+
+#[test]
+fn pages_whose_code_is_gone_are_written_at_full_speed_again() {
+    let mut guest = Guest::protected();
+    let mut cache = BlockCache::new();
+    put(&mut guest, OTHER, &[0x40, 0xc3]);
+    // CALL; MOV BYTE PTR [OTHER], 0; HLT.
+    let code = [0xe8, 0xfb, 0x0f, 0, 0, 0xc6, 0x05, 0x00, 0x90, 0, 0, 0, HLT];
+    put(&mut guest, CODE, &code);
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    let map = Arc::clone(guest.core.map());
+    let slot = map.slot(OTHER).unwrap();
+    assert!(slot.code.contains(slot.page(CODE)) && !slot.code.contains(slot.page(OTHER)));
+}
+
+#[test]
+fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
+    let clock = Clock::new(None, ClockSource::Deterministic);
+    let shared =
+        Arc::new(Shared::new(crate::cpuid::CpuidTable::default(), InterruptMode::External, 2, clock));
+    let ram = GuestRam::builder().ram(1 << 20).build().unwrap();
+    let vm = TranslateVm(Arc::clone(&shared));
+    vm.map_memory(ram.regions().remove(0), GuestAccess::ReadWrite).unwrap();
+    let mut core = Core::new(0, Arc::clone(&shared), Arc::new(Signals::new()), None);
+    // The other one has got as far as this.
+    let map = Arc::clone(core.map());
+    let slot = map.slot(CODE).unwrap();
+    assert!(slot.code.insert(slot.page(CODE)));
+    let before = shared.epoch();
+    core.watch_code(CODE);
+    assert!(shared.epoch() > before, "stores of others may still go unseen");
+    // From now on everybody knows.
+    let before = shared.epoch();
+    core.watch_code(CODE);
+    assert_eq!(shared.epoch(), before);
+}
+
+#[test]
+fn counted_time_is_exact_within_a_block_and_after_a_stay() {
+    let mut guest = Guest::long();
+    // NOP five times, RDTSC, HLT.
+    run_code(&mut guest, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x31, HLT]);
+    assert_eq!((guest.core.cpu.r(RAX), guest.core.cpu.r(RDX)), (5, 0));
+    let mut guest = Guest::long();
+    guest.core.debug = DebugRequest::none().step();
+    put(&mut guest, CODE, &[0x90, 0x90]);
+    match run_on(&mut guest, &mut BlockCache::new()) {
+        Halt::Debug(stop) => assert_eq!(stop.reason, DebugReason::SingleStep),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(guest.core.shared.clock.nanoseconds(), 1);
+}
+
+#[test]
+fn counted_time_is_polled_at_fixed_moments() {
+    let mut guest = Guest::long();
+    guest.core.shared.clock.advance(1000);
+    assert_eq!(guest.core.next_budget(), (1 << 20) - 1000);
+    guest.core.deadline = Some(1500);
+    assert_eq!(guest.core.next_budget(), 500);
+}
+
+/// Panics at every store to a device.
+struct Broken;
+
+impl VcpuIo for Broken {
+    fn mmio_write(&mut self, _: GuestAddress, _: &[u8]) {
+        std::panic::panic_any("no such device");
+    }
+}
+
+#[test]
+fn a_panic_of_a_callback_leaves_the_rest_of_the_block_to_be_run() {
+    let mut guest = Guest::protected();
+    // NOP; MOV [0x800000], EAX; INC ECX; HLT.
+    put(&mut guest, CODE, &[0x90, 0xa3, 0, 0, 0x80, 0, 0x41, HLT]);
+    let mut cache = BlockCache::new();
+    let mut bus = Broken;
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache)
+    }));
+    assert!(result.is_err());
+    assert_eq!(guest.core.cpu.rip, CODE + 6);
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    assert_eq!(guest.core.cpu.r(RCX), 1);
+}
