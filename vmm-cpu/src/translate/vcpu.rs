@@ -160,7 +160,10 @@ impl Vcpu for TranslateVcpu {
     }
 
     fn translate(&mut self, gva: u64) -> Result<Option<GuestAddress>> {
-        let map = self.core.shared.map();
+        // The walk sets accessed bits, so it is an access of this vCPU like any other.
+        let _in_guest = InGuest::enter(&self.signals);
+        self.core.see_epoch();
+        let map = Arc::clone(self.core.map());
         let paging = Paging { user: false, smap_lifted: true, ..self.core.paging() };
         let canonical = !self.core.cpu.long_mode() || self.core.is_canonical(gva);
         let page = walk(&map, &paging, gva, Access::Read).ok().filter(|_| canonical);

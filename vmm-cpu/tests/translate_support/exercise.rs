@@ -96,6 +96,7 @@ pub fn exercise(guest: &Guest) -> Tally {
         reactions: guest.reactions.clone(),
         answers: guest.answers.clone(),
         calls: 0,
+        put: false,
         next: 0,
     };
     let mut machine = Machine {
