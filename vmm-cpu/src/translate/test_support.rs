@@ -176,7 +176,7 @@ impl Guest {
         let bits = core.mode.code_bits;
         let instruction = Decoder::with_ip(bits, code, 0, DecoderOptions::NONE).decode();
         assert_eq!(instruction.len(), code.len(), "{code:x?} is {instruction:?}");
-        let lowered = ops::lower(core, &instruction, 0, bits);
+        let lowered = ops::lower(core, &instruction, code, 0, bits);
         let rip = core.cpu.rip;
         core.cpu.set_r(BLOCK, rip);
         core.cpu.rip = rip.wrapping_add(code.len() as u64) & core.mode.ip_mask;

@@ -41,7 +41,8 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
         if incomplete || exact && !list.is_empty() && reads_time(&instruction) {
             break;
         }
-        let lowered = lower(m, &instruction, u16::try_from(start).unwrap_or(u16::MAX));
+        let code = bytes.get(start..decoder.position()).unwrap_or_default();
+        let lowered = lower(m, &instruction, code, u16::try_from(start).unwrap_or(u16::MAX));
         if lowered.is_far && !list.is_empty() {
             break;
         }
@@ -61,12 +62,12 @@ fn reads_time(instruction: &Instruction) -> bool {
 
 /// What becomes of an instruction. The decoder says of a longer one than there can be that it is invalid and has as many
 /// bytes as there can be.
-fn lower(m: &mut Machine<'_>, instruction: &Instruction, start: u16) -> Lowered {
+fn lower(m: &mut Machine<'_>, instruction: &Instruction, code: &[u8], start: u16) -> Lowered {
     if instruction.is_invalid() && instruction.len() >= MAX_INSTRUCTION {
         return Lowered { op: Op::new(too_long, start), is_far: false, ends_block: true };
     }
     let code_bits = m.mode.code_bits;
-    ops::lower(m, instruction, start, code_bits)
+    ops::lower(m, instruction, code, start, code_bits)
 }
 
 /// #GP(0) of an instruction of more than 15 bytes.
@@ -88,7 +89,7 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
     }
     let mut decoder = Decoder::with_ip(code_bits, &bytes, 0, DecoderOptions::NONE);
     let instruction = decoder.decode();
-    let lowered = lower(m, &instruction, 0);
     let code = bytes.get(..instruction.len()).unwrap_or_default();
+    let lowered = lower(m, &instruction, code, 0);
     Ok(Block { ops: [lowered.op].into(), bytes: code.into(), gpa, second_page: Some(second_page), code_bits })
 }

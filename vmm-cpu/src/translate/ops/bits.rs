@@ -5,7 +5,6 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::by_width;
 use super::op::{Handler, Op, operand_bytes, register_slot};
-use super::shift::set_carry_overflow;
 use crate::translate::core::{Flow, Machine, Place};
 use crate::translate::flags::{Flags, bits};
 use crate::translate::memory::HostWord;
@@ -58,7 +57,7 @@ impl BitChange for Complement {
 #[inline(always)]
 fn set_carry(flags: &mut Flags, carry: bool) {
     let overflow = flags.of();
-    set_carry_overflow(flags, carry, overflow);
+    flags.set_cf_of(carry, overflow);
 }
 
 /// Bit `n`, modulo the width.
@@ -233,7 +232,7 @@ impl Count for AddOverflow {
     fn run<W: Word>(m: &mut Machine<'_>, op: &Op, source: u64) {
         let (carry, overflow) = (m.cpu.flags.cf(), m.cpu.flags.of());
         let overflow = add::<W>(m, op, source, overflow);
-        set_carry_overflow(&mut m.cpu.flags, carry, overflow);
+        m.cpu.flags.set_cf_of(carry, overflow);
     }
 }
 

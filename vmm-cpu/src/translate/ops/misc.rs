@@ -7,7 +7,6 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::by_width;
 use super::op::{Handler, Op, operand_bytes, register_slot};
-use super::shift::set_carry_overflow;
 use crate::translate::core::{Flow, Machine, Place};
 use crate::translate::cpu::{HIGH_BYTE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use crate::translate::exception::{Exception, vector};
@@ -56,7 +55,7 @@ fn sahf(m: &mut Machine<'_>, _: &Op) -> Flow {
 
 fn set_carry(m: &mut Machine<'_>, carry: bool) -> Flow {
     let overflow = m.cpu.flags.of();
-    set_carry_overflow(&mut m.cpu.flags, carry, overflow);
+    m.cpu.flags.set_cf_of(carry, overflow);
     Ok(())
 }
 

@@ -48,8 +48,14 @@ pub(crate) struct Lowered {
     pub(crate) ends_block: bool,
 }
 
-/// Lowers an instruction that was decoded at offset `start` of a block of code of that width.
-pub(crate) fn lower(core: &mut Core, instruction: &Instruction, start: u16, code_bits: u32) -> Lowered {
+/// Lowers an instruction that was decoded from `bytes` at offset `start` of a block of code of that width.
+pub(crate) fn lower(
+    core: &mut Core,
+    instruction: &Instruction,
+    bytes: &[u8],
+    start: u16,
+    code_bits: u32,
+) -> Lowered {
     let mut op = Op::new(undefined, start);
     let (mut ends_block, mut is_far) = (true, false);
     if !is_invalid(instruction) {
@@ -74,6 +80,7 @@ pub(crate) fn lower(core: &mut Core, instruction: &Instruction, start: u16, code
         } else if let Some((run, ends)) = rare(instruction) {
             op.run = run;
             op.imm = core.keep_rare(*instruction);
+            x87::note_opcode(instruction, bytes, &mut op);
             ends_block = ends;
         }
     }

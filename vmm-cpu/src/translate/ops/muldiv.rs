@@ -6,7 +6,6 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::by_width;
 use super::op::{Handler, Op, operand_bytes, register_slot};
-use super::shift::set_carry_overflow;
 use crate::translate::core::{Core, Flow, Leave, Machine};
 use crate::translate::cpu::{HIGH_BYTE, RAX, RDX};
 use crate::translate::exception::{Exception, vector};
@@ -42,7 +41,7 @@ struct Idiv;
 fn set_product<W: Word>(m: &mut Machine<'_>, low: u64, high: u64, overflow: bool) {
     m.cpu.set::<W>(RAX, low);
     m.cpu.set::<W>(high_register::<W>(), high);
-    set_carry_overflow(&mut m.cpu.flags, overflow, overflow);
+    m.cpu.flags.set_cf_of(overflow, overflow);
 }
 
 impl Wide for Mul {
@@ -175,7 +174,7 @@ fn wide_memory<W: HostWord, O: Wide>(m: &mut Machine<'_>, op: &Op) -> Flow {
 fn multiply<W: Word>(m: &mut Machine<'_>, op: &Op, a: u64, b: u64) {
     let (low, _, overflow) = signed_product::<W>(a, b);
     m.cpu.set::<W>(op.a, low);
-    set_carry_overflow(&mut m.cpu.flags, overflow, overflow);
+    m.cpu.flags.set_cf_of(overflow, overflow);
 }
 
 fn multiply_register<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {

@@ -9,15 +9,9 @@ use super::by_width;
 use super::op::{Handler, Op, operand_bytes, register_slot};
 use crate::translate::core::{Flow, Machine};
 use crate::translate::cpu::RCX;
-use crate::translate::flags::Flags;
 use crate::translate::memory::HostWord;
 use crate::translate::segment::low8;
 use crate::translate::word::{Word, sign_extend};
-
-/// Sets the carry and overflow flags; the others stay.
-pub(super) fn set_carry_overflow(flags: &mut Flags, carry: bool, overflow: bool) {
-    flags.set_cf_of(carry, overflow);
-}
 
 /// What of a count counts.
 #[inline(always)]
@@ -184,7 +178,7 @@ fn apply<W: Word, S: Shift>(m: &mut Machine<'_>, a: u64, count: u32) -> u64 {
     if S::SETS_ALL {
         m.cpu.flags.set_result_cf_of::<W>(result, carry, overflow);
     } else {
-        set_carry_overflow(&mut m.cpu.flags, carry, overflow);
+        m.cpu.flags.set_cf_of(carry, overflow);
     }
     result
 }

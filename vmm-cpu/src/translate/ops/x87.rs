@@ -67,7 +67,7 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
         code_selector: m.cpu.cs().selector,
         data_pointer: if has_memory { m.effective_address(op) } else { 0 },
         data_selector: m.cpu.segment(op.segment()).selector,
-        opcode: opcode(m, op),
+        opcode: u16::from(op.a) << 8 | u16::from(op.b),
         real_mode: !m.cpu.protected() || m.cpu.virtual_8086(),
     };
     let mut state = m.cpu.x87;
@@ -83,10 +83,15 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
     }
 }
 
-/// The low three bits of the first opcode byte, and the second, for the opcode register. It is read only by debuggers, so
-/// it is not worth keeping with the instruction.
-fn opcode(_: &Machine<'_>, _: &Op) -> u16 {
-    0
+/// Notes what the opcode register gets of an instruction with these bytes: the low three bits of the first opcode byte in
+/// `a`, the second byte in `b`. No prefix looks like an escape.
+pub(super) fn note_opcode(instruction: &Instruction, bytes: &[u8], op: &mut Op) {
+    let escape = bytes.iter().position(|byte| matches!(byte, 0xd8..=0xdf));
+    if let Some([escape, second, ..]) = escape.and_then(|at| bytes.get(at..))
+        && is_escape(instruction)
+    {
+        (op.a, op.b) = (escape & 7, *second);
+    }
 }
 
 /// The handler of an instruction of this family and whether it ends its block, `None` for others.
@@ -101,4 +106,21 @@ fn is_escape(instruction: &Instruction) -> bool {
     let features = instruction.cpuid_features();
     features.iter().any(|feature| matches!(feature, F::FPU | F::FPU287 | F::FPU387))
         || instruction.mnemonic() == Mnemonic::Fisttp
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions};
+
+    use crate::translate::ops::misc::bench::Bench;
+
+    #[test]
+    fn opcode_is_found_behind_prefixes() {
+        for (bytes, opcode) in [(&[0xd9, 0xe8][..], 0x1e8), (&[0x65, 0x41, 0xdc, 0x4d, 0x10], 0x44d)] {
+            let mut bench = Bench::new(64);
+            let instruction = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
+            let op = crate::translate::ops::lower(&mut bench.core, &instruction, bytes, 0, 64).op;
+            assert_eq!(u16::from(op.a) << 8 | u16::from(op.b), opcode, "{instruction}");
+        }
+    }
 }

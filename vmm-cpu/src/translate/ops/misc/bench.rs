@@ -125,7 +125,7 @@ impl Bench {
         let bits = self.core.mode.code_bits;
         let instruction = Decoder::with_ip(bits, code, 0, DecoderOptions::NONE).decode();
         assert_eq!(instruction.len(), code.len(), "{instruction}");
-        let lowered = crate::translate::ops::lower(&mut self.core, &instruction, 0, bits);
+        let lowered = crate::translate::ops::lower(&mut self.core, &instruction, code, 0, bits);
         self.core.cpu.set_r(BLOCK, CODE);
         self.core.cpu.rip = CODE + code.len() as u64;
         let mut machine = Machine::new(&mut self.core, &mut self.devices);

@@ -92,7 +92,7 @@ impl Machine<'_> {
     }
 }
 
-/// The immediate of an operation: mnemonic above, immediate byte below, then whether memory must not be aligned.
+/// The immediate of an operation: mnemonic above, immediate byte below.
 fn packed_immediate(mnemonic: Mnemonic, imm: u8) -> u64 {
     (mnemonic as u64) << 8 | u64::from(imm)
 }
