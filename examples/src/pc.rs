@@ -38,7 +38,8 @@ pub struct Pc {
 /// What devices and vCPUs tell each other.
 #[derive(Default)]
 struct State {
-    vcpus: OnceLock<Vec<Arc<dyn VcpuHandle>>>,
+    /// The vCPU that the PIC's output leads to.
+    bootstrap: OnceLock<Arc<dyn VcpuHandle>>,
     end: OnceLock<End>,
     /// A deadline changed.
     changed: Mutex<bool>,
@@ -46,12 +47,6 @@ struct State {
 }
 
 impl State {
-    fn kick_all(&self) {
-        for vcpu in self.vcpus.get().into_iter().flatten() {
-            vcpu.kick();
-        }
-    }
-
     fn wake_timers(&self) {
         *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.wakeup.notify_one();
@@ -95,11 +90,15 @@ pub type Output = Box<dyn Write + Send>;
 
 impl Pc {
     /// Builds the devices. Interrupt messages go to `messages`, the output of each serial port to what `output` makes
-    /// for it.
+    /// for it, and `ended` is called, maybe in a callback of a vCPU, when [`Pc::end`] has something to tell.
     ///
     /// # Errors
     /// None that depends on the guest.
-    pub fn new(messages: Arc<dyn MsiSink>, output: impl Fn(SerialPort) -> Output) -> Result<Self> {
+    pub fn new(
+        messages: Arc<dyn MsiSink>,
+        output: impl Fn(SerialPort) -> Output,
+        ended: impl Fn() + Clone + Send + Sync + 'static,
+    ) -> Result<Self> {
         let state = Arc::new(State::default());
         let io_apic = Arc::new(IoApic::new(move |address, data| {
             if let Err(error) = messages.send(MsiMessage { address, data }) {
@@ -108,7 +107,7 @@ impl Pc {
         }));
         let intr = Arc::clone(&state);
         let pic = Arc::new(Pic::new(move |asserted: bool| {
-            if let Some(vcpu) = intr.vcpus.get().and_then(|vcpus| vcpus.first())
+            if let Some(vcpu) = intr.bootstrap.get()
                 && let Err(error) = vcpu.set_intr(asserted)
             {
                 tracing::warn!(%error, "INTR");
@@ -127,11 +126,11 @@ impl Pc {
             move |_: Option<u64>| state.wake_timers()
         };
         let ended = |state: &Arc<State>| {
-            let state = Arc::clone(state);
+            let (state, ended) = (Arc::clone(state), ended.clone());
             move |event: PlatformEvent| {
                 // The first one counts.
                 state.end.get_or_init(|| event);
-                state.kick_all();
+                ended();
             }
         };
 
@@ -194,10 +193,10 @@ impl Pc {
         Ok(tables.rsdp())
     }
 
-    /// Tells the devices which vCPUs there are, and starts their timers.
-    pub fn start(self: &Arc<Self>, vcpus: Vec<Arc<dyn VcpuHandle>>) {
+    /// Tells the devices which vCPU boots, and starts their timers.
+    pub fn start(self: &Arc<Self>, bootstrap: Arc<dyn VcpuHandle>) {
         // Nobody sets it but this.
-        self.state.vcpus.get_or_init(|| vcpus);
+        self.state.bootstrap.get_or_init(|| bootstrap);
         self.pic_line_again();
         let pc = Arc::clone(self);
         let timers = move || loop {
@@ -227,7 +226,7 @@ impl Pc {
     /// The PIC may have asked for an interrupt before anybody could hear it.
     fn pic_line_again(&self) {
         if self.pic.is_pending()
-            && let Some(vcpu) = self.state.vcpus.get().and_then(|vcpus| vcpus.first())
+            && let Some(vcpu) = self.state.bootstrap.get()
             && let Err(error) = vcpu.set_intr(true)
         {
             tracing::warn!(%error, "INTR");
@@ -251,38 +250,36 @@ impl Pc {
     pub fn end(&self) -> Option<End> {
         self.state.end.get().copied()
     }
-
-    /// Makes all vCPUs leave the guest.
-    pub fn kick_all(&self) {
-        self.state.kick_all();
-    }
 }
 
 /// The buses, as a vCPU sees them.
-impl VcpuIo for &Pc {
+#[derive(Clone)]
+pub struct Buses(pub Arc<Pc>);
+
+impl VcpuIo for Buses {
     fn pio_read(&mut self, port: u16, size: usize, data: &mut [u8]) {
-        self.pio.read(port, size, data);
+        self.0.pio.read(port, size, data);
     }
 
     fn pio_write(&mut self, port: u16, size: usize, data: &[u8]) {
-        self.pio.write(port, size, data);
+        self.0.pio.write(port, size, data);
     }
 
     fn mmio_read(&mut self, gpa: GuestAddress, data: &mut [u8]) {
-        if !self.mmio.read(gpa, data) {
+        if !self.0.mmio.read(gpa, data) {
             data.fill(0xff);
         }
     }
 
     fn mmio_write(&mut self, gpa: GuestAddress, data: &[u8]) {
-        self.mmio.write(gpa, data);
+        self.0.mmio.write(gpa, data);
     }
 
     fn eoi(&mut self, vector: u8) {
-        self.io_apic.end_of_interrupt(vector);
+        self.0.io_apic.end_of_interrupt(vector);
     }
 
     fn acknowledge_interrupt(&mut self) -> Option<u8> {
-        self.pic.is_pending().then(|| self.pic.acknowledge())
+        self.0.pic.is_pending().then(|| self.0.pic.acknowledge())
     }
 }

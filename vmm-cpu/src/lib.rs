@@ -27,7 +27,7 @@ pub use debug::{DebugReason, DebugRequest, DebugStop, DebugStops, HardwareStop, 
 pub use error::{Error, Result};
 pub use hypervisor::{Capabilities, ClockConfig, ClockSource, Hypervisor, InterruptMode, VmConfig};
 pub use registry::{backend_names, open_backend};
-pub use threads::{VcpuExit, VcpuThreads};
+pub use threads::{PauseHandle, VcpuExit, VcpuThreads};
 pub use vcpu::{EmptyBus, Halt, Hypercall, MsrFault, UnhandledInstruction, Vcpu, VcpuHandle, VcpuIo};
 pub use vm::{
     Doorbell, DoorbellAddress, Doorbells, GsiRoute, GsiTarget, GuestAccess, GuestDirtyLog, Hypercalls,

@@ -1,10 +1,11 @@
-//! [`VcpuThreads`]: one thread per vCPU; run, pause all, look inside, resume, stop.
+//! [`VcpuThreads`]: one thread per vCPU; run, pause all, look inside, resume, stop. [`PauseHandle`] reaches them from
+//! anywhere.
 
 use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,7 @@ struct Control {
 struct Shared {
     control: Mutex<Control>,
     changed: Condvar,
+    handles: Vec<Arc<dyn VcpuHandle>>,
 }
 
 impl Shared {
@@ -51,6 +53,27 @@ impl Shared {
 
     fn wait<'a>(&self, guard: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
         self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says that all are to pause, without waiting until they have; whether they may.
+    fn request_pause(&self) -> bool {
+        {
+            let mut control = self.lock();
+            if control.mode == Mode::Stopping {
+                return false;
+            }
+            control.mode = Mode::Paused;
+            // Whoever waits for an exit looks again.
+            self.changed.notify_all();
+        }
+        self.kick_all();
+        true
+    }
+
+    fn kick_all(&self) {
+        for handle in &self.handles {
+            handle.kick();
+        }
     }
 
     /// Parks the calling thread until it may run (true) or must end (false).
@@ -72,6 +95,21 @@ impl Shared {
 }
 
 type SharedVcpu = Arc<Mutex<Box<dyn Vcpu>>>;
+
+/// Pauses the vCPUs of a [`VcpuThreads`] from anywhere: from callbacks, device threads, timers. Cheap to clone; does
+/// nothing once they have ended.
+#[derive(Clone, Debug)]
+pub struct PauseHandle(Weak<Shared>);
+
+impl PauseHandle {
+    /// Asks all vCPUs to pause, and does not wait for it: each stops once its current callback is done. A
+    /// [`VcpuThreads::wait`] ends when all stand still.
+    pub fn pause(&self) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.request_pause();
+        }
+    }
+}
 
 struct Thread {
     index: u32,
@@ -113,6 +151,7 @@ impl VcpuThreads {
                 exits: VecDeque::new(),
             }),
             changed: Condvar::new(),
+            handles: vcpus.iter().map(|(vcpu, _)| vcpu.handle()).collect(),
         });
         let mut this = Self { shared, threads: Vec::with_capacity(vcpus.len()) };
         for (vcpu, mut io) in vcpus {
@@ -147,22 +186,13 @@ impl VcpuThreads {
     /// Returns earlier if another thread resumes the vCPUs meanwhile. From a callback it returns at once, since it
     /// cannot wait for its own vCPU: all vCPUs pause once their callbacks are done.
     pub fn pause(&self) {
+        if !self.shared.request_pause() || self.is_own_thread() {
+            return;
+        }
         let mut control = self.shared.lock();
-        if control.mode == Mode::Stopping {
-            return;
-        }
-        control.mode = Mode::Paused;
-        if self.is_own_thread() {
-            drop(control);
-            self.kick_all();
-            return;
-        }
         while control.mode == Mode::Paused && control.parked < self.threads.len() {
-            drop(control);
-            self.kick_all();
-            control = self.shared.lock();
-            // A vCPU may have been between looking at the mode and running: kick again after a while.
-            let (guard, _) = self
+            // A kick may have gone to a callback that blocks: kick again after a while.
+            let (guard, timeout) = self
                 .shared
                 .changed
                 .wait_timeout_while(control, Duration::from_millis(10), |control| {
@@ -170,17 +200,31 @@ impl VcpuThreads {
                 })
                 .unwrap_or_else(PoisonError::into_inner);
             control = guard;
+            if timeout.timed_out() {
+                drop(control);
+                self.shared.kick_all();
+                control = self.shared.lock();
+            }
         }
         tracing::debug!("vCPUs paused");
     }
 
-    /// Waits at most `timeout` (`None`: for ever) for a vCPU to stop by itself.
+    /// What pauses the vCPUs from other threads and from callbacks.
+    pub fn pause_handle(&self) -> PauseHandle {
+        PauseHandle(Arc::downgrade(&self.shared))
+    }
+
+    /// Waits at most `timeout` (`None`: for ever) for a vCPU to stop by itself. `None` when the time is up, and when
+    /// all vCPUs are paused and none has anything to tell.
     pub fn wait(&self, timeout: Option<Duration>) -> Option<VcpuExit> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut control = self.shared.lock();
         loop {
             if let Some(exit) = control.exits.pop_front() {
                 return Some(exit);
+            }
+            if control.mode == Mode::Paused && control.parked == self.threads.len() {
+                return None;
             }
             control = match deadline {
                 None => self.shared.wait(control),
@@ -236,12 +280,6 @@ impl VcpuThreads {
     fn is_own_thread(&self) -> bool {
         let current = std::thread::current().id();
         self.threads.iter().any(|thread| thread.join.thread().id() == current)
-    }
-
-    fn kick_all(&self) {
-        for thread in &self.threads {
-            thread.handle.kick();
-        }
     }
 
     fn join_all(&mut self) -> Vec<Box<dyn Vcpu>> {

@@ -18,13 +18,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use vmm_cpu::entry::entry_state;
-use vmm_cpu::{CpuModel, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuHandle, VmConfig, open_backend};
+use vmm_cpu::{
+    CpuModel, Error, Halt, Hypervisor, InterruptMode, PauseHandle, Vcpu, VcpuExit, VcpuIo, VcpuThreads,
+    VmConfig, open_backend,
+};
 use vmm_devices::platform::PlatformEvent;
 use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debian::{self, MODULES, ModuleTree, Series};
 use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session};
 use vmm_examples::initramfs::{Userspace, userspace};
-use vmm_examples::pc::{Output, Pc};
+use vmm_examples::pc::{Buses, Output, Pc};
 use vmm_examples::terminal::{self, EscapeKeys, RawMode};
 use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
@@ -55,6 +58,9 @@ struct Options {
     /// Added to the kernel's command line; all of it for kernels other than Linux.
     #[arg(long, default_value = "")]
     append: String,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: u32,
     /// RAM in MiB.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=1 << 20))]
     memory: u64,
@@ -102,7 +108,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     if let Some(initrd) = &guest.initrd {
         boot = boot.initrd(initrd);
     }
-    let tables = Pc::write_tables(&ram, 1)?;
+    let tables = Pc::write_tables(&ram, options.cpus)?;
     if is_linux {
         // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS
         // leaves them.
@@ -110,29 +116,38 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     let entry = boot.load(&*ram.memory()).with_context(|| guest.name())?;
 
-    let vm = hypervisor.create_vm(&machine(&*hypervisor))?;
+    let vm = hypervisor.create_vm(&machine(&*hypervisor).vcpus(options.cpus))?;
     vm.map_ram(&ram)?;
-    let mut vcpu = vm.create_vcpu(0)?;
-    entry_state(&entry)?.apply(&mut *vcpu)?;
+    let mut vcpus = (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+    let bootstrap = vcpus.first_mut().context("a machine has a vCPU")?;
+    entry_state(&entry)?.apply(&mut **bootstrap)?;
+    let bootstrap = bootstrap.handle();
 
-    let watch = Arc::new(Watch::new(&session, vcpu.handle(), started));
+    let stop = Arc::new(StopSign::default());
+    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let messages = vm.msi().context("the backend takes no interrupt messages")?;
-    let pc = Arc::new(Pc::new(messages, |port| Watch::port(&watch, port))?);
-    pc.start(vec![vcpu.handle()]);
+    let at_end = Arc::clone(&stop);
+    let pc = Arc::new(Pc::new(messages, |port| Watch::port(&watch, port), move || at_end.raise())?);
+    let with_buses = |vcpu| (vcpu, Box::new(Buses(Arc::clone(&pc))) as Box<dyn VcpuIo + Send>);
+    let threads = VcpuThreads::spawn(vcpus.into_iter().map(with_buses).collect())?;
+    stop.reaches(threads.pause_handle());
+    pc.start(bootstrap);
     let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
     if !matches!(session, Session::Command { .. }) {
         read_keys(&pc, &watch, raw.is_some())?;
     }
-    let time_is_up = alarm(options.seconds, vcpu.handle())?;
+    let time_is_up = alarm(options.seconds, &stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
     confine(&*hypervisor, &inherited)?;
 
-    let end = run_vcpu(&mut *vcpu, &pc, &watch, &time_is_up);
+    threads.resume();
+    let end = wait_for_end(&threads, &pc, &watch, &time_is_up);
+    let vcpus = threads.stop();
     drop(raw);
     let ended = started.elapsed();
     let status = watch.finish()?;
     if options.timings {
-        report(&watch, ended, &*vcpu, memory)?;
+        report(&watch, ended, &vcpus, memory)?;
     }
     match end? {
         End::TimeIsUp => {
@@ -256,10 +271,26 @@ fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("reading {}", path.display()))
 }
 
+/// Stops the vCPUs when there is a reason to look why; those who raise it say so first.
+#[derive(Default)]
+struct StopSign(OnceLock<PauseHandle>);
+
+impl StopSign {
+    fn reaches(&self, vcpus: PauseHandle) {
+        self.0.get_or_init(|| vcpus);
+    }
+
+    fn raise(&self) {
+        if let Some(vcpus) = self.0.get() {
+            vcpus.pause();
+        }
+    }
+}
+
 /// What the program sees of the guest: its output, and when which came.
 struct Watch {
     streams: Mutex<Option<Streams>>,
-    vcpu: Arc<dyn VcpuHandle>,
+    stop: Arc<StopSign>,
     started: Instant,
     first_output: OnceLock<Duration>,
     init: OnceLock<Duration>,
@@ -274,11 +305,11 @@ struct Watch {
 type Streams = GuestStreams<io::BufWriter<io::Stdout>, io::Stderr>;
 
 impl Watch {
-    fn new(session: &Session, vcpu: Arc<dyn VcpuHandle>, started: Instant) -> Self {
+    fn new(session: &Session, stop: Arc<StopSign>, started: Instant) -> Self {
         let streams = GuestStreams::new(session, io::BufWriter::new(io::stdout()), io::stderr());
         Self {
             streams: Mutex::new(Some(streams)),
-            vcpu,
+            stop,
             started,
             first_output: OnceLock::new(),
             init: OnceLock::new(),
@@ -303,20 +334,20 @@ impl Watch {
         });
         if result.is_err() {
             self.broken.store(true, Ordering::SeqCst);
-            self.vcpu.kick();
+            self.stop.raise();
         }
         if streams.init_has_begun() {
             self.init.get_or_init(|| self.started.elapsed());
         }
         if streams.status().is_some() && !self.done.swap(true, Ordering::SeqCst) {
-            self.vcpu.kick();
+            self.stop.raise();
         }
         result
     }
 
     fn end_by_user(&self) {
         self.enough.store(true, Ordering::SeqCst);
-        self.vcpu.kick();
+        self.stop.raise();
     }
 
     /// Ends the streams; the exit status, if the guest gave one.
@@ -368,15 +399,15 @@ fn read_keys(pc: &Arc<Pc>, watch: &Arc<Watch>, raw: bool) -> Result<()> {
     Ok(())
 }
 
-/// Starts the thread that kicks the vCPU when the time is up; what tells that it is.
-fn alarm(seconds: Option<u64>, vcpu: Arc<dyn VcpuHandle>) -> Result<Arc<AtomicBool>> {
+/// Starts the thread that stops the vCPUs when the time is up; what tells that it is.
+fn alarm(seconds: Option<u64>, stop: &Arc<StopSign>) -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     if let Some(seconds) = seconds {
-        let flag = Arc::clone(&flag);
+        let (flag, stop) = (Arc::clone(&flag), Arc::clone(stop));
         let alarm = move || {
             std::thread::sleep(Duration::from_secs(seconds));
             flag.store(true, Ordering::SeqCst);
-            vcpu.kick();
+            stop.raise();
         };
         std::thread::Builder::new().name("alarm".to_owned()).spawn(alarm)?;
     }
@@ -398,32 +429,31 @@ enum End {
     TimeIsUp,
 }
 
-fn run_vcpu(vcpu: &mut dyn Vcpu, pc: &Pc, watch: &Watch, time_is_up: &AtomicBool) -> Result<End> {
-    let mut io = pc;
-    loop {
-        match vcpu.run(&mut io)? {
-            Halt::Interrupted => {}
-            Halt::Reset | Halt::Shutdown => return Ok(End::Guest),
-            halt => bail!("the guest stopped: {halt:?}"),
-        }
-        if watch.broken.load(Ordering::SeqCst) {
-            bail!("the guest's output cannot be written");
-        }
-        if let Some(end) = pc.end() {
-            return Ok(match end {
-                PlatformEvent::DebugExit { status } => End::DebugExit(u8::try_from(status & 0xff)?),
-                _ => End::Guest,
-            });
-        }
-        if watch.done.load(Ordering::SeqCst) {
-            return Ok(End::Guest);
-        }
-        if watch.enough.load(Ordering::SeqCst) {
-            return Ok(End::User);
-        }
-        if time_is_up.load(Ordering::SeqCst) {
-            return Ok(End::TimeIsUp);
-        }
+fn wait_for_end(threads: &VcpuThreads, pc: &Pc, watch: &Watch, time_is_up: &AtomicBool) -> Result<End> {
+    // The first vCPU that stops ends the machine.
+    let exit = threads.wait(None);
+    if watch.broken.load(Ordering::SeqCst) {
+        bail!("the guest's output cannot be written");
+    }
+    if let Some(end) = pc.end() {
+        return Ok(match end {
+            PlatformEvent::DebugExit { status } => End::DebugExit(u8::try_from(status & 0xff)?),
+            _ => End::Guest,
+        });
+    }
+    if watch.done.load(Ordering::SeqCst) {
+        return Ok(End::Guest);
+    }
+    if watch.enough.load(Ordering::SeqCst) {
+        return Ok(End::User);
+    }
+    if time_is_up.load(Ordering::SeqCst) {
+        return Ok(End::TimeIsUp);
+    }
+    match exit {
+        Some(VcpuExit { reason: Ok(Halt::Reset | Halt::Shutdown), .. }) => Ok(End::Guest),
+        Some(VcpuExit { index, reason }) => bail!("vCPU {index} stopped: {:?}", reason?),
+        None => bail!("the vCPUs were stopped by nobody"),
     }
 }
 
@@ -463,7 +493,7 @@ impl Memory {
     }
 }
 
-fn report(watch: &Watch, ended: Duration, vcpu: &dyn Vcpu, memory: Option<Memory>) -> Result<()> {
+fn report(watch: &Watch, ended: Duration, vcpus: &[Box<dyn Vcpu>], memory: Option<Memory>) -> Result<()> {
     let at = |what: &str, time: Option<&Duration>| {
         if let Some(time) = time {
             eprintln!("{what}: {:.3} s", time.as_secs_f64());
@@ -472,8 +502,12 @@ fn report(watch: &Watch, ended: Duration, vcpu: &dyn Vcpu, memory: Option<Memory
     at("first line of the kernel", watch.first_output.get());
     at("init", watch.init.get());
     at("end", Some(&ended));
-    for (kind, count) in vcpu.exit_counts().into_iter().filter(|(_, count)| *count > 0) {
-        eprintln!("{kind}: {count}");
+    for vcpu in vcpus {
+        // With one vCPU there is no doubt whose they are.
+        let whose = if vcpus.len() > 1 { format!("vCPU {}: ", vcpu.index()) } else { String::new() };
+        for (kind, count) in vcpu.exit_counts().into_iter().filter(|(_, count)| *count > 0) {
+            eprintln!("{whose}{kind}: {count}");
+        }
     }
     if let Some(memory) = memory {
         let (guest, other) = memory.resident()?;

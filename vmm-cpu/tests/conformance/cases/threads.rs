@@ -25,6 +25,7 @@ cases![
     stop_gives_the_vcpus_back,
     dropping_stops_the_threads,
     callback_pauses_all,
+    pause_handle_ends_a_wait,
 ];
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -309,6 +310,27 @@ fn callback_pauses_all(backend: &Backend) -> Outcome {
     guest.counts(0)?;
     guest.counts(1)?;
     threads.pause();
+    Ok(())
+}
+
+fn pause_handle_ends_a_wait(backend: &Backend) -> Outcome {
+    let (threads, guest) = two_counting(backend)?;
+    assert!(threads.wait(None).is_none(), "nothing can happen before they run");
+    let handle = threads.pause_handle();
+    for _ in 0..20 {
+        threads.resume();
+        guest.counts(0)?;
+        let pausing = thread::spawn({
+            let handle = handle.clone();
+            move || handle.pause()
+        });
+        assert!(threads.wait(None).is_none());
+        threads.with_vcpu(1, |_| ())?;
+        pausing.join().expect("pausing does not panic");
+    }
+    drop(threads);
+    // Nobody is left to pause.
+    handle.pause();
     Ok(())
 }
 
