@@ -5,6 +5,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use iced_x86::Instruction;
+use rustc_hash::FxHashMap;
 use vmm_memory::vm_memory::GuestAddress;
 
 use super::apic::LocalApic;
@@ -97,6 +98,8 @@ pub(crate) struct Core {
     /// Rarely executed instructions, which handlers take apart anew.
     pub(crate) rare: Vec<Instruction>,
     pub(crate) code_stores: Vec<CodeStore>,
+    /// Pages with code whose stores other vCPUs may not notice yet, and the epoch from which on they do.
+    pub(crate) unsettled: FxHashMap<u64, u64>,
     pub(crate) tables: &'static Tables,
     /// Events that another backend was about to deliver when the state was saved.
     pub(crate) injected: Option<Event>,
@@ -131,6 +134,8 @@ pub(crate) struct Core {
     pub(crate) instructions: u64,
     /// Those that a deterministic clock has not counted yet.
     pub(crate) uncounted: u64,
+    /// PAUSEs since another thread got its turn.
+    pub(crate) pauses: u32,
     /// Base and limit of CS that remembered blocks were found with.
     code_segment: (u64, u32),
     pub(crate) signals: Arc<Signals>,
@@ -189,6 +194,7 @@ impl Core {
             limit: 0,
             rare: Vec::new(),
             code_stores: Vec::new(),
+            unsettled: FxHashMap::default(),
             tables: Tables::get(),
             injected: None,
             apic,
@@ -208,6 +214,7 @@ impl Core {
             deadline: None,
             instructions: 0,
             uncounted: 0,
+            pauses: 0,
             code_segment: (0, 0),
             signals,
             counts: super::vcpu::Counts::default(),
@@ -334,14 +341,14 @@ impl Core {
 
     /// Whether stores to that page of RAM must be seen.
     fn must_notice_stores(&self, slot: &Slot, gpa: u64) -> bool {
-        slot.code.contains(slot.page(gpa))
+        slot.code.is_watched(slot.page(gpa))
             || slot.dirty.as_ref().is_some_and(|dirty| !dirty.contains(slot.page(gpa)))
     }
 
     /// A store to RAM that the TLB did not let through.
     fn note_store(&mut self, slot: &Slot, gpa: u64, bytes: u64) {
         slot.mark_dirty(gpa);
-        if slot.code.contains(slot.page(gpa)) {
+        if slot.code.is_watched(slot.page(gpa)) {
             self.code_stores.push(CodeStore { gpa, bytes });
             self.end_block();
         }
@@ -357,6 +364,11 @@ impl Core {
             self.tlb.fill(va, translation, writes);
         }
     }
+}
+
+/// Whether an access of so many bytes, at least one, stays in the page where it begins.
+fn is_within_page(va: u64, bytes: usize) -> bool {
+    va & !PAGE_MASK <= PAGE - bytes as u64
 }
 
 /// Whether 4-level paging could translate `va`.
@@ -386,6 +398,16 @@ impl<'a> Machine<'a> {
     #[cold]
     #[inline(never)]
     fn load_slow<W: HostWord>(&mut self, place: Place) -> Flow<W> {
+        if is_within_page(place.va, W::BYTES) {
+            // At once, as the TLB's accesses are.
+            let translation = self.translate(place, Access::Read)?;
+            let gpa = translation.gpa | place.va & !PAGE_MASK;
+            if let Some(value) = self.map().load(gpa) {
+                self.watch(place.va, W::BYTES, false);
+                self.fill(place.va, &translation);
+                return Ok(value);
+            }
+        }
         let mut bytes = [0; 8];
         let (bytes_read, _) = bytes.split_at_mut(W::BYTES);
         self.read(place, bytes_read)?;
@@ -395,6 +417,19 @@ impl<'a> Machine<'a> {
     #[cold]
     #[inline(never)]
     fn store_slow<W: HostWord>(&mut self, place: Place, value: W) -> Flow {
+        if is_within_page(place.va, W::BYTES) {
+            let translation = self.translate(place, Access::Write)?;
+            let gpa = translation.gpa | place.va & !PAGE_MASK;
+            let map = Arc::clone(self.map());
+            if let Some(slot) = map.slot(gpa)
+                && map.store(gpa, value)
+            {
+                self.watch(place.va, W::BYTES, true);
+                self.note_store(slot, gpa, W::BYTES as u64);
+                self.fill(place.va, &translation);
+                return Ok(());
+            }
+        }
         let bytes = value.extend().to_le_bytes();
         let (bytes, _) = bytes.split_at(W::BYTES);
         self.write(place, bytes)
@@ -529,9 +564,52 @@ impl<'a> Machine<'a> {
                 }
             }
         }
+        if lock
+            && !aligned
+            && let Some(old) = self.modify_alone::<W>(place, f)?
+        {
+            return Ok(old);
+        }
         let old = self.load::<W>(place)?.extend();
         self.store(place, W::truncate(f(old)))?;
         Ok(old)
+    }
+
+    /// Changes a word of RAM that is not aligned while the other vCPUs are out of the guest: what a processor does with
+    /// a locked bus. `None` where there is no RAM.
+    fn modify_alone<W: HostWord>(
+        &mut self,
+        place: Place,
+        f: &mut dyn FnMut(u64) -> u64,
+    ) -> Flow<Option<u64>> {
+        self.core.alone(|core| {
+            let here = W::BYTES.min(usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(W::BYTES));
+            let first = core.translate(place, Access::Write)?;
+            let second =
+                if here < W::BYTES { core.translate(place.plus(here as u64), Access::Write)? } else { first };
+            let map = Arc::clone(core.map());
+            let pieces = [(first.gpa | place.va & !PAGE_MASK, 0, here), (second.gpa, here, W::BYTES)];
+            let mut bytes = [0; 8];
+            for (gpa, start, end) in pieces {
+                let Some(piece) = bytes.get_mut(start..end) else { return Ok(None) };
+                let is_ram =
+                    piece.is_empty() || map.slot(gpa).is_some_and(Slot::is_writable) && map.read(gpa, piece);
+                if !is_ram {
+                    return Ok(None);
+                }
+            }
+            core.watch(place.va, W::BYTES, true);
+            let old = W::truncate(u64::from_le_bytes(bytes)).extend();
+            bytes = W::truncate(f(old)).extend().to_le_bytes();
+            for (gpa, start, end) in pieces {
+                let piece = bytes.get(start..end).unwrap_or_default();
+                if let Some(slot) = map.slot(gpa).filter(|_| !piece.is_empty()) {
+                    map.write(gpa, piece);
+                    core.note_store(slot, gpa, piece.len() as u64);
+                }
+            }
+            Ok(Some(old))
+        })
     }
 
     /// Compares and exchanges 16 aligned bytes of a page that can be written; what was there before.

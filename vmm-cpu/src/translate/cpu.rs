@@ -92,6 +92,8 @@ pub(crate) struct ModelSpecific {
     pub(crate) misc_enable: u64,
     /// Guest TSC less the virtual machine's.
     pub(crate) tsc_offset: u64,
+    /// IA32_TSC_ADJUST: what the guest has added to the counter since RESET.
+    pub(crate) tsc_adjust: u64,
     pub(crate) mtrr_def_type: u64,
     pub(crate) mtrr_variable: [u64; 16],
     pub(crate) mtrr_fixed: [u64; 11],

@@ -29,8 +29,8 @@ const LEAF_1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 15, 16, 17, 1
 /// Leaf 1 ECX: SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES, and that this is a
 /// virtual machine.
 const LEAF_1_ECX: u32 = bits(&[0, 1, 9, 13, 19, 20, 21, 22, 23, 24, 25, 31]);
-/// Leaf 7 EBX: FSGSBASE BMI1 SMEP BMI2 ERMS ADX SMAP CLFLUSHOPT SHA.
-const LEAF_7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 19, 20, 23, 29]);
+/// Leaf 7 EBX: FSGSBASE TSC-adjust BMI1 SMEP BMI2 ERMS ADX SMAP CLFLUSHOPT SHA.
+const LEAF_7_EBX: u32 = bits(&[0, 1, 3, 7, 8, 9, 19, 20, 23, 29]);
 /// Leaf 7 ECX: UMIP.
 const LEAF_7_ECX: u32 = bits(&[2]);
 /// Leaf 0x80000001 EDX: the first 24 as in leaf 1 as far as AMD repeats them, SYSCALL NX 1-GiB pages RDTSCP LM.

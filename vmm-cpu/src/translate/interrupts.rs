@@ -183,8 +183,7 @@ impl Machine<'_> {
         let signals = Arc::clone(&self.signals);
         signals.leave_guest();
         let result = call(self.io);
-        signals.enter_guest();
-        self.see_epoch();
+        self.enter_guest();
         result
     }
 

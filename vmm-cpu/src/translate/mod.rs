@@ -16,6 +16,7 @@ mod cpuid;
 mod debug;
 mod descriptor;
 mod exception;
+mod exclusive;
 mod flags;
 mod float;
 mod hypervisor;

@@ -10,6 +10,7 @@ use crate::cpuid::Feature;
 mod number {
     pub(super) const TSC: u32 = 0x10;
     pub(super) const APIC_BASE: u32 = 0x1b;
+    pub(super) const TSC_ADJUST: u32 = 0x3b;
     pub(super) const MICROCODE: u32 = 0x8b;
     pub(super) const MTRR_CAP: u32 = 0xfe;
     pub(super) const SYSENTER_CS: u32 = 0x174;
@@ -63,6 +64,7 @@ pub(crate) fn saved() -> impl Iterator<Item = u32> {
     let variable = number::MTRR_VARIABLE..number::MTRR_VARIABLE + 16;
     let mut list = vec![
         number::TSC,
+        number::TSC_ADJUST,
         number::SYSENTER_CS,
         number::SYSENTER_ESP,
         number::SYSENTER_EIP,
@@ -100,6 +102,7 @@ impl Core {
         let msr = &self.cpu.msr;
         Some(match index {
             number::TSC => self.guest_tsc(),
+            number::TSC_ADJUST if self.cpuid.has(Feature::TSC_ADJUST) => msr.tsc_adjust,
             number::APIC_BASE => self.cpu.apic_base,
             number::MTRR_CAP => MTRR_CAP,
             number::SYSENTER_CS => msr.sysenter_cs,
@@ -138,6 +141,7 @@ impl Core {
                 self.cpu.msr.tsc_offset = value.wrapping_sub(self.shared.clock.ticks(now));
                 self.refresh_deadline();
             }
+            number::TSC_ADJUST if self.cpuid.has(Feature::TSC_ADJUST) => msr.tsc_adjust = value,
             number::SYSENTER_CS => msr.sysenter_cs = value,
             number::SYSENTER_ESP => msr.sysenter_esp = canonical(value)?,
             number::SYSENTER_EIP => msr.sysenter_eip = canonical(value)?,
@@ -253,7 +257,22 @@ impl Machine<'_> {
                     _ => Err(self.gp(0)),
                 };
             }
+            let (tsc_offset, tsc_adjust) = (self.cpu.msr.tsc_offset, self.cpu.msr.tsc_adjust);
             if self.set_msr(index, value).is_some() {
+                // What the guest does to one of the two, it does to the other (Intel SDM 3B 19.17.3).
+                let msr = &mut self.cpu.msr;
+                match index {
+                    number::TSC => {
+                        let change = msr.tsc_offset.wrapping_sub(tsc_offset);
+                        msr.tsc_adjust = tsc_adjust.wrapping_add(change);
+                    }
+                    number::TSC_ADJUST => {
+                        let change = value.wrapping_sub(tsc_adjust);
+                        msr.tsc_offset = tsc_offset.wrapping_add(change);
+                        self.refresh_deadline();
+                    }
+                    _ => {}
+                }
                 return Ok(());
             }
             if !self.shared.passed_on.unknown_msrs() {
@@ -299,7 +318,31 @@ impl Core {
 
 #[cfg(test)]
 mod tests {
+    use super::number;
+    use crate::translate::core::Machine;
     use crate::translate::test_support::Guest;
+    use crate::vcpu::EmptyBus;
+
+    #[test]
+    fn counter_and_its_adjustment_move_together_for_the_guest_and_apart_for_the_vmm() {
+        let core = &mut Guest::long().core;
+        core.cpuid = crate::translate::cpuid::supported();
+        let mut bus = EmptyBus;
+        let offset = core.cpu.msr.tsc_offset;
+        let mut m = Machine::new(core, &mut bus);
+        assert!(m.guest_wrmsr(number::TSC_ADJUST, 1 << 40).is_ok());
+        assert_eq!(m.cpu.msr.tsc_offset.wrapping_sub(offset), 1 << 40);
+        let before = m.cpu.msr.tsc_offset;
+        assert!(m.guest_wrmsr(number::TSC, 5).is_ok());
+        let change = m.cpu.msr.tsc_offset.wrapping_sub(before);
+        assert!(change != 0);
+        assert_eq!(core.msr(number::TSC_ADJUST), Some((1_u64 << 40).wrapping_add(change)));
+        let before = core.cpu.msr.tsc_offset;
+        assert_eq!(core.set_msr(number::TSC_ADJUST, 7), Some(()));
+        assert_eq!((core.cpu.msr.tsc_offset, core.msr(number::TSC_ADJUST)), (before, Some(7)));
+        assert_eq!(core.set_msr(number::TSC, 9), Some(()));
+        assert_eq!(core.msr(number::TSC_ADJUST), Some(7));
+    }
 
     #[test]
     fn performance_counters_stand_still() {

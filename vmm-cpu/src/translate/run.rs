@@ -1,13 +1,14 @@
 //! The run loop: from block to block, and what happens between two of them.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use super::block::{self, Block, BlockCache, Stamp};
-use super::core::{Core, Flow, Machine, Place, Reason};
+use super::core::{CodeStore, Core, Flow, Machine, Place, Reason};
 use super::cpu::{Activity, BLOCK};
 use super::exception::{Event, Exception, dr6};
 use super::flags::bits;
-use super::memory::{Access, PAGE_MASK, Reach};
+use super::memory::{Access, PAGE_MASK, Reach, VcpuSet};
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
 use crate::vcpu::{Halt, UnhandledInstruction};
@@ -147,12 +148,12 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
     let gpa = translation.gpa | va & !PAGE_MASK;
     // Stores to the page are seen from before its bytes are looked at. A block that is known already may be of a region
     // that was mapped anew since.
-    m.watch_code(gpa);
+    let mut settled = m.watch_code(gpa);
     let map = Arc::clone(m.map());
     let mut known = cache.lookup(gpa, code_bits, &map, || {
         let next = (va | !PAGE_MASK).wrapping_add(1);
         let page = m.translate(Place::data(next), Access::Execute).ok()?;
-        m.watch_code(page.gpa);
+        settled &= m.watch_code(page.gpa);
         Some(page.gpa)
     });
     if known.is_none() {
@@ -161,6 +162,7 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
             m.rare.clear();
         }
         let block = block::build(m, va, gpa)?;
+        settled &= block.second_page.is_none_or(|page| m.watch_code(page));
         known = Some(cache.insert(block));
     }
     let Some(id) = known else { return Err(m.gp(0)) };
@@ -175,7 +177,9 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
             return Ok((id, true));
         }
     }
-    cache.remember(rip, m.stamp(), id);
+    if settled {
+        cache.remember(rip, m.stamp(), id);
+    }
     Ok((id, false))
 }
 
@@ -183,11 +187,17 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
 #[cold]
 fn drop_changed_code(m: &mut Machine<'_>, cache: &mut BlockCache) {
     for store in std::mem::take(&mut m.code_stores) {
-        cache.invalidate(store);
-        if !cache.has_page(store.gpa) {
-            m.forget_code(store.gpa);
-        }
-        m.shared.post_code_store(m.index, store);
+        let others = m.holders_of_code(store.gpa);
+        drop_code(m, cache, store);
+        m.shared.post_code_store(m.index, others, store);
+    }
+}
+
+/// Drops the blocks that a store has changed, and the interest in its page if that holds no others.
+fn drop_code(m: &mut Machine<'_>, cache: &mut BlockCache, store: CodeStore) {
+    cache.invalidate(store);
+    if !cache.has_page(store.gpa) {
+        m.forget_code(store.gpa);
     }
 }
 
@@ -198,13 +208,14 @@ fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
     loop {
         m.urgent = false;
         if m.signals.take_attention() {
+            m.give_way();
             m.see_epoch();
             for store in m.signals.take_code_stores() {
                 if store.bytes == u64::MAX {
                     cache.clear();
                     m.rare.clear();
                 } else {
-                    cache.invalidate(store);
+                    drop_code(m, cache, store);
                 }
             }
             m.cpu.nmi_pending |= m.signals.take_nmi();
@@ -294,6 +305,8 @@ impl Core {
         let changed = !Arc::ptr_eq(&map, self.tlb.map());
         if changed {
             self.tlb.set_map(map);
+            // What others have seen of the old one says nothing of the new.
+            self.unsettled.clear();
         } else {
             self.tlb.watch_all_stores();
         }
@@ -302,38 +315,48 @@ impl Core {
         self.tlb.forget_lookups();
     }
 
-    /// Makes stores to a page of code seen, also those of other vCPUs.
-    pub(super) fn watch_code(&mut self, gpa: u64) {
-        let map = Arc::clone(self.tlb.map());
-        let Some(slot) = map.slot(gpa) else { return };
+    /// Makes stores to a page of code seen, also those of other vCPUs; whether all of them see theirs already. Until
+    /// they do, what is decoded has to be compared with memory each time that it runs.
+    pub(super) fn watch_code(&mut self, gpa: u64) -> bool {
+        let (map, page_gpa) = (Arc::clone(self.tlb.map()), gpa & PAGE_MASK);
+        let Some(slot) = map.slot(gpa) else { return false };
         let page = slot.page(gpa);
-        if slot.code_known.contains(page) {
-            return;
+        if slot.code.add(page, self.index) {
+            return true;
         }
-        // Another vCPU may be about to do the same: what it has not finished does not count.
-        slot.code.insert(page);
-        self.tlb.watch_stores(gpa);
-        let shared = Arc::clone(&self.shared);
-        if shared.max_vcpus > 1 {
-            // Two vCPUs that do this at once would wait for each other.
-            let signals = Arc::clone(&self.signals);
-            signals.leave_guest();
-            shared.synchronize(Some(self.index));
-            signals.enter_guest();
-            self.see_epoch();
+        let epoch = match self.unsettled.get(&page_gpa) {
+            Some(epoch) => *epoch,
+            None => {
+                self.tlb.watch_stores(gpa);
+                if self.shared.max_vcpus == 1 {
+                    slot.code.settle(page, self.index);
+                    return true;
+                }
+                let epoch = self.shared.ask_others(self.index);
+                self.unsettled.insert(page_gpa, epoch);
+                epoch
+            }
+        };
+        if !self.shared.others_have_seen(self.index, epoch) {
+            return false;
         }
-        slot.code_known.insert(page);
+        slot.code.settle(page, self.index);
+        self.unsettled.remove(&page_gpa);
+        true
     }
 
-    /// No block of this page is left: stores to it need not be seen any more. Where there are other vCPUs, they may
-    /// have some.
+    /// The vCPUs that have decoded code of the page of `gpa`, to which this one has stored something.
+    fn holders_of_code(&self, gpa: u64) -> VcpuSet {
+        // One that becomes a holder from here on reads what was stored.
+        fence(Ordering::SeqCst);
+        self.tlb.map().slot(gpa).map_or(VcpuSet::default(), |slot| slot.code.holders(slot.page(gpa)))
+    }
+
+    /// No block of this vCPU is left in the page: as far as it is concerned, stores need not be seen any more.
     fn forget_code(&mut self, gpa: u64) {
-        let map = Arc::clone(self.tlb.map());
-        if self.shared.max_vcpus == 1
-            && let Some(slot) = map.slot(gpa)
-        {
-            slot.code_known.remove(slot.page(gpa));
-            slot.code.remove(slot.page(gpa));
+        self.unsettled.remove(&(gpa & PAGE_MASK));
+        if let Some(slot) = self.tlb.map().slot(gpa) {
+            slot.code.remove(slot.page(gpa), self.index);
         }
     }
 
@@ -415,8 +438,7 @@ impl Machine<'_> {
         let signals = Arc::clone(&self.signals);
         signals.leave_guest();
         signals.sleep(timeout, super::signals::Signals::wants_attention);
-        signals.enter_guest();
-        self.see_epoch();
+        self.enter_guest();
         None
     }
 

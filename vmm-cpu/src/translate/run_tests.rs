@@ -9,7 +9,7 @@ use crate::translate::exception::vector;
 use crate::translate::segment::index;
 use crate::translate::signals::{Handle, Signals};
 use crate::translate::test_support::{CODE, CODE_32, CODE_64, Guest, STACK};
-use crate::translate::vm::{Shared, TranslateVm};
+use crate::translate::vm::{Peer, Shared, TranslateVm};
 use crate::vcpu::{VcpuHandle, VcpuIo};
 use crate::vm::{GuestAccess, Vm};
 use vmm_memory::GuestRam;
@@ -176,7 +176,7 @@ fn pages_whose_code_is_gone_are_written_at_full_speed_again() {
     assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
     let map = Arc::clone(guest.core.map());
     let slot = map.slot(OTHER).unwrap();
-    assert!(slot.code.contains(slot.page(CODE)) && !slot.code.contains(slot.page(OTHER)));
+    assert!(slot.code.is_watched(slot.page(CODE)) && !slot.code.is_watched(slot.page(OTHER)));
 }
 
 #[test]
@@ -188,17 +188,23 @@ fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
     let vm = TranslateVm(Arc::clone(&shared));
     vm.map_memory(ram.regions().remove(0), GuestAccess::ReadWrite).unwrap();
     let mut core = Core::new(0, Arc::clone(&shared), Arc::new(Signals::new()), None);
+    let other = Arc::new(Signals::new());
+    shared.peers().push(Peer { index: 1, signals: Arc::clone(&other) });
+    other.enter_guest();
     // The other one has got as far as this.
     let map = Arc::clone(core.map());
     let slot = map.slot(CODE).unwrap();
-    assert!(slot.code.insert(slot.page(CODE)));
+    assert!(!slot.code.add(slot.page(CODE), 1));
     let before = shared.epoch();
-    core.watch_code(CODE);
-    assert!(shared.epoch() > before, "stores of others may still go unseen");
-    // From now on everybody knows.
-    let before = shared.epoch();
-    core.watch_code(CODE);
-    assert_eq!(shared.epoch(), before);
+    assert!(!core.watch_code(CODE), "stores of the other may still go unseen");
+    assert!(shared.epoch() > before && other.wants_attention());
+    // It is not asked again.
+    let asked = shared.epoch();
+    assert!(!core.watch_code(CODE));
+    assert_eq!(shared.epoch(), asked);
+    other.saw(asked);
+    assert!(core.watch_code(CODE) && core.watch_code(CODE));
+    assert_eq!(shared.epoch(), asked);
 }
 
 #[test]

@@ -120,10 +120,24 @@ impl Signals {
         self.seen.load(Ordering::SeqCst)
     }
 
+    /// Whether nothing older than `epoch` is cached, or the vCPU is out of the guest.
+    pub(crate) fn has_seen(&self, epoch: u64) -> bool {
+        !self.in_guest.load(Ordering::SeqCst) || self.seen.load(Ordering::SeqCst) >= epoch
+    }
+
     /// Waits until the vCPU has seen `epoch` or is out of the guest.
     pub(crate) fn wait_for(&self, epoch: u64) {
+        self.wait_until(|signals| signals.has_seen(epoch));
+    }
+
+    /// Waits until the vCPU is out of the guest. What keeps it out is to be set before.
+    pub(crate) fn wait_until_outside(&self) {
+        self.wait_until(|signals| !signals.in_guest.load(Ordering::SeqCst));
+    }
+
+    fn wait_until(&self, done: impl Fn(&Self) -> bool) {
         let mut spins = 0_u32;
-        while self.in_guest.load(Ordering::SeqCst) && self.seen.load(Ordering::SeqCst) < epoch {
+        while !done(self) {
             self.attention.store(true, Ordering::SeqCst);
             spins += 1;
             if spins < 64 {

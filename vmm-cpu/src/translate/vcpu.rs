@@ -72,9 +72,10 @@ impl TranslateVcpu {
 struct InGuest(Arc<Signals>);
 
 impl InGuest {
-    fn enter(signals: &Arc<Signals>) -> Self {
-        signals.enter_guest();
-        Self(Arc::clone(signals))
+    fn enter(core: &mut Core) -> Self {
+        let this = Self(Arc::clone(&core.signals));
+        core.enter_guest();
+        this
     }
 }
 
@@ -100,8 +101,7 @@ impl Vcpu for TranslateVcpu {
         if self.core.shared.clock.is_paused() {
             return Err(Error::unsupported("running a vCPU", "the clock is paused"));
         }
-        let _in_guest = InGuest::enter(&self.signals);
-        self.core.see_epoch();
+        let _in_guest = InGuest::enter(&mut self.core);
         run::run(&mut Machine::new(&mut self.core, io), &mut self.cache)
     }
 
@@ -161,8 +161,7 @@ impl Vcpu for TranslateVcpu {
 
     fn translate(&mut self, gva: u64) -> Result<Option<GuestAddress>> {
         // The walk sets accessed bits, so it is an access of this vCPU like any other.
-        let _in_guest = InGuest::enter(&self.signals);
-        self.core.see_epoch();
+        let _in_guest = InGuest::enter(&mut self.core);
         let map = Arc::clone(self.core.map());
         let paging = Paging { user: false, smap_lifted: true, ..self.core.paging() };
         let canonical = !self.core.cpu.long_mode() || self.core.is_canonical(gva);

@@ -10,7 +10,8 @@ use vmm_memory::{DirtyLog, GuestRegion, PAGE_SIZE, PageBitmap};
 use super::apic::Inbox;
 use super::clock::Clock;
 use super::core::CodeStore;
-use super::memory::{MemoryMap, Slot};
+use super::exclusive::Exclusive;
+use super::memory::{MemoryMap, Slot, VcpuSet};
 use super::signals::Signals;
 use super::vcpu::TranslateVcpu;
 use crate::cpuid::CpuidTable;
@@ -38,6 +39,7 @@ pub(crate) struct Shared {
     /// How to reach those that exist.
     peers: Mutex<Vec<Peer>>,
     created: Mutex<BTreeSet<u32>>,
+    pub(crate) exclusive: Exclusive,
 }
 
 /// How to reach one vCPU.
@@ -61,6 +63,7 @@ impl Shared {
             epoch: AtomicU64::new(1),
             peers: Mutex::default(),
             created: Mutex::default(),
+            exclusive: Exclusive::default(),
         }
     }
 
@@ -89,26 +92,51 @@ impl Shared {
             *map = Arc::new(changed);
             result
         };
-        self.synchronize(None);
+        self.synchronize();
         Ok(result)
     }
 
     /// Makes all vCPUs look at the map and at what is watched anew, and waits until they have, or are out of the guest.
-    /// `own` is the vCPU of the calling thread, if it is one.
-    pub(crate) fn synchronize(&self, own: Option<u32>) {
+    /// The caller is none of them, or out of the guest.
+    pub(crate) fn synchronize(&self) {
         let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
-        let others: Vec<Peer> = self.peers().iter().filter(|peer| Some(peer.index) != own).cloned().collect();
-        for peer in &others {
+        let peers = self.peers().clone();
+        for peer in &peers {
             peer.signals.attract();
         }
-        for peer in &others {
+        for peer in &peers {
             peer.signals.wait_for(epoch);
         }
     }
 
-    /// Tells all other vCPUs that code may have changed.
-    pub(crate) fn post_code_store(&self, own: u32, store: CodeStore) {
+    /// Makes all vCPUs but `own` look at what is watched anew, soon; the epoch from which on they have.
+    pub(crate) fn ask_others(&self, own: u32) -> u64 {
+        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
         for peer in self.peers().iter().filter(|peer| peer.index != own) {
+            peer.signals.attract();
+        }
+        epoch
+    }
+
+    /// Whether all vCPUs but `own` have looked since `epoch`, or will before they access memory.
+    pub(crate) fn others_have_seen(&self, own: u32, epoch: u64) -> bool {
+        self.peers().iter().filter(|peer| peer.index != own).all(|peer| peer.signals.has_seen(epoch))
+    }
+
+    /// Waits until all vCPUs but `own` are out of the guest; what keeps them there is set.
+    pub(crate) fn wait_until_outside(&self, own: u32) {
+        let others: Vec<Peer> = self.peers().iter().filter(|peer| peer.index != own).cloned().collect();
+        for peer in &others {
+            peer.signals.attract();
+        }
+        for peer in &others {
+            peer.signals.wait_until_outside();
+        }
+    }
+
+    /// Tells other vCPUs, those of a set, that code may have changed.
+    pub(crate) fn post_code_store(&self, own: u32, others: VcpuSet, store: CodeStore) {
+        for peer in self.peers().iter().filter(|peer| peer.index != own && others.contains(peer.index)) {
             peer.signals.post_code_store(store);
         }
     }
@@ -300,7 +328,7 @@ impl DirtyLog for WriteLog {
         };
         into.or_words(&dirty.take());
         // Stores that went unnoticed because their page was dirty are noticed again from here on.
-        self.0.synchronize(None);
+        self.0.synchronize();
         Ok(())
     }
 }

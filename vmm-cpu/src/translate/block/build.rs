@@ -80,6 +80,7 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
     let code_bits = m.mode.code_bits;
     let next = va.wrapping_add(first.len() as u64) & if code_bits == 64 { u64::MAX } else { 0xffff_ffff };
     let second_page = m.translate(Place::data(next), Access::Execute)?.gpa;
+    // Before its bytes are looked at, as the first page.
     m.watch_code(second_page);
     let mut bytes = [0; MAX_INSTRUCTION];
     let (here, there) = bytes.split_at_mut(first.len().min(MAX_INSTRUCTION));

@@ -111,6 +111,13 @@ pub(crate) unsafe fn copy_from(address: *mut u8, bytes: &mut [u8]) {
         // SAFETY: as above.
         address = unsafe { address.add(8) };
     }
+    let (words, rest) = rest.as_chunks_mut::<4>();
+    for word in words {
+        // SAFETY: within the bytes that the caller vouches for.
+        *word = unsafe { u32::load(address) }.to_le_bytes();
+        // SAFETY: as above.
+        address = unsafe { address.add(4) };
+    }
     for byte in rest {
         // SAFETY: as above.
         *byte = unsafe { u8::load(address) };
@@ -131,6 +138,13 @@ pub(crate) unsafe fn copy_to(address: *mut u8, bytes: &[u8]) {
         unsafe { u64::store(address, u64::from_le_bytes(*word)) };
         // SAFETY: as above.
         address = unsafe { address.add(8) };
+    }
+    let (words, rest) = rest.as_chunks::<4>();
+    for word in words {
+        // SAFETY: within the bytes that the caller vouches for.
+        unsafe { u32::store(address, u32::from_le_bytes(*word)) };
+        // SAFETY: as above.
+        address = unsafe { address.add(4) };
     }
     for byte in rest {
         // SAFETY: as above.

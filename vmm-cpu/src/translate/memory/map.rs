@@ -7,6 +7,7 @@ use vmm_memory::GuestRegion;
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::PAGE;
+use super::code_pages::CodePages;
 use super::host::{self, HostWord};
 use crate::error::{Error, Result};
 use crate::vm::GuestAccess;
@@ -27,13 +28,6 @@ impl Pages {
 
     pub(crate) fn contains(&self, page: u64) -> bool {
         self.word(page).is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 != 0)
-    }
-
-    /// Takes a page out.
-    pub(crate) fn remove(&self, page: u64) {
-        if let Some(word) = self.word(page) {
-            word.fetch_and(!(1 << (page % 64)), Ordering::SeqCst);
-        }
     }
 
     /// Adds a page; whether it is new.
@@ -57,9 +51,7 @@ pub(crate) struct Slot {
     pub(crate) end: u64,
     pub(crate) access: GuestAccess,
     /// Pages that decoded code comes from: stores there are looked at.
-    pub(crate) code: Arc<Pages>,
-    /// Those of them of which every vCPU knows.
-    pub(crate) code_known: Arc<Pages>,
+    pub(crate) code: Arc<CodePages>,
     /// Pages that the guest wrote, while that is logged.
     pub(crate) dirty: Option<Arc<Pages>>,
 }
@@ -67,8 +59,8 @@ pub(crate) struct Slot {
 impl Slot {
     pub(crate) fn new(region: Arc<GuestRegion>, access: GuestAccess) -> Self {
         let (start, bytes) = (region.start_addr().0, region.len());
-        let (code, code_known) = (Arc::new(Pages::new(bytes)), Arc::new(Pages::new(bytes)));
-        Self { region, start, end: start.saturating_add(bytes), access, code, code_known, dirty: None }
+        let code = Arc::new(CodePages::new(bytes / PAGE));
+        Self { region, start, end: start.saturating_add(bytes), access, code, dirty: None }
     }
 
     pub(crate) fn start_log(&mut self) {
@@ -149,7 +141,7 @@ impl MemoryMap {
         Some(self.slots.remove(at))
     }
 
-    /// Reads an aligned word of RAM; `None` if there is none.
+    /// Reads a word of RAM, at once if it is aligned; `None` if there is none.
     #[allow(unsafe_code, reason = "guest memory is reached through host addresses")]
     pub(crate) fn load<W: HostWord>(&self, gpa: u64) -> Option<W> {
         let (address, room) = self.slot(gpa)?.host(gpa)?;
@@ -171,6 +163,21 @@ impl MemoryMap {
         // SAFETY: the region, alive with `self`, has at least that many bytes there, writable, and regions are aligned
         // to pages on host and guest.
         Some(unsafe { W::compare_exchange(address, old, new) }.is_ok())
+    }
+
+    /// Writes a word of RAM, at once if it is aligned; whether there is any that the guest may write.
+    #[allow(unsafe_code, reason = "guest memory is reached through host addresses")]
+    pub(crate) fn store<W: HostWord>(&self, gpa: u64, value: W) -> bool {
+        let Some(slot) = self.slot(gpa).filter(|slot| slot.is_writable()) else { return false };
+        match slot.host(gpa) {
+            Some((address, room)) if room >= W::BYTES as u64 => {
+                slot.mark_dirty(gpa);
+                // SAFETY: the region, alive with `self`, has at least that many bytes there, writable.
+                unsafe { W::store(address, value) };
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Reads RAM of one region; whether there is any.

@@ -3,11 +3,13 @@
 //! Threat model: every address is the guest's choice, and page tables are guest memory that other vCPUs and devices
 //! write at the same time. An entry is read once and judged by what was read.
 
+mod code_pages;
 mod host;
 mod map;
 mod tlb;
 mod walk;
 
+pub(crate) use code_pages::VcpuSet;
 pub(crate) use host::HostWord;
 pub(crate) use map::{MemoryMap, Slot};
 pub(crate) use tlb::{Reach, Tlb};

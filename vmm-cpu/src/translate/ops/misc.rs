@@ -21,8 +21,18 @@ fn nop(_: &mut Machine<'_>, _: &Op) -> Flow {
     Ok(())
 }
 
-fn pause(_: &mut Machine<'_>, _: &Op) -> Flow {
+/// PAUSEs of a vCPU after which another thread gets its turn: the vCPU waited for may be without a host processor.
+const PAUSES_A_TURN: u32 = 64;
+
+fn pause(m: &mut Machine<'_>, _: &Op) -> Flow {
     std::hint::spin_loop();
+    m.pauses += 1;
+    if m.pauses >= PAUSES_A_TURN {
+        m.pauses = 0;
+        if m.shared.max_vcpus > 1 {
+            std::thread::yield_now();
+        }
+    }
     Ok(())
 }
 

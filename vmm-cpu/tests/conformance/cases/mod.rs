@@ -15,6 +15,7 @@ mod kicks;
 mod memory;
 mod mmio;
 mod msrs;
+mod ordering;
 mod pio;
 mod smp;
 mod snapshot;
@@ -36,6 +37,7 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("apic", apic::CASES),
     ("doorbells", doorbells::CASES),
     ("smp", smp::CASES),
+    ("ordering", ordering::CASES),
     ("debug", debug::CASES),
     ("hypercalls", hypercalls::CASES),
     ("snapshot", snapshot::CASES),
