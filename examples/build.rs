@@ -1,42 +1,53 @@
-//! Builds the freestanding guest that `hello` and the tests run: a static ELF with a PVH note, made
-//! by the host's own compiler for the host's own target, since a bare-metal target may not be
-//! installed. Its path goes to the programs as `HELLO_GUEST`.
+//! Builds the guests that the programs and tests run, with the host's own compiler for the host's own target, since a
+//! bare-metal target may not be installed: `hello`, freestanding, a static ELF with a PVH note, and `stress`, a static
+//! program for a guest with a kernel. Their paths go to the programs as `HELLO_GUEST` and `STRESS_GUEST`.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 fn main() {
     println!("cargo::rerun-if-changed=guest");
-    let variable = |name| env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set by cargo")));
     let guest = PathBuf::from(variable("CARGO_MANIFEST_DIR")).join("guest");
-    let output = PathBuf::from(variable("OUT_DIR")).join("hello.elf");
-    let script = guest.join("link.ld");
     let link_args = [
         "-nostartfiles".to_owned(),
         "-nostdlib".to_owned(),
         "-static".to_owned(),
         "-no-pie".to_owned(),
-        format!("-Wl,-T,{}", script.display()),
+        format!("-Wl,-T,{}", guest.join("link.ld").display()),
         "-Wl,-z,max-page-size=0x1000".to_owned(),
         "-Wl,--build-id=none".to_owned(),
     ];
+    let freestanding =
+        ["-Copt-level=s", "-Crelocation-model=static", "-Ccode-model=small", "-Ctarget-feature=+crt-static"];
+    let link_args = link_args.map(|argument| format!("-Clink-arg={argument}"));
+    let arguments: Vec<String> = freestanding.map(String::from).into_iter().chain(link_args).collect();
+    build("hello", &guest.join("hello.rs"), &arguments);
+    let arguments = ["-Copt-level=2", "-Ctarget-feature=+crt-static,+cmpxchg16b"].map(String::from);
+    build("stress", &guest.join("stress/main.rs"), &arguments);
+}
+
+fn variable(name: &str) -> std::ffi::OsString {
+    env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set by cargo")))
+}
+
+fn build(name: &str, source: &Path, arguments: &[String]) {
+    let output = PathBuf::from(variable("OUT_DIR")).join(format!("{name}.elf"));
     let mut rustc = Command::new(variable("RUSTC"));
     rustc
         .arg("--edition=2024")
-        .args(["--crate-name", "hello_guest", "--crate-type", "bin", "--target", "x86_64-unknown-linux-gnu"])
-        .args(["-Cpanic=abort", "-Copt-level=s", "-Crelocation-model=static", "-Ccode-model=small"])
-        .args(["-Ctarget-feature=+crt-static", "-Cstrip=debuginfo", "-Dwarnings"])
-        .args(link_args.map(|argument| format!("-Clink-arg={argument}")))
+        .args(["--crate-name", &format!("{name}_guest"), "--crate-type", "bin"])
+        .args(["--target", "x86_64-unknown-linux-gnu", "-Cpanic=abort", "-Cstrip=debuginfo", "-Dwarnings"])
+        .args(arguments)
         .arg("-o")
         .arg(&output)
-        .arg(guest.join("hello.rs"));
+        .arg(source);
     match rustc.status() {
         Ok(status) if status.success() => {
-            println!("cargo::rustc-env=HELLO_GUEST={}", output.display());
+            println!("cargo::rustc-env={}_GUEST={}", name.to_uppercase(), output.display());
         }
-        Ok(status) => fail(&format!("building the guest: rustc ended with {status}")),
-        Err(error) => fail(&format!("building the guest: rustc cannot be started: {error}")),
+        Ok(status) => fail(&format!("building the guest {name}: rustc ended with {status}")),
+        Err(error) => fail(&format!("building the guest {name}: rustc cannot be started: {error}")),
     }
 }
 

@@ -307,6 +307,20 @@ print("%.12e %.12e" % (math.fsum(1 / n for n in range(1, 3000)), math.exp(math.p
     assert_eq!(text, expected);
 }
 
+/// Four vCPUs on however many processors this machine has: see `examples/guest/stress`.
+#[test]
+fn linux_runs_four_processors_that_work_against_each_other() {
+    let add = concat!(env!("STRESS_GUEST"), ":/bin/stress");
+    let line = "nproc; stress 2";
+    let Some(output) = in_debian("linux, SMP", Series::V6_1, line, &["--cpus", "4", "--add", add]) else {
+        return;
+    };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(text.starts_with("4\n") && text.ends_with("\nstress: ok\n"), "{text}");
+    assert_eq!(text.matches(": ok, 4 processors").count(), 12, "{text}");
+}
+
 /// With no /dev at all, and so no KVM, the default backend runs the guest in software and says so.
 #[test]
 fn linux_runs_where_there_is_no_kvm() {
@@ -326,12 +340,15 @@ fn linux_runs_where_there_is_no_kvm() {
 
 #[test]
 fn linux_says_what_is_wrong_with_its_arguments() {
-    let cases: [(&[&str], i32, &str); 5] = [
+    let cases: [(&[&str], i32, &str); 8] = [
         (&["--backend", "bochs"], VMM_FAILURE, "translate"),
         (&["--kernel", "/nowhere/vmlinuz"], VMM_FAILURE, "/nowhere/vmlinuz"),
         (&["--kernel", GUEST, "--command", "true"], VMM_FAILURE, "needs a Linux kernel"),
         (&["--memory", "1"], 2, "16..="),
         (&["--stdin"], 2, "--command"),
+        (&["--cpus", "0"], 2, "1.."),
+        (&["--backend", "translate", "--cpus", "9", "--kernel", GUEST], VMM_FAILURE, "8"),
+        (&["--add", "build.rs:relative"], 2, "FILE[:PATH]"),
     ];
     for (arguments, status, expected) in cases {
         let (output, text) = run(LINUX, arguments);

@@ -26,7 +26,7 @@ use vmm_devices::platform::PlatformEvent;
 use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debian::{self, MODULES, ModuleTree, Series};
 use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session};
-use vmm_examples::initramfs::{Userspace, userspace};
+use vmm_examples::initramfs::{AddedFile, Userspace, userspace};
 use vmm_examples::pc::{Buses, Output, Pc};
 use vmm_examples::terminal::{self, EscapeKeys, RawMode};
 use vmm_memory::GuestRam;
@@ -73,6 +73,9 @@ struct Options {
     /// Debian packages to add to the guest's userspace, with what they depend on.
     #[arg(long, value_delimiter = ',')]
     packages: Vec<String>,
+    /// Adds a file of this machine to the guest's, at PATH or in /root. Repeatable.
+    #[arg(long, value_name = "FILE[:PATH]", conflicts_with = "initrd")]
+    add: Vec<AddedFile>,
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     seconds: Option<u64>,
@@ -248,7 +251,7 @@ impl Guest {
             None => Vec::new(),
         };
         let busybox = debian::busybox()?;
-        let mut tree = Userspace::new(&busybox);
+        let mut tree = Userspace::new(&busybox).files(&options.add);
         if let Some(debian) = &debian {
             tree = tree.modules(&debian.release, &modules);
         }

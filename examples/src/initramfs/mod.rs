@@ -10,8 +10,11 @@ mod archive;
 
 pub use archive::Archive;
 
-use std::path::Path;
+use std::ffi::OsStr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
 
@@ -36,13 +39,43 @@ pub struct Userspace<'a> {
     release: &'a str,
     modules: &'a [Module],
     packages: Option<&'a Path>,
+    files: &'a [AddedFile],
+}
+
+/// A file of this machine that the guest gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddedFile {
+    /// Where it is here.
+    pub host: PathBuf,
+    /// Where it is in the guest.
+    pub guest: String,
+}
+
+impl FromStr for AddedFile {
+    type Err = anyhow::Error;
+
+    /// `FILE:PATH`, or just `FILE`, which goes to `/root` under its own name.
+    fn from_str(text: &str) -> Result<Self> {
+        let (host, guest) = match text.rsplit_once(':') {
+            Some((host, guest)) => (host, guest.to_owned()),
+            None => {
+                let name = Path::new(text).file_name().and_then(OsStr::to_str);
+                (text, format!("/root/{}", name.with_context(|| format!("{text:?} names no file"))?))
+            }
+        };
+        ensure!(
+            !host.is_empty() && guest.starts_with('/'),
+            "{text:?} is not FILE[:PATH] with an absolute PATH"
+        );
+        Ok(Self { host: host.into(), guest })
+    }
 }
 
 impl<'a> Userspace<'a> {
     /// One that has `busybox` only, a static program for x86-64 that also this machine can run.
     #[must_use]
     pub fn new(busybox: &'a Path) -> Self {
-        Self { busybox, release: "", modules: &[], packages: None }
+        Self { busybox, release: "", modules: &[], packages: None, files: &[] }
     }
 
     /// Adds modules of the kernel `release`, in an order in which they load, for `modprobe` in the guest.
@@ -55,6 +88,12 @@ impl<'a> Userspace<'a> {
     #[must_use]
     pub fn packages(self, tree: &'a Path) -> Self {
         Self { packages: Some(tree), ..self }
+    }
+
+    /// Adds files, over everything else.
+    #[must_use]
+    pub fn files(self, files: &'a [AddedFile]) -> Self {
+        Self { files, ..self }
     }
 }
 
@@ -89,6 +128,11 @@ pub fn userspace(userspace: &Userspace<'_>) -> Result<Archive> {
     add_busybox(&mut archive, userspace.busybox)?;
     if !userspace.modules.is_empty() {
         add_modules(&mut archive, userspace.release, userspace.modules)?;
+    }
+    for AddedFile { host, guest } in userspace.files {
+        let failed = || format!("reading {}", host.display());
+        let mode = std::fs::metadata(host).with_context(failed)?.permissions().mode() & 0o777;
+        archive.file(guest, mode, std::fs::read(host).with_context(failed)?)?;
     }
     Ok(archive)
 }
