@@ -47,9 +47,11 @@ const RESET: u64 = RESET_REGISTER as u64;
 const TIMER_EVENT: u16 = 1;
 const GLOBAL_LOCK_EVENT: u16 = 1 << 5;
 const POWER_BUTTON_EVENT: u16 = 1 << 8;
+/// Can be enabled, as ACPICA insists whatever the FADT says, and never happens.
+const RTC_EVENT: u16 = 1 << 10;
 const WAKE_STATUS: u16 = 1 << 15;
 const STATUS_BITS: u16 = TIMER_EVENT | GLOBAL_LOCK_EVENT | POWER_BUTTON_EVENT | WAKE_STATUS;
-const ENABLE_BITS: u16 = TIMER_EVENT | GLOBAL_LOCK_EVENT | POWER_BUTTON_EVENT;
+const ENABLE_BITS: u16 = TIMER_EVENT | GLOBAL_LOCK_EVENT | POWER_BUTTON_EVENT | RTC_EVENT;
 
 // Control bits (table 4.15).
 const CONTROL_SCI_ENABLED: u8 = 1;
@@ -144,7 +146,7 @@ impl AcpiPm {
     pub fn restore(&mut self, state: &AcpiPmState) -> Result<(), StateError> {
         let AcpiPmState { status, enable, control_low, sleep_type, timer } = *state;
         StateError::check(status & !STATUS_BITS == 0, DEVICE, "status", status, "bits 0, 5, 8 and 15")?;
-        StateError::check(enable & !ENABLE_BITS == 0, DEVICE, "enable", enable, "bits 0, 5 and 8")?;
+        StateError::check(enable & !ENABLE_BITS == 0, DEVICE, "enable", enable, "bits 0, 5, 8 and 10")?;
         let low_is_valid = control_low & !CONTROL_BUS_MASTER_RELOAD == 0;
         StateError::check(low_is_valid, DEVICE, "control_low", control_low, "bit 1")?;
         StateError::check(sleep_type < 8, DEVICE, "sleep_type", sleep_type, "0 to 7")?;
@@ -342,7 +344,7 @@ mod tests {
         bench.device.write(STATUS_LOW, &0x0100_u16.to_le_bytes());
         assert_eq!(bench.sci.take(), [false]);
         bench.device.write(ENABLE_LOW, &[0xff, 0xff]);
-        assert_eq!(bench.read(EVENT_BLOCK), [0, 0, 0x21, 1]);
+        assert_eq!(bench.read(EVENT_BLOCK), [0, 0, 0x21, 5]);
     }
 
     #[test]
