@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use iced_x86::Instruction;
 use rustc_hash::FxHashMap;
@@ -251,6 +252,12 @@ impl Core {
     #[cold]
     pub(crate) fn unhandled(&mut self, reason: impl Into<String>) -> Leave {
         self.leave(Reason::Unhandled(reason.into()))
+    }
+
+    /// What a serializing instruction owes to other vCPUs (Intel SDM 3A 9.3): its stores so far are visible before
+    /// anything that follows is loaded.
+    pub(crate) fn serialize(&self) {
+        fence(Ordering::SeqCst);
     }
 
     /// The block ends after the running instruction.

@@ -121,6 +121,7 @@ fn read_wide(m: &Machine<'_>, register: u8) -> u64 {
 fn write_control(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     m.require_cpl0()?;
+    m.serialize();
     let value = read_wide(m, register_slot(instruction.op1_register()));
     match instruction.op0_register() {
         Register::CR0 if value >> 32 != 0 => Err(m.gp(0)),
@@ -229,6 +230,7 @@ fn write_debug(m: &mut Machine<'_>, op: &Op) -> Flow {
             }
         }
     }
+    m.serialize();
     m.update_debug();
     Ok(())
 }
@@ -245,6 +247,7 @@ fn wrmsr(m: &mut Machine<'_>, _: &Op) -> Flow {
     m.require_cpl0()?;
     let value = m.cpu.r(RDX) << 32 | u64::from(low32(m.cpu.r(RAX)));
     m.guest_wrmsr(low32(m.cpu.r(RCX)), value)?;
+    m.serialize();
     m.end_block();
     Ok(())
 }
@@ -255,6 +258,7 @@ fn cpuid(m: &mut Machine<'_>, _: &Op) -> Flow {
     m.cpu.set_r(RBX, u64::from(b));
     m.cpu.set_r(RCX, u64::from(c));
     m.cpu.set_r(RDX, u64::from(d));
+    m.serialize();
     Ok(())
 }
 
@@ -295,13 +299,16 @@ fn invlpg(m: &mut Machine<'_>, op: &Op) -> Flow {
     let va = base.wrapping_add(offset);
     let va = if m.is_64() { va } else { va & 0xffff_ffff };
     m.tlb.flush_page(va);
+    m.serialize();
     m.end_block();
     Ok(())
 }
 
 /// INVD, WBINVD: there is no cache to speak of.
 fn cache_control(m: &mut Machine<'_>, _: &Op) -> Flow {
-    m.require_cpl0()
+    m.require_cpl0()?;
+    m.serialize();
+    Ok(())
 }
 
 /// STAC, CLAC.

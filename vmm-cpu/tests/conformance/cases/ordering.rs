@@ -21,6 +21,7 @@ cases![
     stores_become_visible_in_order,
     loads_do_not_pass_fenced_stores,
     loads_do_not_pass_locked_accesses,
+    loads_do_not_pass_serializing_instructions,
     code_written_by_another_vcpu_runs,
 ];
 
@@ -217,6 +218,15 @@ fn loads_do_not_pass_fenced_stores(backend: &Backend) -> Outcome {
 
 fn loads_do_not_pass_locked_accesses(backend: &Backend) -> Outcome {
     store_then_load(backend, |p| Ok(p.lock().add(qword_ptr(SHARED + 0x200), 1)?))
+}
+
+fn loads_do_not_pass_serializing_instructions(backend: &Backend) -> Outcome {
+    store_then_load(backend, |p| {
+        p.mov(esi, ecx)?;
+        p.xor(eax, eax)?;
+        p.cpuid()?;
+        Ok(p.mov(ecx, esi)?)
+    })
 }
 
 /// One vCPU writes a function that returns the number of the round, and announces it; the other serializes and calls it.

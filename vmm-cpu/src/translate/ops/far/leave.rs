@@ -55,6 +55,7 @@ fn interrupt_return<W: HostWord>(m: &mut Machine<'_>, _: &Op) -> Flow {
         let link = m.previous_task()?;
         m.run_task(link, TaskSwitch::Return)?;
     }
+    m.serialize();
     m.cpu.nmi_masked = false;
     m.keeps_rf = true;
     Ok(())

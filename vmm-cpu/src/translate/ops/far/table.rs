@@ -118,6 +118,7 @@ fn load_local_table(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     let selector = m.word_operand(op, &instruction, 0)?;
     m.cpu.ldtr = m.local_table(selector, vector::GP)?;
+    m.serialize();
     Ok(())
 }
 
@@ -126,7 +127,9 @@ fn load_task(m: &mut Machine<'_>, op: &Op) -> Flow {
     m.require_cpl0()?;
     let instruction = m.rare(op);
     let selector = m.word_operand(op, &instruction, 0)?;
-    m.load_task_register(selector)
+    m.load_task_register(selector)?;
+    m.serialize();
+    Ok(())
 }
 
 /// Bytes of the base address in the operand of LGDT and the like.
@@ -167,6 +170,7 @@ fn load_table(m: &mut Machine<'_>, op: &Op) -> Flow {
     } else {
         m.cpu.idtr = table;
     }
+    m.serialize();
     Ok(())
 }
 
