@@ -5,6 +5,7 @@ mod debug;
 mod decode;
 pub mod entry;
 mod error;
+mod exact;
 mod hypervisor;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
@@ -25,6 +26,7 @@ pub mod writing_a_backend {
 pub use cpuid::{CpuModel, CpuidTable};
 pub use debug::{DebugReason, DebugRequest, DebugStop, DebugStops, HardwareStop, HardwareStopKind};
 pub use error::{Error, Result};
+pub use exact::{ExactStop, ExactStops};
 pub use hypervisor::{Capabilities, ClockConfig, ClockSource, Hypervisor, InterruptMode, VmConfig};
 pub use registry::{backend_names, open_backend};
 pub use threads::{PauseHandle, VcpuExit, VcpuThreads};

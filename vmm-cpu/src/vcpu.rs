@@ -11,6 +11,7 @@ use vmm_memory::vm_memory::GuestAddress;
 
 use crate::debug::{DebugStop, DebugStops};
 use crate::error::Result;
+use crate::exact::ExactStops;
 use crate::state::{CpuState, GeneralRegisters, SystemRegisters};
 
 /// Why [`Vcpu::run`] came back.
@@ -29,6 +30,8 @@ pub enum Halt {
     Reset,
     /// A stop that [`DebugStops`] asked for.
     Debug(DebugStop),
+    /// A point that [`ExactStops`] was asked for.
+    ExactStop,
     /// A [`VcpuHandle::kick`] arrived. No guest event is lost; run again to go on.
     Interrupted,
 }
@@ -219,6 +222,11 @@ pub trait Vcpu: fmt::Debug + Send {
 
     /// Breakpoints, watchpoints, single step.
     fn debug_stops(&mut self) -> Option<&mut dyn DebugStops> {
+        None
+    }
+
+    /// Stops at instruction counts and guest times.
+    fn exact_stops(&mut self) -> Option<&mut dyn ExactStops> {
         None
     }
 

@@ -21,6 +21,7 @@ use super::segment::{attribute, index};
 use super::signals::Signals;
 use super::vm::Shared;
 use crate::debug::DebugRequest;
+use crate::exact::ExactStop;
 use crate::vcpu::{Halt, VcpuIo};
 
 /// The instruction did not complete; [`Core::reason`] says why. Its effects are undone or never happened.
@@ -33,6 +34,7 @@ pub(crate) type Flow<T = ()> = std::result::Result<T, Leave>;
 /// Why an instruction did not complete.
 #[derive(Debug, Default)]
 pub(crate) enum Reason {
+    /// It has done a part of its work, as its registers say, and goes on when the loop has looked around.
     #[default]
     None,
     /// It faulted.
@@ -125,16 +127,22 @@ pub(crate) struct Core {
     pub(crate) reported: Option<u64>,
     /// The loop looks at events before the next block.
     pub(crate) urgent: bool,
+    /// The interrupt shadows, of STI and MOV SS, that the running instruction is in.
+    pub(crate) held: (bool, bool),
     /// An interrupt whose vector the PIC knows was posted.
     pub(crate) ext_int: bool,
     /// Instructions left until time is looked at.
     pub(crate) budget: i64,
     /// When the timer of the local APIC is due, in nanoseconds.
     pub(crate) deadline: Option<u64>,
-    /// Instructions executed.
+    /// Instructions executed before the running block.
     pub(crate) instructions: u64,
-    /// Those that a deterministic clock has not counted yet.
-    pub(crate) uncounted: u64,
+    /// Those of the running block before the running one.
+    pub(crate) position: usize,
+    /// How many instructions a deterministic clock has heard of.
+    pub(crate) told: u64,
+    /// Where `run` returns.
+    pub(crate) stop: ExactStop,
     /// PAUSEs since another thread got its turn.
     pub(crate) pauses: u32,
     /// Base and limit of CS that remembered blocks were found with.
@@ -210,11 +218,14 @@ impl Core {
             keeps_rf: false,
             reported: None,
             urgent: true,
+            held: (false, false),
             ext_int: false,
             budget: 0,
             deadline: None,
             instructions: 0,
-            uncounted: 0,
+            position: 0,
+            told: 0,
+            stop: ExactStop::none(),
             pauses: 0,
             code_segment: (0, 0),
             signals,
@@ -333,15 +344,23 @@ impl Core {
         is_canonical(va)
     }
 
-    /// Walks the page tables.
+    /// Asks the TLB, then the page tables.
     pub(crate) fn translate(&mut self, place: Place, access: Access) -> Flow<Translation> {
         if self.cpu.long_mode() && !is_canonical(place.va) {
             let vector = if usize::from(place.segment) == index::SS { vector::SS } else { vector::GP };
             return Err(self.raise(Exception::with_error(vector, 0)));
         }
         let va = if self.cpu.long_mode() { place.va } else { place.va & 0xffff_ffff };
+        if let Some(known) = self.tlb.translation(va, access) {
+            return Ok(known);
+        }
         match walk(self.tlb.map(), &self.paging(), va, access) {
-            Ok(translation) => Ok(translation),
+            Ok(translation) => {
+                if access == Access::Execute {
+                    self.tlb.fetched(va, translation.gpa);
+                }
+                Ok(translation)
+            }
             Err(fault) => Err(self.raise(Exception::page_fault(va, fault.error))),
         }
     }

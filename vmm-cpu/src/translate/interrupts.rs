@@ -35,13 +35,34 @@ fn post(shared: &Shared, sender: Option<u32>, message: Message) -> bool {
 }
 
 impl Core {
-    /// Time of the virtual machine in nanoseconds.
+    /// Time of the virtual machine in nanoseconds. Where it is counted, it is the time before the running instruction.
     pub(crate) fn now(&mut self) -> u64 {
-        let clock = &self.shared.clock;
-        if clock.is_deterministic() {
-            clock.advance(std::mem::take(&mut self.uncounted));
+        self.tell_time();
+        self.shared.clock.nanoseconds()
+    }
+
+    /// Instructions retired so far.
+    pub(crate) fn retired(&self) -> u64 {
+        self.instructions + self.position as u64
+    }
+
+    /// Lets a clock that counts instructions know of those so far.
+    pub(crate) fn tell_time(&mut self) {
+        let retired = self.retired();
+        let news = retired.saturating_sub(std::mem::replace(&mut self.told, retired));
+        self.shared.clock.advance(news);
+    }
+
+    /// Whether `run` is to return here. What was reached is not waited for any more.
+    pub(crate) fn reaches_stop(&mut self) -> bool {
+        let retired = self.instructions;
+        let by_count = self.stop.instructions.take_if(|instructions| *instructions <= retired).is_some();
+        let mut by_time = false;
+        if self.stop.guest_time.is_some() {
+            let now = self.now();
+            by_time = self.stop.guest_time.take_if(|time| *time <= now).is_some();
         }
-        clock.nanoseconds()
+        by_count || by_time
     }
 
     pub(crate) fn apic_disabled(&self) -> bool {
@@ -93,11 +114,10 @@ impl Core {
         }
         // One instruction is one nanosecond: the timer fires at its very instruction.
         let now = self.now();
-        let left = self.deadline.map_or(u64::MAX, |deadline| deadline.saturating_sub(now));
-        // Counted from moments that do not depend on who else wanted something when: a block that this cuts short is
-        // cut at the same place in each run.
-        let poll = DETERMINISTIC_POLL - now % DETERMINISTIC_POLL;
-        i64::try_from(left.min(poll)).unwrap_or(i64::MAX).max(1)
+        let times = self.deadline.into_iter().chain(self.stop.guest_time).map(|time| time.saturating_sub(now));
+        let count = self.stop.instructions.map(|count| count.saturating_sub(self.instructions));
+        let left = times.chain(count).min().unwrap_or(u64::MAX);
+        i64::try_from(left.min(DETERMINISTIC_POLL)).unwrap_or(i64::MAX).max(1)
     }
 
     /// What other threads posted to the local APIC.
@@ -180,6 +200,8 @@ impl Core {
 impl Machine<'_> {
     /// Calls the VMM. Meanwhile the memory map may change under this vCPU.
     pub(crate) fn leave_guest<T>(&mut self, call: impl FnOnce(&mut dyn VcpuIo) -> T) -> T {
+        // Devices have the time of the virtual machine.
+        self.tell_time();
         let signals = Arc::clone(&self.signals);
         signals.leave_guest();
         let result = call(self.io);

@@ -45,6 +45,7 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
 fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
     loop {
         let mut single = false;
+        m.held = (false, false);
         if m.urgent || m.budget <= 0 || m.signals.wants_attention() {
             match between(m, cache) {
                 Ok(Next::Block) => {}
@@ -62,6 +63,10 @@ fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
         }
         let left = execute(m, cache, single).is_err();
         if left {
+            if matches!(m.reason, Reason::None) {
+                // It goes on: what was held off for this instruction still is.
+                (m.cpu.shadow_sti, m.cpu.shadow_mov_ss) = m.held;
+            }
             // What a debugger or the guest's debug registers wanted to see of the instruction is void: it did not
             // complete.
             m.watch_hits = 0;
@@ -95,7 +100,8 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
             m.cpu.rip = rip.wrapping_add(u64::from(op.start)) & m.mode.ip_mask;
             break;
         }
-        let unwinding = Unwinding { m: &mut *m, block, done };
+        m.position = done;
+        let unwinding = Unwinding { m: &mut *m, block };
         let result = (op.run)(unwinding.m, op);
         std::mem::forget(unwinding);
         if let Err(leave) = result {
@@ -117,15 +123,15 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
 struct Unwinding<'m, 'a, 'b> {
     m: &'m mut Machine<'a>,
     block: &'b Block,
-    done: usize,
 }
 
 impl Drop for Unwinding<'_, '_, '_> {
     #[cold]
     fn drop(&mut self) {
-        let next = self.block.ops.get(self.done + 1).map_or(self.block.len(), |op| op.start.into());
+        let done = self.m.position + 1;
+        let next = self.block.ops.get(done).map_or(self.block.len(), |op| op.start.into());
         self.m.cpu.rip = self.m.cpu.r(BLOCK).wrapping_add(next) & self.m.mode.ip_mask;
-        self.m.count(self.done + 1);
+        self.m.count(done);
     }
 }
 
@@ -227,6 +233,11 @@ fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
                 return Ok(Next::Return(Halt::Interrupted));
             }
         }
+        // Before anything that is due at this point happens, so that it does not matter what is.
+        if m.reaches_stop() {
+            m.urgent = true;
+            return Ok(Next::Return(Halt::ExactStop));
+        }
         if let Some(event) = m.injected.take() {
             m.take(event)?;
             if m.injected.is_some() {
@@ -248,6 +259,7 @@ fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
     }
     if m.cpu.shadow_sti || m.cpu.shadow_mov_ss {
         m.urgent = true;
+        m.held = (m.cpu.shadow_sti, m.cpu.shadow_mov_ss);
         (m.cpu.shadow_sti, m.cpu.shadow_mov_ss) = (false, false);
         if !m.is_careful() {
             return Ok(Next::Instruction);
@@ -291,7 +303,7 @@ impl Core {
     #[inline(always)]
     fn count(&mut self, done: usize) {
         self.instructions += done as u64;
-        self.uncounted += done as u64;
+        self.position = 0;
         self.budget -= done as i64;
     }
 
@@ -427,14 +439,15 @@ impl Machine<'_> {
         if !waits_here {
             return Some(Halt::Halted);
         }
-        let timeout = self.time_to_deadline();
         if self.shared.clock.is_deterministic()
-            && let Some(left) = timeout
+            && let Some(until) = self.deadline.into_iter().chain(self.stop.guest_time).min()
         {
             // Nothing else happens until then.
-            self.shared.clock.advance(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX));
+            let now = self.now();
+            self.shared.clock.advance(until.saturating_sub(now));
             return None;
         }
+        let timeout = self.time_to_deadline();
         let signals = Arc::clone(&self.signals);
         signals.leave_guest();
         signals.sleep(timeout, super::signals::Signals::wants_attention);

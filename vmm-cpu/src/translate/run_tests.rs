@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::debug::{DebugReason, DebugRequest};
+use crate::exact::ExactStop;
 use crate::hypervisor::ClockSource;
 use crate::translate::clock::Clock;
 use crate::translate::cpu::{RAX, RCX, RDX, RSI, RSP};
@@ -224,12 +225,108 @@ fn counted_time_is_exact_within_a_block_and_after_a_stay() {
 }
 
 #[test]
-fn counted_time_is_polled_at_fixed_moments() {
+fn what_comes_first_is_looked_at_first() {
     let mut guest = Guest::long();
     guest.core.shared.clock.advance(1000);
-    assert_eq!(guest.core.next_budget(), (1 << 20) - 1000);
+    assert_eq!(guest.core.next_budget(), 1 << 20);
     guest.core.deadline = Some(1500);
     assert_eq!(guest.core.next_budget(), 500);
+    guest.core.stop = ExactStop::none().at_guest_time(1400).at_instructions(300);
+    assert_eq!(guest.core.next_budget(), 300);
+    guest.core.instructions = 50;
+    guest.core.told = 50;
+    assert_eq!(guest.core.next_budget(), 250);
+    guest.core.stop.instructions = None;
+    assert_eq!(guest.core.next_budget(), 400);
+}
+
+/// Where a device asks for the time.
+struct Stamps {
+    clock: Arc<Clock>,
+    seen: Vec<u64>,
+}
+
+impl VcpuIo for Stamps {
+    fn mmio_write(&mut self, _: GuestAddress, _: &[u8]) {
+        self.seen.push(self.clock.nanoseconds());
+    }
+}
+
+#[test]
+fn devices_see_the_time_before_the_instruction_wherever_its_block_begins() {
+    // NOP five times, MOV [0x800000], EAX, HLT.
+    let code = [0x90, 0x90, 0x90, 0x90, 0x90, 0xa3, 0, 0, 0x80, 0, HLT];
+    for stop in [None, Some(2), Some(4), Some(5)] {
+        let mut guest = Guest::protected();
+        put(&mut guest, CODE, &code);
+        let mut stamps = Stamps { clock: Arc::clone(&guest.core.shared.clock), seen: Vec::new() };
+        guest.core.stop.instructions = stop;
+        let mut cache = BlockCache::new();
+        while run(&mut Machine::new(&mut guest.core, &mut stamps), &mut cache).unwrap() != Halt::Halted {}
+        assert_eq!(stamps.seen, [5], "{stop:?}");
+        assert_eq!(guest.core.retired(), 7);
+    }
+}
+
+/// Page-table entry of a page in the page tables of [`Guest::long`].
+fn entry(page: u64) -> u64 {
+    0x7000 + page / 4096 * 8
+}
+
+#[test]
+fn looking_anew_is_no_access() {
+    const DATA: u64 = 0x2_0000;
+    let mut guest = Guest::long();
+    // MOV [0x20000], EAX; MOV ECX, [0x20000]; HLT; JMP to the start.
+    let code = [0x89, 0x04, 0x25, 0, 0, 2, 0, 0x8b, 0x0c, 0x25, 0, 0, 2, 0, HLT, 0xeb, 0xef];
+    put(&mut guest, CODE, &code);
+    let mut cache = BlockCache::new();
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    for (page, bits) in [(CODE, 0x20), (DATA, 0x60)] {
+        assert_eq!(guest.read::<1>(entry(page)) & 0x60, bits);
+        let cleared = guest.read::<1>(entry(page)) & !0x60;
+        guest.write::<1>(entry(page), cleared);
+    }
+    // Everything that makes the loop look again, but no flush.
+    guest.core.tlb.watch_all_stores();
+    guest.core.tlb.forget_lookups();
+    cache.clear();
+    guest.core.cpu.activity = Activity::Running;
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    for page in [CODE, DATA] {
+        assert_eq!(guest.read::<1>(entry(page)) & 0x60, 0, "{page:#x}");
+    }
+    guest.core.tlb.flush_all();
+    guest.core.cpu.activity = Activity::Running;
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    for (page, bits) in [(CODE, 0x20), (DATA, 0x60)] {
+        assert_eq!(guest.read::<1>(entry(page)) & 0x60, bits);
+    }
+}
+
+#[test]
+fn a_string_instruction_that_goes_on_is_still_in_the_shadow_of_sti() {
+    let mut guest = Guest::long();
+    let end = handler(&mut guest, 0x20);
+    guest.core.signals.intr.set(true);
+    // STI; REP STOSB over the page of code, which it leaves once; HLT.
+    put(&mut guest, CODE, &[0xfb, 0xf3, 0xaa, HLT]);
+    guest.core.cpu.set_r(RAX, 0x90);
+    guest.core.cpu.set_r(crate::translate::cpu::RDI, CODE + 0x100);
+    guest.core.cpu.set_r(RCX, 0x20);
+    let mut bus = Vectors;
+    let mut cache = BlockCache::new();
+    assert_eq!(run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache).unwrap(), Halt::Halted);
+    assert_eq!((guest.core.cpu.rip, guest.core.cpu.r(RCX)), (end, 0));
+}
+
+/// Has an interrupt.
+struct Vectors;
+
+impl VcpuIo for Vectors {
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        Some(0x20)
+    }
 }
 
 /// Panics at every store to a device.

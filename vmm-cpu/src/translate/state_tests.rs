@@ -42,7 +42,7 @@ fn an_interrupt_that_came_as_a_message_of_the_pic_is_not_lost() {
 fn the_counter_continues_from_what_was_written() {
     let mut guest = Guest::long();
     // Instructions that the clock has not heard of.
-    guest.core.uncounted = 7;
+    guest.core.instructions = 7;
     guest.core.set_msr(0x10, 1000).unwrap();
     assert_eq!(guest.core.msr(0x10), Some(1000));
 }

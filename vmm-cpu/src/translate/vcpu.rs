@@ -16,6 +16,7 @@ use super::{cpuid, run};
 use crate::cpuid::Feature;
 use crate::debug::{DebugRequest, DebugStops, HardwareStopKind};
 use crate::error::{Error, Result};
+use crate::exact::{ExactStop, ExactStops};
 use crate::state::{CpuState, GeneralRegisters, SystemRegisters, rflags};
 use crate::vcpu::{Halt, Vcpu, VcpuHandle, VcpuIo};
 
@@ -186,6 +187,11 @@ impl Vcpu for TranslateVcpu {
         Some(self)
     }
 
+    fn exact_stops(&mut self) -> Option<&mut dyn ExactStops> {
+        let counted = self.core.shared.clock.is_deterministic();
+        counted.then_some(self as &mut dyn ExactStops)
+    }
+
     fn exit_counts(&self) -> Vec<(&'static str, u64)> {
         let counts = &self.core.counts;
         vec![
@@ -202,6 +208,18 @@ impl Vcpu for TranslateVcpu {
             ("interrupted", counts.interrupted),
             ("instructions", self.core.instructions),
         ]
+    }
+}
+
+impl ExactStops for TranslateVcpu {
+    fn instructions(&self) -> u64 {
+        self.core.retired()
+    }
+
+    fn stop_at(&mut self, stop: ExactStop) {
+        self.core.stop = stop;
+        // The loop looks at it first.
+        self.core.urgent = true;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Decodes a block.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, Instruction};
 
 use super::{Block, MAX_OPS};
 use crate::translate::core::{Flow, Machine, Place};
@@ -24,8 +24,6 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     }
     let mut list = Vec::with_capacity(8);
     let mut decoder = Decoder::with_ip(code_bits, bytes, 0, DecoderOptions::NONE);
-    // Time is counted by blocks, so what asks for it begins one.
-    let exact = m.shared.clock.is_deterministic();
     let mut length = 0;
     while decoder.can_decode() && list.len() < MAX_OPS {
         let start = decoder.position();
@@ -38,7 +36,7 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
             }
             return crossing(m, va, gpa, bytes);
         }
-        if incomplete || exact && !list.is_empty() && reads_time(&instruction) {
+        if incomplete {
             break;
         }
         let code = bytes.get(start..decoder.position()).unwrap_or_default();
@@ -54,10 +52,6 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     }
     let code = bytes.get(..length).unwrap_or_default();
     Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits })
-}
-
-fn reads_time(instruction: &Instruction) -> bool {
-    matches!(instruction.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp | Mnemonic::Rdmsr | Mnemonic::Wrmsr)
 }
 
 /// What becomes of an instruction. The decoder says of a longer one than there can be that it is invalid and has as many

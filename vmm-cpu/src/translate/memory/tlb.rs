@@ -3,6 +3,9 @@
 //! An entry serves one kind of access rights, since its tags hold the mode of whoever filled it. Tags are compared with
 //! the page of an access's last byte, so that one comparison also finds accesses which cross into the next page.
 //!
+//! What it holds is the outcome of the guest's accesses and flushes alone: that stores are to be noticed, or that whoever
+//! runs blocks looks anew, takes nothing out. So it shows in no accessed bit and in no stale translation when that happens.
+//!
 //! The pointers in it are sound because the TLB owns the memory map that they point into, and drops them whenever it
 //! takes another map.
 #![allow(unsafe_code, reason = "entries are host addresses of guest memory")]
@@ -10,9 +13,11 @@
 use std::fmt;
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
+
 use super::host::HostWord;
 use super::map::MemoryMap;
-use super::walk::Translation;
+use super::walk::{Access, Translation};
 use super::{PAGE, PAGE_MASK};
 
 const ENTRIES: usize = 2048;
@@ -21,10 +26,15 @@ const ENTRIES: usize = 2048;
 const INVALID: u64 = u64::MAX;
 
 const GLOBAL: u64 = 1 << 0;
+/// Writes are allowed, noticed or not.
+const WRITABLE: u64 = 1 << 1;
 /// Binary logarithm of the size of the page, from this bit of an entry's `kind`.
 const SIZE: u32 = 8;
 /// That of the smallest.
 const SMALL: u32 = PAGE.trailing_zeros();
+
+/// Pages of code that are kept.
+const FETCHED: usize = 4096;
 
 /// Whose rights an access has. In tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +66,11 @@ const EMPTY: Entry = Entry { read: INVALID, write: INVALID, addend: 0, kind: 0 }
 /// See the module.
 pub(crate) struct Tlb {
     entries: Box<[Entry; ENTRIES]>,
+    /// Guest-physical page of each entry.
+    gpas: Box<[u64; ENTRIES]>,
+    /// Pages that instructions were fetched from, by tag. All that whoever runs blocks remembers in this generation is
+    /// among them, so it does not matter when that is looked up here.
+    fetched: FxHashMap<u64, u64>,
     map: Arc<MemoryMap>,
     reach: u64,
     /// Indices of entries that are not global.
@@ -76,6 +91,8 @@ impl Tlb {
     pub(crate) fn new(map: Arc<MemoryMap>) -> Self {
         Self {
             entries: Box::new([EMPTY; ENTRIES]),
+            gpas: Box::new([0; ENTRIES]),
+            fetched: FxHashMap::default(),
             map,
             reach: Reach::SupervisorAll as u64,
             local: Vec::with_capacity(ENTRIES),
@@ -121,6 +138,40 @@ impl Tlb {
     #[inline(always)]
     fn tag<W: HostWord>(&self, va: u64) -> u64 {
         va.wrapping_add(W::BYTES as u64 - 1) & PAGE_MASK | self.reach
+    }
+
+    /// The translation of the page of `va`, if it is here and allows `access`.
+    pub(crate) fn translation(&self, va: u64, access: Access) -> Option<Translation> {
+        let tag = va & PAGE_MASK | self.reach;
+        let found = Translation {
+            gpa: 0,
+            readable: true,
+            writable: false,
+            executable: false,
+            global: false,
+            size: PAGE,
+        };
+        if access == Access::Execute {
+            let gpa = *self.fetched.get(&tag)?;
+            return Some(Translation { gpa, executable: true, ..found });
+        }
+        let entry = self.entry(va);
+        let writable = entry.kind & WRITABLE != 0;
+        if entry.read != tag || access == Access::Write && !writable {
+            return None;
+        }
+        let gpa = self.gpas.get(Self::index(va)).copied()?;
+        let (global, size) = (entry.kind & GLOBAL != 0, 1 << (entry.kind >> SIZE & 63));
+        Some(Translation { gpa, writable, global, size, ..found })
+    }
+
+    /// Remembers the translation of an instruction fetch.
+    pub(crate) fn fetched(&mut self, va: u64, gpa: u64) {
+        if self.fetched.len() >= FETCHED {
+            self.fetched.clear();
+            self.generation += 1;
+        }
+        self.fetched.insert(va & PAGE_MASK | self.reach, gpa);
     }
 
     /// Reads guest memory if the TLB has its page.
@@ -194,7 +245,8 @@ impl Tlb {
         if room < PAGE {
             return;
         }
-        let writes = writes && translation.writable && slot.is_writable();
+        let writable = translation.writable && slot.is_writable();
+        let writes = writes && writable;
         let page = va & PAGE_MASK;
         let tag = page | self.reach;
         let size = translation.size.trailing_zeros();
@@ -202,10 +254,15 @@ impl Tlb {
             read: if translation.readable { tag } else { INVALID },
             write: if writes { tag } else { INVALID },
             addend: (host.expose_provenance() as u64).wrapping_sub(page),
-            kind: u64::from(size) << SIZE | if translation.global { GLOBAL } else { 0 },
+            kind: u64::from(size) << SIZE
+                | if translation.global { GLOBAL } else { 0 }
+                | if writable { WRITABLE } else { 0 },
         };
         self.large |= size > SMALL;
         let index = Self::index(va);
+        if let Some(gpa) = self.gpas.get_mut(index) {
+            *gpa = translation.gpa;
+        }
         let replaced = self.entries.get_mut(index).map(|slot| std::mem::replace(slot, entry));
         let was_local = replaced.is_some_and(|old| old.read != INVALID && old.kind & GLOBAL == 0);
         if !translation.global && !was_local {
@@ -232,6 +289,7 @@ impl Tlb {
         self.entries.fill(EMPTY);
         self.local.clear();
         self.large = false;
+        self.fetched.clear();
         self.generation += 1;
     }
 
@@ -244,11 +302,13 @@ impl Tlb {
                 *entry = EMPTY;
             }
         }
+        self.fetched.clear();
         self.generation += 1;
     }
 
     /// Forgets the page of `va`, whatever its size.
     pub(crate) fn flush_page(&mut self, va: u64) {
+        self.fetched.clear();
         self.generation += 1;
         if self.large {
             // Other parts of a large page can be anywhere.

@@ -2,16 +2,18 @@
 //!
 //! They work in pieces: whole runs of elements within one page where the TLB has it, else one element by ordinary
 //! accesses, which fault, reach devices and fill the TLB. Registers are moved on after each piece, so they always say
-//! what is left. A REP that has done about a page's worth starts itself anew, for the run loop to look at interrupts.
+//! what is left. A REP starts itself anew whenever what is left is whole pages, for the run loop to look at interrupts: so
+//! how often it counts as an instruction does not depend on what the TLB has. It also lets the loop look after a piece that
+//! reached a device or changed code, which does not count.
 
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind};
 
 use super::by_width;
 use super::op::{Handler, Op, segment_slot};
-use crate::translate::core::{Flow, Machine, Place};
+use crate::translate::core::{Flow, Machine, Place, Reason};
 use crate::translate::cpu::{BLOCK, RAX, RCX, RDI, RDX, RSI};
 use crate::translate::flags::{Flags, bits};
-use crate::translate::memory::{HostWord, PAGE, PAGE_MASK};
+use crate::translate::memory::{Access, HostWord, PAGE, PAGE_MASK};
 use crate::translate::segment::{index, low16};
 use crate::translate::word::Word;
 
@@ -21,7 +23,7 @@ const COPIED: usize = 512;
 const COMPARED: usize = 256;
 /// Bytes that a port moves at once: a page.
 const PORTED: usize = 4096;
-/// What a piece costs besides its bytes, in bytes: at most 64 elements that are devices' in a row.
+/// What a piece costs besides its bytes, in bytes.
 const PIECE_COST: u64 = 64;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -172,20 +174,24 @@ fn repeat<W: Word>(
         return Ok(());
     }
     let stepping = m.cpu.flags.control(bits::TF) || m.debug.single_step;
-    let mut budget = PAGE;
+    let unit = PAGE / W::BYTES as u64;
+    let mut ahead = (left - 1) % unit + 1;
     loop {
-        let done = piece(m, &form, if stepping { 1 } else { left })?;
+        let done = piece(m, &form, if stepping { 1 } else { ahead })?;
         left -= done.elements;
+        ahead -= done.elements;
         form.set(m, RCX, left);
         if left == 0 || done.ended {
             return Ok(());
         }
         let cost = done.elements * W::BYTES as u64 + PIECE_COST;
-        budget = budget.saturating_sub(cost);
         // Time goes on meanwhile: the loop looks at it sooner.
         m.budget -= (cost / PIECE_COST).cast_signed();
-        if stepping || budget == 0 || m.watch_hits != 0 || !m.code_stores.is_empty() {
+        if stepping || ahead == 0 || m.watch_hits != 0 {
             break;
+        }
+        if m.limit == 0 {
+            return Err(m.leave(Reason::None));
         }
     }
     let start = m.cpu.r(BLOCK).wrapping_add(u64::from(op.start));
@@ -385,13 +391,20 @@ fn cmps<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
     })
 }
 
+/// Whether a page is memory for that access, and nobody watches which part of it is accessed.
+fn is_ram(m: &mut Machine<'_>, place: Place, access: Access) -> Flow<bool> {
+    let gpa = m.translate(place, access)?.gpa;
+    let slot_allows = m.map().slot(gpa).is_some_and(|slot| access == Access::Read || slot.is_writable());
+    Ok(slot_allows && !m.watching && !m.apic_page(gpa))
+}
+
 fn ins<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
     repeat::<W>(m, op, |m, form, count| {
         let port = low16(m.cpu.r(RDX));
         m.check_port(port, W::BYTES)?;
         let (place, count) = form.run::<W>(m, index::ES, RDI, true, count)?;
-        // An empty store asks whether the TLB has the page. What was read from a port must have a place to go.
-        let at_once = count > 1 && !form.backward && m.tlb.store_bytes(place.va, &[]);
+        // What was read from a port must have a place to go.
+        let at_once = count > 1 && !form.backward && is_ram(m, place, Access::Write)?;
         let done = if at_once { count } else { 1 };
         m.probe_write(place, done * W::BYTES as u64)?;
         let mut buffer = [0; PORTED];
@@ -408,7 +421,7 @@ fn outs<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
         let port = low16(m.cpu.r(RDX));
         m.check_port(port, W::BYTES)?;
         let (place, count) = form.run::<W>(m, form.segment, RSI, false, count)?;
-        let at_once = count > 1 && !form.backward && m.tlb.load_bytes(place.va, &mut []);
+        let at_once = count > 1 && !form.backward && is_ram(m, place, Access::Read)?;
         let done = if at_once { count } else { 1 };
         let mut buffer = [0; PORTED];
         let data = buffer.get_mut(..bytes_of::<W>(done)).unwrap_or_default();

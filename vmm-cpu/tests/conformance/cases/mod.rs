@@ -9,6 +9,7 @@ mod cpuid;
 mod debug;
 mod dirty;
 mod doorbells;
+mod exact;
 mod hypercalls;
 mod interrupts;
 mod kicks;
@@ -33,6 +34,7 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("msrs", msrs::CASES),
     ("cpuid", cpuid::CASES),
     ("clock", clock::CASES),
+    ("exact", exact::CASES),
     ("interrupts", interrupts::CASES),
     ("apic", apic::CASES),
     ("doorbells", doorbells::CASES),

@@ -128,6 +128,7 @@ impl Bench {
         let lowered = crate::translate::ops::lower(&mut self.core, &instruction, code, 0, bits);
         self.core.cpu.set_r(BLOCK, CODE);
         self.core.cpu.rip = CODE + code.len() as u64;
+        self.core.limit = 1;
         let mut machine = Machine::new(&mut self.core, &mut self.devices);
         match (lowered.op.run)(&mut machine, &lowered.op) {
             Ok(()) => Ok(()),
@@ -138,12 +139,17 @@ impl Bench {
         }
     }
 
-    /// Executes an instruction that starts itself anew until it is done; how often that was.
+    /// Executes an instruction that starts itself anew until it is done; how often it counts.
     pub(in crate::translate::ops) fn run_through(&mut self, code: &[u8]) -> Result<u32, Reason> {
-        for round in 1..100_000 {
-            self.run(code)?;
+        let mut counted = 0;
+        for _ in 0..100_000 {
+            match self.run(code) {
+                Ok(()) => counted += 1,
+                Err(Reason::None) => {}
+                Err(reason) => return Err(reason),
+            }
             if self.core.cpu.rip != CODE {
-                return Ok(round);
+                return Ok(counted);
             }
         }
         panic!("it does not end");

@@ -161,6 +161,37 @@ fn a_page_is_moved_in_few_pieces() {
 }
 
 #[test]
+fn what_the_tlb_has_does_not_count() {
+    // MOVSB, STOSW, CMPSB, LODSD, INSB, OUTSW, and how much of a page is left when they begin.
+    let codes: [&[u8]; 6] =
+        [&[0xf3, 0xa4], &[0x66, 0xf3, 0xab], &[0xf3, 0xa6], &[0xf3, 0xad], &[0xf3, 0x6c], &[0x66, 0xf3, 0x6f]];
+    for code in codes {
+        let mut runs = Vec::new();
+        for (warm, flushes) in [(false, false), (true, false), (false, true)] {
+            let mut bench = Bench::new(64);
+            if warm {
+                bench.set(&[(RSI, 0x8_0000), (RDI, 0x9_0000), (RCX, 0x3000)]);
+                bench.run_through(&[0xf3, 0xa4]).unwrap();
+            }
+            bench.poke(0x8_0000, &[0; 0x8000]);
+            bench.poke(0x9_0000, &[0; 0x8000]);
+            bench.devices.log.clear();
+            bench.set(&[(RSI, 0x8_0123), (RDI, 0x9_0ff0), (RCX, 0x2345), (RAX, 0), (RDX, 0x1f0)]);
+            let mut counted = 0;
+            while bench.r(RCX) != 0 {
+                counted += u32::from(bench.run(code).is_ok());
+                if flushes {
+                    bench.core.tlb.flush_all();
+                }
+            }
+            runs.push((counted, bench.devices.log));
+        }
+        assert!(runs.iter().all(|run| *run == runs[0]), "{code:x?}: {:?}", runs.iter().map(|run| run.0));
+        assert!((3..=10).contains(&runs[0].0), "{code:x?}: {}", runs[0].0);
+    }
+}
+
+#[test]
 fn faults_leave_what_is_left() {
     let mut bench = Bench::new(64);
     for (code, width) in [(vec![0xf3, 0xa4], 1), (vec![0xf3, 0x48, 0xa5], 8), (vec![0xf3, 0x48, 0xab], 8)] {
