@@ -1,8 +1,8 @@
 //! The virtual machine's clock: the host's monotonic time, or one that counts executed instructions.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use crate::error::Result;
 use crate::hypervisor::ClockSource;
@@ -11,28 +11,25 @@ use crate::vm::VmClock;
 /// Rate of the time-stamp counter unless another is asked for: one tick a nanosecond.
 pub(crate) const DEFAULT_TSC_KHZ: u32 = 1_000_000;
 
+/// Not a time: the clock runs.
+const RUNS: u64 = u64::MAX;
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Clock {
     tsc_khz: u32,
     source: ClockSource,
-    time: Mutex<Time>,
+    start: Instant,
+    /// Guest time less the time since `start`, modulo 2^64, while the clock runs.
+    offset: AtomicU64,
+    /// Guest time while the clock stands, else [`RUNS`].
+    stands_at: AtomicU64,
+    /// Odd while the clock is being set. Whoever reads it, as all vCPUs do all the time, takes no lock but reads again if
+    /// this has changed.
+    sequence: AtomicU64,
+    setting: Mutex<()>,
     /// Time of a deterministic clock in nanoseconds: one an instruction, plus what halted vCPUs skipped.
     counted: AtomicU64,
-}
-
-#[derive(Debug)]
-struct Time {
-    /// Guest time when the clock was last set going or stopped.
-    passed: Duration,
-    /// When it was set going; `None` while it stands.
-    since: Option<Instant>,
-}
-
-impl Time {
-    fn now(&self) -> Duration {
-        self.passed + self.since.map_or(Duration::ZERO, |since| since.elapsed())
-    }
 }
 
 impl Clock {
@@ -40,9 +37,17 @@ impl Clock {
         Self {
             tsc_khz: tsc_khz.unwrap_or(DEFAULT_TSC_KHZ),
             source,
-            time: Mutex::new(Time { passed: Duration::ZERO, since: Some(Instant::now()) }),
+            start: Instant::now(),
+            offset: AtomicU64::new(0),
+            stands_at: AtomicU64::new(RUNS),
+            sequence: AtomicU64::new(0),
+            setting: Mutex::default(),
             counted: AtomicU64::new(0),
         }
+    }
+
+    fn since_start(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
     pub(crate) fn is_deterministic(&self) -> bool {
@@ -54,7 +59,21 @@ impl Clock {
         if self.is_deterministic() {
             return self.counted.load(Ordering::Relaxed);
         }
-        u64::try_from(self.time().now().as_nanos()).unwrap_or(u64::MAX)
+        loop {
+            let sequence = self.sequence.load(Ordering::SeqCst);
+            let now = self.host_nanoseconds();
+            if sequence.is_multiple_of(2) && self.sequence.load(Ordering::SeqCst) == sequence {
+                return now;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn host_nanoseconds(&self) -> u64 {
+        match self.stands_at.load(Ordering::SeqCst) {
+            RUNS => self.since_start().wrapping_add(self.offset.load(Ordering::SeqCst)),
+            stands_at => stands_at,
+        }
     }
 
     /// Lets a deterministic clock go on; others go by themselves.
@@ -78,15 +97,24 @@ impl Clock {
 
     pub(crate) fn set(&self, nanoseconds: u64) {
         self.counted.store(nanoseconds, Ordering::Relaxed);
-        *self.time() = Time { passed: Duration::from_nanos(nanoseconds), since: Some(Instant::now()) };
+        self.change(|clock| clock.run_from(nanoseconds));
     }
 
     pub(crate) fn is_paused(&self) -> bool {
-        self.time().since.is_none()
+        self.stands_at.load(Ordering::SeqCst) != RUNS
     }
 
-    fn time(&self) -> MutexGuard<'_, Time> {
-        self.time.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Sets the clock. What was read before is no later than what `set` reads.
+    fn change(&self, set: impl FnOnce(&Self)) {
+        let _setting = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
+        self.sequence.fetch_add(1, Ordering::SeqCst);
+        set(self);
+        self.sequence.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn run_from(&self, nanoseconds: u64) {
+        self.offset.store(nanoseconds.wrapping_sub(self.since_start()), Ordering::SeqCst);
+        self.stands_at.store(RUNS, Ordering::SeqCst);
     }
 }
 
@@ -100,19 +128,23 @@ impl VmClock for Clock {
     }
 
     fn pause(&self) -> Result<()> {
-        let mut time = self.time();
-        *time = Time { passed: time.now(), since: None };
+        self.change(|clock| {
+            let now = clock.host_nanoseconds();
+            clock.stands_at.store(now.min(RUNS - 1), Ordering::SeqCst);
+        });
         Ok(())
     }
 
     fn resume(&self) -> Result<()> {
-        self.time().since.get_or_insert_with(Instant::now);
+        self.change(|clock| clock.run_from(clock.host_nanoseconds()));
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -121,6 +153,28 @@ mod tests {
         clock.advance(1000);
         assert_eq!((clock.nanoseconds(), clock.ticks(1000)), (1000, 2500));
         assert_eq!((clock.nanoseconds_of(2500), clock.nanoseconds_of(2501)), (1000, 1001));
+    }
+
+    #[test]
+    fn host_time_goes_on_from_what_it_is_set_to_and_never_back() {
+        let clock = Clock::new(None, ClockSource::Host);
+        clock.set(1 << 50);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut last = 0;
+                for _ in 0..20_000 {
+                    let now = clock.nanoseconds();
+                    assert!(now >= last, "{now} after {last}");
+                    last = now;
+                }
+                last
+            });
+            while !reader.is_finished() {
+                clock.pause().unwrap();
+                clock.resume().unwrap();
+            }
+            assert!((1 << 50..(1 << 50) + 60_000_000_000).contains(&reader.join().unwrap()));
+        });
     }
 
     #[test]

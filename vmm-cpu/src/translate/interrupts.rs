@@ -114,7 +114,8 @@ impl Core {
         }
         // One instruction is one nanosecond: the timer fires at its very instruction.
         let now = self.now();
-        let times = self.deadline.into_iter().chain(self.stop.guest_time).map(|time| time.saturating_sub(now));
+        let times =
+            self.deadline.into_iter().chain(self.stop.guest_time).map(|time| time.saturating_sub(now));
         let count = self.stop.instructions.map(|count| count.saturating_sub(self.instructions));
         let left = times.chain(count).min().unwrap_or(u64::MAX);
         i64::try_from(left.min(DETERMINISTIC_POLL)).unwrap_or(i64::MAX).max(1)

@@ -279,9 +279,12 @@ fn stops_and_kicks_change_nothing(backend: &Backend) -> Outcome {
         Ok(pictures)
     };
     let undisturbed = run(u64::MAX / 2, u64::MAX / 2, 0, false)?;
-    for (instructions_apart, time_apart, kicks, log) in
-        [(u64::MAX / 2, u64::MAX / 2, 400, false), (997, 1409, 0, true), (3, 5, 0, false), (10_007, 641, 200, true)]
-    {
+    for (instructions_apart, time_apart, kicks, log) in [
+        (u64::MAX / 2, u64::MAX / 2, 400, false),
+        (997, 1409, 0, true),
+        (3, 5, 0, false),
+        (10_007, 641, 200, true),
+    ] {
         let disturbed = run(instructions_apart, time_apart, kicks, log)?;
         for (a, b) in undisturbed.iter().zip(&disturbed) {
             assert_eq!((a.0, a.1), (b.0, b.1));

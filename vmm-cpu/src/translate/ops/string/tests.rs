@@ -163,8 +163,14 @@ fn a_page_is_moved_in_few_pieces() {
 #[test]
 fn what_the_tlb_has_does_not_count() {
     // MOVSB, STOSW, CMPSB, LODSD, INSB, OUTSW, and how much of a page is left when they begin.
-    let codes: [&[u8]; 6] =
-        [&[0xf3, 0xa4], &[0x66, 0xf3, 0xab], &[0xf3, 0xa6], &[0xf3, 0xad], &[0xf3, 0x6c], &[0x66, 0xf3, 0x6f]];
+    let codes: [&[u8]; 6] = [
+        &[0xf3, 0xa4],
+        &[0x66, 0xf3, 0xab],
+        &[0xf3, 0xa6],
+        &[0xf3, 0xad],
+        &[0xf3, 0x6c],
+        &[0x66, 0xf3, 0x6f],
+    ];
     for code in codes {
         let mut runs = Vec::new();
         for (warm, flushes) in [(false, false), (true, false), (false, true)] {
