@@ -20,6 +20,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 
 use crate::initramfs::Archive;
 
@@ -91,7 +92,7 @@ impl SerialPort {
 }
 
 /// What a guest does once it has booted. In the end it powers off.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Session {
     /// Runs a shell line. What it leaves running is killed.
@@ -108,7 +109,7 @@ pub enum Session {
 }
 
 /// The terminal that the user has.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Screen {
     /// Lines.
     pub rows: u16,

@@ -1,9 +1,10 @@
 //! What the example programs share: a kernel and a userspace to run, how a guest is told what to do and answers, the
-//! PC around a vCPU, the user's terminal, and what the process gives up before a guest runs.
+//! PC around a vCPU, deterministic runs, the user's terminal, and what the process gives up before a guest runs.
 
 pub mod confine;
 pub mod debian;
 pub mod guest_command;
 pub mod initramfs;
 pub mod pc;
+pub mod replay;
 pub mod terminal;

@@ -3,7 +3,9 @@
 //! Every device comes from `vmm-devices`; this file says where each one is and which wire leads where. It asks of a
 //! backend just local APICs and a sink for messages.
 
+use std::fmt;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +15,7 @@ use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, BIOS_AREA};
 use vmm_devices::platform::{
     AcpiPm, DebugExit, I8042, IoApic, Pic, Pit, PlatformEvent, Rtc, Uart16550, ports,
 };
-use vmm_devices::{BusDevice, BusRange, MmioBus, PioBus, Timed, TimedDevice};
+use vmm_devices::{BusDevice, BusRange, Clock, MmioBus, PioBus, Timed};
 use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::GuestAddress;
 
@@ -28,11 +30,39 @@ pub struct Pc {
     mmio: MmioBus,
     io_apic: Arc<IoApic>,
     pic: Arc<Pic>,
+    keyboard: Arc<Mutex<I8042>>,
+    serial: Vec<Arc<Mutex<Uart16550>>>,
     console: Arc<Mutex<Uart16550>>,
     /// The guest has read what was typed.
     drained: Arc<Drained>,
     state: Arc<State>,
-    timed: Vec<Arc<dyn Service>>,
+    /// Each with what its clock is ahead of the uptime, in nanoseconds.
+    timed: Vec<(Arc<dyn Service>, u64)>,
+}
+
+/// Where the devices have the time from. Nothing else of them knows any.
+pub struct Clocks {
+    /// Counts nanoseconds from any moment on.
+    pub uptime: Arc<dyn Clock>,
+    /// Nanoseconds from 1970-01-01 UTC to when the uptime was zero.
+    pub boot: u64,
+}
+
+impl Clocks {
+    /// The host's.
+    #[must_use]
+    pub fn host() -> Self {
+        let start = Instant::now();
+        let uptime = move || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        Self { uptime: Arc::new(uptime), boot: date() }
+    }
+}
+
+/// Nanoseconds since 1970-01-01 UTC.
+#[must_use]
+pub fn date() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What devices and vCPUs tell each other.
@@ -44,23 +74,63 @@ struct State {
     /// A deadline changed.
     changed: Mutex<bool>,
     wakeup: Condvar,
+    /// The vCPU's own loop services the timers and gives the input.
+    led: AtomicBool,
 }
 
 impl State {
     fn wake_timers(&self) {
+        if self.led.load(Ordering::SeqCst) {
+            self.wake_leader();
+            return;
+        }
         *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.wakeup.notify_one();
+    }
+
+    /// Called by an access of the guest: `run` comes back after its instruction.
+    fn wake_leader(&self) {
+        if let Some(vcpu) = self.bootstrap.get() {
+            vcpu.kick();
+        }
     }
 }
 
 /// A device that does something at times of its own.
 trait Service: Send + Sync {
     fn service(&self) -> Option<u64>;
+
+    /// Writes the device's state, as text.
+    fn show(&self, out: &mut dyn fmt::Write) -> fmt::Result;
 }
 
-impl<D: TimedDevice + Send> Service for Timed<D> {
+impl Service for Timed<Pit> {
     fn service(&self) -> Option<u64> {
         Timed::service(self)
+    }
+
+    fn show(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        write!(out, "{:?}", self.lock().state())
+    }
+}
+
+impl Service for Timed<Rtc> {
+    fn service(&self) -> Option<u64> {
+        Timed::service(self)
+    }
+
+    fn show(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        write!(out, "{:?}", self.lock().state())
+    }
+}
+
+impl Service for Timed<AcpiPm> {
+    fn service(&self) -> Option<u64> {
+        Timed::service(self)
+    }
+
+    fn show(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        write!(out, "{:?}", self.lock().state())
     }
 }
 
@@ -89,12 +159,25 @@ impl Drained {
 pub type Output = Box<dyn Write + Send>;
 
 impl Pc {
+    /// Builds the devices, with the host's clocks. See [`Pc::with_clocks`].
+    ///
+    /// # Errors
+    /// None that depends on the guest.
+    pub fn new(
+        messages: Arc<dyn MsiSink>,
+        output: impl Fn(SerialPort) -> Output,
+        ended: impl Fn() + Clone + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::with_clocks(Clocks::host(), messages, output, ended)
+    }
+
     /// Builds the devices. Interrupt messages go to `messages`, the output of each serial port to what `output` makes
     /// for it, and `ended` is called, maybe in a callback of a vCPU, when [`Pc::end`] has something to tell.
     ///
     /// # Errors
     /// None that depends on the guest.
-    pub fn new(
+    pub fn with_clocks(
+        clocks: Clocks,
         messages: Arc<dyn MsiSink>,
         output: impl Fn(SerialPort) -> Output,
         ended: impl Fn() + Clone + Send + Sync + 'static,
@@ -115,12 +198,9 @@ impl Pc {
         }));
         let line = |irq: u32, gsi: u32| -> Result<_> { Ok((pic.line(irq)?, io_apic.line(gsi)?)) };
 
-        let start = Instant::now();
-        let uptime = move || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let wall = || {
-            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-        };
+        let Clocks { uptime, boot } = clocks;
+        let passed = Arc::clone(&uptime);
+        let wall = move || boot.saturating_add(passed.now_ns());
         let wake = |state: &Arc<State>| {
             let state = Arc::clone(state);
             move |_: Option<u64>| state.wake_timers()
@@ -134,7 +214,7 @@ impl Pc {
             }
         };
 
-        let pit = Pit::new(uptime, line(ports::PIT_IRQ, ports::PIT_GSI)?);
+        let pit = Pit::new(Arc::clone(&uptime), line(ports::PIT_IRQ, ports::PIT_GSI)?);
         let pit = Arc::new(Timed::new(pit, wake(&state)));
         let rtc = Arc::new(Timed::new(Rtc::new(wall, line(ports::RTC_IRQ, ports::RTC_IRQ)?), wake(&state)));
         let sci = line(ports::ACPI_SCI, ports::ACPI_SCI)?;
@@ -151,7 +231,7 @@ impl Pc {
         };
         attach("PIC", &ports::PIC, pic.clone())?;
         attach("PIT", &ports::PIT, pit.clone())?;
-        attach("i8042", &ports::I8042, keyboard)?;
+        attach("i8042", &ports::I8042, keyboard.clone())?;
         attach("RTC", &[ports::RTC], rtc.clone())?;
         attach("debug exit", &[ports::DEBUG_EXIT], debug_exit)?;
         attach("ACPI", &[ports::ACPI_PM], acpi.clone())?;
@@ -159,23 +239,28 @@ impl Pc {
 
         let drained = Arc::new(Drained::default());
         let mut console = None;
+        let mut serial = Vec::new();
         for port in SerialPort::ALL {
             let irq = port.irq().into();
-            let notify = Arc::clone(&drained);
+            let (notify, leader) = (Arc::clone(&drained), Arc::clone(&state));
             let is_console = port == SerialPort::Console;
             let uart = Uart16550::with_drained(line(irq, irq)?, output(port), move || {
-                if is_console {
+                if is_console && leader.led.load(Ordering::SeqCst) {
+                    leader.wake_leader();
+                } else if is_console {
                     notify.notify();
                 }
             });
             let uart = Arc::new(Mutex::new(uart));
             pio.insert(port.device(), BusRange::new(port.io_base().into(), 8), uart.clone())?;
+            serial.push(Arc::clone(&uart));
             if is_console {
                 console = Some(uart);
             }
         }
         let console = console.context("a PC has a console")?;
-        Ok(Self { pio, mmio, io_apic, pic, console, drained, state, timed: vec![pit, rtc, acpi] })
+        let timed: Vec<(Arc<dyn Service>, u64)> = vec![(pit, 0), (rtc, boot), (acpi, 0)];
+        Ok(Self { pio, mmio, io_apic, pic, keyboard, serial, console, drained, state, timed })
     }
 
     /// Writes the ACPI tables that describe the machine; where the root pointer is.
@@ -193,6 +278,46 @@ impl Pc {
         Ok(tables.rsdp())
     }
 
+    /// Tells the devices which vCPU boots, for a loop of its own that calls [`Pc::service`] and [`Pc::offer`]. When an
+    /// access of the guest changes what they would say, the vCPU is kicked.
+    pub fn follow(&self, bootstrap: Arc<dyn VcpuHandle>) {
+        self.state.led.store(true, Ordering::SeqCst);
+        self.state.bootstrap.get_or_init(|| bootstrap);
+        self.pic_line_again();
+    }
+
+    /// Signals what has become due. When there is more to do, in nanoseconds of the uptime.
+    pub fn service(&self) -> Option<u64> {
+        let next = |(device, ahead): &(Arc<dyn Service>, u64)| Some(device.service()?.saturating_sub(*ahead));
+        self.timed.iter().filter_map(next).min()
+    }
+
+    /// Types as much of `input` at the console as finds room; how many bytes that is.
+    pub fn offer(&self, input: &[u8]) -> usize {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).enqueue(input)
+    }
+
+    /// How many bytes find room at the console.
+    pub fn room(&self) -> usize {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).input_capacity()
+    }
+
+    /// Writes the states of all devices, as text in which every field has its name.
+    ///
+    /// # Errors
+    /// What `out` says.
+    pub fn show(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        write!(out, "{:?}{:?}", self.pic.state(), self.io_apic.state())?;
+        write!(out, "{:?}", self.keyboard.lock().unwrap_or_else(PoisonError::into_inner).state())?;
+        for (device, _) in &self.timed {
+            device.show(out)?;
+        }
+        for port in &self.serial {
+            write!(out, "{:?}", port.lock().unwrap_or_else(PoisonError::into_inner).state())?;
+        }
+        Ok(())
+    }
+
     /// Tells the devices which vCPU boots, and starts their timers.
     pub fn start(self: &Arc<Self>, bootstrap: Arc<dyn VcpuHandle>) {
         // Nobody sets it but this.
@@ -200,7 +325,7 @@ impl Pc {
         self.pic_line_again();
         let pc = Arc::clone(self);
         let timers = move || loop {
-            let next = pc.timed.iter().filter_map(|device| device.service()).min();
+            let next = pc.service();
             let mut changed = pc.state.changed.lock().unwrap_or_else(PoisonError::into_inner);
             while !*changed {
                 // Deadlines are in the time of their clocks, so they are only looked at again, not computed with: often

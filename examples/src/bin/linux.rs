@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use vmm_cpu::entry::entry_state;
 use vmm_cpu::{
-    CpuModel, Error, Halt, Hypervisor, InterruptMode, PauseHandle, Vcpu, VcpuExit, VcpuIo, VcpuThreads,
+    ClockSource, CpuModel, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuExit, VcpuIo, VcpuThreads, Vm,
     VmConfig, open_backend,
 };
 use vmm_devices::platform::PlatformEvent;
@@ -27,7 +28,10 @@ use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debian::{self, MODULES, ModuleTree, Series};
 use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session};
 use vmm_examples::initramfs::{AddedFile, Userspace, userspace};
-use vmm_examples::pc::{Buses, Output, Pc};
+use vmm_examples::pc::{self, Buses, Clocks, Output, Pc};
+use vmm_examples::replay::{
+    Director, Finish, Header, Inputs, Log, LogWriter, Machine, Record, StateHash, Typist,
+};
 use vmm_examples::terminal::{self, EscapeKeys, RawMode};
 use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
@@ -79,9 +83,35 @@ struct Options {
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     seconds: Option<u64>,
+    /// A run that can be had again: one vCPU on one thread, and time that counts instructions.
+    #[arg(long)]
+    deterministic: bool,
+    /// Writes the inputs of a deterministic run to that file.
+    #[arg(long, value_name = "FILE", conflicts_with = "replay")]
+    record: Option<PathBuf>,
+    /// Has the run again whose inputs are in that file; other options as when it was recorded. Ends with an error where it
+    /// differs.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["command", "stdin"])]
+    replay: Option<PathBuf>,
+    /// Writes a hash of the whole machine to that file every so many instructions of a deterministic run. They are recorded
+    /// too, and compared with when the run is replayed.
+    #[arg(long, value_name = "FILE")]
+    state_hashes: Option<PathBuf>,
+    /// How many instructions lie between two hashes.
+    #[arg(long, value_name = "INSTRUCTIONS", default_value = "1000000", requires = "state_hashes")]
+    hash_interval: NonZeroU64,
+    /// Compares each hash with one from scratch, which takes long.
+    #[arg(long, requires = "state_hashes")]
+    hash_check: bool,
     /// Times, exits by kind, instructions and memory, on standard error at the end.
     #[arg(long)]
     timings: bool,
+}
+
+impl Options {
+    fn is_deterministic(&self) -> bool {
+        self.deterministic || self.record.is_some() || self.replay.is_some() || self.state_hashes.is_some()
+    }
 }
 
 fn main() -> ExitCode {
@@ -101,10 +131,17 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let inherited = inherited_descriptors()?;
     // Before anything is fetched: without a backend there is no use for it.
     let hypervisor = choose(&options.backend)?;
-    let session = session(options)?;
+    let rerun = Rerun::open(options)?;
+    let session = match rerun.session() {
+        Some(session) => session,
+        None => session(options)?,
+    };
     let guest = Guest::get(options, &session)?;
 
-    let ram = GuestRam::builder().ram(options.memory << 20).build()?;
+    let ram = GuestRam::builder()
+        .ram(options.memory << 20)
+        .track_dirty(options.state_hashes.is_some() || options.replay.is_some())
+        .build()?;
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
     let is_linux = kernel.setup_header().is_some();
     let mut boot = Boot::new(&kernel).command_line(guest.command_line.trim());
@@ -119,7 +156,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     let entry = boot.load(&*ram.memory()).with_context(|| guest.name())?;
 
-    let vm = hypervisor.create_vm(&machine(&*hypervisor).vcpus(options.cpus))?;
+    let vm = hypervisor.create_vm(&machine(&*hypervisor, options.is_deterministic()).vcpus(options.cpus))?;
     vm.map_ram(&ram)?;
     let mut vcpus = (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
     let bootstrap = vcpus.first_mut().context("a machine has a vCPU")?;
@@ -130,14 +167,50 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let messages = vm.msi().context("the backend takes no interrupt messages")?;
     let at_end = Arc::clone(&stop);
-    let pc = Arc::new(Pc::new(messages, |port| Watch::port(&watch, port), move || at_end.raise())?);
+    let clocks = if options.is_deterministic() { rerun.clocks(&*vm)? } else { Clocks::host() };
+    let output = |port| Watch::port(&watch, port);
+    let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
+    if options.is_deterministic() {
+        let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
+        stop.reaches(move || bootstrap.kick());
+        let header = rerun.header(&guest, options, (&*hypervisor, &*vm), session.clone());
+        let (director, typist) = rerun.director(header, options, &ram, &*vm)?;
+        let raw =
+            if typist.is_some() && matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
+        if let Some(typist) = typist.filter(|_| !matches!(session, Session::Command { .. })) {
+            read_keys(move |keys| typist.type_in(keys), &watch, raw.is_some())?;
+        }
+        let time_is_up = alarm(options.seconds, &stop)?;
+        let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
+        confine(&*hypervisor, &inherited)?;
+        let machine = Machine { vm: &*vm, vcpu: &mut *vcpu, pc: &pc };
+        let guest_ended = || pc.end().is_some() || watch.done.load(Ordering::SeqCst);
+        let wanted = || {
+            let user = watch.enough.load(Ordering::SeqCst) || watch.broken.load(Ordering::SeqCst);
+            let time = time_is_up.load(Ordering::SeqCst);
+            if user { Some(Finish::User) } else { time.then_some(Finish::Time) }
+        };
+        let finish = director.run(machine, guest_ended, wanted);
+        let end = finish.and_then(|finish| {
+            ensure!(!watch.broken.load(Ordering::SeqCst), "the guest's output cannot be written");
+            Ok(match (finish, pc.end()) {
+                (Finish::User, _) => End::User,
+                (Finish::Time, _) => End::TimeIsUp,
+                (Finish::Guest, end) => End::of(end)?,
+            })
+        });
+        drop(raw);
+        return conclude(options, &session, &watch, started, &[vcpu], memory, end);
+    }
     let with_buses = |vcpu| (vcpu, Box::new(Buses(Arc::clone(&pc))) as Box<dyn VcpuIo + Send>);
     let threads = VcpuThreads::spawn(vcpus.into_iter().map(with_buses).collect())?;
-    stop.reaches(threads.pause_handle());
+    let pause = threads.pause_handle();
+    stop.reaches(move || pause.pause());
     pc.start(bootstrap);
     let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
     if !matches!(session, Session::Command { .. }) {
-        read_keys(&pc, &watch, raw.is_some())?;
+        let typed = Arc::clone(&pc);
+        read_keys(move |keys| typed.type_in(keys), &watch, raw.is_some())?;
     }
     let time_is_up = alarm(options.seconds, &stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
@@ -147,19 +220,35 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let end = wait_for_end(&threads, &pc, &watch, &time_is_up);
     let vcpus = threads.stop();
     drop(raw);
+    conclude(options, &session, &watch, started, &vcpus, memory, end)
+}
+
+/// Reports, and says with what status the program ends.
+fn conclude(
+    options: &Options,
+    session: &Session,
+    watch: &Watch,
+    started: Instant,
+    vcpus: &[Box<dyn Vcpu>],
+    memory: Option<Memory>,
+    end: Result<End>,
+) -> Result<u8> {
     let ended = started.elapsed();
     let status = watch.finish()?;
     if options.timings {
-        report(&watch, ended, &vcpus, memory)?;
+        report(watch, ended, vcpus, memory)?;
     }
     match end? {
         End::TimeIsUp => {
-            eprintln!("linux: the guest was still running after {} s", options.seconds.unwrap_or(0));
+            match options.seconds {
+                Some(seconds) => eprintln!("linux: the guest was still running after {seconds} s"),
+                None => eprintln!("linux: the guest was still running when its time was up"),
+            }
             Ok(TIME_IS_UP)
         }
         End::DebugExit(status) => Ok(status),
         End::User => Ok(0),
-        End::Guest => match (&session, status) {
+        End::Guest => match (session, status) {
             (_, Some(status)) => Ok(status),
             (Session::Command { .. }, None) => bail!("the guest ended before the command did"),
             (_, None) => Ok(0),
@@ -186,10 +275,13 @@ fn choose(name: &str) -> Result<Box<dyn Hypervisor>> {
 }
 
 /// The machine that [`Pc`] goes with.
-fn machine(hypervisor: &dyn Hypervisor) -> VmConfig {
+fn machine(hypervisor: &dyn Hypervisor, deterministic: bool) -> VmConfig {
     let mut config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic);
     if hypervisor.capabilities().tsc_scaling {
         config.clock.tsc_khz = Some(TSC_KHZ);
+    }
+    if deterministic {
+        config.clock.source = ClockSource::Deterministic;
     }
     config
 }
@@ -213,6 +305,81 @@ fn session(options: &Options) -> Result<Session> {
     } else {
         Session::Log
     })
+}
+
+/// What of a deterministic run comes from a log or goes to one.
+struct Rerun {
+    log: Option<Log>,
+    date: u64,
+}
+
+impl Rerun {
+    fn open(options: &Options) -> Result<Self> {
+        let cpus = options.cpus;
+        ensure!(!options.is_deterministic() || cpus == 1, "a deterministic run has one vCPU, not {cpus}");
+        let log = options.replay.as_deref().map(Log::read).transpose()?;
+        let date = log.as_ref().map_or_else(pc::date, |log| log.header.date);
+        Ok(Self { log, date })
+    }
+
+    /// What the guest was told to do when it was recorded.
+    fn session(&self) -> Option<Session> {
+        Some(self.log.as_ref()?.header.session.clone())
+    }
+
+    fn clocks(&self, vm: &dyn Vm) -> Result<Clocks> {
+        let clock = vm.clock().context("the backend's clock cannot be read")?;
+        // A counted clock always tells.
+        let uptime = move || clock.now().unwrap_or(u64::MAX);
+        Ok(Clocks { uptime: Arc::new(uptime), boot: self.date })
+    }
+
+    fn header(
+        &self,
+        guest: &Guest,
+        options: &Options,
+        (hypervisor, vm): (&dyn Hypervisor, &dyn Vm),
+        session: Session,
+    ) -> Header {
+        let cpu = format!("{} {:?}", hypervisor.name(), hypervisor.supported_cpuid());
+        let tsc_khz = vm.clock().map_or(0, |clock| clock.tsc_khz());
+        let guest = (&*guest.image, guest.initrd.as_deref(), guest.command_line.trim());
+        Header::new(guest, options.memory, (&cpu, tsc_khz), self.date, session)
+    }
+
+    /// What runs the machine, and what types if nobody has yet.
+    fn director(
+        self,
+        header: Header,
+        options: &Options,
+        ram: &GuestRam,
+        vm: &dyn Vm,
+    ) -> Result<(Director, Option<Typist>)> {
+        let mut has_hashes = options.state_hashes.is_some();
+        let (inputs, typist) = match self.log {
+            Some(log) => {
+                log.header.check(&header)?;
+                has_hashes |= log.records.iter().any(|record| matches!(record, Record::State { .. }));
+                (Inputs::logged(log.records), None)
+            }
+            None => {
+                let (inputs, typist) = Inputs::live();
+                (inputs, Some(typist))
+            }
+        };
+        let mut director = Director::new(inputs);
+        if let Some(path) = &options.record {
+            director = director.record(LogWriter::create(path, &header)?);
+        }
+        if has_hashes {
+            let create =
+                |path: &PathBuf| File::create(path).with_context(|| format!("creating {}", path.display()));
+            let list = options.state_hashes.as_ref().map(create).transpose()?;
+            let every = if list.is_some() { options.hash_interval.get() } else { u64::MAX };
+            director = director.hash(StateHash::new(ram, vm, options.hash_check)?, every, list);
+        }
+        Ok((director, typist))
+    }
 }
 
 /// What the machine is started with.
@@ -276,16 +443,16 @@ fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
 
 /// Stops the vCPUs when there is a reason to look why; those who raise it say so first.
 #[derive(Default)]
-struct StopSign(OnceLock<PauseHandle>);
+struct StopSign(OnceLock<Box<dyn Fn() + Send + Sync>>);
 
 impl StopSign {
-    fn reaches(&self, vcpus: PauseHandle) {
-        self.0.get_or_init(|| vcpus);
+    fn reaches(&self, vcpus: impl Fn() + Send + Sync + 'static) {
+        self.0.get_or_init(|| Box::new(vcpus));
     }
 
     fn raise(&self) {
-        if let Some(vcpus) = self.0.get() {
-            vcpus.pause();
+        if let Some(stop) = self.0.get() {
+            stop();
         }
     }
 }
@@ -378,20 +545,20 @@ impl Write for PortWriter {
 }
 
 /// Starts the thread that types at the console what comes from standard input.
-fn read_keys(pc: &Arc<Pc>, watch: &Arc<Watch>, raw: bool) -> Result<()> {
-    let (pc, watch) = (Arc::clone(pc), Arc::clone(watch));
+fn read_keys(type_in: impl Fn(&[u8]) + Send + 'static, watch: &Arc<Watch>, raw: bool) -> Result<()> {
+    let watch = Arc::clone(watch);
     let keys = move || {
         let (mut escape, mut buffer) = (EscapeKeys::default(), [0; 256]);
         // An input that ends, or breaks, is one that nothing comes from any more.
         while let Ok(length @ 1..) = io::stdin().read(&mut buffer) {
             let typed = buffer.get(..length).unwrap_or_default();
             if !raw {
-                pc.type_in(typed);
+                type_in(typed);
                 continue;
             }
             let mut for_guest = Vec::with_capacity(length);
             let ends = escape.take(typed, &mut for_guest);
-            pc.type_in(&for_guest);
+            type_in(&for_guest);
             if ends {
                 watch.end_by_user();
                 return;
@@ -432,6 +599,16 @@ enum End {
     TimeIsUp,
 }
 
+impl End {
+    /// The end by that event, or by none of the platform's.
+    fn of(event: Option<PlatformEvent>) -> Result<Self> {
+        Ok(match event {
+            Some(PlatformEvent::DebugExit { status }) => Self::DebugExit(u8::try_from(status & 0xff)?),
+            _ => Self::Guest,
+        })
+    }
+}
+
 fn wait_for_end(threads: &VcpuThreads, pc: &Pc, watch: &Watch, time_is_up: &AtomicBool) -> Result<End> {
     // The first vCPU that stops ends the machine.
     let exit = threads.wait(None);
@@ -439,10 +616,7 @@ fn wait_for_end(threads: &VcpuThreads, pc: &Pc, watch: &Watch, time_is_up: &Atom
         bail!("the guest's output cannot be written");
     }
     if let Some(end) = pc.end() {
-        return Ok(match end {
-            PlatformEvent::DebugExit { status } => End::DebugExit(u8::try_from(status & 0xff)?),
-            _ => End::Guest,
-        });
+        return End::of(Some(end));
     }
     if watch.done.load(Ordering::SeqCst) {
         return Ok(End::Guest);
