@@ -9,7 +9,6 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
-use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use vmm_cpu::entry::entry_state;
 use vmm_cpu::{
-    ClockSource, CpuModel, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuExit, VcpuIo, VcpuThreads, Vm,
+    ClockSource, CpuModel, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuExit, VcpuIo, VcpuThreads,
     VmConfig, open_backend,
 };
 use vmm_devices::platform::PlatformEvent;
@@ -28,10 +27,8 @@ use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debian::{self, MODULES, ModuleTree, Series};
 use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session};
 use vmm_examples::initramfs::{AddedFile, Userspace, userspace};
-use vmm_examples::pc::{self, Buses, Clocks, Output, Pc};
-use vmm_examples::replay::{
-    Director, Finish, Header, Inputs, Log, LogWriter, Machine, Record, StateHash, Typist,
-};
+use vmm_examples::pc::{Buses, Clocks, Output, Pc};
+use vmm_examples::replay::{Finish, Machine, Rerun, RerunOptions};
 use vmm_examples::terminal::{self, EscapeKeys, RawMode};
 use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
@@ -83,35 +80,11 @@ struct Options {
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     seconds: Option<u64>,
-    /// A run that can be had again: one vCPU on one thread, and time that counts instructions.
-    #[arg(long)]
-    deterministic: bool,
-    /// Writes the inputs of a deterministic run to that file.
-    #[arg(long, value_name = "FILE", conflicts_with = "replay")]
-    record: Option<PathBuf>,
-    /// Has the run again whose inputs are in that file; other options as when it was recorded. Ends with an error where it
-    /// differs.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["command", "stdin"])]
-    replay: Option<PathBuf>,
-    /// Writes a hash of the whole machine to that file every so many instructions of a deterministic run. They are recorded
-    /// too, and compared with when the run is replayed.
-    #[arg(long, value_name = "FILE")]
-    state_hashes: Option<PathBuf>,
-    /// How many instructions lie between two hashes.
-    #[arg(long, value_name = "INSTRUCTIONS", default_value = "1000000", requires = "state_hashes")]
-    hash_interval: NonZeroU64,
-    /// Compares each hash with one from scratch, which takes long.
-    #[arg(long, requires = "state_hashes")]
-    hash_check: bool,
+    #[command(flatten)]
+    rerun: RerunOptions,
     /// Times, exits by kind, instructions and memory, on standard error at the end.
     #[arg(long)]
     timings: bool,
-}
-
-impl Options {
-    fn is_deterministic(&self) -> bool {
-        self.deterministic || self.record.is_some() || self.replay.is_some() || self.state_hashes.is_some()
-    }
 }
 
 fn main() -> ExitCode {
@@ -131,17 +104,14 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let inherited = inherited_descriptors()?;
     // Before anything is fetched: without a backend there is no use for it.
     let hypervisor = choose(&options.backend)?;
-    let rerun = Rerun::open(options)?;
+    let rerun = Rerun::open(&options.rerun, options.cpus)?;
     let session = match rerun.session() {
         Some(session) => session,
         None => session(options)?,
     };
     let guest = Guest::get(options, &session)?;
 
-    let ram = GuestRam::builder()
-        .ram(options.memory << 20)
-        .track_dirty(options.state_hashes.is_some() || options.replay.is_some())
-        .build()?;
+    let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
     let is_linux = kernel.setup_header().is_some();
     let mut boot = Boot::new(&kernel).command_line(guest.command_line.trim());
@@ -156,7 +126,8 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     let entry = boot.load(&*ram.memory()).with_context(|| guest.name())?;
 
-    let vm = hypervisor.create_vm(&machine(&*hypervisor, options.is_deterministic()).vcpus(options.cpus))?;
+    let vm =
+        hypervisor.create_vm(&machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus))?;
     vm.map_ram(&ram)?;
     let mut vcpus = (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
     let bootstrap = vcpus.first_mut().context("a machine has a vCPU")?;
@@ -167,14 +138,15 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let messages = vm.msi().context("the backend takes no interrupt messages")?;
     let at_end = Arc::clone(&stop);
-    let clocks = if options.is_deterministic() { rerun.clocks(&*vm)? } else { Clocks::host() };
+    let clocks = if options.rerun.is_deterministic() { rerun.clocks(&*vm)? } else { Clocks::host() };
     let output = |port| Watch::port(&watch, port);
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
-    if options.is_deterministic() {
+    if options.rerun.is_deterministic() {
         let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
         stop.reaches(move || bootstrap.kick());
-        let header = rerun.header(&guest, options, (&*hypervisor, &*vm), session.clone());
-        let (director, typist) = rerun.director(header, options, &ram, &*vm)?;
+        let started_with = (&*guest.image, guest.initrd.as_deref(), guest.command_line.trim());
+        let header = rerun.header(started_with, options.memory, (&*hypervisor, &*vm), session.clone());
+        let (director, typist) = rerun.director(&header, &ram, &*vm)?;
         let raw =
             if typist.is_some() && matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
         if let Some(typist) = typist.filter(|_| !matches!(session, Session::Command { .. })) {
@@ -305,81 +277,6 @@ fn session(options: &Options) -> Result<Session> {
     } else {
         Session::Log
     })
-}
-
-/// What of a deterministic run comes from a log or goes to one.
-struct Rerun {
-    log: Option<Log>,
-    date: u64,
-}
-
-impl Rerun {
-    fn open(options: &Options) -> Result<Self> {
-        let cpus = options.cpus;
-        ensure!(!options.is_deterministic() || cpus == 1, "a deterministic run has one vCPU, not {cpus}");
-        let log = options.replay.as_deref().map(Log::read).transpose()?;
-        let date = log.as_ref().map_or_else(pc::date, |log| log.header.date);
-        Ok(Self { log, date })
-    }
-
-    /// What the guest was told to do when it was recorded.
-    fn session(&self) -> Option<Session> {
-        Some(self.log.as_ref()?.header.session.clone())
-    }
-
-    fn clocks(&self, vm: &dyn Vm) -> Result<Clocks> {
-        let clock = vm.clock().context("the backend's clock cannot be read")?;
-        // A counted clock always tells.
-        let uptime = move || clock.now().unwrap_or(u64::MAX);
-        Ok(Clocks { uptime: Arc::new(uptime), boot: self.date })
-    }
-
-    fn header(
-        &self,
-        guest: &Guest,
-        options: &Options,
-        (hypervisor, vm): (&dyn Hypervisor, &dyn Vm),
-        session: Session,
-    ) -> Header {
-        let cpu = format!("{} {:?}", hypervisor.name(), hypervisor.supported_cpuid());
-        let tsc_khz = vm.clock().map_or(0, |clock| clock.tsc_khz());
-        let guest = (&*guest.image, guest.initrd.as_deref(), guest.command_line.trim());
-        Header::new(guest, options.memory, (&cpu, tsc_khz), self.date, session)
-    }
-
-    /// What runs the machine, and what types if nobody has yet.
-    fn director(
-        self,
-        header: Header,
-        options: &Options,
-        ram: &GuestRam,
-        vm: &dyn Vm,
-    ) -> Result<(Director, Option<Typist>)> {
-        let mut has_hashes = options.state_hashes.is_some();
-        let (inputs, typist) = match self.log {
-            Some(log) => {
-                log.header.check(&header)?;
-                has_hashes |= log.records.iter().any(|record| matches!(record, Record::State { .. }));
-                (Inputs::logged(log.records), None)
-            }
-            None => {
-                let (inputs, typist) = Inputs::live();
-                (inputs, Some(typist))
-            }
-        };
-        let mut director = Director::new(inputs);
-        if let Some(path) = &options.record {
-            director = director.record(LogWriter::create(path, &header)?);
-        }
-        if has_hashes {
-            let create =
-                |path: &PathBuf| File::create(path).with_context(|| format!("creating {}", path.display()));
-            let list = options.state_hashes.as_ref().map(create).transpose()?;
-            let every = if list.is_some() { options.hash_interval.get() } else { u64::MAX };
-            director = director.hash(StateHash::new(ram, vm, options.hash_check)?, every, list);
-        }
-        Ok((director, typist))
-    }
 }
 
 /// What the machine is started with.

@@ -18,6 +18,10 @@ use vmm_memory::{DirtyTracker, GuestRam, GuestRegion, PAGE_SIZE};
 
 use crate::pc::Pc;
 
+/// [`PAGE_SIZE`] as a length.
+const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
 /// Pages that are hashed together.
 const GROUP: usize = 64;
 
@@ -124,7 +128,7 @@ impl Region {
     }
 
     fn hash_page(&mut self, page: u64) -> Result<()> {
-        let mut bytes = [0; PAGE_SIZE as usize];
+        let mut bytes = [0; PAGE];
         self.region.read_slice(&mut bytes, MemoryRegionAddress(page * PAGE_SIZE))?;
         if let Some(hash) = self.pages.get_mut(usize::try_from(page)?) {
             *hash = blake3::hash(&bytes);
