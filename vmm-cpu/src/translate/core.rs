@@ -266,9 +266,10 @@ impl Core {
     }
 
     /// What a serializing instruction owes to other vCPUs (Intel SDM 3A 9.3): its stores so far are visible before
-    /// anything that follows is loaded.
-    pub(crate) fn serialize(&self) {
+    /// anything that follows is loaded, and what they wrote to code before is executed (9.1.3), also right behind it.
+    pub(crate) fn serialize(&mut self) {
         fence(Ordering::SeqCst);
+        self.end_block();
     }
 
     /// The block ends after the running instruction.

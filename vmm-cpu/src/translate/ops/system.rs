@@ -248,7 +248,6 @@ fn wrmsr(m: &mut Machine<'_>, _: &Op) -> Flow {
     let value = m.cpu.r(RDX) << 32 | u64::from(low32(m.cpu.r(RAX)));
     m.guest_wrmsr(low32(m.cpu.r(RCX)), value)?;
     m.serialize();
-    m.end_block();
     Ok(())
 }
 
@@ -300,7 +299,6 @@ fn invlpg(m: &mut Machine<'_>, op: &Op) -> Flow {
     let va = if m.is_64() { va } else { va & 0xffff_ffff };
     m.tlb.flush_page(va);
     m.serialize();
-    m.end_block();
     Ok(())
 }
 
@@ -429,12 +427,12 @@ pub(super) fn lower(instruction: &Instruction) -> Option<(Handler, bool)> {
         M::Clts => (clts, true),
         M::Rdmsr => (rdmsr, false),
         M::Wrmsr => (wrmsr, true),
-        M::Cpuid => (cpuid, false),
+        M::Cpuid => (cpuid, true),
         M::Rdtsc | M::Rdtscp => (rdtsc, false),
         M::Rdpmc => (rdpmc, true),
         M::Hlt => (hlt, true),
         M::Invlpg => (invlpg, true),
-        M::Invd | M::Wbinvd => (cache_control, false),
+        M::Invd | M::Wbinvd => (cache_control, true),
         M::Stac | M::Clac => (set_alignment_check, false),
         M::Xgetbv => (xgetbv, false),
         M::Xsetbv => (xsetbv, true),

@@ -6,6 +6,7 @@ mod basics;
 mod clock;
 mod controllers;
 mod cpuid;
+mod cross_modifying;
 mod debug;
 mod dirty;
 mod doorbells;
@@ -40,6 +41,7 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("doorbells", doorbells::CASES),
     ("smp", smp::CASES),
     ("ordering", ordering::CASES),
+    ("cross_modifying", cross_modifying::CASES),
     ("debug", debug::CASES),
     ("hypercalls", hypercalls::CASES),
     ("snapshot", snapshot::CASES),

@@ -28,16 +28,16 @@ cases![
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Words that the vCPUs share.
-const SHARED: u64 = layout::DATA;
+pub(super) const SHARED: u64 = layout::DATA;
 /// How far each vCPU is, in words of their own cache lines.
 const PROGRESS: u64 = layout::DATA + 0x1000;
 /// What each vCPU has found, likewise.
-const FOUND: u64 = layout::DATA + 0x2000;
+pub(super) const FOUND: u64 = layout::DATA + 0x2000;
 /// Code that is written.
-const WRITTEN: u64 = layout::DATA + 0x8000;
+pub(super) const WRITTEN: u64 = layout::DATA + 0x8000;
 
 /// Runs `images`, each on a vCPU and a thread of its own, until all have halted.
-fn run_all(backend: &Backend, images: &[Image]) -> Outcome<GuestRam> {
+pub(super) fn run_all(backend: &Backend, images: &[Image]) -> Outcome<GuestRam> {
     let [first, others @ ..] = images else { return Err(Stop::failed("no vCPU")) };
     let config = backend.config(InterruptMode::External)?.vcpus(u32::try_from(images.len())?);
     let Machine { mut vcpu, vm, ram, .. } = Machine::with_config(backend, &config, first)?;
@@ -85,17 +85,17 @@ fn run_all(backend: &Backend, images: &[Image]) -> Outcome<GuestRam> {
     Ok(ram)
 }
 
-fn word(ram: &GuestRam, gpa: u64) -> Outcome<u64> {
+pub(super) fn word(ram: &GuestRam, gpa: u64) -> Outcome<u64> {
     Ok(ram.memory().read_obj(GuestAddress(gpa))?)
 }
 
 /// Where the program of a vCPU is.
-fn code(vcpu: u64) -> u64 {
+pub(super) fn code(vcpu: u64) -> u64 {
     layout::CODE + vcpu * 0x1000
 }
 
 /// Waits until both vCPUs have begun the round in RCX.
-fn meet(p: &mut Program, vcpu: u64) -> Outcome {
+pub(super) fn meet(p: &mut Program, vcpu: u64) -> Outcome {
     p.mov(qword_ptr(PROGRESS + vcpu * 64), rcx)?;
     let again = p.here()?;
     let mut there = p.create_label();
@@ -108,7 +108,7 @@ fn meet(p: &mut Program, vcpu: u64) -> Outcome {
 }
 
 /// `rounds` rounds, numbered from 1 in RCX; then HLT.
-fn rounds(vcpu: u64, rounds: u32, round: impl FnOnce(&mut Program) -> Outcome) -> Outcome<Image> {
+pub(super) fn rounds(vcpu: u64, rounds: u32, round: impl FnOnce(&mut Program) -> Outcome) -> Outcome<Image> {
     let mut p = Program::new()?;
     p.mov(ecx, 1)?;
     let again = p.here()?;

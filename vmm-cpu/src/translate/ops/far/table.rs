@@ -181,10 +181,10 @@ pub(super) fn lower(instruction: &Instruction) -> Option<(Handler, bool)> {
         Mnemonic::Verr | Mnemonic::Verw => (verify, false),
         Mnemonic::Arpl => (adjust_rpl, false),
         Mnemonic::Sldt | Mnemonic::Str => (store_selector, false),
-        Mnemonic::Lldt => (load_local_table, false),
-        Mnemonic::Ltr => (load_task, false),
+        Mnemonic::Lldt => (load_local_table, true),
+        Mnemonic::Ltr => (load_task, true),
         Mnemonic::Sgdt | Mnemonic::Sidt => (store_table, false),
-        Mnemonic::Lgdt | Mnemonic::Lidt => (load_table, false),
+        Mnemonic::Lgdt | Mnemonic::Lidt => (load_table, true),
         _ => return None,
     })
 }
