@@ -168,7 +168,8 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
             m.rare.clear();
         }
         let block = block::build(m, va, gpa)?;
-        settled &= block.second_page.is_none_or(|page| m.watch_code(page));
+        // Its bytes may be older than what says now that all stores to the second page are seen.
+        settled &= block.second_page.is_none();
         known = Some(cache.insert(block));
     }
     let Some(id) = known else { return Err(m.gp(0)) };

@@ -7,7 +7,7 @@ use crate::hypervisor::ClockSource;
 use crate::translate::clock::Clock;
 use crate::translate::cpu::{RAX, RCX, RDX, RSI, RSP};
 use crate::translate::exception::vector;
-use crate::translate::segment::index;
+use crate::translate::segment::{SegmentRegister, index};
 use crate::translate::signals::{Handle, Signals};
 use crate::translate::test_support::{CODE, CODE_32, CODE_64, Guest, STACK};
 use crate::translate::vm::{Peer, Shared, TranslateVm};
@@ -180,18 +180,25 @@ fn pages_whose_code_is_gone_are_written_at_full_speed_again() {
     assert!(slot.code.is_watched(slot.page(CODE)) && !slot.code.is_watched(slot.page(OTHER)));
 }
 
-#[test]
-fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
+/// A vCPU of a machine of two, and the signals of the other one, which is in the guest.
+fn beside_another() -> (Core, Arc<Signals>) {
     let clock = Clock::new(None, ClockSource::Deterministic);
     let shared =
         Arc::new(Shared::new(crate::cpuid::CpuidTable::default(), InterruptMode::External, 2, clock));
     let ram = GuestRam::builder().ram(1 << 20).build().unwrap();
     let vm = TranslateVm(Arc::clone(&shared));
     vm.map_memory(ram.regions().remove(0), GuestAccess::ReadWrite).unwrap();
-    let mut core = Core::new(0, Arc::clone(&shared), Arc::new(Signals::new()), None);
+    let core = Core::new(0, Arc::clone(&shared), Arc::new(Signals::new()), None);
     let other = Arc::new(Signals::new());
     shared.peers().push(Peer { index: 1, signals: Arc::clone(&other) });
     other.enter_guest();
+    (core, other)
+}
+
+#[test]
+fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
+    let (mut core, other) = beside_another();
+    let shared = Arc::clone(&core.shared);
     // The other one has got as far as this.
     let map = Arc::clone(core.map());
     let slot = map.slot(CODE).unwrap();
@@ -206,6 +213,51 @@ fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
     other.saw(asked);
     assert!(core.watch_code(CODE) && core.watch_code(CODE));
     assert_eq!(shared.epoch(), asked);
+}
+
+#[test]
+fn a_store_to_the_second_page_just_before_it_is_watched_is_not_missed() {
+    let (mut core, other) = beside_another();
+    let shared = Arc::clone(&core.shared);
+    let function = CODE + 0xfff;
+    core.cpu.cr0 |= 1;
+    *core.cpu.segment_mut(index::CS) = SegmentRegister::from_descriptor(CODE_32, 0x00cf_9b00_0000_ffff);
+    core.update_mode();
+    let map = Arc::clone(core.map());
+    for round in 1..2000_u32 {
+        // Code of the first page is watched already.
+        assert!(map.write(CODE, &[HLT]) && map.write(function, &[0xb8, 0, 0, 0, 0]));
+        core.watch_code(CODE);
+        other.saw(shared.epoch());
+        assert!(core.watch_code(CODE));
+        other.take_attention();
+        let mut cache = BlockCache::new();
+        let begin = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            // The other vCPU, asked to notice stores to the second page, makes one that it does not notice first.
+            scope.spawn(|| {
+                begin.wait();
+                while !other.wants_attention() {
+                    std::hint::spin_loop();
+                }
+                for _ in 0..round % 256 {
+                    std::hint::spin_loop();
+                }
+                map.store(CODE + 0x1000, round);
+                other.saw(shared.epoch());
+            });
+            let mut bus = crate::vcpu::EmptyBus;
+            let mut m = Machine::new(&mut core, &mut bus);
+            begin.wait();
+            assert!(find(&mut m, &mut cache, function).is_ok());
+        });
+        if let Some(id) = cache.find(function, core.stamp()) {
+            let mut code = [0; 5];
+            assert!(map.read(function, &mut code));
+            assert_eq!(*cache.get(id).unwrap().bytes, code, "remembered in round {round}");
+        }
+        core.forget_code(CODE + 0x1000);
+    }
 }
 
 #[test]
