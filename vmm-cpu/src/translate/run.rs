@@ -213,6 +213,10 @@ fn drop_code(m: &mut Machine<'_>, cache: &mut BlockCache, store: CodeStore) {
 #[inline(never)]
 fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
     loop {
+        if !m.code_stores.is_empty() {
+            // The VMM may be called, and this vCPU may sleep: what others execute does not wait for that.
+            drop_changed_code(m, cache);
+        }
         m.urgent = false;
         if m.signals.take_attention() {
             m.give_way();

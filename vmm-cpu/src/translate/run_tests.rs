@@ -224,7 +224,7 @@ fn a_store_to_the_second_page_just_before_it_is_watched_is_not_missed() {
     *core.cpu.segment_mut(index::CS) = SegmentRegister::from_descriptor(CODE_32, 0x00cf_9b00_0000_ffff);
     core.update_mode();
     let map = Arc::clone(core.map());
-    for round in 1..2000_u32 {
+    for round in 1..800_u32 {
         // Code of the first page is watched already.
         assert!(map.write(CODE, &[HLT]) && map.write(function, &[0xb8, 0, 0, 0, 0]));
         core.watch_code(CODE);
@@ -258,6 +258,36 @@ fn a_store_to_the_second_page_just_before_it_is_watched_is_not_missed() {
         }
         core.forget_code(CODE + 0x1000);
     }
+}
+
+/// What another vCPU had been told of changed code whenever the VMM was asked for a vector.
+struct Told {
+    other: Arc<Signals>,
+    told: Vec<usize>,
+}
+
+impl VcpuIo for Told {
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        self.told.push(self.other.take_code_stores().len());
+        None
+    }
+}
+
+#[test]
+fn others_know_of_changed_code_before_the_vmm_is_called() {
+    let (mut core, other) = beside_another();
+    let map = Arc::clone(core.map());
+    let slot = map.slot(OTHER).unwrap();
+    slot.code.add(slot.page(OTHER), 1);
+    // STI; MOV [OTHER], AL; HLT.
+    assert!(map.write(CODE, &[0xfb, 0xa2, 0x00, 0x90, HLT]));
+    core.cpu.segment_mut(index::CS).load_real(0);
+    core.cpu.rip = CODE;
+    core.update_mode();
+    core.signals.intr.set(true);
+    let mut bus = Told { other, told: Vec::new() };
+    let halt = run(&mut Machine::new(&mut core, &mut bus), &mut BlockCache::new()).unwrap();
+    assert_eq!((halt, bus.told), (Halt::Halted, vec![1]));
 }
 
 #[test]
