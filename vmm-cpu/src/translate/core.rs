@@ -14,7 +14,7 @@ use super::cpu::{Cpu, cr0, cr4};
 use super::exception::{Event, Exception, vector};
 use super::flags::bits;
 use super::memory::{
-    Access, HostWord, MemoryMap, PAGE, PAGE_MASK, Paging, Reach, Slot, Tlb, Translation, walk,
+    Access, HostWord, MemoryMap, Order, PAGE, PAGE_MASK, Paging, Reach, Slot, Tlb, Translation, walk,
 };
 use super::ops::Tables;
 use super::segment::{attribute, index};
@@ -464,7 +464,7 @@ impl<'a> Machine<'a> {
 
     /// Reads bytes that may cross from one page into the next.
     pub(crate) fn read(&mut self, place: Place, bytes: &mut [u8]) -> Flow {
-        if self.core.tlb.load_bytes(place.va, bytes) {
+        if self.core.tlb.load_bytes(place.va, bytes, Order::Ascending) {
             return Ok(());
         }
         let here = usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(bytes.len()).min(bytes.len());
@@ -494,7 +494,7 @@ impl<'a> Machine<'a> {
 
     /// Writes bytes that may cross from one page into the next. Nothing is written if any of it faults.
     pub(crate) fn write(&mut self, place: Place, bytes: &[u8]) -> Flow {
-        if self.core.tlb.store_bytes(place.va, bytes) {
+        if self.core.tlb.store_bytes(place.va, bytes, Order::Ascending) {
             return Ok(());
         }
         let here = usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(bytes.len()).min(bytes.len());

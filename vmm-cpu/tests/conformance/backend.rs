@@ -37,7 +37,7 @@ const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
 ];
 
 /// Subjects whose guests are too much for the toy.
-const BEYOND_THE_TOY: &[&str] = &["ordering", "cross_modifying", "shootdown"];
+const BEYOND_THE_TOY: &[&str] = &["ordering", "litmus", "cross_modifying", "shootdown"];
 
 /// All backends: those of the crate by name, and the suite's own.
 pub(crate) fn candidates() -> Vec<Candidate> {

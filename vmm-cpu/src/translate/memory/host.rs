@@ -98,59 +98,146 @@ host_word! {
     u64 AtomicU64 "mov {}, qword ptr [{}]" "mov qword ptr [{}], {}" reg;
 }
 
+/// Which end of a run of bytes is accessed first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    Ascending,
+    /// What string instructions do while RFLAGS.DF is set.
+    Descending,
+}
+
+impl Order {
+    pub(crate) fn backward(backward: bool) -> Self {
+        if backward { Self::Descending } else { Self::Ascending }
+    }
+}
+
+/// Bytes before the next address that is a multiple of 8, of a run of `len`.
+fn head(address: *mut u8, len: usize) -> usize {
+    (address.addr().wrapping_neg() & 7).min(len)
+}
+
+/// Calls `access` with offset and size of each piece of a run of less than 8 bytes at `address`: the fewest that are
+/// aligned, so that what the guest sees as one aligned access is one.
+fn small_pieces(address: *mut u8, len: usize, order: Order, mut access: impl FnMut(usize, usize)) {
+    let (mut start, mut end) = (0, len);
+    while start < end {
+        let edge = if order == Order::Ascending { start } else { end };
+        let aligned = address.addr().wrapping_add(edge).trailing_zeros();
+        let size = 1 << aligned.min((end - start).ilog2());
+        if order == Order::Ascending {
+            access(start, size);
+            start += size;
+        } else {
+            end -= size;
+            access(end, size);
+        }
+    }
+}
+
+/// Reads less than 8 bytes.
+///
+/// # Safety
+/// `address` must be valid for reads of `bytes.len()` bytes.
+unsafe fn small_from(address: *mut u8, bytes: &mut [u8], order: Order) {
+    small_pieces(address, bytes.len(), order, |offset, size| {
+        // SAFETY: within the bytes that the caller vouches for, as is what follows.
+        let at = unsafe { address.add(offset) };
+        let value = match size {
+            // SAFETY: the piece has that size.
+            4 => u64::from(unsafe { u32::load(at) }),
+            // SAFETY: as above.
+            2 => u64::from(unsafe { u16::load(at) }),
+            // SAFETY: as above.
+            _ => u64::from(unsafe { u8::load(at) }),
+        };
+        for (byte, value) in bytes.iter_mut().skip(offset).take(size).zip(value.to_le_bytes()) {
+            *byte = value;
+        }
+    });
+}
+
+/// Writes less than 8 bytes.
+///
+/// # Safety
+/// `address` must be valid for writes of `bytes.len()` bytes.
+unsafe fn small_to(address: *mut u8, bytes: &[u8], order: Order) {
+    small_pieces(address, bytes.len(), order, |offset, size| {
+        // SAFETY: within the bytes that the caller vouches for, as is what follows.
+        let at = unsafe { address.add(offset) };
+        match bytes.get(offset..offset + size).unwrap_or_default() {
+            // SAFETY: the piece has that size.
+            &[a, b, c, d] => unsafe { u32::store(at, u32::from_le_bytes([a, b, c, d])) },
+            // SAFETY: as above.
+            &[a, b] => unsafe { u16::store(at, u16::from_le_bytes([a, b])) },
+            // SAFETY: as above.
+            &[a] => unsafe { u8::store(at, a) },
+            _ => {}
+        }
+    });
+}
+
 /// Copies guest memory to `bytes`, in pieces as large as alignment allows.
 ///
 /// # Safety
 /// `address` must be valid for reads of `bytes.len()` bytes.
-pub(crate) unsafe fn copy_from(address: *mut u8, bytes: &mut [u8]) {
-    let mut address = address;
-    let (words, rest) = bytes.as_chunks_mut::<8>();
-    for word in words {
-        // SAFETY: within the bytes that the caller vouches for.
-        *word = unsafe { u64::load(address) }.to_le_bytes();
+pub(crate) unsafe fn copy_from(address: *mut u8, bytes: &mut [u8], order: Order) {
+    let (first, rest) = bytes.split_at_mut(head(address, bytes.len()));
+    // SAFETY: within the bytes that the caller vouches for, or right behind them.
+    let aligned = unsafe { address.add(first.len()) };
+    let (words, last) = rest.as_chunks_mut::<8>();
+    // SAFETY: as above.
+    let end = unsafe { aligned.add(words.len() * 8) };
+    if order == Order::Ascending {
+        // SAFETY: these are the first of the bytes that the caller vouches for.
+        unsafe { small_from(address, first, order) };
+        for (n, word) in words.iter_mut().enumerate() {
+            // SAFETY: the words follow.
+            *word = unsafe { u64::load(aligned.add(n * 8)) }.to_le_bytes();
+        }
+        // SAFETY: these are the last.
+        unsafe { small_from(end, last, order) };
+    } else {
+        // SAFETY: as above, the other way round.
+        unsafe { small_from(end, last, order) };
+        for (n, word) in words.iter_mut().enumerate().rev() {
+            // SAFETY: as above.
+            *word = unsafe { u64::load(aligned.add(n * 8)) }.to_le_bytes();
+        }
         // SAFETY: as above.
-        address = unsafe { address.add(8) };
-    }
-    let (words, rest) = rest.as_chunks_mut::<4>();
-    for word in words {
-        // SAFETY: within the bytes that the caller vouches for.
-        *word = unsafe { u32::load(address) }.to_le_bytes();
-        // SAFETY: as above.
-        address = unsafe { address.add(4) };
-    }
-    for byte in rest {
-        // SAFETY: as above.
-        *byte = unsafe { u8::load(address) };
-        // SAFETY: as above.
-        address = unsafe { address.add(1) };
+        unsafe { small_from(address, first, order) };
     }
 }
 
-/// Copies `bytes` to guest memory.
+/// Copies `bytes` to guest memory, in pieces as large as alignment allows.
 ///
 /// # Safety
 /// `address` must be valid for writes of `bytes.len()` bytes.
-pub(crate) unsafe fn copy_to(address: *mut u8, bytes: &[u8]) {
-    let mut address = address;
-    let (words, rest) = bytes.as_chunks::<8>();
-    for word in words {
-        // SAFETY: within the bytes that the caller vouches for.
-        unsafe { u64::store(address, u64::from_le_bytes(*word)) };
+pub(crate) unsafe fn copy_to(address: *mut u8, bytes: &[u8], order: Order) {
+    let (first, rest) = bytes.split_at(head(address, bytes.len()));
+    // SAFETY: within the bytes that the caller vouches for, or right behind them.
+    let aligned = unsafe { address.add(first.len()) };
+    let (words, last) = rest.as_chunks::<8>();
+    // SAFETY: as above.
+    let end = unsafe { aligned.add(words.len() * 8) };
+    if order == Order::Ascending {
+        // SAFETY: these are the first of the bytes that the caller vouches for.
+        unsafe { small_to(address, first, order) };
+        for (n, word) in words.iter().enumerate() {
+            // SAFETY: the words follow.
+            unsafe { u64::store(aligned.add(n * 8), u64::from_le_bytes(*word)) };
+        }
+        // SAFETY: these are the last.
+        unsafe { small_to(end, last, order) };
+    } else {
+        // SAFETY: as above, the other way round.
+        unsafe { small_to(end, last, order) };
+        for (n, word) in words.iter().enumerate().rev() {
+            // SAFETY: as above.
+            unsafe { u64::store(aligned.add(n * 8), u64::from_le_bytes(*word)) };
+        }
         // SAFETY: as above.
-        address = unsafe { address.add(8) };
-    }
-    let (words, rest) = rest.as_chunks::<4>();
-    for word in words {
-        // SAFETY: within the bytes that the caller vouches for.
-        unsafe { u32::store(address, u32::from_le_bytes(*word)) };
-        // SAFETY: as above.
-        address = unsafe { address.add(4) };
-    }
-    for byte in rest {
-        // SAFETY: as above.
-        unsafe { u8::store(address, *byte) };
-        // SAFETY: as above.
-        address = unsafe { address.add(1) };
+        unsafe { small_to(address, first, order) };
     }
 }
 
@@ -169,11 +256,11 @@ pub(crate) unsafe fn compare_exchange_16(address: *mut u8, expected: u128, new: 
     let _exchange = EXCHANGES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut bytes = [0; 16];
     // SAFETY: the caller vouches for the address.
-    unsafe { copy_from(address, &mut bytes) };
+    unsafe { copy_from(address, &mut bytes, Order::Ascending) };
     let old = u128::from_le_bytes(bytes);
     if old == expected {
         // SAFETY: as above.
-        unsafe { copy_to(address, &new.to_le_bytes()) };
+        unsafe { copy_to(address, &new.to_le_bytes(), Order::Ascending) };
     }
     old
 }
@@ -200,4 +287,60 @@ unsafe fn compare_exchange_16_native(address: *mut u8, expected: u128, new: u128
         );
     }
     u128::from(high) << 64 | u128::from(low)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_aligned_and_in_order() {
+        #[repr(align(8))]
+        struct Aligned([u8; 16]);
+        let mut memory = Aligned([0; 16]);
+        let pieces = |start: usize, len: usize, order: Order| {
+            let mut pieces = Vec::new();
+            small_pieces(memory.0.as_mut_ptr().wrapping_add(start), len, order, |offset, size| {
+                pieces.push((start + offset, size));
+            });
+            pieces
+        };
+        let mut pieces = pieces;
+        for (start, len, expected) in [
+            (0, 7, &[(0, 4), (4, 2), (6, 1)][..]),
+            (1, 7, &[(1, 1), (2, 2), (4, 4)]),
+            (6, 2, &[(6, 2)]),
+            (3, 2, &[(3, 1), (4, 1)]),
+            (0, 6, &[(0, 4), (4, 2)]),
+            (5, 0, &[]),
+        ] {
+            assert_eq!(pieces(start, len, Order::Ascending), expected, "{len} at {start}");
+            let mut backward = expected.to_vec();
+            backward.reverse();
+            assert_eq!(pieces(start, len, Order::Descending), backward, "{len} at {start}");
+        }
+    }
+
+    #[test]
+    fn every_run_is_copied_whole_in_both_orders() {
+        for order in [Order::Ascending, Order::Descending] {
+            for start in 0..9 {
+                for len in 0..30 {
+                    let source: Vec<u8> = (1..=len).collect();
+                    let mut memory = [0xee_u8; 48];
+                    let address = memory.as_mut_ptr().wrapping_add(start);
+                    let mut back = vec![0; source.len()];
+                    // SAFETY: the array has that many bytes from there.
+                    unsafe {
+                        copy_to(address, &source, order);
+                        copy_from(address, &mut back, order);
+                    }
+                    assert_eq!(back, source);
+                    let end = start + source.len();
+                    assert_eq!(memory[start..end], source);
+                    assert!(memory[..start].iter().chain(&memory[end..]).all(|byte| *byte == 0xee));
+                }
+            }
+        }
+    }
 }

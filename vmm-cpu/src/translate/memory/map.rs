@@ -8,7 +8,7 @@ use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion, MemoryRegionAddress
 
 use super::PAGE;
 use super::code_pages::CodePages;
-use super::host::{self, HostWord};
+use super::host::{self, HostWord, Order};
 use crate::error::{Error, Result};
 use crate::vm::GuestAccess;
 
@@ -186,7 +186,7 @@ impl MemoryMap {
         match self.slot(gpa).and_then(|slot| slot.host(gpa)) {
             Some((address, room)) if room >= bytes.len() as u64 => {
                 // SAFETY: the region, alive with `self`, has at least that many bytes there.
-                unsafe { host::copy_from(address, bytes) };
+                unsafe { host::copy_from(address, bytes, Order::Ascending) };
                 true
             }
             _ => false,
@@ -201,7 +201,7 @@ impl MemoryMap {
             Some((address, room)) if room >= bytes.len() as u64 => {
                 slot.mark_dirty(gpa);
                 // SAFETY: the region, alive with `self`, has at least that many bytes there, writable.
-                unsafe { host::copy_to(address, bytes) };
+                unsafe { host::copy_to(address, bytes, Order::Ascending) };
                 true
             }
             _ => false,

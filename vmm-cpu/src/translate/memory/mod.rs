@@ -10,7 +10,7 @@ mod tlb;
 mod walk;
 
 pub(crate) use code_pages::VcpuSet;
-pub(crate) use host::HostWord;
+pub(crate) use host::{HostWord, Order};
 pub(crate) use map::{MemoryMap, Slot};
 pub(crate) use tlb::{Reach, Tlb};
 pub(crate) use walk::{Access, GPA_BITS, Paging, Translation, walk};

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use super::host::HostWord;
+use super::host::{HostWord, Order};
 use super::map::MemoryMap;
 use super::walk::{Access, Translation};
 use super::{PAGE, PAGE_MASK};
@@ -213,7 +213,7 @@ impl Tlb {
     }
 
     /// Host pages of `len` bytes from `va` within one page: copies out if reads are allowed.
-    pub(crate) fn load_bytes(&self, va: u64, bytes: &mut [u8]) -> bool {
+    pub(crate) fn load_bytes(&self, va: u64, bytes: &mut [u8], order: Order) -> bool {
         let entry = self.entry(va);
         let last = va.wrapping_add((bytes.len() as u64).saturating_sub(1));
         if entry.read != (last & PAGE_MASK | self.reach) || bytes.len() as u64 > PAGE {
@@ -221,12 +221,12 @@ impl Tlb {
         }
         let address = host_pointer(va.wrapping_add(entry.addend));
         // SAFETY: as for `load`: first and last byte lie in the entry's page.
-        unsafe { super::host::copy_from(address, bytes) };
+        unsafe { super::host::copy_from(address, bytes, order) };
         true
     }
 
     /// Copies in if writes are allowed.
-    pub(crate) fn store_bytes(&self, va: u64, bytes: &[u8]) -> bool {
+    pub(crate) fn store_bytes(&self, va: u64, bytes: &[u8], order: Order) -> bool {
         let entry = self.entry(va);
         let last = va.wrapping_add((bytes.len() as u64).saturating_sub(1));
         if entry.write != (last & PAGE_MASK | self.reach) || bytes.len() as u64 > PAGE {
@@ -234,7 +234,7 @@ impl Tlb {
         }
         let address = host_pointer(va.wrapping_add(entry.addend));
         // SAFETY: as for `store`: first and last byte lie in the entry's page.
-        unsafe { super::host::copy_to(address, bytes) };
+        unsafe { super::host::copy_to(address, bytes, order) };
         true
     }
 

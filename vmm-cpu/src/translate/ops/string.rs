@@ -13,7 +13,7 @@ use super::op::{Handler, Op, segment_slot};
 use crate::translate::core::{Flow, Machine, Place, Reason};
 use crate::translate::cpu::{BLOCK, RAX, RCX, RDI, RDX, RSI};
 use crate::translate::flags::{Flags, bits};
-use crate::translate::memory::{Access, HostWord, PAGE, PAGE_MASK};
+use crate::translate::memory::{Access, HostWord, Order, PAGE, PAGE_MASK};
 use crate::translate::segment::{index, low16};
 use crate::translate::word::Word;
 
@@ -76,6 +76,11 @@ impl Form {
     fn set(&self, m: &mut Machine<'_>, register: u8, value: u64) {
         let kept = if self.mask == 0xffff { m.cpu.r(register) & !0xffff } else { 0 };
         m.cpu.set_r(register, kept | value & self.mask);
+    }
+
+    /// The order in which other vCPUs see the elements accessed.
+    fn order(&self) -> Order {
+        Order::backward(self.backward)
     }
 
     /// Moves an index register on.
@@ -229,8 +234,8 @@ fn copy<W: HostWord>(m: &Machine<'_>, form: &Form, source: Place, destination: P
     while done < elements {
         let count = at_once.min(elements - done);
         let Some(block) = buffer.get_mut(..bytes_of::<W>(count)) else { break };
-        if !m.tlb.load_bytes(form.lowest::<W>(source, done, count), block)
-            || !m.tlb.store_bytes(form.lowest::<W>(destination, done, count), block)
+        if !m.tlb.load_bytes(form.lowest::<W>(source, done, count), block, form.order())
+            || !m.tlb.store_bytes(form.lowest::<W>(destination, done, count), block, form.order())
         {
             break;
         }
@@ -269,7 +274,7 @@ fn fill<W: HostWord>(m: &Machine<'_>, form: &Form, run: Place, elements: u64, va
     while done < elements {
         let count = at_once.min(elements - done);
         let Some(block) = pattern.get(..bytes_of::<W>(count)) else { break };
-        if !m.tlb.store_bytes(form.lowest::<W>(run, done, count), block) {
+        if !m.tlb.store_bytes(form.lowest::<W>(run, done, count), block, form.order()) {
             break;
         }
         done += count;
@@ -345,7 +350,7 @@ fn load_run<'b, W: Word>(
     buffer: &'b mut [u8; COMPARED],
 ) -> Option<&'b [u8]> {
     let block = buffer.get_mut(..bytes_of::<W>(elements))?;
-    (elements > 1 && m.tlb.load_bytes(form.lowest::<W>(run, 0, elements), block)).then_some(block)
+    (elements > 1 && m.tlb.load_bytes(form.lowest::<W>(run, 0, elements), block, form.order())).then_some(block)
 }
 
 fn scas<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {

@@ -14,6 +14,7 @@ mod exact;
 mod hypercalls;
 mod interrupts;
 mod kicks;
+mod litmus;
 mod memory;
 mod mmio;
 mod msrs;
@@ -41,6 +42,7 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("doorbells", doorbells::CASES),
     ("smp", smp::CASES),
     ("ordering", ordering::CASES),
+    ("litmus", litmus::CASES),
     ("cross_modifying", cross_modifying::CASES),
     ("debug", debug::CASES),
     ("hypercalls", hypercalls::CASES),

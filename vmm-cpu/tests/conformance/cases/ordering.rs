@@ -30,7 +30,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Words that the vCPUs share.
 pub(super) const SHARED: u64 = layout::DATA;
 /// How far each vCPU is, in words of their own cache lines.
-const PROGRESS: u64 = layout::DATA + 0x1000;
+pub(super) const PROGRESS: u64 = layout::DATA + 0x1000;
 /// What each vCPU has found, likewise.
 pub(super) const FOUND: u64 = layout::DATA + 0x2000;
 /// Code that is written.
