@@ -13,6 +13,7 @@ use crate::translate::test_support::{CODE, CODE_32, CODE_64, Guest, STACK};
 use crate::translate::vm::{Peer, Shared, TranslateVm};
 use crate::vcpu::{VcpuHandle, VcpuIo};
 use crate::vm::{GuestAccess, Vm};
+use rustc_hash::FxHashSet;
 use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::GuestAddress;
 
@@ -258,6 +259,31 @@ fn a_store_to_the_second_page_just_before_it_is_watched_is_not_missed() {
         }
         core.forget_code(CODE + 0x1000);
     }
+}
+
+#[test]
+fn an_aligned_quadword_of_code_is_fetched_at_once() {
+    let mut guest = Guest::protected();
+    let map = Arc::clone(guest.core.map());
+    // NOP; MOV AL, 1, or MOV CL, 2; HLT.
+    let codes = [[0x90, 0xb0, 1, HLT, HLT, HLT, HLT, HLT], [0x90, 0xb1, 2, HLT, HLT, HLT, HLT, HLT]];
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for code in codes.iter().cycle().take_while(|_| !done.load(Ordering::Relaxed)) {
+                map.store(CODE, u64::from_le_bytes(*code));
+            }
+        });
+        let mut seen = FxHashSet::default();
+        for _ in 0..100_000 {
+            let block = block::build(&mut guest.machine(), CODE + 1, CODE + 1).unwrap();
+            seen.insert(block.bytes[..2].to_vec());
+        }
+        done.store(true, Ordering::Relaxed);
+        // Whatever it is while nothing is written yet.
+        seen.remove(&vec![0, 0]);
+        assert!(seen.iter().all(|seen| codes.iter().any(|code| code[1..3] == **seen)), "{seen:x?}");
+    });
 }
 
 /// What another vCPU had been told of changed code whenever the VMM was asked for a vector.

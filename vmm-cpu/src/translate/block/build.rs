@@ -16,12 +16,16 @@ const MAX_INSTRUCTION: usize = 15;
 /// If the first instruction crosses into a page that cannot be fetched, is too long, or lies in no memory.
 pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     let code_bits = m.mode.code_bits;
-    let room = usize::try_from(PAGE - (gpa & !PAGE_MASK)).unwrap_or(0);
-    let mut page = [0; MAX_OPS * MAX_INSTRUCTION];
-    let (bytes, _) = page.split_at_mut(room.min(MAX_OPS * MAX_INSTRUCTION));
-    if !m.map().read(gpa, bytes) {
+    // Whole quadwords, since another vCPU may change the instructions in one of them by one store (AMD APM 2, 7.6.1).
+    let skipped = gpa % 8;
+    let first = gpa - skipped;
+    let room = usize::try_from(PAGE - (first & !PAGE_MASK)).unwrap_or(0);
+    let mut page = [0; MAX_OPS * MAX_INSTRUCTION + 8];
+    let (bytes, _) = page.split_at_mut(room.min(MAX_OPS * MAX_INSTRUCTION + 8));
+    if !m.map().read(first, bytes) {
         return Err(m.unhandled(format!("code at guest-physical {gpa:#x}, where there is no memory")));
     }
+    let bytes = bytes.get(usize::try_from(skipped).unwrap_or(0)..).unwrap_or_default();
     let mut list = Vec::with_capacity(8);
     let mut decoder = Decoder::with_ip(code_bits, bytes, 0, DecoderOptions::NONE);
     let mut length = 0;
