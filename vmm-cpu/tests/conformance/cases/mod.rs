@@ -20,6 +20,7 @@ mod mmio;
 mod msrs;
 mod ordering;
 mod pio;
+mod shootdown;
 mod smp;
 mod snapshot;
 mod threads;
@@ -43,6 +44,7 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("smp", smp::CASES),
     ("ordering", ordering::CASES),
     ("litmus", litmus::CASES),
+    ("shootdown", shootdown::CASES),
     ("cross_modifying", cross_modifying::CASES),
     ("debug", debug::CASES),
     ("hypercalls", hypercalls::CASES),
