@@ -1,6 +1,6 @@
 //! The INTR pin of a vCPU and the sleep of a halted one, as the backends here share them with their handles.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,9 +43,13 @@ impl IntrPin {
     }
 }
 
-/// Where a thread sleeps until it is woken.
+/// Where a thread sleeps until it is woken. Nobody pays for a system call to wake one that does not sleep.
+///
+/// Whoever wakes sets what is looked at and looks for sleepers afterwards; a sleeper counts itself and looks afterwards.
+/// Both do so sequentially consistent, so that one of the two sees the other.
 #[derive(Debug, Default)]
 pub(crate) struct Sleeper {
+    sleepers: AtomicU32,
     asleep: Mutex<()>,
     wakeup: Condvar,
 }
@@ -53,6 +57,10 @@ pub(crate) struct Sleeper {
 impl Sleeper {
     /// Lets whoever sleeps look whether it is awake. What it looks at is to be set before.
     pub(crate) fn wake(&self) {
+        fence(Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) == 0 {
+            return;
+        }
         // Taking the lock orders the notification after a sleeper's last look.
         drop(self.asleep.lock().unwrap_or_else(PoisonError::into_inner));
         self.wakeup.notify_all();
@@ -60,6 +68,14 @@ impl Sleeper {
 
     /// Sleeps until `awake`, at most until `timeout` has passed; whether it is awake.
     pub(crate) fn sleep(&self, timeout: Option<Duration>, awake: impl Fn() -> bool) -> bool {
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let is_awake = self.sleep_counted(timeout, awake);
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        is_awake
+    }
+
+    fn sleep_counted(&self, timeout: Option<Duration>, awake: impl Fn() -> bool) -> bool {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut guard = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
         while !awake() {
@@ -98,5 +114,23 @@ mod tests {
         let sleeper = Sleeper::default();
         assert!(!sleeper.sleep(Some(Duration::from_millis(1)), || false));
         assert!(sleeper.sleep(None, || true));
+    }
+
+    #[test]
+    fn no_call_to_wake_is_lost() {
+        const TURNS: u32 = 20_000;
+        let (sleepers, turn) = ([Sleeper::default(), Sleeper::default()], AtomicU32::new(0));
+        let play = |own: u32| {
+            for n in (0..TURNS).filter(|n| n % 2 == own) {
+                let mine = || turn.load(Ordering::Relaxed) == n;
+                assert!(sleepers[own as usize].sleep(Some(Duration::from_secs(20)), mine), "turn {n}");
+                turn.store(n + 1, Ordering::Relaxed);
+                sleepers[1 - own as usize].wake();
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| play(0));
+            play(1);
+        });
     }
 }
