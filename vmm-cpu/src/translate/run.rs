@@ -321,6 +321,7 @@ impl Core {
         let map = self.shared.map();
         let changed = !Arc::ptr_eq(&map, self.tlb.map());
         if changed {
+            // Decoded code is compared with memory when it is next looked up.
             self.tlb.set_map(map);
             // What others have seen of the old one says nothing of the new.
             self.unsettled.clear();
@@ -328,8 +329,6 @@ impl Core {
             self.tlb.watch_all_stores();
         }
         self.signals.saw(epoch);
-        // Decoded code is compared with memory when it is next looked up.
-        self.tlb.forget_lookups();
     }
 
     /// Makes stores to a page of code seen, also those of other vCPUs; whether all of them see theirs already. Until

@@ -217,6 +217,23 @@ fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
 }
 
 #[test]
+fn new_code_of_another_vcpu_does_not_make_this_one_look_up_its_own() {
+    let (mut core, _other) = beside_another();
+    let shared = Arc::clone(&core.shared);
+    core.see_epoch();
+    let before = core.tlb.generation();
+    let asked = shared.ask_others(1);
+    core.see_epoch();
+    assert_eq!((core.tlb.generation(), core.signals.last_seen()), (before, asked));
+    let vm = TranslateVm(Arc::clone(&shared));
+    core.signals.leave_guest();
+    shared.peers().clear();
+    vm.unmap_memory(GuestAddress(0)).unwrap();
+    core.see_epoch();
+    assert_ne!(core.tlb.generation(), before);
+}
+
+#[test]
 fn a_store_to_the_second_page_just_before_it_is_watched_is_not_missed() {
     let (mut core, other) = beside_another();
     let shared = Arc::clone(&core.shared);
