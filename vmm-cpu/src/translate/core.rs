@@ -92,7 +92,10 @@ pub(crate) struct CodeStore {
 /// A vCPU without its block cache.
 pub(crate) struct Core {
     pub(crate) cpu: Cpu,
+    /// It has a copy of the memory map.
     pub(crate) tlb: Tlb,
+    /// What that is a copy of.
+    pub(crate) shared_map: Arc<MemoryMap>,
     pub(crate) mode: Mode,
     pub(crate) reason: Reason,
     /// How many instructions of the running block may still start; handlers lower it to end the block after their
@@ -195,9 +198,11 @@ impl Core {
             reach: Reach::SupervisorAll,
             sse: false,
         };
+        let shared_map = shared.map();
         let mut core = Self {
             cpu: Cpu::at_reset(),
-            tlb: Tlb::new(shared.map()),
+            tlb: Tlb::new(own_map(&shared_map)),
+            shared_map,
             mode,
             reason: Reason::None,
             limit: 0,
@@ -391,6 +396,11 @@ impl Core {
             self.tlb.fill(va, translation, writes);
         }
     }
+}
+
+/// A copy for one vCPU: accesses that miss the TLB count references to it, and vCPUs would contend for the counter.
+pub(crate) fn own_map(map: &MemoryMap) -> Arc<MemoryMap> {
+    Arc::new(map.clone())
 }
 
 /// Whether an access of so many bytes, at least one, stays in the page where it begins.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::block::{self, Block, BlockCache, Stamp};
-use super::core::{CodeStore, Core, Flow, Machine, Place, Reason};
+use super::core::{CodeStore, Core, Flow, Machine, Place, Reason, own_map};
 use super::cpu::{Activity, BLOCK};
 use super::exception::{Event, Exception, dr6};
 use super::flags::bits;
@@ -319,10 +319,10 @@ impl Core {
             return;
         }
         let map = self.shared.map();
-        let changed = !Arc::ptr_eq(&map, self.tlb.map());
-        if changed {
+        if !Arc::ptr_eq(&map, &self.shared_map) {
             // Decoded code is compared with memory when it is next looked up.
-            self.tlb.set_map(map);
+            self.tlb.set_map(own_map(&map));
+            self.shared_map = map;
             // What others have seen of the old one says nothing of the new.
             self.unsettled.clear();
         } else {
