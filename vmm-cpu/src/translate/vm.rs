@@ -1,7 +1,7 @@
 //! A virtual machine: what its vCPUs share.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion};
@@ -144,7 +144,11 @@ impl Shared {
 
 /// Which accesses go to the VMM although they would not have to.
 #[derive(Debug, Default)]
-pub(crate) struct PassedOn(Mutex<Choice>);
+pub(crate) struct PassedOn {
+    /// There are ranges of registers. vCPUs write registers all the time, to end interrupts too, and take no lock for it.
+    any_msrs: AtomicBool,
+    choice: Mutex<Choice>,
+}
 
 #[derive(Debug, Default)]
 struct Choice {
@@ -158,11 +162,15 @@ const MAX_RANGES: usize = 64;
 
 impl PassedOn {
     pub(crate) fn msr_read(&self, index: u32) -> bool {
-        self.choice().msrs.iter().any(|range| range.reads && contains(range, index))
+        self.has_msrs() && self.choice().msrs.iter().any(|range| range.reads && contains(range, index))
     }
 
     pub(crate) fn msr_write(&self, index: u32) -> bool {
-        self.choice().msrs.iter().any(|range| range.writes && contains(range, index))
+        self.has_msrs() && self.choice().msrs.iter().any(|range| range.writes && contains(range, index))
+    }
+
+    fn has_msrs(&self) -> bool {
+        self.any_msrs.load(Ordering::Acquire)
     }
 
     pub(crate) fn unknown_msrs(&self) -> bool {
@@ -174,7 +182,7 @@ impl PassedOn {
     }
 
     fn choice(&self) -> MutexGuard<'_, Choice> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.choice.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -196,6 +204,7 @@ impl MsrFilter for PassedOn {
         let mut choice = self.choice();
         choice.msrs = ranges.to_vec();
         choice.unknown_msrs = unknown;
+        self.any_msrs.store(!ranges.is_empty(), Ordering::Release);
         Ok(())
     }
 }
