@@ -141,10 +141,9 @@ fn small_pieces(address: *mut u8, len: usize, order: Order, mut access: impl FnM
 /// `address` must be valid for reads of `bytes.len()` bytes.
 unsafe fn small_from(address: *mut u8, bytes: &mut [u8], order: Order) {
     small_pieces(address, bytes.len(), order, |offset, size| {
-        // SAFETY: within the bytes that the caller vouches for, as is what follows.
-        let at = unsafe { address.add(offset) };
+        let at = address.wrapping_add(offset);
         let value = match size {
-            // SAFETY: the piece has that size.
+            // SAFETY: the piece, of that size, is within the bytes that the caller vouches for.
             4 => u64::from(unsafe { u32::load(at) }),
             // SAFETY: as above.
             2 => u64::from(unsafe { u16::load(at) }),
@@ -163,15 +162,14 @@ unsafe fn small_from(address: *mut u8, bytes: &mut [u8], order: Order) {
 /// `address` must be valid for writes of `bytes.len()` bytes.
 unsafe fn small_to(address: *mut u8, bytes: &[u8], order: Order) {
     small_pieces(address, bytes.len(), order, |offset, size| {
-        // SAFETY: within the bytes that the caller vouches for, as is what follows.
-        let at = unsafe { address.add(offset) };
-        match bytes.get(offset..offset + size).unwrap_or_default() {
-            // SAFETY: the piece has that size.
-            &[a, b, c, d] => unsafe { u32::store(at, u32::from_le_bytes([a, b, c, d])) },
+        let at = address.wrapping_add(offset);
+        match *bytes.get(offset..offset + size).unwrap_or_default() {
+            // SAFETY: the piece, of that size, is within the bytes that the caller vouches for.
+            [a, b, c, d] => unsafe { u32::store(at, u32::from_le_bytes([a, b, c, d])) },
             // SAFETY: as above.
-            &[a, b] => unsafe { u16::store(at, u16::from_le_bytes([a, b])) },
+            [a, b] => unsafe { u16::store(at, u16::from_le_bytes([a, b])) },
             // SAFETY: as above.
-            &[a] => unsafe { u8::store(at, a) },
+            [a] => unsafe { u8::store(at, a) },
             _ => {}
         }
     });
@@ -183,17 +181,15 @@ unsafe fn small_to(address: *mut u8, bytes: &[u8], order: Order) {
 /// `address` must be valid for reads of `bytes.len()` bytes.
 pub(crate) unsafe fn copy_from(address: *mut u8, bytes: &mut [u8], order: Order) {
     let (first, rest) = bytes.split_at_mut(head(address, bytes.len()));
-    // SAFETY: within the bytes that the caller vouches for, or right behind them.
-    let aligned = unsafe { address.add(first.len()) };
+    let aligned = address.wrapping_add(first.len());
     let (words, last) = rest.as_chunks_mut::<8>();
-    // SAFETY: as above.
-    let end = unsafe { aligned.add(words.len() * 8) };
+    let end = aligned.wrapping_add(words.len() * 8);
     if order == Order::Ascending {
         // SAFETY: these are the first of the bytes that the caller vouches for.
         unsafe { small_from(address, first, order) };
         for (n, word) in words.iter_mut().enumerate() {
             // SAFETY: the words follow.
-            *word = unsafe { u64::load(aligned.add(n * 8)) }.to_le_bytes();
+            *word = unsafe { u64::load(aligned.wrapping_add(n * 8)) }.to_le_bytes();
         }
         // SAFETY: these are the last.
         unsafe { small_from(end, last, order) };
@@ -202,7 +198,7 @@ pub(crate) unsafe fn copy_from(address: *mut u8, bytes: &mut [u8], order: Order)
         unsafe { small_from(end, last, order) };
         for (n, word) in words.iter_mut().enumerate().rev() {
             // SAFETY: as above.
-            *word = unsafe { u64::load(aligned.add(n * 8)) }.to_le_bytes();
+            *word = unsafe { u64::load(aligned.wrapping_add(n * 8)) }.to_le_bytes();
         }
         // SAFETY: as above.
         unsafe { small_from(address, first, order) };
@@ -215,17 +211,15 @@ pub(crate) unsafe fn copy_from(address: *mut u8, bytes: &mut [u8], order: Order)
 /// `address` must be valid for writes of `bytes.len()` bytes.
 pub(crate) unsafe fn copy_to(address: *mut u8, bytes: &[u8], order: Order) {
     let (first, rest) = bytes.split_at(head(address, bytes.len()));
-    // SAFETY: within the bytes that the caller vouches for, or right behind them.
-    let aligned = unsafe { address.add(first.len()) };
+    let aligned = address.wrapping_add(first.len());
     let (words, last) = rest.as_chunks::<8>();
-    // SAFETY: as above.
-    let end = unsafe { aligned.add(words.len() * 8) };
+    let end = aligned.wrapping_add(words.len() * 8);
     if order == Order::Ascending {
         // SAFETY: these are the first of the bytes that the caller vouches for.
         unsafe { small_to(address, first, order) };
         for (n, word) in words.iter().enumerate() {
             // SAFETY: the words follow.
-            unsafe { u64::store(aligned.add(n * 8), u64::from_le_bytes(*word)) };
+            unsafe { u64::store(aligned.wrapping_add(n * 8), u64::from_le_bytes(*word)) };
         }
         // SAFETY: these are the last.
         unsafe { small_to(end, last, order) };
@@ -234,7 +228,7 @@ pub(crate) unsafe fn copy_to(address: *mut u8, bytes: &[u8], order: Order) {
         unsafe { small_to(end, last, order) };
         for (n, word) in words.iter().enumerate().rev() {
             // SAFETY: as above.
-            unsafe { u64::store(aligned.add(n * 8), u64::from_le_bytes(*word)) };
+            unsafe { u64::store(aligned.wrapping_add(n * 8), u64::from_le_bytes(*word)) };
         }
         // SAFETY: as above.
         unsafe { small_to(address, first, order) };
@@ -331,10 +325,9 @@ mod tests {
                     let address = memory.as_mut_ptr().wrapping_add(start);
                     let mut back = vec![0; source.len()];
                     // SAFETY: the array has that many bytes from there.
-                    unsafe {
-                        copy_to(address, &source, order);
-                        copy_from(address, &mut back, order);
-                    }
+                    unsafe { copy_to(address, &source, order) };
+                    // SAFETY: as above.
+                    unsafe { copy_from(address, &mut back, order) };
                     assert_eq!(back, source);
                     let end = start + source.len();
                     assert_eq!(memory[start..end], source);

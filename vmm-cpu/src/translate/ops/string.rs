@@ -350,7 +350,8 @@ fn load_run<'b, W: Word>(
     buffer: &'b mut [u8; COMPARED],
 ) -> Option<&'b [u8]> {
     let block = buffer.get_mut(..bytes_of::<W>(elements))?;
-    (elements > 1 && m.tlb.load_bytes(form.lowest::<W>(run, 0, elements), block, form.order())).then_some(block)
+    (elements > 1 && m.tlb.load_bytes(form.lowest::<W>(run, 0, elements), block, form.order()))
+        .then_some(block)
 }
 
 fn scas<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {

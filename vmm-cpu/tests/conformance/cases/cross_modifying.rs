@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use iced_x86::code_asm::{ax, byte_ptr, dword_ptr, eax, ecx, edx, esi, qword_ptr, ptr, rax, rcx, rsi, rsp};
+use iced_x86::code_asm::{ax, byte_ptr, dword_ptr, eax, ecx, edx, esi, ptr, qword_ptr, rax, rcx, rsi, rsp};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, cases};
@@ -12,10 +12,7 @@ use crate::suite::program::{Image, Program};
 
 use super::ordering::{FOUND, SHARED, WRITTEN, code, rounds, run_all, word};
 
-cases![
-    code_right_behind_a_serializing_instruction_is_new,
-    code_across_two_pages_is_new,
-];
+cases![code_right_behind_a_serializing_instruction_is_new, code_across_two_pages_is_new,];
 
 /// Rounds at a time. vCPUs that share a processor do few of them in a second.
 const ROUNDS: u32 = 30;

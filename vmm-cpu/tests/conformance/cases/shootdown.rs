@@ -4,7 +4,9 @@
 
 use std::time::{Duration, Instant};
 
-use iced_x86::code_asm::{byte_ptr, cr3, dword_ptr, eax, ebx, ecx, edx, qword_ptr, r8, r8d, rax, rbx, rcx, rdi, rdx};
+use iced_x86::code_asm::{
+    byte_ptr, cr3, dword_ptr, eax, ebx, ecx, edx, qword_ptr, r8, r8d, rax, rbx, rcx, rdi, rdx,
+};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, cases};
@@ -13,10 +15,7 @@ use crate::suite::program::{Image, Program};
 
 use super::ordering::{FOUND, SHARED, code, rounds, run_all, word};
 
-cases![
-    page_mapped_anew_is_seen_after_invlpg,
-    page_mapped_anew_is_seen_after_a_load_of_cr3,
-];
+cases![page_mapped_anew_is_seen_after_invlpg, page_mapped_anew_is_seen_after_a_load_of_cr3,];
 
 /// Rounds at a time. vCPUs that share a processor do few of them in a second.
 const ROUNDS: u32 = 40;
