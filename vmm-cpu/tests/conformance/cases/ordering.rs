@@ -95,7 +95,7 @@ pub(super) fn code(vcpu: u64) -> u64 {
 }
 
 /// Waits until both vCPUs have begun the round in RCX.
-pub(super) fn meet(p: &mut Program, vcpu: u64) -> Outcome {
+fn meet(p: &mut Program, vcpu: u64) -> Outcome {
     p.mov(qword_ptr(PROGRESS + vcpu * 64), rcx)?;
     let again = p.here()?;
     let mut there = p.create_label();
