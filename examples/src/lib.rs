@@ -3,6 +3,7 @@
 
 pub mod confine;
 pub mod debian;
+pub mod debug;
 pub mod guest_command;
 pub mod initramfs;
 pub mod pc;

@@ -318,6 +318,15 @@ impl Pc {
         Ok(())
     }
 
+    /// Writes the states of the interrupt controllers, for people to read.
+    ///
+    /// # Errors
+    /// What `out` says.
+    pub fn show_controllers(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        writeln!(out, "{:#x?}", self.pic.state())?;
+        writeln!(out, "{:#x?}", self.io_apic.state())
+    }
+
     /// Tells the devices which vCPU boots, and starts their timers.
     pub fn start(self: &Arc<Self>, bootstrap: Arc<dyn VcpuHandle>) {
         // Nobody sets it but this.

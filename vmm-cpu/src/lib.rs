@@ -6,6 +6,8 @@ mod decode;
 pub mod entry;
 mod error;
 mod exact;
+#[cfg(feature = "gdb")]
+pub mod gdb;
 mod hypervisor;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::vcpu::{Halt, Vcpu, VcpuHandle, VcpuIo};
+use crate::vm::Notifier;
 
 /// A vCPU that stopped by itself: anything but a kick or an HLT that an event will end.
 #[derive(Debug)]
@@ -34,9 +35,28 @@ struct Control {
     mode: Mode,
     /// Counts resumes: a vCPU that stopped by itself stays so until the next one.
     generation: u64,
+    /// While running: just these vCPUs, `None` for all.
+    only: Option<Vec<u32>>,
     /// Threads that are not inside of a vCPU.
     parked: usize,
     exits: VecDeque<VcpuExit>,
+    /// Signalled when [`VcpuThreads::wait`] has something to tell.
+    notifier: Option<Notifier>,
+}
+
+impl Control {
+    fn may_run(&self, index: u32, stopped_in: Option<u64>) -> bool {
+        let chosen = self.only.as_ref().is_none_or(|only| only.contains(&index));
+        self.mode == Mode::Running && chosen && stopped_in != Some(self.generation)
+    }
+
+    fn notify(&self) {
+        if let Some(notifier) = &self.notifier
+            && let Err(error) = notifier.notify()
+        {
+            tracing::error!(%error, "nobody hears what the vCPUs have to tell");
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -65,6 +85,9 @@ impl Shared {
             control.mode = Mode::Paused;
             // Whoever waits for an exit looks again.
             self.changed.notify_all();
+            if control.parked == self.handles.len() {
+                control.notify();
+            }
         }
         self.kick_all();
         true
@@ -77,15 +100,16 @@ impl Shared {
     }
 
     /// Parks the calling thread until it may run (true) or must end (false).
-    /// `stopped_in` is the generation in which the vCPU stopped by itself.
-    fn park(&self, stopped_in: Option<u64>) -> bool {
+    /// `stopped_in` is the generation in which the vCPU `index` stopped by itself.
+    fn park(&self, index: u32, stopped_in: Option<u64>) -> bool {
         let mut control = self.lock();
-        let may_run =
-            |control: &Control| control.mode == Mode::Running && stopped_in != Some(control.generation);
-        if !may_run(&control) && control.mode != Mode::Stopping {
+        if !control.may_run(index, stopped_in) && control.mode != Mode::Stopping {
             control.parked += 1;
             self.changed.notify_all();
-            while !may_run(&control) && control.mode != Mode::Stopping {
+            if control.mode == Mode::Paused && control.parked == self.handles.len() {
+                control.notify();
+            }
+            while !control.may_run(index, stopped_in) && control.mode != Mode::Stopping {
                 control = self.wait(control);
             }
             control.parked -= 1;
@@ -147,8 +171,10 @@ impl VcpuThreads {
             control: Mutex::new(Control {
                 mode: Mode::Paused,
                 generation: 0,
+                only: None,
                 parked: 0,
                 exits: VecDeque::new(),
+                notifier: None,
             }),
             changed: Condvar::new(),
             handles: vcpus.iter().map(|(vcpu, _)| vcpu.handle()).collect(),
@@ -168,16 +194,46 @@ impl VcpuThreads {
                 })?;
             this.threads.push(Thread { index, vcpu, handle, join });
         }
+        // From here on they can be looked at.
+        let mut control = this.shared.lock();
+        while control.parked < this.threads.len() {
+            control = this.shared.wait(control);
+        }
+        drop(control);
         Ok(this)
     }
 
     /// Lets all vCPUs run, those that stopped by themselves too.
     pub fn resume(&self) {
+        self.run(None);
+    }
+
+    /// Lets the vCPUs with those indices run, if they stopped by themselves too, and no other: for debuggers that step
+    /// one processor. To be called while the vCPUs are paused.
+    pub fn resume_only(&self, indices: &[u32]) {
+        self.run(Some(indices.to_vec()));
+    }
+
+    fn run(&self, only: Option<Vec<u32>>) {
         let mut control = self.shared.lock();
+        tracing::debug!(?only, "vCPUs resumed");
         control.mode = Mode::Running;
+        control.only = only;
         control.generation += 1;
         self.shared.changed.notify_all();
-        tracing::debug!("vCPUs resumed");
+    }
+
+    /// Whether the vCPUs were last told to run, not to pause.
+    pub fn is_running(&self) -> bool {
+        self.shared.lock().mode == Mode::Running
+    }
+
+    /// Signals `notifier` from now on whenever [`VcpuThreads::wait`] has something to tell: for event loops. It replaces
+    /// the one from before.
+    pub fn notify(&self, notifier: Notifier) {
+        let mut control = self.shared.lock();
+        control.notifier = Some(notifier);
+        control.notify();
     }
 
     /// Stops all vCPUs between two instructions and returns when the last one stands still. A callback
@@ -321,7 +377,7 @@ impl Drop for VcpuThreads {
 
 fn thread_main(index: u32, shared: &Shared, vcpu: &SharedVcpu, io: &mut (dyn VcpuIo + Send)) {
     let mut stopped_in = None;
-    while shared.park(stopped_in) {
+    while shared.park(index, stopped_in) {
         let mut guard = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         let result = catch_unwind(AssertUnwindSafe(|| match guard.run(io) {
             Ok(Halt::Halted) => {
@@ -344,6 +400,7 @@ fn thread_main(index: u32, shared: &Shared, vcpu: &SharedVcpu, io: &mut (dyn Vcp
         stopped_in = Some(control.generation);
         control.exits.push_back(VcpuExit { index, reason: result });
         shared.changed.notify_all();
+        control.notify();
     }
 }
 

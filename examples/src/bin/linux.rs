@@ -12,12 +12,13 @@ use std::io::{self, Read as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use vmm_cpu::entry::entry_state;
+use vmm_cpu::gdb::{Debuggee, Debugger, Event};
 use vmm_cpu::{
     ClockSource, CpuModel, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuExit, VcpuIo, VcpuThreads,
     VmConfig, open_backend,
@@ -25,6 +26,7 @@ use vmm_cpu::{
 use vmm_devices::platform::PlatformEvent;
 use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debian::{self, MODULES, ModuleTree, Series};
+use vmm_examples::debug::{DebugOptions, Devices};
 use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session};
 use vmm_examples::initramfs::{AddedFile, Userspace, userspace};
 use vmm_examples::pc::{Buses, Clocks, Output, Pc};
@@ -82,6 +84,8 @@ struct Options {
     seconds: Option<u64>,
     #[command(flatten)]
     rerun: RerunOptions,
+    #[command(flatten)]
+    debug: DebugOptions,
     /// Times, exits by kind, instructions and memory, on standard error at the end.
     #[arg(long)]
     timings: bool,
@@ -104,6 +108,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let inherited = inherited_descriptors()?;
     // Before anything is fetched: without a backend there is no use for it.
     let hypervisor = choose(&options.backend)?;
+    let endpoint = options.debug.endpoint(options.rerun.is_deterministic())?;
     let rerun = Rerun::open(&options.rerun, options.cpus)?;
     let session = match rerun.session() {
         Some(session) => session,
@@ -138,7 +143,9 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let messages = vm.msi().context("the backend takes no interrupt messages")?;
     let at_end = Arc::clone(&stop);
-    let clocks = if options.rerun.is_deterministic() { rerun.clocks(&*vm)? } else { Clocks::host() };
+    // One clock for all where it may stop.
+    let one_clock = options.rerun.is_deterministic() || endpoint.is_some();
+    let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let output = |port| Watch::port(&watch, port);
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
     if options.rerun.is_deterministic() {
@@ -154,7 +161,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         let time_is_up = alarm(options.seconds, &stop)?;
         let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-        confine(&*hypervisor, &inherited)?;
+        confine(&*hypervisor, &inherited, false)?;
         let machine = Machine { vm: &*vm, vcpu: &mut *vcpu, pc: &pc };
         let guest_ended = || pc.end().is_some() || watch.done.load(Ordering::SeqCst);
         let wanted = || {
@@ -175,9 +182,15 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         return conclude(options, &session, &watch, started, &[vcpu], memory, end);
     }
     let with_buses = |vcpu| (vcpu, Box::new(Buses(Arc::clone(&pc))) as Box<dyn VcpuIo + Send>);
-    let threads = VcpuThreads::spawn(vcpus.into_iter().map(with_buses).collect())?;
+    let threads = Arc::new(VcpuThreads::spawn(vcpus.into_iter().map(with_buses).collect())?);
     let pause = threads.pause_handle();
-    stop.reaches(move || pause.pause());
+    let (tell, told) = mpsc::channel();
+    let stopped = tell.clone();
+    stop.reaches(move || {
+        pause.pause();
+        // Without a debugger nobody receives it.
+        drop(stopped.send(None));
+    });
     pc.start(bootstrap);
     let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
     if !matches!(session, Session::Command { .. }) {
@@ -186,11 +199,33 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     let time_is_up = alarm(options.seconds, &stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-    confine(&*hypervisor, &inherited)?;
+    let debugger = match endpoint {
+        Some(endpoint) => {
+            let clock = vm.clock().context("the backend's clock cannot be stopped")?;
+            let debuggee = Debuggee::new(Arc::clone(&threads), ram.clone()).clock(clock);
+            let event = move |event| drop(tell.send(Some(event)));
+            Some(Debugger::start(endpoint, debuggee.monitor(Devices(Arc::clone(&pc))), event)?)
+        }
+        None => None,
+    };
+    confine(&*hypervisor, &inherited, debugger.is_some())?;
 
-    threads.resume();
-    let end = wait_for_end(&threads, &pc, &watch, &time_is_up);
-    let vcpus = threads.stop();
+    if !options.debug.waits() {
+        threads.resume();
+    }
+    let end = match debugger {
+        None => end_by(threads.wait(None), &pc, &watch, &time_is_up),
+        Some(debugger) => {
+            let end = match told.recv()? {
+                Some(Event::Exit(exit)) => end_by(Some(exit), &pc, &watch, &time_is_up),
+                Some(_) => Ok(End::User),
+                None => end_by(None, &pc, &watch, &time_is_up),
+            };
+            debugger.finish(if let Ok(End::DebugExit(status)) = end { status } else { 0 });
+            end
+        }
+    };
+    let vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
     drop(raw);
     conclude(options, &session, &watch, started, &vcpus, memory, end)
 }
@@ -481,10 +516,14 @@ fn alarm(seconds: Option<u64>, stop: &Arc<StopSign>) -> Result<Arc<AtomicBool>> 
     Ok(flag)
 }
 
-/// Gives up what the process does not need from here on.
-fn confine(hypervisor: &dyn Hypervisor, inherited: &[std::os::fd::RawFd]) -> Result<()> {
+/// Gives up what the process does not need from here on. Where debuggers may connect, it lets them.
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[std::os::fd::RawFd], debuggers: bool) -> Result<()> {
     let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
-    Confinement::new(engine).deny_descriptors(inherited).enter()
+    let confinement = Confinement::new(engine).deny_descriptors(inherited);
+    if debuggers {
+        return confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt).enter();
+    }
+    confinement.enter()
 }
 
 /// What ended the run.
@@ -506,9 +545,8 @@ impl End {
     }
 }
 
-fn wait_for_end(threads: &VcpuThreads, pc: &Pc, watch: &Watch, time_is_up: &AtomicBool) -> Result<End> {
-    // The first vCPU that stops ends the machine.
-    let exit = threads.wait(None);
+/// What the end is that an exit of a vCPU, or a pause, stands for. The first vCPU that stops ends the machine.
+fn end_by(exit: Option<VcpuExit>, pc: &Pc, watch: &Watch, time_is_up: &AtomicBool) -> Result<End> {
     if watch.broken.load(Ordering::SeqCst) {
         bail!("the guest's output cannot be written");
     }
