@@ -98,14 +98,20 @@ pub(super) fn serve(
         GdbStub::builder(wire).packet_buffer_size(PACKET_SIZE).build().map_err(SessionError::protocol)?;
     let mut machine: Machine = stub.run_state_machine(inferior).map_err(SessionError::protocol)?;
     let mut framer = Framer::new();
+    let mut is_asked_to_kill = false;
     loop {
         // Before anything is waited for: there may be something to tell at once.
         machine = match report(inferior, machine, ended)? {
-            GdbStubStateMachine::Disconnected(machine) => {
-                return Ok(match machine.get_reason() {
-                    DisconnectReason::Kill => End::Killed,
-                    _ => End::Detached,
-                });
+            GdbStubStateMachine::Disconnected(mut machine) => {
+                if machine.get_reason() != DisconnectReason::Kill {
+                    return Ok(End::Detached);
+                }
+                if is_asked_to_kill {
+                    // `k` has no answer, `vKill` has one.
+                    machine.borrow_conn().write_all(b"$OK#9a")?;
+                }
+                machine.borrow_conn().flush()?;
+                return Ok(End::Killed);
             }
             machine => machine,
         };
@@ -122,6 +128,7 @@ pub(super) fn serve(
                 }
                 for byte in bytes.get(..length).unwrap_or_default() {
                     let Some(packet) = framer.take(*byte).map_err(SessionError::protocol)? else { continue };
+                    is_asked_to_kill = packet.starts_with(b"$vKill");
                     machine = feed(inferior, machine, &packet)?;
                 }
             }
