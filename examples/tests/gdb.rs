@@ -133,9 +133,10 @@ fn gdb_follows_the_boot_on_translate() {
 fn gdb_sees_two_vcpus_as_threads() {
     let Some(symbols) = symbols("gdb and two vCPUs") else { return };
     let script = format!(
-        "info threads\nhbreak *{:#x}\ncontinue\ninfo threads\nstepi\nstepi\nthread 1\n\
+        "info threads\nhbreak *{:#x}\ncontinue\ndelete\n\
+         break *{:#x}\ncontinue\ninfo threads\nstepi\nstepi\nthread 1\n\
          printf \"of vCPU 0: %#lx\\n\", $rip\ndelete\ndetach\n",
-        symbols["start_secondary"]
+        symbols["start_kernel"], symbols["start_secondary"]
     );
     let (said, output) = debug(&["--backend", "translate", "--cpus", "2", "--command", "nproc"], &script);
     assert_in_order(
@@ -143,7 +144,7 @@ fn gdb_sees_two_vcpus_as_threads() {
         &[
             "(vCPU 0: Running".to_owned(),
             "(vCPU 1: WaitForInit".to_owned(),
-            format!("Thread 2 hit Breakpoint 1, {:#018x}", symbols["start_secondary"]),
+            format!("Thread 2 hit Breakpoint 2, {:#018x}", symbols["start_secondary"]),
             "* 2 ".to_owned(),
             "of vCPU 0: 0xffffffff".to_owned(),
             "detached".to_owned(),

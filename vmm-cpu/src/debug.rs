@@ -12,6 +12,9 @@ pub struct DebugRequest {
     pub software_breakpoints: bool,
     /// Hardware breakpoints and watchpoints, at most [`DebugStops::max_hardware`].
     pub hardware: Vec<HardwareStop>,
+    /// While stepping, interrupts and NMIs wait: a step is an instruction of the code, never the first of a handler. One
+    /// that wakes the vCPU from HLT is taken. Where [`DebugStops::can_hold_interrupts`], ignored elsewhere.
+    pub hold_interrupts: bool,
 }
 
 impl DebugRequest {
@@ -25,6 +28,13 @@ impl DebugRequest {
     pub fn step(mut self) -> Self {
         self.single_step = true;
         self
+    }
+
+    /// Stop after each instruction, and let interrupts wait meanwhile.
+    #[must_use]
+    pub fn step_without_interrupts(mut self) -> Self {
+        self.hold_interrupts = true;
+        self.step()
     }
 
     /// Stop at INT3.
@@ -123,6 +133,11 @@ pub enum DebugReason {
 pub trait DebugStops {
     /// How many hardware stops there can be.
     fn max_hardware(&self) -> usize;
+
+    /// Whether [`DebugRequest::hold_interrupts`] is honoured.
+    fn can_hold_interrupts(&self) -> bool {
+        false
+    }
 
     /// Asks for stops, replacing those asked for before.
     ///

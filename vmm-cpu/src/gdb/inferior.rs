@@ -145,7 +145,7 @@ impl Inferior {
         let request = self.stops.request();
         for index in self.threads.indices() {
             let steps = self.action(index) == Some(Action::Step);
-            self.ask(index, if steps { request.clone().step() } else { request.clone() })?;
+            self.ask(index, if steps { request.clone().step_without_interrupts() } else { request.clone() })?;
         }
         self.let_go = true;
         self.go()
@@ -238,7 +238,7 @@ impl Inferior {
 
     /// Lets a vCPU, alone, execute an INT3 that is the guest's own.
     fn pass(&mut self, index: u32) -> Result<()> {
-        let mut request = self.stops.request().step();
+        let mut request = self.stops.request().step_without_interrupts();
         request.software_breakpoints = false;
         self.ask(index, request)?;
         self.passing = Some((index, self.action(index) == Some(Action::Step)));

@@ -1,7 +1,7 @@
 //! Breakpoints and single step by KVM_SET_GUEST_DEBUG.
 
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
+    KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
     kvm_debug_exit_arch, kvm_guest_debug, kvm_guest_debug_arch,
 };
 
@@ -86,13 +86,21 @@ impl DebugStops for KvmVcpu {
         MAX_HARDWARE
     }
 
+    fn can_hold_interrupts(&self) -> bool {
+        // The answer is a mask of flags, zero from a kernel that does not know the question.
+        let flags = self.vm.fd.check_extension_raw(u64::from(KVM_CAP_SET_GUEST_DEBUG2));
+        flags.cast_unsigned() & KVM_GUESTDBG_BLOCKIRQ != 0
+    }
+
     fn request(&mut self, request: &DebugRequest) -> Result<()> {
+        let holds = request.single_step && request.hold_interrupts && self.can_hold_interrupts();
         let arch = debug_registers(&request.hardware)?;
         let mut control = 0;
         for (wanted, bits) in [
             (request.single_step, KVM_GUESTDBG_SINGLESTEP),
             (request.software_breakpoints, KVM_GUESTDBG_USE_SW_BP),
             (!request.hardware.is_empty(), KVM_GUESTDBG_USE_HW_BP),
+            (holds, KVM_GUESTDBG_BLOCKIRQ),
         ] {
             if wanted {
                 control |= KVM_GUESTDBG_ENABLE | bits;
@@ -100,7 +108,7 @@ impl DebugStops for KvmVcpu {
         }
         let debug = kvm_guest_debug { control, pad: 0, arch };
         self.fd().set_guest_debug(&debug).map_err(|errno| host("KVM_SET_GUEST_DEBUG", errno))?;
-        self.single_step = request.single_step;
+        (self.single_step, self.holds_interrupts) = (request.single_step, holds);
         Ok(())
     }
 }

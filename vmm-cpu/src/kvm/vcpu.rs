@@ -44,6 +44,8 @@ pub(super) struct KvmVcpu {
     page_stale: bool,
     /// A debugger wants a stop after each instruction.
     pub(super) single_step: bool,
+    /// Meanwhile interrupts wait. KVM sees to those of its own.
+    pub(super) holds_interrupts: bool,
     counts: ExitCounts,
 }
 
@@ -70,6 +72,7 @@ impl KvmVcpu {
             applied_pause,
             page_stale: true,
             single_step: false,
+            holds_interrupts: false,
             counts: ExitCounts::default(),
         }
     }
@@ -387,7 +390,7 @@ impl KvmVcpu {
         let external = self.shared.has_intr();
         loop {
             if external {
-                if self.shared.intr.is_high() || self.halted {
+                if self.shared.intr.is_high() && !self.holds_interrupts || self.halted {
                     self.service_intr(io)?;
                 }
                 if self.halted {

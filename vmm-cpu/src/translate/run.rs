@@ -401,6 +401,10 @@ impl Machine<'_> {
         if matches!(self.cpu.activity, Activity::WaitForInit | Activity::WaitForSipi) {
             return Ok(());
         }
+        let held = self.debug.single_step && self.debug.hold_interrupts;
+        if held && self.cpu.activity == Activity::Running {
+            return Ok(());
+        }
         let shadow = self.cpu.shadow_sti || self.cpu.shadow_mov_ss;
         if self.cpu.nmi_pending && !self.cpu.nmi_masked && !shadow {
             self.cpu.nmi_pending = false;

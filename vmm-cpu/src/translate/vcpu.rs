@@ -228,6 +228,10 @@ impl DebugStops for TranslateVcpu {
         MAX_HARDWARE
     }
 
+    fn can_hold_interrupts(&self) -> bool {
+        true
+    }
+
     fn request(&mut self, request: &DebugRequest) -> Result<()> {
         if request.hardware.len() > MAX_HARDWARE {
             let allowed = format!("0 to {MAX_HARDWARE}");

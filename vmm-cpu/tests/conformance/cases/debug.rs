@@ -14,6 +14,7 @@ cases![
     cleared_breakpoint_does_not_stop,
     single_step_stops_after_each_instruction,
     single_step_over_port_and_mmio_access,
+    held_interrupts_come_after_the_steps,
     watchpoint_stops_after_a_write,
     watchpoint_stops_after_an_access,
     int3_stops_the_debugger,
@@ -160,6 +161,45 @@ fn single_step_over_port_and_mmio_access(backend: &Backend) -> Outcome {
         machine.run_until(&stop(image.address_of(label)?, DebugReason::SingleStep))?;
         assert_eq!(machine.bus.log.len(), index, "accesses so far");
     }
+    Ok(())
+}
+
+fn held_interrupts_come_after_the_steps(backend: &Backend) -> Outcome {
+    const VECTOR: u8 = 0x21;
+    let mut p = Program::new()?;
+    p.sti()?;
+    p.nop()?;
+    p.checkpoint()?;
+    let mut labels = Vec::new();
+    for _ in 0..4 {
+        p.nop()?;
+        labels.push(p.here()?);
+    }
+    p.report(0x10, 1)?;
+    p.end()?;
+    p.handler(VECTOR)?;
+    p.pop(rbx)?;
+    p.push(rbx)?;
+    p.report(0x10, VECTOR)?;
+    p.iretq()?;
+    let image = p.assemble()?;
+    let mut machine = Machine::new(backend, &image)?;
+    if !stops(&mut *machine.vcpu)?.can_hold_interrupts() {
+        return Err(Stop::skipped("interrupts cannot be held"));
+    }
+    machine.run_to_end()?;
+    machine.bus.vectors.push_back(VECTOR);
+    machine.vcpu.handle().set_intr(true)?;
+    request(&mut machine, &DebugRequest::none().step_without_interrupts())?;
+    let last = image.address_of(labels[labels.len() - 1])?;
+    for label in labels {
+        machine.run_until(&stop(image.address_of(label)?, DebugReason::SingleStep))?;
+    }
+    assert_eq!(machine.bus.output(0x10), []);
+    request(&mut machine, &DebugRequest::none())?;
+    machine.run_to_end()?;
+    assert_eq!(machine.bus.output(0x10), [VECTOR, 1]);
+    assert_eq!(machine.vcpu.registers()?.rbx, last, "the interrupt came where the steps ended");
     Ok(())
 }
 
