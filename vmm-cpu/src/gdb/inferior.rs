@@ -131,15 +131,15 @@ impl Inferior {
     /// # Errors
     /// If the backend refuses the stops.
     pub(super) fn resume(&mut self) -> Result<()> {
-        // What lies before an instruction is met again; what came after one would be lost.
-        self.pending.retain(|(_, stop)| matches!(stop.reason, DebugReason::Hardware { .. }));
-        let stops = &self.stops;
-        let still_set = |stop: &DebugStop| match stop.reason {
-            DebugReason::Hardware { hits } => matches!(stops.hit(hits), Some(Hit::Watchpoint { .. })),
-            _ => false,
-        };
-        self.pending.retain(|(_, stop)| still_set(stop));
-        if !self.pending.is_empty() || !self.fate.is_empty() {
+        let mut pending = std::mem::take(&mut self.pending);
+        let mut still = Vec::with_capacity(pending.len());
+        for (index, stop) in &pending {
+            still.push(self.action(*index).is_none() || self.still_holds(*index, *stop)?);
+        }
+        let mut still = still.into_iter();
+        pending.retain(|_| still.next() == Some(true));
+        self.pending = pending;
+        if self.has_stop_to_tell() || !self.fate.is_empty() {
             return Ok(());
         }
         let request = self.stops.request();
@@ -149,6 +149,39 @@ impl Inferior {
         }
         self.let_go = true;
         self.go()
+    }
+
+    /// Whether a stop that was not told yet still is one, after whatever the debugger has done meanwhile.
+    fn still_holds(&self, index: u32, stop: DebugStop) -> Result<bool> {
+        let hit = match stop.reason {
+            DebugReason::Hardware { hits } => self.stops.hit(hits),
+            DebugReason::SoftwareBreakpoint => Some(Hit::Breakpoint),
+            // The debugger says anew who steps.
+            DebugReason::SingleStep => None,
+        };
+        match hit {
+            None => Ok(false),
+            Some(Hit::Watchpoint { .. }) => Ok(true),
+            Some(Hit::Breakpoint) => self.with(index, |vcpu| {
+                let (registers, system) = (vcpu.registers()?, vcpu.system_registers()?);
+                let base = if system.code_bits() == 64 { 0 } else { system.cs.base };
+                let gpa = vcpu.translate(stop.rip)?.map_or(u64::MAX, |gpa| gpa.0);
+                let is_set = stop.reason != DebugReason::SoftwareBreakpoint || self.stops.is_patched(gpa);
+                Ok(is_set && base.wrapping_add(registers.rip) == stop.rip)
+            }),
+        }
+    }
+
+    /// Whether a stop of that vCPU is to be told now.
+    fn is_of_interest(&self, index: u32) -> bool {
+        match self.passing {
+            Some((passing, _)) => passing == index,
+            None => self.action(index).is_some(),
+        }
+    }
+
+    fn has_stop_to_tell(&self) -> bool {
+        self.pending.iter().any(|(index, _)| self.is_of_interest(*index))
     }
 
     /// Whether the debugger has let the vCPUs run since it attached.
@@ -188,7 +221,8 @@ impl Inferior {
     /// Whatever the backend's host says.
     pub(super) fn next_stop(&mut self) -> Result<Option<(u32, Stop)>> {
         loop {
-            if let Some((index, stop)) = self.pending.pop_front() {
+            let next = self.pending.iter().position(|(index, _)| self.is_of_interest(*index));
+            if let Some((index, stop)) = next.and_then(|next| self.pending.remove(next)) {
                 if let Some(stop) = self.judge(index, stop)? {
                     self.current = index;
                     return Ok(Some((index, stop)));
@@ -217,7 +251,9 @@ impl Inferior {
                     return Ok(Some(Stop::Step));
                 }
                 self.ask(passing, self.stops.request())?;
-                self.go()?;
+                if !self.has_stop_to_tell() {
+                    self.go()?;
+                }
                 return Ok(None);
             }
         }

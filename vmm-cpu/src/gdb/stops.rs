@@ -229,7 +229,7 @@ mod tests {
             [(0x1001, 1), (0x1002, 2), (0x1004, 4), (0x1008, 1)]
         );
         assert_eq!(aligned_parts(0x1004, 12, 4).unwrap(), [(0x1004, 4), (0x1008, 8)]);
-        for (address, length) in [(0x1000, 0), (0x1001, 9), (0x1000, 64), (0, u64::MAX), (u64::MAX, 2)] {
+        for (address, length) in [(0x1000, 0), (0x1001, 16), (0x1000, 64), (0, u64::MAX), (u64::MAX, 2)] {
             assert_eq!(aligned_parts(address, length, 4), None, "{address:#x}+{length:#x}");
         }
     }

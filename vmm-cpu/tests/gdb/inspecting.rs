@@ -78,8 +78,10 @@ fn code_that_the_debugger_writes_is_what_runs() {
     let mut gdb = machine.attach();
     assert_eq!(gdb.ask(&format!("Z1,{:x},1", places.called)), "OK");
     gdb.stop("c");
-    gdb.stop("vCont;s:p1.1");
     assert_eq!(gdb.register(RBX), 1);
+    assert_eq!(gdb.ask(&format!("z1,{:x},1", places.called)), "OK");
+    gdb.stop("vCont;s:p1.1");
+    assert_eq!(gdb.ask(&format!("Z1,{:x},1", places.called)), "OK");
     // The block has run, and is kept. Now `inc rbx` becomes `dec rbx`.
     assert_eq!(gdb.ask(&format!("m{:x},3", places.top)), "48ffc3");
     assert_eq!(gdb.ask(&format!("M{:x},3:48ffcb", places.top)), "OK");

@@ -182,6 +182,7 @@ fn prepare(ram: &GuestRam, code: &[u8], gates: &[(u8, u64)]) {
         put(IDT + 16 * u64::from(*vector), 8 << 16 | 0x8e00 << 32 | handler & 0xffff | handler >> 16 << 48);
     }
     put(0x1008, 0x00af_9b00_0000_ffff);
+    put(0x1010, 0x00cf_9300_0000_ffff);
     memory.write_slice(code, GuestAddress(CODE)).unwrap();
 }
 
@@ -194,7 +195,7 @@ fn flat() -> SystemRegisters {
         fs: data,
         gs: data,
         ss: data,
-        gdtr: DescriptorTable { base: 0x1000, limit: 0xf },
+        gdtr: DescriptorTable { base: 0x1000, limit: 0x17 },
         idtr: DescriptorTable { base: IDT, limit: 0xfff },
         cr0: 0x8000_0033,
         cr3: PAGE_TABLES,

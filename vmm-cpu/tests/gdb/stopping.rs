@@ -68,7 +68,7 @@ fn watchpoints_stop_behind_the_access() {
         assert_eq!(gdb.rip(), places.loaded);
         assert_eq!(gdb.ask(&format!("z{kind},{address:x},7")), "OK");
     }
-    assert_eq!(gdb.ask(&format!("Z2,{:x},9", DATA + 1)), "E16", "of five parts");
+    assert_eq!(gdb.ask(&format!("Z2,{:x},10", DATA + 1)), "E16", "of five parts");
     assert_eq!(gdb.ask("Z2,0,ffffffffffffffff"), "E16");
 }
 
