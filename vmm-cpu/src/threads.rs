@@ -37,8 +37,8 @@ struct Control {
     generation: u64,
     /// While running: just these vCPUs, `None` for all.
     only: Option<Vec<u32>>,
-    /// Threads that are not inside of a vCPU.
-    parked: usize,
+    /// Indices of the vCPUs that no thread is inside of.
+    parked: Vec<u32>,
     exits: VecDeque<VcpuExit>,
     /// Signalled when [`VcpuThreads::wait`] has something to tell.
     notifier: Option<Notifier>,
@@ -63,7 +63,7 @@ impl Control {
 struct Shared {
     control: Mutex<Control>,
     changed: Condvar,
-    handles: Vec<Arc<dyn VcpuHandle>>,
+    handles: Vec<(u32, Arc<dyn VcpuHandle>)>,
 }
 
 impl Shared {
@@ -85,16 +85,18 @@ impl Shared {
             control.mode = Mode::Paused;
             // Whoever waits for an exit looks again.
             self.changed.notify_all();
-            if control.parked == self.handles.len() {
+            if control.parked.len() == self.handles.len() {
                 control.notify();
             }
         }
-        self.kick_all();
+        self.kick();
         true
     }
 
-    fn kick_all(&self) {
-        for handle in &self.handles {
+    /// Kicks those that run. A kick of one that is parked would only keep it from its next run.
+    fn kick(&self) {
+        let parked = self.lock().parked.clone();
+        for (_, handle) in self.handles.iter().filter(|(index, _)| !parked.contains(index)) {
             handle.kick();
         }
     }
@@ -104,15 +106,15 @@ impl Shared {
     fn park(&self, index: u32, stopped_in: Option<u64>) -> bool {
         let mut control = self.lock();
         if !control.may_run(index, stopped_in) && control.mode != Mode::Stopping {
-            control.parked += 1;
+            control.parked.push(index);
             self.changed.notify_all();
-            if control.mode == Mode::Paused && control.parked == self.handles.len() {
+            if control.mode == Mode::Paused && control.parked.len() == self.handles.len() {
                 control.notify();
             }
             while !control.may_run(index, stopped_in) && control.mode != Mode::Stopping {
                 control = self.wait(control);
             }
-            control.parked -= 1;
+            control.parked.retain(|other| *other != index);
         }
         control.mode != Mode::Stopping
     }
@@ -172,12 +174,12 @@ impl VcpuThreads {
                 mode: Mode::Paused,
                 generation: 0,
                 only: None,
-                parked: 0,
+                parked: Vec::new(),
                 exits: VecDeque::new(),
                 notifier: None,
             }),
             changed: Condvar::new(),
-            handles: vcpus.iter().map(|(vcpu, _)| vcpu.handle()).collect(),
+            handles: vcpus.iter().map(|(vcpu, _)| (vcpu.index(), vcpu.handle())).collect(),
         });
         let mut this = Self { shared, threads: Vec::with_capacity(vcpus.len()) };
         for (vcpu, mut io) in vcpus {
@@ -196,7 +198,7 @@ impl VcpuThreads {
         }
         // From here on they can be looked at.
         let mut control = this.shared.lock();
-        while control.parked < this.threads.len() {
+        while control.parked.len() < this.threads.len() {
             control = this.shared.wait(control);
         }
         drop(control);
@@ -246,19 +248,19 @@ impl VcpuThreads {
             return;
         }
         let mut control = self.shared.lock();
-        while control.mode == Mode::Paused && control.parked < self.threads.len() {
+        while control.mode == Mode::Paused && control.parked.len() < self.threads.len() {
             // A kick may have gone to a callback that blocks: kick again after a while.
             let (guard, timeout) = self
                 .shared
                 .changed
                 .wait_timeout_while(control, Duration::from_millis(10), |control| {
-                    control.mode == Mode::Paused && control.parked < self.threads.len()
+                    control.mode == Mode::Paused && control.parked.len() < self.threads.len()
                 })
                 .unwrap_or_else(PoisonError::into_inner);
             control = guard;
             if timeout.timed_out() {
                 drop(control);
-                self.shared.kick_all();
+                self.shared.kick();
                 control = self.shared.lock();
             }
         }
@@ -279,7 +281,7 @@ impl VcpuThreads {
             if let Some(exit) = control.exits.pop_front() {
                 return Some(exit);
             }
-            if control.mode == Mode::Paused && control.parked == self.threads.len() {
+            if control.mode == Mode::Paused && control.parked.len() == self.threads.len() {
                 return None;
             }
             control = match deadline {
@@ -305,7 +307,7 @@ impl VcpuThreads {
             Error::invalid("vCPU index", index, format_args!("one of {:?}", self.indices()))
         })?;
         let control = self.shared.lock();
-        if control.mode != Mode::Paused || control.parked < self.threads.len() {
+        if control.mode != Mode::Paused || control.parked.len() < self.threads.len() {
             return Err(Error::invalid(
                 "state of the vCPU threads",
                 "running",

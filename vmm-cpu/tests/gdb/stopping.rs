@@ -89,22 +89,44 @@ fn a_step_moves_one_vcpu_alone_or_lets_others_run() {
     assert_eq!(gdb.stop("vCont;s:p1.2"), "T05thread:02;");
 }
 
+/// A guest that takes a while from one breakpoint to the next, so that every vCPU has the time to get there.
+fn slow_guest(vcpus: u32) -> (Machine, u64) {
+    let mut code = CodeAssembler::new(64).unwrap();
+    let mut labels: [_; 3] = std::array::from_fn(|_| code.create_label());
+    let [top, spin, place] = &mut labels;
+    code.set_label(top).unwrap();
+    code.mov(rax, 50_000_u64).unwrap();
+    code.set_label(spin).unwrap();
+    code.dec(rax).unwrap();
+    code.jnz(*spin).unwrap();
+    code.set_label(place).unwrap();
+    code.inc(rbx).unwrap();
+    code.jmp(*top).unwrap();
+    let code = code.assemble_options(CODE, BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS).unwrap();
+    let place = code.label_ip(place).unwrap();
+    (Machine::new(vcpus, &code.inner.code_buffer, &[]), place)
+}
+
 #[test]
 fn every_vcpu_that_stops_is_told() {
-    let (machine, places) = Machine::looping(2);
-    let mut gdb = machine.attach();
-    assert_eq!(gdb.ask(&format!("Z0,{:x},1", places.returned)), "OK");
-    let mut told = [0, 0];
-    while told.contains(&0) {
-        let stop = gdb.stop("c");
-        let thread = if stop == "T05thread:01;swbreak:;" { 1 } else { 2 };
-        assert_eq!(stop, format!("T05thread:0{thread};swbreak:;"));
-        told[thread - 1] += 1;
-        // The thread that stopped is the one that is looked at.
-        assert_eq!(gdb.rip(), places.returned);
-        assert_eq!(gdb.ask(&format!("z0,{:x},1", places.returned)), "OK");
-        assert_eq!(gdb.stop(&format!("vCont;s:p1.{thread}")), format!("T05thread:0{thread};"));
-        assert_eq!(gdb.ask(&format!("Z0,{:x},1", places.returned)), "OK");
+    const VCPUS: usize = 3;
+    for kind in ["0", "1"] {
+        let (machine, place) = slow_guest(VCPUS.try_into().unwrap());
+        let mut gdb = machine.attach();
+        assert_eq!(gdb.ask(&format!("Z{kind},{place:x},1")), "OK");
+        let mut told = [0; VCPUS];
+        while told.iter().any(|times| *times < 3) {
+            let stop = gdb.stop("vCont;c");
+            let thread: usize = stop[10..12].parse().unwrap();
+            let reason = if kind == "0" { "swbreak" } else { "hwbreak" };
+            assert_eq!(stop, format!("T05thread:0{thread};{reason}:;"));
+            told[thread - 1] += 1;
+            // The thread that stopped is the one that is looked at, and none was told twice or lost.
+            assert_eq!((gdb.rip(), gdb.register(RBX)), (place, told[thread - 1] - 1));
+            assert_eq!(gdb.ask(&format!("z{kind},{place:x},1")), "OK");
+            assert_eq!(gdb.stop(&format!("vCont;s:p1.{thread}")), format!("T05thread:0{thread};"));
+            assert_eq!(gdb.ask(&format!("Z{kind},{place:x},1")), "OK");
+        }
     }
 }
 
@@ -113,7 +135,7 @@ fn an_interrupt_stops_vcpus_that_run() {
     let (machine, places) = Machine::looping(2);
     let mut gdb = machine.attach();
     for _ in 0..3 {
-        gdb.send("c");
+        gdb.send("vCont;c");
         machine.assert_running();
         gdb.send_bytes(&[3]);
         assert_eq!(gdb.receive().unwrap(), "T02thread:01;");
