@@ -8,7 +8,7 @@ use iced_x86::code_asm::{al, ptr, rax, rbx};
 use vmm_cpu::state::rflags;
 use vmm_cpu::vmm_memory::GuestRam;
 use vmm_cpu::vmm_memory::vm_memory::{Bytes, GuestAddress};
-use vmm_cpu::{EmptyBus, Error, Halt, InterruptMode, Vcpu, VcpuExit, VcpuIo, VcpuThreads, Vm};
+use vmm_cpu::{EmptyBus, Error, Halt, InterruptMode, Notifier, Vcpu, VcpuExit, VcpuIo, VcpuThreads, Vm};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, Stop, cases};
@@ -17,6 +17,9 @@ use crate::suite::program::{Image, Program};
 
 cases![
     paused_vcpus_stand_still,
+    vcpus_can_be_looked_into_before_they_run,
+    only_the_chosen_vcpus_run,
+    notifier_tells_of_exits_and_pauses,
     vcpu_can_be_looked_into_only_while_paused,
     shutdown_of_one_leaves_the_others_running,
     panic_in_a_callback_is_an_error,
@@ -93,6 +96,61 @@ fn two_counting(backend: &Backend) -> Outcome<(VcpuThreads, Guest)> {
     let image = counting()?;
     let (vcpus, guest) = two_vcpus(backend, [&image, &image], [Box::new(EmptyBus), Box::new(EmptyBus)])?;
     Ok((VcpuThreads::spawn(vcpus)?, guest))
+}
+
+fn vcpus_can_be_looked_into_before_they_run(backend: &Backend) -> Outcome {
+    let (threads, _guest) = two_counting(backend)?;
+    for (index, counter) in (0..).zip(COUNTERS) {
+        assert_eq!(threads.with_vcpu(index, |vcpu| vcpu.registers())??.rbx, counter);
+    }
+    Ok(())
+}
+
+fn only_the_chosen_vcpus_run(backend: &Backend) -> Outcome {
+    let (threads, guest) = two_counting(backend)?;
+    for (runs, stands) in [(0, 1), (1, 0), (0, 1)] {
+        let before = guest.counter(stands)?;
+        threads.resume_only(&[u32::try_from(runs)?]);
+        guest.counts(runs)?;
+        assert!(threads.is_running());
+        threads.pause();
+        assert!(!threads.is_running());
+        assert_eq!(guest.counter(stands)?, before);
+    }
+    threads.resume();
+    guest.counts(0)?;
+    guest.counts(1)
+}
+
+fn notifier_tells_of_exits_and_pauses(backend: &Backend) -> Outcome {
+    let (threads, guest) = two_counting(backend)?;
+    let notifier = Notifier::new()?;
+    threads.notify(notifier.try_clone()?);
+    assert_eq!(notifier.wait(DEADLINE)?, 1, "there may have been something before");
+    threads.resume();
+    guest.counts(0)?;
+    assert_eq!(notifier.take()?, 0);
+    threads.pause_handle().pause();
+    assert_eq!(notifier.wait(DEADLINE)?, 1, "all stand still");
+    assert!(threads.wait(Some(Duration::ZERO)).is_none());
+    // Again, although nothing moves.
+    threads.pause_handle().pause();
+    assert_eq!(notifier.wait(DEADLINE)?, 1);
+
+    let mut p = Program::new()?;
+    // No handlers: a triple fault.
+    p.ud2()?;
+    let image = p.assemble()?;
+    guest.ram.memory().write_slice(image.bytes(), GuestAddress(layout::CODE))?;
+    threads.with_vcpu(0, |vcpu| {
+        let registers = vcpu.registers()?;
+        vcpu.set_registers(&vmm_cpu::state::GeneralRegisters { rip: layout::CODE, ..registers })
+    })??;
+    threads.resume_only(&[0]);
+    assert_eq!(notifier.wait(DEADLINE)?, 1);
+    let exit = threads.wait(Some(Duration::ZERO));
+    assert!(matches!(exit, Some(VcpuExit { index: 0, reason: Ok(Halt::Shutdown) })), "{exit:?}");
+    Ok(())
 }
 
 fn paused_vcpus_stand_still(backend: &Backend) -> Outcome {
