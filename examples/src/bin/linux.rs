@@ -210,8 +210,10 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     };
     confine(&*hypervisor, &inherited, debugger.is_some())?;
 
-    if !options.debug.waits() {
-        threads.resume();
+    match &debugger {
+        None => threads.resume(),
+        Some(debugger) if !options.debug.waits() => debugger.resume(),
+        Some(_) => {}
     }
     let end = match debugger {
         None => end_by(threads.wait(None), &pc, &watch, &time_is_up),

@@ -32,6 +32,7 @@ pub enum Event {
 /// What the VMM wants.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Order {
+    Resume,
     Finish(u8),
 }
 
@@ -128,8 +129,9 @@ impl Debugger {
     /// Waits for debuggers of `debuggee` at `endpoint`. `event` is called on the debugger's thread, and should do no more
     /// than pass on what it is told.
     ///
-    /// This changes nothing about whether the vCPUs run: a VMM that wants the debugger to start them does not. From here on
-    /// the VMM hears of exits by `event`, not by [`VcpuThreads::wait`](crate::VcpuThreads::wait).
+    /// This changes nothing about whether the vCPUs run. To start them call [`Debugger::resume`], or nothing if the debugger
+    /// is to start them; [`VcpuThreads::resume`](crate::VcpuThreads::resume) would let them run under a debugger's hand. From
+    /// here on the VMM hears of exits by `event`, not by [`VcpuThreads::wait`](crate::VcpuThreads::wait).
     ///
     /// # Errors
     /// [`Error::Host`] if the host refuses a thread or a descriptor.
@@ -157,6 +159,24 @@ impl Debugger {
         Ok(Self { orders, attention, thread: Some(thread) })
     }
 
+    /// Lets the vCPUs run, unless a debugger has attached already: then it says when.
+    pub fn resume(&self) {
+        self.order(Order::Resume);
+    }
+
+    /// Tells the thread; whether it is there.
+    fn order(&self, order: Order) -> bool {
+        // If nobody receives it, the thread has ended.
+        if self.orders.send(order).is_err() {
+            return false;
+        }
+        let notified = self.attention.notify();
+        if let Err(error) = &notified {
+            tracing::error!(%error, "gdb: the debugger's thread hears nothing");
+        }
+        notified.is_ok()
+    }
+
     /// Ends the service: tells a debugger that waits for the machine that it has exited with `status`. The vCPUs are left
     /// as they are.
     pub fn finish(mut self, status: u8) {
@@ -165,10 +185,7 @@ impl Debugger {
 
     fn end(&mut self, status: u8) {
         let Some(thread) = self.thread.take() else { return };
-        // If nobody receives it, the thread has ended.
-        let sent = self.orders.send(Order::Finish(status)).is_ok();
-        if sent && let Err(error) = self.attention.notify() {
-            tracing::error!(%error, "gdb: the debugger's thread does not end");
+        if !self.order(Order::Finish(status)) && !thread.is_finished() {
             return;
         }
         if thread.join().is_err() {
@@ -197,8 +214,11 @@ fn main(
         };
         match wake {
             Wake::Vmm => {
-                if let Some(Order::Finish(_)) = waiting.order() {
-                    return Ok(());
+                while let Some(order) = waiting.order() {
+                    match order {
+                        Order::Resume => inferior.threads.resume(),
+                        Order::Finish(_) => return Ok(()),
+                    }
                 }
                 while let Some(exit) = inferior.threads.wait(Some(Duration::ZERO)) {
                     event(Event::Exit(exit));

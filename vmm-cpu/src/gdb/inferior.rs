@@ -184,6 +184,11 @@ impl Inferior {
         self.pending.iter().any(|(index, _)| self.is_of_interest(*index))
     }
 
+    /// The vCPUs are to run when the debugger is gone.
+    pub(super) fn let_go(&mut self) {
+        self.let_go = true;
+    }
+
     /// Whether the debugger has let the vCPUs run since it attached.
     pub(super) fn was_let_go(&self) -> bool {
         self.let_go

@@ -133,7 +133,11 @@ pub(super) fn serve(
                 }
             }
             Wake::Vmm => {
-                if let Some(Order::Finish(status)) = waiting.order() {
+                while let Some(order) = waiting.order() {
+                    let Order::Finish(status) = order else {
+                        inferior.let_go();
+                        continue;
+                    };
                     if let GdbStubStateMachine::Running(machine) = machine {
                         let exited = MultiThreadStopReason::<u64>::Exited(status);
                         machine.report_stop(inferior, exited).map_err(SessionError::protocol)?;

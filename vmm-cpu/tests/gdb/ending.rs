@@ -8,7 +8,7 @@ use crate::machine::{DATA, Machine};
 #[test]
 fn a_machine_goes_on_when_the_debugger_detaches_and_can_be_debugged_again() {
     let (machine, places) = Machine::looping(2);
-    machine.threads.resume();
+    machine.resume();
     machine.assert_running();
     let code: [u8; 16] = machine.bytes(places.top);
     for round in 0..3 {
@@ -37,6 +37,18 @@ fn a_machine_that_waits_for_a_debugger_waits_on_if_one_looks_in() {
     assert_eq!(machine.word(DATA), 0);
     assert!(!machine.threads.is_running());
     assert_eq!(gdb.ask("D;1"), "OK");
+    machine.assert_running();
+}
+
+#[test]
+fn the_vmm_starts_no_machine_that_a_debugger_has_stopped() {
+    let (machine, _) = Machine::looping(1);
+    let gdb = machine.attach();
+    machine.resume();
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    assert!(!machine.threads.is_running());
+    // When that is gone, it runs as the VMM wants.
+    drop(gdb);
     machine.assert_running();
 }
 
@@ -89,7 +101,7 @@ fn the_debugger_sees_what_ended_a_vcpu_and_then_the_vmm() {
 #[test]
 fn without_a_debugger_the_vmm_hears_at_once() {
     let mut machine = Machine::new(1, UD2, &[]);
-    machine.threads.resume();
+    machine.resume();
     assert!(matches!(machine.event(), Event::Exit(VcpuExit { index: 0, reason: Ok(Halt::Shutdown) })));
     // One that comes later finds it as it is; what it leaves behind is told no second time.
     let mut gdb = machine.attach();

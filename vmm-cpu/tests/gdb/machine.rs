@@ -147,6 +147,11 @@ impl Machine {
         self.events.recv_timeout(Duration::from_secs(30)).unwrap()
     }
 
+    /// Starts the machine, as its VMM would.
+    pub(crate) fn resume(&self) {
+        self.debugger.as_ref().unwrap().resume();
+    }
+
     /// Ends the debugger's service.
     pub(crate) fn finish(&mut self, status: u8) {
         self.debugger.take().unwrap().finish(status);
