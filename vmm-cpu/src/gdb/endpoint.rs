@@ -51,7 +51,8 @@ impl Endpoint {
             address: address.to_owned(),
             reason: reason.to_string(),
         };
-        if let Some(path) = address.strip_prefix("unix:") {
+        // Without a path the host would choose a name that nobody knows.
+        if let Some(path) = address.strip_prefix("unix:").filter(|path| !path.is_empty()) {
             let listener = listen_at_path(Path::new(path)).map_err(|reason| error(&reason))?;
             return Ok(Self { listener: Listener::Unix(listener), address: address.to_owned() });
         }

@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn packets_come_out_of_noise() {
-        let packets = feed(b"GET /\r\n+$g#67\x03-$m10,4#2a").unwrap();
+        let packets = feed(b"GET /\r\n+$g#67\x03-$m10,4#2e").unwrap();
         assert_eq!(packets, [&b"+"[..], b"$g#67", b"\x03", b"-", &packet(b"m10,4")]);
     }
 
