@@ -150,11 +150,12 @@ impl Paging {
         if self.user {
             error |= code::USER;
         }
+        // Fetches are told apart where page tables or SMEP can forbid them alone (Intel SDM 3A 5.7).
+        let tells_fetches =
+            self.cr4 & cr4::SMEP != 0 || self.cr4 & cr4::PAE != 0 && self.efer & efer::NXE != 0;
         match access {
             Access::Write => error |= code::WRITE,
-            Access::Execute if self.efer & efer::NXE != 0 || self.cr4 & cr4::SMEP != 0 => {
-                error |= code::FETCH
-            }
+            Access::Execute if tells_fetches => error |= code::FETCH,
             _ => {}
         }
         PageFault { error }

@@ -148,3 +148,22 @@ fn pages_of_32_bit_paging() {
     guest.write::<8>(0x4000 + 3 * 8, 0x5000 | 3);
     assert_eq!(go(&guest, &paging, 0xc000_3000).unwrap_err().error, PROTECTION | code::RESERVED | WRITE);
 }
+
+#[test]
+fn fetches_are_told_apart_where_they_can_be_forbidden() {
+    let mut walker = Walker::new();
+    walker.set(ENTRIES[3], 0, PRESENT);
+    // NXE, PAE, SMEP.
+    for (nxe, pae, smep, told) in [
+        (true, true, false, true),
+        (true, false, false, false),
+        (false, true, false, false),
+        (false, false, true, true),
+    ] {
+        walker.paging.efer = if nxe { efer::NXE } else { 0 };
+        walker.paging.cr4 = if pae { cr4::PAE } else { 0 } | if smep { cr4::SMEP } else { 0 };
+        // 32-bit and PAE paging find nothing at all there.
+        walker.paging.cr3 = 0x3_0000;
+        assert_eq!(walker.error(Access::Execute), if told { code::FETCH } else { 0 }, "{nxe} {pae} {smep}");
+    }
+}
