@@ -143,9 +143,11 @@ fn store_table(m: &mut Machine<'_>, op: &Op) -> Flow {
     let is_global = m.rare(op).mnemonic() == Mnemonic::Sgdt;
     let table = if is_global { m.cpu.gdtr } else { m.cpu.idtr };
     let bytes = base_bytes(m);
+    // Nothing is stored unless all of it can be, and the first part that cannot be is what faults.
+    let limit = m.place(op, 2, true)?;
+    m.probe_write(limit, 2)?;
     let place = m.place_at(op, 2, if bytes == 8 { 8 } else { 4 }, true)?;
     m.probe_write(place, bytes)?;
-    let limit = m.place(op, 2, true)?;
     m.store(limit, table.limit)?;
     m.store_sized(place, bytes, table.base)
 }

@@ -209,6 +209,21 @@ fn table_registers_by_mode() {
 }
 
 #[test]
+fn tables_are_stored_whole_or_not_at_all() {
+    let mut guest = Guest::long();
+    // SGDT [RBX], SIDT [RBX]: limit, base, or the end of the base in a page that is not there.
+    for code in [[0x0f, 0x01, 0x03], [0x0f, 0x01, 0x0b]] {
+        for (start, faults_at) in
+            [(HOLE + 0x10, HOLE + 0x10), (HOLE - 1, HOLE), (HOLE - 2, HOLE), (HOLE - 9, HOLE)]
+        {
+            guest.core.cpu.set_r(RBX, start);
+            assert_eq!(guest.fault(&code).cr2, Some(faults_at), "{code:x?} at {start:#x}");
+            assert_eq!(guest.read::<8>(HOLE - 8), 0);
+        }
+    }
+}
+
+#[test]
 fn umip_hides_tables_from_level_3() {
     let mut guest = Guest::long();
     guest.core.cpu.cr4 |= cr4::UMIP;
