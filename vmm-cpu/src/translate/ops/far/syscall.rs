@@ -3,7 +3,7 @@
 //! Where the vendors differ, this is AMD's processor, which is what CPUID says (AMD64 APM 3): SYSCALL works from
 //! compatibility and legacy mode, and SYSRET to an address that is not canonical faults at privilege level 3, when the
 //! instruction there is fetched. TF as SYSCALL and SYSRET leave it decides about a single-step trap. SYSENTER and
-//! SYSEXIT work in all modes of protected mode.
+//! SYSEXIT are undefined in long mode, compatibility mode included.
 
 use iced_x86::{Code, Instruction};
 
@@ -83,37 +83,32 @@ fn sysret(m: &mut Machine<'_>, op: &Op) -> Flow {
 }
 
 fn sysenter(m: &mut Machine<'_>, _: &Op) -> Flow {
+    if m.cpu.long_mode() {
+        return Err(m.ud());
+    }
     let cs = low16(m.cpu.msr.sysenter_cs);
     if !m.cpu.protected() || is_null(cs) {
         return Err(m.gp(0));
     }
     m.cpu.flags.set_control(bits::VM | bits::IF | bits::RF, false);
-    let is_64 = m.cpu.long_mode();
-    let mask = if is_64 { u64::MAX } else { 0xffff_ffff };
-    let (rsp, rip) = (m.cpu.msr.sysenter_esp & mask, m.cpu.msr.sysenter_eip & mask);
+    let (rsp, rip) = (m.cpu.msr.sysenter_esp & 0xffff_ffff, m.cpu.msr.sysenter_eip & 0xffff_ffff);
     m.cpu.set_r(RSP, rsp);
-    m.set_flat(cs, cs.wrapping_add(8), 0, is_64, rip);
+    m.set_flat(cs, cs.wrapping_add(8), 0, false, rip);
     Ok(())
 }
 
-fn sysexit(m: &mut Machine<'_>, op: &Op) -> Flow {
+fn sysexit(m: &mut Machine<'_>, _: &Op) -> Flow {
+    if m.cpu.long_mode() {
+        return Err(m.ud());
+    }
     let cs = low16(m.cpu.msr.sysenter_cs);
     if !m.cpu.protected() || is_null(cs) {
         return Err(m.gp(0));
     }
     m.require_cpl0()?;
-    let is_64 = m.rare(op).code() == Code::Sysexitq;
-    let (rsp, rip) = (m.cpu.r(RCX), m.cpu.r(RDX));
-    if is_64 {
-        if !m.is_canonical(rsp) || !m.is_canonical(rip) {
-            return Err(m.gp(0));
-        }
-        m.cpu.set_r(RSP, rsp);
-        m.set_flat(cs.wrapping_add(32), cs.wrapping_add(40), 3, true, rip);
-    } else {
-        m.cpu.set_r(RSP, rsp & 0xffff_ffff);
-        m.set_flat(cs.wrapping_add(16), cs.wrapping_add(24), 3, false, rip & 0xffff_ffff);
-    }
+    let (rsp, rip) = (m.cpu.r(RCX) & 0xffff_ffff, m.cpu.r(RDX) & 0xffff_ffff);
+    m.cpu.set_r(RSP, rsp);
+    m.set_flat(cs.wrapping_add(16), cs.wrapping_add(24), 3, false, rip);
     Ok(())
 }
 

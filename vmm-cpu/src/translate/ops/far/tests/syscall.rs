@@ -101,6 +101,21 @@ fn sysenter_and_sysexit() {
 }
 
 #[test]
+fn sysenter_and_sysexit_are_undefined_in_long_mode() {
+    for (code, data) in [(CODE_64, DATA), (USER_CODE_64, USER_DATA), (USER_CODE_32, USER_DATA)] {
+        let mut guest = guest();
+        guest.core.cpu.msr.sysenter_cs = 0x60;
+        guest.set_segments(code, data);
+        assert_eq!(guest.fault(&[0x0f, 0x34]).vector, vector::UD);
+        assert_eq!(guest.fault(&[0x0f, 0x35]).vector, vector::UD);
+    }
+    let mut guest = guest();
+    guest.core.cpu.msr.sysenter_cs = 0x60;
+    guest.set_segments(CODE_64, DATA);
+    assert_eq!(guest.fault(&[0x48, 0x0f, 0x35]).vector, vector::UD);
+}
+
+#[test]
 fn swapgs_swaps() {
     let mut guest = Guest::long();
     guest.core.cpu.msr.kernel_gs_base = 0x1234;
