@@ -120,6 +120,8 @@ impl Machine<'_> {
         }
         let is_wide = matches!(self.cpu.tr.kind(), kind::TSS | kind::TSS_BUSY);
         let (offset, bytes) = if is_wide { (4 + 8 * level, 4) } else { (2 + 4 * level, 2) };
+        // The whole of the two must lie within the limit, the unused half of the one with SS included.
+        self.require_tss(offset, 2 * bytes)?;
         let pointer = self.tss_word(offset, bytes)?;
         let selector = low16(self.tss_word(offset + bytes, 2)?);
         let segment = self.stack_segment(selector, cpl, vector::TS)?;
@@ -142,11 +144,18 @@ impl Machine<'_> {
 
     /// A word of the TSS, which must lie within its limit.
     fn tss_word(&mut self, offset: u64, bytes: u64) -> Flow<u64> {
+        self.require_tss(offset, bytes)?;
+        let tr = self.cpu.tr;
+        let place = Place::data(self.system_address(tr.base.wrapping_add(offset)));
+        self.as_system(|m| m.load_sized(place, bytes))
+    }
+
+    /// #TS unless that much of the TSS lies within its limit.
+    fn require_tss(&mut self, offset: u64, bytes: u64) -> Flow {
         let tr = self.cpu.tr;
         if tr.is_unusable() || offset + bytes - 1 > u64::from(tr.limit) {
             return Err(self.selector_fault(vector::TS, tr.selector));
         }
-        let place = Place::data(self.system_address(tr.base.wrapping_add(offset)));
-        self.as_system(|m| m.load_sized(place, bytes))
+        Ok(())
     }
 }

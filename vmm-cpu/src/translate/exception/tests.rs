@@ -267,6 +267,19 @@ fn narrow_gates_push_words() {
 }
 
 #[test]
+fn inner_stack_lies_within_the_task_with_its_unused_half() {
+    let mut guest = Guest::protected();
+    guest.set_segments(USER_CODE_32, USER_DATA);
+    guest.gate(0x40, CODE_32, HANDLER, INTERRUPT | 0x60, 0);
+    // ESP0 and SS0 are at offsets 4 to 11.
+    guest.core.cpu.tr.limit = 10;
+    assert_eq!(guest.fault(&[0xcd, 0x40]), Exception::with_error(vector::TS, TASK));
+    guest.core.cpu.tr.limit = 11;
+    guest.execute(&[0xcd, 0x40]).unwrap();
+    assert_eq!(guest.core.mode.cpl, 0);
+}
+
+#[test]
 fn inner_stack_segment_is_judged_as_the_tasks() {
     let mut guest = Guest::protected();
     guest.set_segments(USER_CODE_32, USER_DATA);
