@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail};
-use iced_x86::{Code, EncodingKind};
+use iced_x86::{Code, CpuidFeature};
 
 use crate::scan;
 
@@ -30,9 +30,60 @@ pub(crate) fn named(name: &str) -> Option<Code> {
     NAMES.get(name).copied()
 }
 
-/// Whether no processor that the interpreter can be has it: VEX, EVEX and XOP encodings.
+/// Whether it is of a feature that the interpreter's CPUID does not offer, so that it is undefined there whatever the
+/// processor makes of it.
 pub(crate) fn is_beyond(code: Code) -> bool {
-    code.op_code().encoding() != EncodingKind::Legacy
+    use CpuidFeature as F;
+    !code.cpuid_features().iter().all(|feature| {
+        matches!(
+            feature,
+            F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::X64
+                | F::ADX
+                | F::AES
+                | F::BMI1
+                | F::BMI2
+                | F::CLFLUSHOPT
+                | F::CLFSH
+                | F::CMOV
+                | F::CMPXCHG16B
+                | F::CPUID
+                | F::CX8
+                | F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::FSGSBASE
+                | F::FXSR
+                | F::LZCNT
+                | F::MMX
+                | F::MOVBE
+                | F::MSR
+                | F::MULTIBYTENOP
+                | F::PAUSE
+                | F::PCLMULQDQ
+                | F::POPCNT
+                | F::PREFETCHW
+                | F::RDPMC
+                | F::RDTSCP
+                | F::SEP
+                | F::SHA
+                | F::SMAP
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::SSSE3
+                | F::SYSCALL
+                | F::TSC
+                // Hints that processors without them take for NOP.
+                | F::CET_IBT
+        ) || matches!(code, Code::Rdsspd_r32 | Code::Rdsspq_r64)
+    })
 }
 
 fn listed() -> impl Iterator<Item = &'static str> {

@@ -1,0 +1,299 @@
+//! Which instructions a case has: the one it is for, others that depend on it, and others that it depends on.
+
+use std::sync::LazyLock;
+
+use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use super::builder::{Builder, Pointer, RSP};
+use super::layout::{Destination, Step};
+use super::operands;
+use crate::case::Mode;
+use crate::forms::is_beyond;
+use crate::undefined;
+
+/// What may stand beside the instruction that a case is for.
+struct Companions {
+    /// On general registers alone.
+    integer: Vec<Code>,
+    /// Of these, such as depend on flags.
+    consumers: Vec<Code>,
+    x87: Vec<Code>,
+    vector: Vec<Code>,
+}
+
+impl Companions {
+    fn new(mode: Mode) -> Self {
+        let mut companions =
+            Self { integer: Vec::new(), consumers: Vec::new(), x87: Vec::new(), vector: Vec::new() };
+        for code in Code::values().filter(|code| is_companion(*code, mode)) {
+            match family(code) {
+                Family::X87 => companions.x87.push(code),
+                Family::Vector => companions.vector.push(code),
+                Family::Integer => {
+                    let mut instruction = Instruction::new();
+                    instruction.set_code(code);
+                    if instruction.rflags_read() != 0 && !instruction.is_string_instruction() {
+                        companions.consumers.push(code);
+                    }
+                    companions.integer.push(code);
+                }
+            }
+        }
+        companions
+    }
+
+    fn of(mode: Mode) -> &'static Self {
+        static LONG: LazyLock<Companions> = LazyLock::new(|| Companions::new(Mode::Long));
+        static COMPATIBILITY: LazyLock<Companions> = LazyLock::new(|| Companions::new(Mode::Compatibility));
+        match mode {
+            Mode::Long => &LONG,
+            Mode::Compatibility => &COMPATIBILITY,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    Integer,
+    X87,
+    Vector,
+}
+
+fn family(code: Code) -> Family {
+    use CpuidFeature as F;
+    let has = |wanted: fn(&F) -> bool| code.cpuid_features().iter().any(wanted);
+    if has(|feature| matches!(feature, F::FPU | F::FPU287 | F::FPU387 | F::MMX)) {
+        Family::X87
+    } else if has(|feature| {
+        matches!(
+            feature,
+            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::AES | F::PCLMULQDQ | F::SHA
+        )
+    }) {
+        Family::Vector
+    } else {
+        Family::Integer
+    }
+}
+
+/// Whether it runs on to the next instruction in ring 3, and all that it does follows from what the case says.
+fn is_companion(code: Code, mode: Mode) -> bool {
+    let op_code = code.op_code();
+    let is_there = match mode {
+        Mode::Long => op_code.mode64(),
+        Mode::Compatibility => op_code.mode32(),
+    };
+    let mut instruction = Instruction::new();
+    instruction.set_code(code);
+    let is_special = matches!(
+        code.mnemonic(),
+        Mnemonic::Cpuid
+            | Mnemonic::Rdtsc
+            | Mnemonic::Rdtscp
+            | Mnemonic::Rdpid
+            | Mnemonic::Lar
+            | Mnemonic::Lsl
+            | Mnemonic::Verr
+            | Mnemonic::Verw
+            | Mnemonic::Wrfsbase
+            | Mnemonic::Wrgsbase
+            | Mnemonic::Popf
+            | Mnemonic::Popfd
+            | Mnemonic::Popfq
+            | Mnemonic::Leave
+            | Mnemonic::Enter
+            | Mnemonic::Bound
+            | Mnemonic::Into
+            | Mnemonic::Arpl
+            | Mnemonic::Fxsave
+            | Mnemonic::Fxsave64
+            | Mnemonic::Fxrstor
+            | Mnemonic::Fxrstor64
+            | Mnemonic::Smsw
+            | Mnemonic::Sgdt
+            | Mnemonic::Sidt
+            | Mnemonic::Sldt
+            | Mnemonic::Str
+            | Mnemonic::Lds
+            | Mnemonic::Les
+            | Mnemonic::Lss
+            | Mnemonic::Lfs
+            | Mnemonic::Lgs
+            | Mnemonic::Sti
+            | Mnemonic::Cli
+            | Mnemonic::Clac
+            | Mnemonic::Stac
+            | Mnemonic::Rdpmc
+            | Mnemonic::Monitor
+            | Mnemonic::Mwait
+    );
+    let has_segment = op_code.op_kinds().iter().any(|kind| {
+        use iced_x86::OpCodeOperandKind as Kind;
+        matches!(kind, Kind::seg_reg | Kind::es | Kind::cs | Kind::ss | Kind::ds | Kind::fs | Kind::gs)
+    });
+    op_code.is_instruction()
+        && is_there
+        && !is_beyond(code)
+        && op_code.cpl3()
+        && !op_code.is_privileged()
+        && !op_code.is_input_output()
+        && code.flow_control() == FlowControl::Next
+        && !is_special
+        && !has_segment
+        // Old processors had others, which decode only when asked for.
+        && op_code.decoder_option() == 0
+}
+
+fn companion(builder: &mut Builder<'_>, target: Code) -> Code {
+    let companions = Companions::of(builder.mode);
+    let family = family(target);
+    let from = match builder.random.u8(..16) {
+        0..=5 => match family {
+            Family::Integer => &companions.integer,
+            Family::X87 => &companions.x87,
+            Family::Vector => &companions.vector,
+        },
+        6 => &companions.vector,
+        7 => &companions.x87,
+        _ => &companions.integer,
+    };
+    builder.pick(from, Code::Nopd)
+}
+
+/// The instructions of a case.
+pub(super) fn steps(builder: &mut Builder<'_>, target: Code) -> Option<Vec<Step>> {
+    let instruction = operands::instruction(builder, target)?;
+    let mut step = Step::new(builder, instruction);
+    step.decorate(builder);
+    let others = match builder.random.u8(..16) {
+        0..=6 => 0,
+        7..=12 => builder.random.usize(1..4),
+        _ => builder.random.usize(4..12),
+    };
+    if others > 0 && is_near_branch(&step) && builder.one_in(4) {
+        return Some(backward(builder, step, others));
+    }
+    let before = if builder.one_in(3) { 0 } else { builder.random.usize(..=others) };
+
+    let needs_stack = instruction.is_stack_instruction()
+        || instruction.memory_base().full_register() == Register::RSP
+        || builder.written(&instruction) >> RSP & 1 != 0;
+    let mut needed = builder.needed();
+    if !needs_stack {
+        needed &= !(1 << RSP);
+    }
+    let mut steps = Vec::new();
+    let mut changed = 0;
+    for _ in 0..before {
+        let Some((step, written)) = other(builder, target, changed) else { continue };
+        // What the target needs stays as it is, mostly.
+        if written & needed == 0 || builder.one_in(24) {
+            changed |= written;
+            steps.push(step);
+        }
+    }
+    changed |= builder.written(&step.instruction);
+    let place = steps.len();
+    steps.push(step);
+    for n in before..others {
+        let consumer = n == before && builder.one_in(3);
+        let code = match consumer {
+            true => builder.pick(&Companions::of(builder.mode).consumers, Code::Nopd),
+            false => target,
+        };
+        let made = if consumer { made(builder, code, changed) } else { other(builder, target, changed) };
+        if let Some((step, written)) = made {
+            changed |= written;
+            steps.push(step);
+        }
+    }
+    Some(defined(steps, place))
+}
+
+fn other(builder: &mut Builder<'_>, target: Code, changed: u16) -> Option<(Step, u16)> {
+    let code = companion(builder, target);
+    made(builder, code, changed)
+}
+
+/// An instruction of form `code` behind others that have written `changed`, and the registers that it writes.
+fn made(builder: &mut Builder<'_>, code: Code, changed: u16) -> Option<(Step, u16)> {
+    builder.set_changed(changed);
+    let instruction = operands::instruction(builder, code);
+    let mut step = Step::new(builder, instruction?);
+    step.decorate(builder);
+    let written = builder.written(&step.instruction);
+    Some((step, written))
+}
+
+fn is_near_branch(step: &Step) -> bool {
+    matches!(step.instruction.op0_kind(), OpKind::NearBranch32 | OpKind::NearBranch64)
+        && step
+            .pointers
+            .iter()
+            .all(|(pointer, to)| matches!((pointer, to), (Pointer::Operand, Destination::Later)))
+}
+
+/// The branch comes last and leads back to others, behind which the case ends.
+fn backward(builder: &mut Builder<'_>, mut branch: Step, others: usize) -> Vec<Step> {
+    let jump = |builder: &mut Builder<'_>, to: usize| {
+        let (code, kind) = match builder.mode {
+            Mode::Long => (Code::Jmp_rel32_64, OpKind::NearBranch64),
+            Mode::Compatibility => (Code::Jmp_rel32_32, OpKind::NearBranch32),
+        };
+        let mut instruction = Instruction::new();
+        instruction.set_code(code);
+        instruction.set_op0_kind(kind);
+        builder.pointers.clear();
+        builder.pointers.push((Pointer::Operand, Destination::Instruction(to)));
+        Step::new(builder, instruction)
+    };
+    let mut body = Vec::new();
+    let mut changed = builder.written(&branch.instruction);
+    for _ in 0..others.min(5) {
+        if let Some((step, written)) = other(builder, Code::Nopd, changed) {
+            changed |= written;
+            body.push(step);
+        }
+    }
+    let body = defined(body, usize::MAX);
+    let last = body.len() + 2;
+    let mut steps = vec![jump(builder, last)];
+    steps.extend(body);
+    steps.push(jump(builder, last + 1));
+    branch.pointers = vec![(Pointer::Operand, Destination::Instruction(1))];
+    steps.push(branch);
+    steps
+}
+
+/// `steps` without those that depend on flags which others leave undefined. That at `target` stays, and those before
+/// it go instead.
+fn defined(steps: Vec<Step>, target: usize) -> Vec<Step> {
+    let branches =
+        steps.iter().any(|step| step.instruction.is_jcc_short_or_near() || !step.pointers.is_empty());
+    let mut kept: Vec<Step> = Vec::new();
+    let mut undefined = 0;
+    for (place, step) in steps.into_iter().enumerate() {
+        let reads = undefined::read(&step.instruction);
+        if undefined & reads != 0 {
+            if place != target {
+                continue;
+            }
+            kept.clear();
+            undefined = 0;
+        }
+        if !branches {
+            undefined &= !undefined::always_written(&step.instruction);
+        }
+        undefined |= undefined::possible(&step.instruction);
+        // Nor does any come after such as even its result may be anything.
+        let is_last = undefined::may_leave_result(&step.instruction);
+        if is_last && place != target {
+            continue;
+        }
+        kept.push(step);
+        if is_last {
+            break;
+        }
+    }
+    kept
+}
