@@ -242,14 +242,20 @@ mod tests {
         let codes = Code::values().filter(|code| {
             !is_beyond(*code) && matches!(code.op_code().encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         });
-        for code in codes.filter(|code| code.op_code().decoder_option() == 0) {
+        let mut others = Vec::new();
+        for code in
+            codes.filter(|code| code.op_code().decoder_option() == 0 && !code.op_code().is_privileged())
+        {
             let instruction = of(code);
             if count_operand(&instruction).is_some() {
                 continue;
             }
             let theirs = iced(instruction.rflags_undefined());
-            assert_eq!(possible(&instruction), theirs, "{code:?}");
+            if possible(&instruction) != theirs {
+                others.push((code, possible(&instruction), theirs));
+            }
         }
+        assert!(others.is_empty(), "{others:x?}");
     }
 
     #[test]

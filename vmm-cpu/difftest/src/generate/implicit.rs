@@ -337,7 +337,8 @@ fn wide_comparison(builder: &mut Builder<'_>, instruction: &Instruction) {
     let mut value = [0; 16];
     value.iter_mut().zip(bytes).for_each(|(byte, from)| *byte = *from);
     let value = u128::from_le_bytes(value);
-    let [low, high] = [value, value >> bits].map(|part| (part & u128::from(mask)) as u64);
+    let [low, high] =
+        [value, value >> bits].map(|part| u64::try_from(part & u128::from(mask)).unwrap_or_default());
     if builder.random.bool() {
         let garbage = builder.random.u64(..) & !mask;
         builder.fix(RAX, low | garbage);

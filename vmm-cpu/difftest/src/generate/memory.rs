@@ -109,6 +109,7 @@ fn any_register(builder: &mut Builder<'_>, wide: bool) -> Register {
 fn try_registers(builder: &mut Builder<'_>, instruction: &mut Instruction, offset: u64, wide: bool) -> bool {
     let mask = if wide { u64::MAX } else { 0xffff_ffff };
     let scale = 1 << builder.random.u32(..4);
+    let factor = u64::from(scale);
     let mut base = any_register(builder, wide);
     let mut index = any_register(builder, wide);
     match builder.random.u8(..16) {
@@ -134,10 +135,10 @@ fn try_registers(builder: &mut Builder<'_>, instruction: &mut Instruction, offse
     // What base and index must come to.
     let rest = |displacement: i32| offset.wrapping_sub(i64::from(displacement).cast_unsigned());
     let fit = |value: u64| {
-        let value = if wide { value.cast_signed() } else { i64::from((value as u32).cast_signed()) };
-        i32::try_from(value).ok()
+        let shift = if wide { 0 } else { 32 };
+        i32::try_from((value << shift).cast_signed() >> shift).ok()
     };
-    let scaled = |value: u64| value.wrapping_mul(scale);
+    let scaled = |value: u64| value.wrapping_mul(factor);
     // A value of 32 bits has anything above them.
     let spread = |builder: &mut Builder<'_>, value: u64| match wide {
         true => value,
@@ -157,7 +158,7 @@ fn try_registers(builder: &mut Builder<'_>, instruction: &mut Instruction, offse
         }
         (Some(None), Some(None)) if base_number == index_number => {
             // base * (scale + 1) = rest
-            let by = scale + 1;
+            let by = factor + 1;
             displacement = displacement.wrapping_add(i32::try_from(rest(displacement) % by).unwrap_or(0));
             let value = spread(builder, rest(displacement) / by);
             builder.fix(base_number.unwrap_or(0), value);
@@ -181,14 +182,14 @@ fn try_registers(builder: &mut Builder<'_>, instruction: &mut Instruction, offse
             let base = base.flatten().unwrap_or(0);
             let wanted = |displacement| rest(displacement).wrapping_sub(base) & mask;
             displacement =
-                displacement.wrapping_add(i32::try_from(wanted(displacement) % scale).unwrap_or(0));
-            let value = spread(builder, wanted(displacement) / scale);
+                displacement.wrapping_add(i32::try_from(wanted(displacement) % factor).unwrap_or(0));
+            let value = spread(builder, wanted(displacement) / factor);
             builder.fix(index_number.unwrap_or(0), value);
         }
     }
     instruction.set_memory_base(base);
     instruction.set_memory_index(index);
-    instruction.set_memory_index_scale(if index == Register::None { 1 } else { scale as u32 });
+    instruction.set_memory_index_scale(if index == Register::None { 1 } else { scale });
     let full = if wide { 8 } else { 4 };
     let size = match displacement {
         // Also where less would do.
