@@ -164,6 +164,10 @@ fn companion(builder: &mut Builder<'_>, target: Code) -> Code {
 pub(super) fn steps(builder: &mut Builder<'_>, target: Code) -> Option<Vec<Step>> {
     let instruction = operands::instruction(builder, target)?;
     let mut step = Step::new(builder, instruction);
+    if builder.one_in(32) {
+        step.distort(builder);
+        return Some(vec![step]);
+    }
     step.decorate(builder);
     let others = match builder.random.u8(..16) {
         0..=6 => 0,

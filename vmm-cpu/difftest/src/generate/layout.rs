@@ -35,8 +35,8 @@ pub(super) struct Step {
     pub(super) pointers: Vec<(Pointer, Destination)>,
     /// Prefixes that it does not need: they come first.
     prefixes: Vec<u8>,
-    /// A REX prefix of no effect.
-    rex: bool,
+    /// A REX prefix before the opcode, or before the one that it has and then without effect.
+    rex: Option<u8>,
 }
 
 /// Room behind the code for what ends a case.
@@ -46,21 +46,19 @@ impl Step {
     /// Takes the pointers of the instruction that has been made.
     pub(super) fn new(builder: &mut Builder<'_>, instruction: Instruction) -> Self {
         let pointers = std::mem::take(&mut builder.pointers);
-        Self { instruction, pointers, prefixes: Vec::new(), rex: false }
+        Self { instruction, pointers, prefixes: Vec::new(), rex: None }
     }
 
     fn encode(&self, mode: Mode, address: u64) -> Option<Vec<u8>> {
         let mut encoder = Encoder::new(bits(mode));
-        let inserted = u64::try_from(self.prefixes.len()).ok()? + u64::from(self.rex);
+        let inserted = u64::try_from(self.prefixes.len()).ok()? + u64::from(self.rex.is_some());
         encoder.encode(&self.instruction, address.wrapping_add(inserted)).ok()?;
         let encoded = encoder.take_buffer();
         let mut bytes = self.prefixes.clone();
         let legacy = encoded.iter().take_while(|byte| is_legacy_prefix(**byte)).count();
         let (before, rest) = encoded.split_at(legacy);
         bytes.extend(before);
-        if self.rex {
-            bytes.push(0x40);
-        }
+        bytes.extend(self.rex);
         bytes.extend(rest);
         Some(bytes)
     }
@@ -82,8 +80,8 @@ impl Step {
             }
         }
         // No prefix after REX, or REX is ignored: an effect only in the bytes.
-        self.rex = is_long && builder.one_in(16);
-        if self.prefixes.is_empty() && !self.rex {
+        self.rex = (is_long && builder.one_in(16)).then_some(0x40);
+        if self.prefixes.is_empty() && self.rex.is_none() {
             if builder.one_in(100) {
                 self.prefixes.push(0xf0);
             }
@@ -91,7 +89,7 @@ impl Step {
         }
         if !self.is_as_before(builder.mode) {
             // What is left are prefixes that never matter for length.
-            self.rex = false;
+            self.rex = None;
             self.prefixes.retain(|prefix| matches!(prefix, 0x2e | 0x26));
             if !self.is_as_before(builder.mode) {
                 self.prefixes.clear();
@@ -99,9 +97,21 @@ impl Step {
         }
     }
 
+    /// Adds prefixes whatever they make of it.
+    pub(super) fn distort(&mut self, builder: &mut Builder<'_>) {
+        for _ in 0..builder.random.usize(1..4) {
+            let prefix =
+                builder.pick(&[0x66, 0x66, 0xf2, 0xf3, 0x67, 0xf0, 0x2e, 0x36, 0x3e, 0x26, 0x64, 0x65], 0x66);
+            self.prefixes.push(prefix);
+        }
+        if builder.mode == Mode::Long && builder.random.bool() {
+            self.rex = Some(builder.random.u8(0x40..0x50));
+        }
+    }
+
     /// Whether it is still the same instruction, or one that is too long.
     fn is_as_before(&self, mode: Mode) -> bool {
-        let plain = Self { prefixes: Vec::new(), rex: false, ..self.clone() };
+        let plain = Self { prefixes: Vec::new(), rex: None, ..self.clone() };
         let (Some(plain), Some(bytes)) = (plain.encode(mode, CODE.start), self.encode(mode, CODE.start))
         else {
             return false;
@@ -205,9 +215,14 @@ pub(super) fn place(builder: &mut Builder<'_>, steps: &mut [Step]) -> Option<Lay
                 }
             }
         }
-        let bytes = step.encode(builder.mode, *starts.get(place)?)?;
+        let start = *starts.get(place)?;
+        let bytes = step.encode(builder.mode, start)?;
         let offset = u8::try_from(code.len()).ok()?;
-        instructions.push((step.instruction.code(), offset));
+        // What the prefixes have made of it; for what is invalid, that which it would be without them.
+        let decoded =
+            Decoder::with_ip(bits(builder.mode), &bytes, start, DecoderOptions::AMD).decode().code();
+        let form = if decoded == Code::INVALID { step.instruction.code() } else { decoded };
+        instructions.push((form, offset));
         code.extend(bytes);
     }
     // What lies behind the end of the area is not there.

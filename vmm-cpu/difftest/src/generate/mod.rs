@@ -8,6 +8,8 @@ mod memory;
 mod operands;
 mod state;
 mod string;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use iced_x86::{Code, Instruction};

@@ -202,7 +202,11 @@ fn register(builder: &mut Builder<'_>, kind: Kind) -> Option<Register> {
             Register::K0 + builder.random.u32(..8)
         }
         Kind::seg_reg => Register::ES + builder.random.u32(..6),
-        Kind::cr_reg => Register::CR0 + builder.random.u32(..count),
+        Kind::cr_reg => {
+            let there = if is_long { [0, 2, 3, 4, 8] } else { [0, 2, 3, 4, 0] };
+            let any = any(builder);
+            Register::CR0 + if builder.one_in(16) { any } else { builder.pick(&there, 0) }
+        }
         Kind::dr_reg => Register::DR0 + builder.random.u32(..8),
         Kind::tr_reg => Register::TR0 + builder.random.u32(..8),
         Kind::bnd_or_mem_mpx | Kind::bnd_reg => Register::BND0 + builder.random.u32(..4),
