@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
-use iced_x86::{Decoder, DecoderOptions};
+use iced_x86::Decoder;
 use vmm_memory::GuestRam;
 
+use super::block::DECODING;
 use super::clock::Clock;
 use super::core::{Core, Machine, Reason};
 use super::cpu::{BLOCK, RSP, TableRegister, cr0, cr4, efer};
@@ -174,7 +175,7 @@ impl Guest {
     pub(crate) fn execute(&mut self, code: &[u8]) -> Result<(), Reason> {
         let core = &mut self.core;
         let bits = core.mode.code_bits;
-        let instruction = Decoder::with_ip(bits, code, 0, DecoderOptions::NONE).decode();
+        let instruction = Decoder::with_ip(bits, code, 0, DECODING).decode();
         assert_eq!(instruction.len(), code.len(), "{code:x?} is {instruction:?}");
         let lowered = ops::lower(core, &instruction, code, 0, bits);
         let rip = core.cpu.rip;

@@ -10,6 +10,10 @@ use crate::translate::ops::{self, Lowered, Op};
 /// Longest instruction in bytes (Intel SDM 2A 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
 
+/// How this processor decodes, which CPUID says is AMD's: with an operand size of 16 bits for near branches of 64-bit code,
+/// and none of 64 bits for far pointers in memory.
+pub(crate) const DECODING: u32 = DecoderOptions::AMD;
+
 /// Decodes the block at linear address `va`, whose first byte lies at `gpa`.
 ///
 /// # Errors
@@ -27,7 +31,7 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     }
     let bytes = bytes.get(usize::try_from(skipped).unwrap_or(0)..).unwrap_or_default();
     let mut list = Vec::with_capacity(8);
-    let mut decoder = Decoder::with_ip(code_bits, bytes, 0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(code_bits, bytes, 0, DECODING);
     let mut length = 0;
     while decoder.can_decode() && list.len() < MAX_OPS {
         let start = decoder.position();
@@ -86,7 +90,7 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
     if !m.map().read(second_page, there) {
         return Err(m.unhandled(format!("code at guest-physical {second_page:#x}, where there is no memory")));
     }
-    let mut decoder = Decoder::with_ip(code_bits, &bytes, 0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(code_bits, &bytes, 0, DECODING);
     let instruction = decoder.decode();
     let code = bytes.get(..instruction.len()).unwrap_or_default();
     let lowered = lower(m, &instruction, code, 0);

@@ -9,6 +9,8 @@
 mod build;
 mod cache;
 
+#[cfg(test)]
+pub(crate) use build::DECODING;
 pub(crate) use build::build;
 pub(crate) use cache::{BlockCache, Stamp};
 

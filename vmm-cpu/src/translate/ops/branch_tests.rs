@@ -19,6 +19,20 @@ fn sixteen_bit_code_wraps_its_targets() {
 }
 
 #[test]
+fn an_operand_size_of_16_bits_holds_for_near_branches_of_64_bit_code() {
+    let mut guest = Guest::long();
+    guest.core.cpu.rip = CODE + 0x10_0000;
+    guest.execute(&[0x66, 0xeb, 0x20]).unwrap();
+    assert_eq!(guest.core.cpu.rip, CODE + 0x23);
+    guest.core.cpu.rip = CODE;
+    guest.execute(&[0x66, 0xe8, 0x10, 0]).unwrap();
+    assert_eq!((guest.core.cpu.rip, guest.core.cpu.r(RSP)), (CODE + 0x14, STACK - 2));
+    assert_eq!(guest.read::<2>(STACK - 2), CODE + 4);
+    guest.execute(&[0x66, 0xc3]).unwrap();
+    assert_eq!((guest.core.cpu.rip, guest.core.cpu.r(RSP)), (CODE + 4, STACK));
+}
+
+#[test]
 fn targets_beyond_the_limit_fault_before_anything_happens() {
     let mut guest = Guest::protected();
     guest.core.cpu.segment_mut(index::CS).limit = 0x8fff;
