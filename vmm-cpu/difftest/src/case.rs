@@ -96,6 +96,8 @@ pub enum Ending {
     SystemCall,
     /// Neither side can tell more: it ran for longer than a case may.
     TimedOut,
+    /// The interpreter gave up on it.
+    Unhandled,
 }
 
 /// What came of a case.
@@ -107,6 +109,35 @@ pub struct Outcome {
     pub rip: u64,
     /// Registers at its end.
     pub registers: Registers,
-    /// Runs of bytes in the writable areas that are no longer what they were, ascending.
+    /// Selectors in ES, CS, SS, DS, FS and GS.
+    pub selectors: [u16; 6],
+    /// Runs of words in the writable areas that are no longer what they were, ascending.
     pub stores: Vec<(u64, Vec<u8>)>,
+}
+
+impl Registers {
+    /// Leaves what 32-bit code can see.
+    pub(crate) fn only_32_bits(&mut self) {
+        let (low, high) = self.general.split_at_mut(8);
+        low.iter_mut().for_each(|register| *register &= 0xffff_ffff);
+        high.fill(0);
+        (self.fs_base, self.gs_base) = (0, 0);
+    }
+}
+
+impl Ending {
+    /// What an exception says of the case that it ended, with the RIP that is to be compared: a breakpoint in the filler
+    /// around the code, which both sides put there, is how a case completes.
+    pub(crate) fn of_exception(case: &Case, vector: u64, error: u64, cr2: u64, rip: u64) -> (Self, u64) {
+        let before = rip.wrapping_sub(1);
+        if vector == 3 && before.wrapping_sub(CODE.start) < CODE.size && !case.owns(before) {
+            return (Self::Completed, before);
+        }
+        let ending = Self::Exception {
+            vector: vector as u8,
+            error_code: error as u32,
+            address: if vector == 14 { cr2 } else { 0 },
+        };
+        (ending, rip)
+    }
 }
