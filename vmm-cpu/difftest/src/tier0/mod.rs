@@ -16,7 +16,9 @@ use kernel::{STACK_TOP, end};
 use machine::{AREA_IMAGE, Machine, STATE};
 
 /// Instructions that a case may execute. Those of the processor may run for some ten milliseconds.
-const PATIENCE: u64 = 1_000_000;
+const PATIENCE: u64 = 200_000;
+/// As many as the processor may get to in its time.
+const MUCH_PATIENCE: u64 = 200_000_000;
 
 /// Bytes of the page with the state.
 const PAGE: usize = STACK_TOP as usize;
@@ -95,10 +97,19 @@ impl Tier0 {
 
     /// Runs a case.
     pub(crate) fn run(&mut self, case: &Case, prepared: &Prepared) -> Result<Outcome> {
+        self.run_for(case, prepared, PATIENCE)
+    }
+
+    /// Runs a case that may be a long loop.
+    pub(crate) fn run_patiently(&mut self, case: &Case, prepared: &Prepared) -> Result<Outcome> {
+        self.run_for(case, prepared, MUCH_PATIENCE)
+    }
+
+    fn run_for(&mut self, case: &Case, prepared: &Prepared, patience: u64) -> Result<Outcome> {
         self.machine.ram.write(STATE, &bytes(&prepared.start))?;
         self.put(&prepared.memory)?;
         memory::put(&mut self.expected, &prepared.memory);
-        let stay = self.stay()?;
+        let stay = self.stay(patience)?;
         let mut page = [0; PAGE];
         self.machine.ram.read(STATE, &mut page)?;
         self.machine.ram.read(AREA_IMAGE, &mut *self.now)?;
@@ -131,10 +142,10 @@ impl Tier0 {
     }
 
     /// Runs the guest until a case has ended; how it ended instead, if it did not.
-    fn stay(&mut self) -> Result<Option<Ending>> {
+    fn stay(&mut self, patience: u64) -> Result<Option<Ending>> {
         self.port.done = false;
         let stops = self.machine.vcpu.exact_stops().context("the interpreter counts instructions")?;
-        let stop = ExactStop::none().at_instructions(stops.instructions() + PATIENCE);
+        let stop = ExactStop::none().at_instructions(stops.instructions() + patience);
         stops.stop_at(stop);
         loop {
             match self.machine.vcpu.run(&mut self.port) {

@@ -1,0 +1,283 @@
+//! A run: cases by number, on several threads, each with a child and an interpreter of its own.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Result, anyhow};
+use iced_x86::Code;
+
+use crate::case::{Case, Ending, Outcome};
+use crate::forms;
+use crate::generate::{Random, generate};
+use crate::judge::{self, Difference};
+use crate::native::{Answer, BATCH, Native};
+use crate::plant;
+use crate::start::{self, Prepared};
+use crate::tally::Tally;
+use crate::tier0::Tier0;
+
+/// Mismatches of a form that are kept.
+const KEPT: usize = 3;
+
+/// What a run does.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// What all cases follow from.
+    pub(crate) seed: u64,
+    /// The numbers of the cases are from 0 to below this.
+    pub(crate) cases: u64,
+    /// Forms, which the cases take by turns.
+    pub(crate) forms: Vec<Code>,
+    /// Threads, each with a child.
+    pub(crate) threads: usize,
+    /// The form whose results of the interpreter's are corrupted.
+    pub(crate) plant: Option<Code>,
+}
+
+/// A case with two outcomes.
+#[derive(Clone)]
+pub(crate) struct Mismatch {
+    pub(crate) number: u64,
+    pub(crate) target: Code,
+    pub(crate) case: Case,
+    /// None where it was judged by rule.
+    pub(crate) native: Option<Outcome>,
+    pub(crate) ours: Outcome,
+    pub(crate) differences: Vec<Difference>,
+}
+
+/// What came of a run.
+#[derive(Default)]
+pub(crate) struct Summary {
+    pub(crate) tally: Tally,
+    pub(crate) mismatches: u64,
+    /// How many there were of each form.
+    pub(crate) by_form: std::collections::BTreeMap<Code, u64>,
+    /// Some of each form, by number.
+    pub(crate) kept: Vec<Mismatch>,
+}
+
+impl Summary {
+    fn keep(&mut self, mismatch: Mismatch) {
+        self.mismatches += 1;
+        let count = self.by_form.entry(mismatch.target).or_default();
+        *count += 1;
+        if *count <= KEPT as u64 {
+            self.kept.push(mismatch);
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.tally.add(&other.tally);
+        self.mismatches += other.mismatches;
+        for (code, count) in other.by_form {
+            *self.by_form.entry(code).or_default() += count;
+        }
+        self.kept.extend(other.kept);
+        self.kept.sort_by_key(|mismatch| mismatch.number);
+    }
+}
+
+impl Plan {
+    /// The form of a case by number.
+    pub(crate) fn target(&self, number: u64) -> Code {
+        let forms = self.forms.len().max(1) as u64;
+        self.forms.get((number % forms) as usize).copied().unwrap_or_default()
+    }
+
+    /// The case of a number, ready for both sides; why there is none.
+    pub(crate) fn case(&self, number: u64) -> Result<(Case, Prepared), &'static str> {
+        // A seed for each case, so that one can be repeated alone.
+        let seed = Random::with_seed(self.seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15)).u64(..);
+        let mut case = generate(&mut Random::with_seed(seed), self.target(number))
+            .ok_or("no case can be made of the form")?;
+        start::normalize(&mut case);
+        let prepared = start::prepare(&case)?;
+        Ok((case, prepared))
+    }
+}
+
+/// Both sides.
+pub(crate) struct Sides {
+    native: Native,
+    tier0: Tier0,
+}
+
+struct Entry {
+    number: u64,
+    case: Case,
+    prepared: Prepared,
+    has_rule: bool,
+    ours: Option<Outcome>,
+}
+
+impl Sides {
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self { native: Native::new()?, tier0: Tier0::new()? })
+    }
+
+    /// Does the cases of these numbers.
+    fn batch(&mut self, plan: &Plan, numbers: std::ops::Range<u64>, summary: &mut Summary) -> Result<()> {
+        let mut entries = Vec::with_capacity(BATCH);
+        for number in numbers {
+            match plan.case(number) {
+                Ok((case, prepared)) => {
+                    let has_rule = case.instructions.iter().any(|(code, _)| judge::has_rule(*code));
+                    entries.push(Entry { number, case, prepared, has_rule, ours: None });
+                }
+                Err(reason) => summary.tally.rejected(plan.target(number), reason),
+            }
+        }
+        self.native.start(entries.iter().filter(|entry| !entry.has_rule).map(|entry| &entry.prepared))?;
+        for entry in &mut entries {
+            entry.ours = Some(self.ours(plan, &entry.case, &entry.prepared)?);
+        }
+        let asked: Vec<(&Case, &Prepared)> = entries
+            .iter()
+            .filter(|entry| !entry.has_rule)
+            .map(|entry| (&entry.case, &entry.prepared))
+            .collect();
+        let mut answers = self.native.finish(&asked)?.into_iter();
+        for entry in &entries {
+            let Some(ours) = &entry.ours else { continue };
+            let answer = if entry.has_rule { None } else { answers.next() };
+            self.judge(plan, entry, answer, ours, summary)?;
+        }
+        Ok(())
+    }
+
+    fn ours(&mut self, plan: &Plan, case: &Case, prepared: &Prepared) -> Result<Outcome> {
+        let mut outcome = self.tier0.run(case, prepared)?;
+        if let Some(code) = plan.plant {
+            plant::corrupt(case, &mut outcome, code);
+        }
+        Ok(outcome)
+    }
+
+    fn judge(
+        &mut self,
+        plan: &Plan,
+        entry: &Entry,
+        answer: Option<Answer>,
+        ours: &Outcome,
+        summary: &mut Summary,
+    ) -> Result<()> {
+        let target = plan.target(entry.number);
+        let mut mismatch = |native, ours: &Outcome, differences| {
+            let (number, case) = (entry.number, entry.case.clone());
+            summary.keep(Mismatch { number, target, case, native, ours: ours.clone(), differences });
+        };
+        let native = match answer {
+            None => {
+                let differences = judge::by_rule(&entry.case, ours);
+                if !differences.is_empty() {
+                    mismatch(None, ours, differences);
+                }
+                summary.tally.judged(target);
+                return Ok(());
+            }
+            Some(Err(reason)) => {
+                summary.tally.rejected(target, reason);
+                return Ok(());
+            }
+            Some(Ok(native)) => native,
+        };
+        if judge::differences(&entry.case, &native, ours).is_empty() && native.ending != Ending::TimedOut {
+            summary.tally.compared(&entry.case, &native);
+            return Ok(());
+        }
+        // Once more, in a child that no case can have broken, and with the patience to see loops end.
+        let native = match self.native.fresh(&entry.case, &entry.prepared)? {
+            Ok(native) => native,
+            Err(reason) => {
+                summary.tally.rejected(target, reason);
+                return Ok(());
+            }
+        };
+        let patient;
+        let ours = if ours.ending == Ending::TimedOut && native.ending != Ending::TimedOut {
+            patient = self.tier0.run_patiently(&entry.case, &entry.prepared)?;
+            &patient
+        } else {
+            ours
+        };
+        if native.ending == Ending::TimedOut {
+            summary.tally.rejected(target, "it takes too long");
+            return Ok(());
+        }
+        let differences = judge::differences(&entry.case, &native, ours);
+        if differences.is_empty() {
+            summary.tally.unsteady += 1;
+            summary.tally.compared(&entry.case, &native);
+        } else {
+            mismatch(Some(native), ours, differences);
+        }
+        Ok(())
+    }
+
+    /// What differs in a case that was made by hand.
+    pub(crate) fn differences(&mut self, plan: &Plan, case: &Case) -> Result<Vec<Difference>> {
+        let Ok(prepared) = start::prepare(case) else { return Ok(Vec::new()) };
+        let ours = self.ours(plan, case, &prepared)?;
+        if case.instructions.iter().any(|(code, _)| judge::has_rule(*code)) {
+            return Ok(judge::by_rule(case, &ours));
+        }
+        Ok(match self.native.fresh(case, &prepared)? {
+            Ok(native) => judge::differences(case, &native, &ours),
+            Err(_) => Vec::new(),
+        })
+    }
+
+    /// Both outcomes of a case.
+    pub(crate) fn outcomes(&mut self, plan: &Plan, case: &Case) -> Result<(Option<Outcome>, Outcome)> {
+        let prepared = start::prepare(case).map_err(|reason| anyhow!("the case cannot be run: {reason}"))?;
+        let ours = self.ours(plan, case, &prepared)?;
+        let has_rule = case.instructions.iter().any(|(code, _)| judge::has_rule(*code));
+        let native = if has_rule { None } else { self.native.fresh(case, &prepared)?.ok() };
+        Ok((native, ours))
+    }
+
+    /// Does the cases from `first` on; the summary.
+    pub(crate) fn some(&mut self, plan: &Plan, first: u64, count: u64) -> Result<Summary> {
+        let mut summary = Summary::default();
+        let mut next = first;
+        while next < first + count {
+            let end = (next + BATCH as u64).min(first + count);
+            self.batch(plan, next..end, &mut summary)?;
+            next = end;
+        }
+        Ok(summary)
+    }
+}
+
+/// Does all cases. `progress` is told now and then how many are done.
+pub(crate) fn run(plan: &Plan, progress: &(dyn Fn(u64) + Sync)) -> Result<Summary> {
+    let next = AtomicU64::new(0);
+    let sum = Mutex::new(Summary::default());
+    let work = || -> Result<()> {
+        let mut sides = Sides::new()?;
+        let mut summary = Summary::default();
+        loop {
+            let first = next.fetch_add(BATCH as u64, Ordering::Relaxed);
+            if first >= plan.cases {
+                break;
+            }
+            progress(first);
+            sides.batch(plan, first..(first + BATCH as u64).min(plan.cases), &mut summary)?;
+        }
+        sum.lock().unwrap_or_else(PoisonError::into_inner).add(summary);
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..plan.threads).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| anyhow!("a thread panicked"))?)
+    })?;
+    let mut summary = sum.into_inner().unwrap_or_else(PoisonError::into_inner);
+    summary.kept.sort_by_key(|mismatch| mismatch.number);
+    Ok(summary)
+}
+
+/// All forms.
+pub(crate) fn all_forms() -> Vec<Code> {
+    forms::forms().to_vec()
+}
