@@ -1,23 +1,26 @@
 //! Whether what came of a case is the same on both sides, and which of it need not be.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register,
+};
 
 use crate::case::{Case, Ending, Mode, Outcome};
 use crate::{forms, undefined};
 
-/// RFLAGS.RF.
-const RF: u64 = 1 << 16;
 /// Bit 0 of a page fault's error code: the page is there.
 const PROTECTION: u32 = 1;
-/// Where the kernel's half of the address space begins.
-const KERNEL_HALF: u64 = 1 << 63;
+/// Where addresses begin that Linux keeps from programs.
+const NOT_USER: u64 = 0x7fff_ffff_f000;
+/// FSW.ES: an unmasked exception is pending.
+const PENDING: u8 = 1 << 7;
+/// Where FXSAVE has the x87 opcode and pointers. Some processors keep them current, some set them for unmasked exceptions
+/// alone (CPUID.(7,0):EBX bit 6), and those of AMD's save them for those alone (APM 2, 11.4.4.3).
+const POINTERS: std::ops::Range<usize> = 6..24;
 /// Where FXSAVE has MXCSR_MASK, which says what a processor is and not what it did.
 const MXCSR_MASK: std::ops::Range<usize> = 28..32;
-
-const UD: u8 = 6;
-const GP: u8 = 13;
 
 /// Something that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +92,7 @@ pub(crate) fn decode(case: &Case) -> impl Iterator<Item = (Code, Instruction)> {
     })
 }
 
-/// Whether a form is judged by a rule, without the processor: [`by_rule`].
+/// Whether a form is judged by a rule, whatever the processor makes of it: see [`code_with_rules`].
 pub(crate) fn has_rule(code: Code) -> bool {
     forms::is_beyond(code) || is_emulated(code)
 }
@@ -115,22 +118,22 @@ fn is_emulated(code: Code) -> bool {
     )
 }
 
-/// What the interpreter has to make of a case that holds such a form: #UD, or #GP where UMIP forbids the form. Instructions
-/// before it are the interpreter's word alone, as is an exception that comes earlier.
-pub(crate) fn by_rule(case: &Case, ours: &Outcome) -> Vec<Difference> {
-    let Some((code, offset)) = case.instructions.iter().find(|(code, _)| has_rule(*code)) else {
-        return vec![Difference::Ending];
-    };
-    let here = ours.rip == case.address + u64::from(*offset);
-    let expected = if forms::is_beyond(*code) { UD } else { GP };
-    match ours.ending {
-        Ending::Exception { vector, error_code: 0, .. } if here && vector == expected => Vec::new(),
-        // What the form itself does not get to.
-        Ending::Exception { vector, .. } if !here && vector != UD => Vec::new(),
-        // A memory operand that cannot be accessed, or code that cannot be fetched.
-        Ending::Exception { vector: GP | 12 | 14, .. } if here => Vec::new(),
-        _ => vec![Difference::Ending],
+/// The code that the processor gets in place of a case's own, if that holds a form with a rule: the exception that it must
+/// end in is raised there by UD2, or by HLT where it is #GP. Everything else is compared as ever.
+pub(crate) fn code_with_rules(case: &Case) -> Option<Vec<u8>> {
+    let mut code: Option<Vec<u8>> = None;
+    for ((form, instruction), (_, offset)) in decode(case).zip(&case.instructions) {
+        // One that is invalid or too long is no such form.
+        if !has_rule(form) || instruction.is_invalid() {
+            continue;
+        }
+        let raised: &[u8] = if forms::is_beyond(form) { &[0x0f, 0x0b] } else { &[0xf4] };
+        let code = code.get_or_insert_with(|| case.code.clone());
+        if let Some(place) = code.get_mut(usize::from(*offset)..).and_then(|rest| rest.get_mut(..raised.len())) {
+            place.copy_from_slice(raised);
+        }
     }
+    code
 }
 
 /// What differs between the processor's outcome and the interpreter's, without what may.
@@ -148,7 +151,8 @@ pub(crate) fn differences(case: &Case, native: &Outcome, ours: &Outcome) -> Vec<
         list.push(Difference::Rip);
     }
     let (left, right) = (&native.registers, &ours.registers);
-    let free = free(case);
+    let free = free(case, native);
+    let pending = left.fxsave.get(2).is_some_and(|status| status & PENDING != 0);
     for (number, (left, right)) in left.general.iter().zip(&right.general).enumerate() {
         if left != right && free.general >> number & 1 == 0 {
             list.push(Difference::General(number));
@@ -162,13 +166,15 @@ pub(crate) fn differences(case: &Case, native: &Outcome, ours: &Outcome) -> Vec<
         list.push(Difference::Base);
     }
     for (number, (left, right)) in native.selectors.iter().zip(&ours.selectors).enumerate() {
-        if left != right {
+        // IRET to ring 3 makes all null selectors 0, and the kernel may use one at any time.
+        let is_null = *left < 4 && *right < 4;
+        if left != right && !is_null {
             list.push(Difference::Selector(number));
         }
     }
     let mut last = None;
     for (at, (left, right)) in left.fxsave.iter().zip(&right.fxsave).enumerate() {
-        if left != right && !MXCSR_MASK.contains(&at) {
+        if left != right && !MXCSR_MASK.contains(&at) && (pending || !POINTERS.contains(&at)) {
             let field = Difference::Extended(at);
             let name = field.to_string();
             if last.as_ref() != Some(&name) {
@@ -177,10 +183,32 @@ pub(crate) fn differences(case: &Case, native: &Outcome, ours: &Outcome) -> Vec<
             }
         }
     }
-    if native.stores != ours.stores && !free.memory {
+    if native.stores != ours.stores && !free.memory && !same_stores(native, ours, &free.bytes) {
         list.push(Difference::Stores);
     }
     list
+}
+
+/// Whether stores are the same but for some bytes.
+fn same_stores(native: &Outcome, ours: &Outcome, free: &[(u64, u64)]) -> bool {
+    if free.is_empty() {
+        return false;
+    }
+    let bytes = |outcome: &Outcome| -> BTreeMap<u64, u8> {
+        let bytes = outcome.stores.iter().flat_map(|(at, data)| (*at..).zip(data.iter().copied()));
+        let is_free = |at: u64| free.iter().any(|(first, end)| (*first..*end).contains(&at));
+        bytes.filter(|(at, _)| !is_free(*at)).collect()
+    };
+    let (left, right) = (bytes(native), bytes(ours));
+    // A word that only one side changed, by free bytes alone, is listed with what it held before.
+    let both = |(at, byte): (&u64, &u8), other: &BTreeMap<u64, u8>| other.get(at).is_none_or(|it| it == byte);
+    let is_listed = |outcome: &Outcome, at: u64| {
+        let inside = |(first, data): &(u64, Vec<u8>)| at.wrapping_sub(*first) < data.len() as u64;
+        outcome.stores.iter().any(inside)
+    };
+    let has_free = |at: u64| free.iter().any(|(first, end)| *first < (at | 7) + 1 && at & !7 < *end);
+    left.iter().all(|entry| both(entry, &right) && (is_listed(ours, *entry.0) || has_free(*entry.0)))
+        && right.iter().all(|entry| both(entry, &left) && (is_listed(native, *entry.0) || has_free(*entry.0)))
 }
 
 fn same_ending(native: &Ending, ours: &Ending) -> bool {
@@ -189,8 +217,8 @@ fn same_ending(native: &Ending, ours: &Ending) -> bool {
             Ending::Exception { vector: 14, error_code: left, address },
             Ending::Exception { vector: 14, error_code: right, address: other },
         ) => {
-            // Linux tells nobody what of its own half is mapped.
-            let told = if address >= KERNEL_HALF { !PROTECTION } else { !0 };
+            // Linux does not tell what is mapped there.
+            let told = if address >= NOT_USER { !PROTECTION } else { !0 };
             address == other && left & told == right & told
         }
         (left, right) => left == right,
@@ -202,7 +230,10 @@ fn same_ending(native: &Ending, ours: &Ending) -> bool {
 struct Free {
     flags: u64,
     general: u16,
+    /// All of it.
     memory: bool,
+    /// From one address to below another.
+    bytes: Vec<(u64, u64)>,
 }
 
 const RAX: u16 = 1;
@@ -210,17 +241,24 @@ const RCX: u16 = 1 << 1;
 const RDX: u16 = 1 << 2;
 const RBX: u16 = 1 << 3;
 
-fn free(case: &Case) -> Free {
+fn free(case: &Case, native: &Outcome) -> Free {
     let mut free = Free::default();
     let mut info = InstructionInfoFactory::new();
-    let mut count_is_known = true;
+    let (mut count_is_known, mut branches) = (true, false);
+    let mut written = RegisterSet::default();
     for (code, instruction) in decode(case) {
-        if count_is_known {
-            free.flags = undefined::flags(&instruction, &case.registers).carry(free.flags);
-        } else {
-            let written = undefined::always_written(&instruction);
-            free.flags = free.flags & !written | undefined::possible(&instruction);
+        if case.owns(native.rip) && instruction.ip() >= native.rip && !branches {
+            // Not reached; or it faulted, and has changed nothing but, perhaps, a part of a string.
+            break;
         }
+        branches |= instruction.flow_control() != FlowControl::Next;
+        free.flags = if branches {
+            free.flags | undefined::possible(&instruction)
+        } else if count_is_known {
+            undefined::flags(&instruction, &case.registers).carry(free.flags)
+        } else {
+            free.flags & !undefined::always_written(&instruction) | undefined::possible(&instruction)
+        };
         if undefined::is_result_undefined(&instruction, &case.registers)
             || !count_is_known && undefined::may_leave_result(&instruction)
         {
@@ -235,22 +273,65 @@ fn free(case: &Case) -> Free {
             Code::Cpuid => RAX | RBX | RCX | RDX,
             _ => 0,
         };
-        count_is_known &= !writes_rcx(&mut info, &instruction);
+        let image = pointers_in_image(&instruction);
+        if !image.is_empty() {
+            match address(case, &instruction, &written) {
+                Some(start) => {
+                    free.bytes.extend(image.iter().map(|(from, to)| (start + from, start + to)));
+                }
+                None => free.memory = true,
+            }
+        }
+        written.note(&mut info, &instruction);
+        count_is_known = !written.has(Register::RCX);
     }
     free
 }
 
-fn writes_rcx(info: &mut InstructionInfoFactory, instruction: &Instruction) -> bool {
-    info.info(instruction).used_registers().iter().any(|used| {
-        used.register().full_register() == Register::RCX
-            && matches!(
-                used.access(),
-                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-            )
-    })
+/// Where the images that an instruction stores have the x87 pointers, and MXCSR_MASK.
+fn pointers_in_image(instruction: &Instruction) -> &'static [(u64, u64)] {
+    match instruction.mnemonic() {
+        Mnemonic::Fxsave | Mnemonic::Fxsave64 => &[(6, 24), (28, 32)],
+        Mnemonic::Fnstenv | Mnemonic::Fstenv | Mnemonic::Fnsave | Mnemonic::Fsave => {
+            if matches!(instruction.memory_size().size(), 14 | 94) { &[(6, 14)] } else { &[(12, 28)] }
+        }
+        _ => &[],
+    }
 }
 
-/// Whether a difference of RF alone; see [`RF`].
-pub(crate) fn is_resume_flag_only(list: &[Difference]) -> bool {
-    matches!(list, [Difference::Flags(RF)])
+/// Registers that earlier instructions may have written.
+#[derive(Default)]
+struct RegisterSet(Vec<Register>);
+
+impl RegisterSet {
+    fn has(&self, register: Register) -> bool {
+        self.0.contains(&register.full_register())
+    }
+
+    fn note(&mut self, info: &mut InstructionInfoFactory, instruction: &Instruction) {
+        let used = info.info(instruction).used_registers().iter();
+        let writes = |access| {
+            matches!(
+                access,
+                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+            )
+        };
+        self.0.extend(used.filter(|used| writes(used.access())).map(|used| used.register().full_register()));
+    }
+}
+
+/// The linear address of an instruction's memory operand, if the registers in it are those of the start.
+fn address(case: &Case, instruction: &Instruction, written: &RegisterSet) -> Option<u64> {
+    let is_long = case.mode == Mode::Long;
+    let address = instruction.virtual_address(0, 0, |register, _, _| match register {
+        Register::FS if is_long => Some(case.registers.fs_base),
+        Register::GS if is_long => Some(case.registers.gs_base),
+        _ if register.is_segment_register() => Some(0),
+        _ if written.has(register) => None,
+        _ => {
+            let value = case.registers.general.get(register.full_register().number())?;
+            Some(if register.size() == 4 { value & 0xffff_ffff } else { *value })
+        }
+    })?;
+    Some(if is_long { address } else { address & 0xffff_ffff })
 }

@@ -163,7 +163,7 @@ pub(crate) fn describe(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> R
     for (code, instruction) in judge::decode(&case) {
         let mut line = String::new();
         formatter.format(&instruction, &mut line);
-        let _written = writeln!(text, "    {line}    ({code:?})");
+        let _written = writeln!(text, "    {:x} {line}    ({code:?})", instruction.ip());
     }
     let mut zero =
         Registers { general: [0; 16], rflags: 0, fs_base: 0, gs_base: 0, fxsave: [0; 512] };
@@ -179,7 +179,7 @@ pub(crate) fn describe(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> R
     }
     match native {
         Some(native) => outcome(&mut text, "processor  ", &native, &case),
-        None => text.push_str("  by rule: an exception\n"),
+        None => text.push_str("  processor  : nothing, its child died\n"),
     }
     outcome(&mut text, "interpreter", &ours, &case);
     let plant = plan.plant.map_or_else(String::new, |code| format!(" --plant {code:?}"));

@@ -40,9 +40,6 @@ pub(crate) struct Mismatch {
     pub(crate) number: u64,
     pub(crate) target: Code,
     pub(crate) case: Case,
-    /// None where it was judged by rule.
-    pub(crate) native: Option<Outcome>,
-    pub(crate) ours: Outcome,
     pub(crate) differences: Vec<Difference>,
 }
 
@@ -107,7 +104,6 @@ struct Entry {
     number: u64,
     case: Case,
     prepared: Prepared,
-    has_rule: bool,
     ours: Option<Outcome>,
 }
 
@@ -122,26 +118,22 @@ impl Sides {
         for number in numbers {
             match plan.case(number) {
                 Ok((case, prepared)) => {
-                    let has_rule = case.instructions.iter().any(|(code, _)| judge::has_rule(*code));
-                    entries.push(Entry { number, case, prepared, has_rule, ours: None });
+                    entries.push(Entry { number, case, prepared, ours: None });
                 }
                 Err(reason) => summary.tally.rejected(plan.target(number), reason),
             }
         }
-        self.native.start(entries.iter().filter(|entry| !entry.has_rule).map(|entry| &entry.prepared))?;
+        self.native.start(entries.iter().map(|entry| &entry.prepared))?;
         for entry in &mut entries {
             entry.ours = Some(self.ours(plan, &entry.case, &entry.prepared)?);
         }
-        let asked: Vec<(&Case, &Prepared)> = entries
-            .iter()
-            .filter(|entry| !entry.has_rule)
-            .map(|entry| (&entry.case, &entry.prepared))
-            .collect();
-        let mut answers = self.native.finish(&asked)?.into_iter();
-        for entry in &entries {
-            let Some(ours) = &entry.ours else { continue };
-            let answer = if entry.has_rule { None } else { answers.next() };
-            self.judge(plan, entry, answer, ours, summary)?;
+        let asked: Vec<(&Case, &Prepared)> =
+            entries.iter().map(|entry| (&entry.case, &entry.prepared)).collect();
+        let answers = self.native.finish(&asked)?;
+        for (entry, answer) in entries.iter().zip(answers) {
+            if let Some(ours) = &entry.ours {
+                self.judge(plan, entry, answer, ours, summary)?;
+            }
         }
         Ok(())
     }
@@ -158,29 +150,17 @@ impl Sides {
         &mut self,
         plan: &Plan,
         entry: &Entry,
-        answer: Option<Answer>,
+        answer: Answer,
         ours: &Outcome,
         summary: &mut Summary,
     ) -> Result<()> {
         let target = plan.target(entry.number);
-        let mut mismatch = |native, ours: &Outcome, differences| {
-            let (number, case) = (entry.number, entry.case.clone());
-            summary.keep(Mismatch { number, target, case, native, ours: ours.clone(), differences });
-        };
         let native = match answer {
-            None => {
-                let differences = judge::by_rule(&entry.case, ours);
-                if !differences.is_empty() {
-                    mismatch(None, ours, differences);
-                }
-                summary.tally.judged(target);
-                return Ok(());
-            }
-            Some(Err(reason)) => {
+            Ok(native) => native,
+            Err(reason) => {
                 summary.tally.rejected(target, reason);
                 return Ok(());
             }
-            Some(Ok(native)) => native,
         };
         if judge::differences(&entry.case, &native, ours).is_empty() && native.ending != Ending::TimedOut {
             summary.tally.compared(&entry.case, &native);
@@ -210,7 +190,8 @@ impl Sides {
             summary.tally.unsteady += 1;
             summary.tally.compared(&entry.case, &native);
         } else {
-            mismatch(Some(native), ours, differences);
+            let (number, case) = (entry.number, entry.case.clone());
+            summary.keep(Mismatch { number, target, case, differences });
         }
         Ok(())
     }
@@ -219,10 +200,7 @@ impl Sides {
     pub(crate) fn differences(&mut self, plan: &Plan, case: &Case) -> Result<Vec<Difference>> {
         let Ok(prepared) = start::prepare(case) else { return Ok(Vec::new()) };
         let ours = self.ours(plan, case, &prepared)?;
-        if case.instructions.iter().any(|(code, _)| judge::has_rule(*code)) {
-            return Ok(judge::by_rule(case, &ours));
-        }
-        Ok(match self.native.fresh(case, &prepared)? {
+        Ok(match self.native.again(case, &prepared)? {
             Ok(native) => judge::differences(case, &native, &ours),
             Err(_) => Vec::new(),
         })
@@ -232,9 +210,7 @@ impl Sides {
     pub(crate) fn outcomes(&mut self, plan: &Plan, case: &Case) -> Result<(Option<Outcome>, Outcome)> {
         let prepared = start::prepare(case).map_err(|reason| anyhow!("the case cannot be run: {reason}"))?;
         let ours = self.ours(plan, case, &prepared)?;
-        let has_rule = case.instructions.iter().any(|(code, _)| judge::has_rule(*code));
-        let native = if has_rule { None } else { self.native.fresh(case, &prepared)?.ok() };
-        Ok((native, ours))
+        Ok((self.native.fresh(case, &prepared)?.ok(), ours))
     }
 
     /// Does the cases from `first` on; the summary.

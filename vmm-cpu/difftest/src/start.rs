@@ -1,9 +1,7 @@
 //! The state that a case begins with, in the form in which the assembler code of both sides loads it.
 
-use iced_x86::Code;
-
 use crate::case::{CODE, Case, Mode};
-use crate::memory;
+use crate::{judge, memory};
 
 /// Selectors of Linux's user segments.
 pub(crate) const USER32_CS: u16 = 0x23;
@@ -63,12 +61,10 @@ const _: () = {
 #[derive(Clone)]
 pub(crate) struct Prepared {
     pub(crate) start: Start,
-    /// Address of the code.
-    pub(crate) address: u64,
-    /// Bytes of the code.
-    pub(crate) code_len: usize,
     /// Runs that the areas hold at the start: the case's memory, then its code.
     pub(crate) memory: Vec<u8>,
+    /// The same for the processor, where its code is another.
+    pub(crate) native_memory: Option<Vec<u8>>,
 }
 
 /// Sign-extends bit 47: WRFSBASE takes no other addresses.
@@ -133,16 +129,8 @@ pub(crate) fn prepare(case: &Case) -> Result<Prepared, &'static str> {
     if case.address < CODE.start || case.address + case.code.len() as u64 > CODE.start + CODE.size {
         return Err("its code does not lie in its area");
     }
-    let mut memory = vec![0; MOST_MEMORY + MOST_CODE];
-    let mut used = 0;
-    let runs = case.memory.iter().map(|(address, data)| (*address, data.as_slice()));
-    for (address, data) in runs.chain([(case.address, case.code.as_slice())]) {
-        if memory::offset(address, data.len()).is_none() {
-            return Err("its memory lies outside of all areas");
-        }
-        used = memory::push(&mut memory, used, address, data).ok_or("it has too much memory")?;
-    }
-    memory.truncate(used);
+    let memory = memory(case, &case.code)?;
+    let native_memory = judge::code_with_rules(case).map(|code| self::memory(case, &code)).transpose()?;
     let (cs, data_selector) = match case.mode {
         Mode::Long => (USER64_CS, 0),
         Mode::Compatibility => (USER32_CS, USER_DS),
@@ -160,15 +148,25 @@ pub(crate) fn prepare(case: &Case) -> Result<Prepared, &'static str> {
         data_selector: data_selector.into(),
         fxsave: registers.fxsave,
     };
-    Ok(Prepared { start, address: case.address, code_len: case.code.len(), memory })
+    Ok(Prepared { start, memory, native_memory })
+}
+
+/// What the areas hold at the start.
+fn memory(case: &Case, code: &[u8]) -> Result<Vec<u8>, &'static str> {
+    let mut memory = vec![0; MOST_MEMORY + MOST_CODE];
+    let mut used = 0;
+    let runs = case.memory.iter().map(|(address, data)| (*address, data.as_slice()));
+    for (address, data) in runs.chain([(case.address, code)]) {
+        if memory::offset(address, data.len()).is_none() {
+            return Err("its memory lies outside of all areas");
+        }
+        used = memory::push(&mut memory, used, address, data).ok_or("it has too much memory")?;
+    }
+    memory.truncate(used);
+    Ok(memory)
 }
 
 impl Case {
-    /// The form that it was made for.
-    pub(crate) fn target(&self) -> Code {
-        self.instructions.first().map_or(Code::INVALID, |(code, _)| *code)
-    }
-
     /// Whether an address is that of a byte of its code.
     pub(crate) fn owns(&self, address: u64) -> bool {
         address.wrapping_sub(self.address) < self.code.len() as u64

@@ -6,7 +6,7 @@ use std::fmt;
 use iced_x86::Code;
 
 use crate::case::{Case, Ending, Outcome};
-use crate::forms;
+use crate::{forms, judge};
 
 /// Cases of one form.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub(crate) struct Count {
     pub(crate) completed: u64,
     /// It faulted or trapped.
     pub(crate) faulted: u64,
-    /// The interpreter's outcome was held against a rule.
+    /// Compared with what a rule asks for.
     pub(crate) judged: u64,
     /// Could not be compared.
     pub(crate) rejected: u64,
@@ -55,13 +55,15 @@ impl Tally {
                 let is_last = !case.instructions.iter().any(|(_, other)| other > offset);
                 let ends_here = if case.owns(native.rip) { at == native.rip } else { is_last };
                 let count = self.count(*code);
-                *if faulted && ends_here { &mut count.faulted } else { &mut count.completed } += 1;
+                *if judge::has_rule(*code) {
+                    &mut count.judged
+                } else if faulted && ends_here {
+                    &mut count.faulted
+                } else {
+                    &mut count.completed
+                } += 1;
             }
         }
-    }
-
-    pub(crate) fn judged(&mut self, code: Code) {
-        self.count(code).judged += 1;
     }
 
     pub(crate) fn rejected(&mut self, code: Code, reason: &'static str) {

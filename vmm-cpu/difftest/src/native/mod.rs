@@ -99,9 +99,10 @@ impl Native {
         for case in cases.into_iter().take(BATCH) {
             let slot = self.arena.slot(count);
             slot.start = case.start;
-            slot.memory_len = case.memory.len();
-            if let Some(place) = slot.memory.get_mut(..case.memory.len()) {
-                place.copy_from_slice(&case.memory);
+            let memory = case.native_memory.as_ref().unwrap_or(&case.memory);
+            slot.memory_len = memory.len();
+            if let Some(place) = slot.memory.get_mut(..memory.len()) {
+                place.copy_from_slice(memory);
             }
             count += 1;
         }
@@ -159,6 +160,11 @@ impl Native {
     /// Runs a case in a child that has run no other before.
     pub(crate) fn fresh(&mut self, case: &Case, prepared: &Prepared) -> Result<Answer> {
         self.spawn()?;
+        self.alone(case, prepared)
+    }
+
+    /// Runs a case in the child that there is.
+    pub(crate) fn again(&mut self, case: &Case, prepared: &Prepared) -> Result<Answer> {
         self.alone(case, prepared)
     }
 

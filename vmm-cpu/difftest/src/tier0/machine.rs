@@ -201,8 +201,9 @@ fn write_descriptors(ram: &Ram, kernel: &kernel::Kernel) -> Result<()> {
     for (selector, descriptor) in descriptors {
         ram.write_word(GDT + u64::from(selector & !7), descriptor)?;
     }
-    // RSP0.
+    // RSP0; and the I/O permission map lies beyond the limit, so that no port is permitted.
     ram.write_word(TSS + 4, KERNEL + STATE + kernel::STACK_TOP)?;
+    ram.write(TSS + 0x66, &0x68_u16.to_le_bytes())?;
     for (vector, handler) in (0_u64..).zip(&kernel.vectors) {
         // INT3, INTO and INT 80h are for everybody.
         let dpl: u64 = if matches!(vector, 3 | 4 | 0x80) { 3 } else { 0 };
