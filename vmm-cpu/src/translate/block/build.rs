@@ -1,18 +1,17 @@
 //! Decodes a block.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
+use super::length::{MAX_INSTRUCTION, is_cut_off, is_too_long, is_ud1};
 use super::{Block, MAX_OPS};
 use crate::translate::core::{Flow, Machine, Place};
 use crate::translate::memory::{Access, PAGE, PAGE_MASK};
 use crate::translate::ops::{self, Lowered, Op};
 
-/// Longest instruction in bytes (Intel SDM 2A 2.3.11).
-const MAX_INSTRUCTION: usize = 15;
-
 /// How this processor decodes, which CPUID says is AMD's: with an operand size of 16 bits for near branches of 64-bit code,
-/// and none of 64 bits for far pointers in memory.
-pub(crate) const DECODING: u32 = DecoderOptions::AMD;
+/// and none of 64 bits for far pointers in memory. The prefix that makes WBINVD another instruction is ignored where that
+/// is not offered.
+pub(crate) const DECODING: u32 = DecoderOptions::AMD | DecoderOptions::NO_WBNOINVD;
 
 /// Decodes the block at linear address `va`, whose first byte lies at `gpa`.
 ///
@@ -36,7 +35,11 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     while decoder.can_decode() && list.len() < MAX_OPS {
         let start = decoder.position();
         let instruction = decoder.decode();
-        let incomplete = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+        let rest = bytes.get(start..).unwrap_or_default();
+        let incomplete = match decoder.last_error() {
+            DecoderError::NoMoreBytes => !is_ud1(rest, code_bits),
+            _ => instruction.is_invalid() && is_cut_off(rest, code_bits),
+        };
         if incomplete && list.is_empty() {
             if bytes.len() >= MAX_INSTRUCTION {
                 // As many bytes as an instruction can have, and it is longer.
@@ -47,8 +50,7 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
         if incomplete {
             break;
         }
-        let code = bytes.get(start..decoder.position()).unwrap_or_default();
-        let lowered = lower(m, &instruction, code, u16::try_from(start).unwrap_or(u16::MAX));
+        let lowered = lower(m, &instruction, rest, u16::try_from(start).unwrap_or(u16::MAX));
         if lowered.is_far && !list.is_empty() {
             break;
         }
@@ -62,14 +64,28 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
     Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits })
 }
 
-/// What becomes of an instruction. The decoder says of a longer one than there can be that it is invalid and has as many
-/// bytes as there can be.
-fn lower(m: &mut Machine<'_>, instruction: &Instruction, code: &[u8], start: u16) -> Lowered {
-    if instruction.is_invalid() && instruction.len() >= MAX_INSTRUCTION {
+/// What becomes of an instruction, with which `rest` begins.
+fn lower(m: &mut Machine<'_>, instruction: &Instruction, rest: &[u8], start: u16) -> Lowered {
+    let code = rest.get(..instruction.len()).unwrap_or_default();
+    if instruction.is_invalid() && rest.len() >= MAX_INSTRUCTION && is_too_long(rest, m.mode.code_bits) {
         return Lowered { op: Op::new(too_long, start), is_far: false, ends_block: true };
     }
     let code_bits = m.mode.code_bits;
-    ops::lower(m, instruction, code, start, code_bits)
+    match exchange(instruction, code, code_bits) {
+        Some(exchange) => ops::lower(m, &exchange, code, start, code_bits),
+        None => ops::lower(m, instruction, code, start, code_bits),
+    }
+}
+
+/// What PAUSE is with REX.B: an exchange of the accumulator with R8 of which the F3 prefix is ignored.
+fn exchange(instruction: &Instruction, code: &[u8], code_bits: u32) -> Option<Instruction> {
+    let [.., 0x41 | 0x43 | 0x45 | 0x47 | 0x49 | 0x4b | 0x4d | 0x4f, 0x90] = code else { return None };
+    if instruction.code() != Code::Pause || code_bits != 64 {
+        return None;
+    }
+    let plain: Vec<u8> =
+        code.iter().map(|byte| if matches!(byte, 0xf2 | 0xf3) { 0x3e } else { *byte }).collect();
+    Some(Decoder::with_ip(code_bits, &plain, 0, DECODING).decode())
 }
 
 /// #GP(0) of an instruction of more than 15 bytes.
@@ -93,6 +109,6 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
     let mut decoder = Decoder::with_ip(code_bits, &bytes, 0, DECODING);
     let instruction = decoder.decode();
     let code = bytes.get(..instruction.len()).unwrap_or_default();
-    let lowered = lower(m, &instruction, code, 0);
+    let lowered = lower(m, &instruction, &bytes, 0);
     Ok(Block { ops: [lowered.op].into(), bytes: code.into(), gpa, second_page: Some(second_page), code_bits })
 }

@@ -8,6 +8,7 @@
 
 mod build;
 mod cache;
+mod length;
 
 #[cfg(test)]
 pub(crate) use build::DECODING;
