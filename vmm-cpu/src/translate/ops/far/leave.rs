@@ -17,8 +17,9 @@ fn far_return<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     let extra = if instruction.op_count() == 1 { u64::from(instruction.immediate16()) } else { 0 };
     let bytes = W::BYTES as u64;
-    let rip = m.peek::<W>(0)?;
+    // In this order, as AMD's processors do: where both are absent, the fault is that of the selector.
     let selector = low16(m.peek::<W>(bytes)?);
+    let rip = m.peek::<W>(0)?;
     if !m.cpu.protected() || m.cpu.virtual_8086() {
         let mut cs = *m.cpu.cs();
         cs.load_real(selector);
@@ -121,9 +122,10 @@ impl Machine<'_> {
 
     fn interrupt_return_protected<W: HostWord>(&mut self) -> Flow {
         let bytes = W::BYTES as u64;
-        let rip = self.peek::<W>(0)?;
-        let selector = low16(self.peek::<W>(bytes)?);
+        // In the order of AMD's processors.
         let popped = self.peek::<W>(2 * bytes)?;
+        let selector = low16(self.peek::<W>(bytes)?);
+        let rip = self.peek::<W>(0)?;
         let to_virtual = popped & bits::VM != 0 && bytes == 4 && self.mode.cpl == 0;
         if to_virtual && !self.cpu.long_mode() {
             return self.return_to_virtual_8086(rip, selector, popped);

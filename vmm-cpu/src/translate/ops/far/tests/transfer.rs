@@ -102,7 +102,15 @@ fn iretq_faults_change_nothing() {
     assert_eq!(guest.fault(&IRETQ), gp(0));
     let mut guest = Guest::long();
     guest.core.cpu.set_r(RSP, HOLE - 8);
-    assert_eq!(guest.fault(&IRETQ).cr2, Some(HOLE));
+    assert_eq!(guest.fault(&IRETQ).cr2, Some(HOLE + 8), "the flags come first");
+}
+
+#[test]
+fn far_returns_look_at_the_selector_first() {
+    let mut guest = Guest::long();
+    guest.core.cpu.set_r(RSP, HOLE);
+    assert_eq!(guest.fault(&[0x48, 0xcb]).cr2, Some(HOLE + 8));
+    assert_eq!(guest.fault(&[0xcb]).cr2, Some(HOLE + 4));
 }
 
 #[test]
