@@ -63,7 +63,8 @@ fn inspect(m: &mut Machine<'_>, op: &Op) -> Flow {
         let value = if wants_limit {
             u64::from(descriptor.register.limit)
         } else {
-            descriptor.raw >> 32 & 0x00f0_ff00
+            // With bits 19 to 16 of the limit, which Intel leaves open and AMD's processors give.
+            descriptor.raw >> 32 & 0x00ff_ff00
         };
         m.set_register(instruction.op0_register(), value);
     }

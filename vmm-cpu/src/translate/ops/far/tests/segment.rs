@@ -126,7 +126,7 @@ fn access_rights_and_limits() {
     let (lar, lsl) = ([0x0f, 0x02, 0xc3], [0x0f, 0x03, 0xc3]);
     guest.core.cpu.set_r(RBX, CODE_64.into());
     guest.execute(&lar).unwrap();
-    assert_eq!((zf(&guest), guest.core.cpu.r(RAX)), (true, 0x00a0_9b00));
+    assert_eq!((zf(&guest), guest.core.cpu.r(RAX)), (true, 0x00af_9b00));
     guest.execute(&lsl).unwrap();
     assert_eq!((zf(&guest), guest.core.cpu.r(RAX)), (true, 0xffff_ffff));
     guest.core.cpu.set_r(RBX, TASK.into());
