@@ -42,7 +42,7 @@ fn full_fence(_: &mut Machine<'_>, _: &Op) -> Flow {
     Ok(())
 }
 
-/// CLFLUSH, CLFLUSHOPT, CLWB: a load as far as faults go. There is no cache to speak of.
+/// CLFLUSH and CLFLUSHOPT: a load as far as faults go. There is no cache to speak of.
 fn flush_line(m: &mut Machine<'_>, op: &Op) -> Flow {
     let place = m.place(op, 1, false)?;
     if m.tlb.load::<u8>(place.va).is_none() {
@@ -232,7 +232,7 @@ pub(super) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
         | M::Sfence => nop,
         M::Mfence => full_fence,
         M::Pause => pause,
-        M::Clflush | M::Clflushopt | M::Clwb => flush_line,
+        M::Clflush | M::Clflushopt => flush_line,
         M::Lahf => lahf,
         M::Sahf => sahf,
         M::Clc => clc,
