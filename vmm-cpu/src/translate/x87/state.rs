@@ -222,8 +222,9 @@ impl X87State {
         self.tags = 0xff;
     }
 
-    /// EMMS: all registers are empty.
+    /// EMMS: TOP is 0, all registers are empty (Intel SDM 3A 13.2).
     pub(crate) fn emms(&mut self) {
+        self.status &= !TOP;
         self.tags = 0;
     }
 }
