@@ -288,13 +288,7 @@ impl Core {
         let cpu = &self.cpu;
         let code_bits = cpu.code_bits();
         let cpl = cpu.cpl();
-        let reach = if cpl == 3 {
-            Reach::User
-        } else if cpu.cr4 & cr4::SMAP != 0 && !cpu.flags.control(bits::AC) {
-            Reach::Supervisor
-        } else {
-            Reach::SupervisorAll
-        };
+        let reach = cpu.reach(cpl);
         let stack_mask = if code_bits == 64 {
             u64::MAX
         } else if cpu.segment(index::SS).has(attribute::BIG) {
@@ -318,11 +312,8 @@ impl Core {
 
     /// As [`Core::update_mode`], where nothing but RFLAGS.AC changed.
     pub(crate) fn update_reach(&mut self) {
-        if self.mode.cpl != 3 && self.cpu.cr4 & cr4::SMAP != 0 {
-            let lifted = self.cpu.flags.control(bits::AC);
-            self.mode.reach = if lifted { Reach::SupervisorAll } else { Reach::Supervisor };
-            self.tlb.set_reach(self.mode.reach);
-        }
+        self.mode.reach = self.cpu.reach(self.mode.cpl);
+        self.tlb.set_reach(self.mode.reach);
     }
 
     /// Whether addresses are those of 64-bit code.
@@ -333,7 +324,7 @@ impl Core {
 
     pub(crate) fn paging(&self) -> Paging {
         let (user, smap_lifted) = match self.mode.reach {
-            Reach::User => (true, true),
+            Reach::User | Reach::UserAligned => (true, true),
             Reach::Supervisor => (false, false),
             Reach::SupervisorAll => (false, true),
         };
@@ -350,12 +341,40 @@ impl Core {
         is_canonical(va)
     }
 
+    /// #GP(0) or #SS(0) for an address that no page tables translate. What crosses from one page into the next is judged
+    /// by that before either page is looked for.
+    fn require_canonical(&mut self, place: Place) -> Flow {
+        if !self.cpu.long_mode() || is_canonical(place.va) {
+            return Ok(());
+        }
+        let vector = if usize::from(place.segment) == index::SS { vector::SS } else { vector::GP };
+        Err(self.raise(Exception::with_error(vector, 0)))
+    }
+
+    /// #AC(0) for an access of that many bytes where alignment is checked and it has none (AMD APM 2 8.2.18). What is no
+    /// power of two is a number of words, and bad addresses come first.
+    pub(crate) fn require_aligned(&mut self, place: Place, bytes: usize) -> Flow {
+        if self.mode.reach != Reach::UserAligned {
+            return Ok(());
+        }
+        let word = match bytes {
+            2 | 4 | 8 | 16 => bytes as u64,
+            10 => 8,
+            14 | 94 => 2,
+            28 | 108 | 512 => 4,
+            _ => 1,
+        };
+        if place.va.is_multiple_of(word) {
+            return Ok(());
+        }
+        self.require_canonical(place)?;
+        self.require_canonical(place.plus(bytes as u64 - 1))?;
+        Err(self.raise(Exception::with_error(vector::AC, 0)))
+    }
+
     /// Asks the TLB, then the page tables.
     pub(crate) fn translate(&mut self, place: Place, access: Access) -> Flow<Translation> {
-        if self.cpu.long_mode() && !is_canonical(place.va) {
-            let vector = if usize::from(place.segment) == index::SS { vector::SS } else { vector::GP };
-            return Err(self.raise(Exception::with_error(vector, 0)));
-        }
+        self.require_canonical(place)?;
         let va = if self.cpu.long_mode() { place.va } else { place.va & 0xffff_ffff };
         if let Some(known) = self.tlb.translation(va, access) {
             return Ok(known);
@@ -435,6 +454,7 @@ impl<'a> Machine<'a> {
     #[cold]
     #[inline(never)]
     fn load_slow<W: HostWord>(&mut self, place: Place) -> Flow<W> {
+        self.require_aligned(place, W::BYTES)?;
         if is_within_page(place.va, W::BYTES) {
             // At once, as the TLB's accesses are.
             let translation = self.translate(place, Access::Read)?;
@@ -454,6 +474,7 @@ impl<'a> Machine<'a> {
     #[cold]
     #[inline(never)]
     fn store_slow<W: HostWord>(&mut self, place: Place, value: W) -> Flow {
+        self.require_aligned(place, W::BYTES)?;
         if is_within_page(place.va, W::BYTES) {
             let translation = self.translate(place, Access::Write)?;
             let gpa = translation.gpa | place.va & !PAGE_MASK;
@@ -477,12 +498,16 @@ impl<'a> Machine<'a> {
         if self.core.tlb.load_bytes(place.va, bytes, Order::Ascending) {
             return Ok(());
         }
+        self.require_aligned(place, bytes.len())?;
         let here = usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(bytes.len()).min(bytes.len());
         let (first, second) = bytes.split_at_mut(here);
+        let next = place.plus(here as u64);
+        if !second.is_empty() {
+            self.require_canonical(next)?;
+        }
         let translation = self.translate(place, Access::Read)?;
         if !second.is_empty() {
             // A device is not read if the rest faults.
-            let next = place.plus(here as u64);
             let next_translation = self.translate(next, Access::Read)?;
             self.read_in_page(place.va, &translation, first);
             self.read_in_page(next.va, &next_translation, second);
@@ -507,11 +532,15 @@ impl<'a> Machine<'a> {
         if self.core.tlb.store_bytes(place.va, bytes, Order::Ascending) {
             return Ok(());
         }
+        self.require_aligned(place, bytes.len())?;
         let here = usize::try_from(PAGE - (place.va & !PAGE_MASK)).unwrap_or(bytes.len()).min(bytes.len());
         let (first, second) = bytes.split_at(here);
+        let next = place.plus(here as u64);
+        if !second.is_empty() {
+            self.require_canonical(next)?;
+        }
         let translation = self.translate(place, Access::Write)?;
         if !second.is_empty() {
-            let next = place.plus(here as u64);
             let next_translation = self.translate(next, Access::Write)?;
             self.write_in_page(place.va, &translation, first);
             self.write_in_page(next.va, &next_translation, second);
@@ -536,8 +565,11 @@ impl<'a> Machine<'a> {
 
     /// Checks that a write of `len` bytes, at most a page, would not fault.
     pub(crate) fn probe_write(&mut self, place: Place, len: u64) -> Flow {
-        self.translate(place, Access::Write)?;
         let here = PAGE - (place.va & !PAGE_MASK);
+        if here < len {
+            self.require_canonical(place.plus(here))?;
+        }
+        self.translate(place, Access::Write)?;
         if here < len {
             // CR2 is the first address that faults.
             self.translate(place.plus(here), Access::Write)?;
@@ -580,6 +612,7 @@ impl<'a> Machine<'a> {
         lock: bool,
         f: &mut dyn FnMut(u64) -> u64,
     ) -> Flow<u64> {
+        self.require_aligned(place, W::BYTES)?;
         // The page is made writable first: a page that cannot be written faults as a write.
         self.probe_write(place, W::BYTES as u64)?;
         let aligned = place.va.is_multiple_of(W::BYTES as u64);

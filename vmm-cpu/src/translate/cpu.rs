@@ -3,6 +3,7 @@
 //! It holds no pointer and has a defined layout, so that code in another process can work on it through shared memory.
 
 use super::flags::{Flags, bits};
+use super::memory::Reach;
 use super::segment::{SegmentRegister, attribute, index};
 use super::word::Word;
 use super::x87::X87State;
@@ -289,6 +290,17 @@ impl Cpu {
             3
         } else {
             self.segment(index::SS).dpl()
+        }
+    }
+
+    /// Whose rights accesses have at privilege level `cpl`.
+    pub(crate) fn reach(&self, cpl: u8) -> Reach {
+        let ac = self.flags.control(bits::AC);
+        match cpl {
+            3 if ac && self.cr0 & cr0::AM != 0 => Reach::UserAligned,
+            3 => Reach::User,
+            _ if self.cr4 & cr4::SMAP != 0 && !ac => Reach::Supervisor,
+            _ => Reach::SupervisorAll,
         }
     }
 

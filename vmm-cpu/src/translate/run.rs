@@ -300,7 +300,7 @@ impl Core {
     /// What a remembered block depends on besides RIP.
     #[inline(always)]
     fn stamp(&self) -> Stamp {
-        let user = u64::from(self.mode.reach == Reach::User);
+        let user = u64::from(matches!(self.mode.reach, Reach::User | Reach::UserAligned));
         Stamp(self.tlb.generation() << 8 | u64::from(self.mode.code_bits) << 1 | user)
     }
 

@@ -46,6 +46,8 @@ pub(crate) enum Reach {
     Supervisor = 1,
     /// Privilege levels 0 to 2 and no SMAP, or lifted by RFLAGS.AC.
     SupervisorAll = 2,
+    /// Privilege level 3 with alignment checks, which nothing in the TLB has passed: it keeps no data of this one.
+    UserAligned = 3,
 }
 
 #[repr(C)]
@@ -240,6 +242,9 @@ impl Tlb {
 
     /// Remembers a translation, if it leads to RAM. `writes` says whether stores may go unnoticed.
     pub(crate) fn fill(&mut self, va: u64, translation: &Translation, writes: bool) {
+        if self.reach == Reach::UserAligned as u64 {
+            return;
+        }
         let Some(slot) = self.map.slot(translation.gpa) else { return };
         let Some((host, room)) = slot.host(translation.gpa) else { return };
         if room < PAGE {

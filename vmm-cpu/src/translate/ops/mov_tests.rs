@@ -1,9 +1,11 @@
 //! Against the host's processor, and what faults leave behind.
 
 use crate::translate::core::Reason;
-use crate::translate::cpu::{RAX, RCX, RDX, RSP};
+use crate::translate::cpu::{RAX, RBX, RCX, RDX, RSP, cr0, cr4};
 use crate::translate::exception::vector;
+use crate::translate::flags::bits;
 use crate::translate::ops::misc::bench::{Bench, HOLE, RAM};
+use crate::translate::test_support::{CODE_64, DATA, Guest, USER_CODE_64, USER_DATA};
 
 #[cfg(target_arch = "x86_64")]
 mod against_host {
@@ -194,5 +196,66 @@ fn sixteen_byte_exchanges_must_be_aligned() {
             assert_eq!((exception.vector, exception.error), (vector::GP, Some(0)))
         }
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_access_that_leaves_canonical_addresses_is_no_page_fault() {
+    let mut guest = Guest::long();
+    // MOV RAX, [RBX]; MOV [RBX], RAX; MOVUPS XMM0, [RBX]; ADD [RBX], RAX; and with RSP for the base.
+    for (code, stack) in [
+        (&[0x48, 0x8b, 0x03][..], false),
+        (&[0x48, 0x89, 0x03], false),
+        (&[0x0f, 0x10, 0x03], false),
+        (&[0x48, 0x01, 0x03], false),
+        (&[0x48, 0x8b, 0x04, 0x24], true),
+        // The prefix for DS means nothing.
+        (&[0x3e, 0x48, 0x8b, 0x04, 0x24], true),
+        (&[0x36, 0x48, 0x8b, 0x03], false),
+    ] {
+        guest.core.cpu.cr4 |= cr4::OSFXSR;
+        guest.core.update_mode();
+        for register in [RBX, RSP] {
+            guest.core.cpu.set_r(register, 0x7fff_ffff_fffc);
+        }
+        let fault = guest.fault(code);
+        let vector = if stack { vector::SS } else { vector::GP };
+        assert_eq!((fault.vector, fault.error), (vector, Some(0)), "{code:x?}");
+        guest.core.cpu.set_r(RBX, 0x7fff_ffff_fff0);
+        guest.core.cpu.set_r(RSP, 0x7fff_ffff_fff0);
+        assert_eq!(guest.fault(code).cr2, Some(0x7fff_ffff_fff0), "{code:x?}");
+    }
+}
+
+#[test]
+fn user_code_can_have_its_alignment_checked() {
+    let mut guest = Guest::long();
+    guest.core.cpu.cr0 |= cr0::AM;
+    guest.core.cpu.cr4 |= cr4::OSFXSR;
+    guest.core.cpu.flags.set_control(bits::AC, true);
+    // MOV RAX, [RBX]; INC WORD [RBX]; MOVUPS XMM0, [RBX]; FLD TBYTE [RBX]; FNSTENV [RBX].
+    let codes: [(&[u8], u64); 5] = [
+        (&[0x48, 0x8b, 0x03], 8),
+        (&[0x66, 0xff, 0x03], 2),
+        (&[0x0f, 0x10, 0x03], 16),
+        (&[0xdb, 0x2b], 8),
+        (&[0xd9, 0x33], 4),
+    ];
+    for (code, alignment) in codes {
+        guest.set_segments(CODE_64, DATA);
+        guest.core.cpu.set_r(RBX, 0x8001);
+        guest.execute(code).unwrap();
+        guest.set_segments(USER_CODE_64, USER_DATA);
+        let fault = guest.fault(code);
+        assert_eq!((fault.vector, fault.error), (vector::AC, Some(0)), "{code:x?}");
+        guest.core.cpu.set_r(RBX, HOLE + 1);
+        assert_eq!(guest.fault(code).vector, vector::AC, "{code:x?}");
+        guest.core.cpu.set_r(RBX, 0x7fff_ffff_ffff);
+        assert_eq!(guest.fault(code).vector, vector::GP, "{code:x?}");
+        guest.core.cpu.set_r(RBX, 0x8000 + alignment);
+        guest.execute(code).unwrap();
+        // Twice, for what the first access may have left in the TLB.
+        guest.core.cpu.set_r(RBX, 0x8001);
+        assert_eq!(guest.fault(code).vector, vector::AC, "{code:x?}");
     }
 }

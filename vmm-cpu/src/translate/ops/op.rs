@@ -98,7 +98,11 @@ impl Op {
         };
         self.index = if index == Register::None { ZERO } else { register_slot(index) };
         self.scale = low8(u64::from(instruction.memory_index_scale().trailing_zeros()));
-        let segment = segment_slot(instruction.memory_segment());
+        let segment = match segment_slot(instruction.memory_segment()) {
+            // In 64-bit code other prefixes do not even change which exception a bad address is.
+            segment if code_bits == 64 && segment < index::FS => default_segment(base),
+            segment => segment,
+        };
         self.address |= low8(segment as u64);
         match address_bits {
             16 => self.address |= address::BITS_16,
@@ -190,6 +194,14 @@ impl Machine<'_> {
         } else {
             self.legacy_place(segment, offset, bytes as u64, write)
         }
+    }
+}
+
+/// The segment of addresses with this base register.
+fn default_segment(base: Register) -> usize {
+    match base {
+        Register::RSP | Register::RBP | Register::ESP | Register::EBP => index::SS,
+        _ => index::DS,
     }
 }
 
