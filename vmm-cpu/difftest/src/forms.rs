@@ -82,6 +82,9 @@ pub(crate) fn is_beyond(code: Code) -> bool {
                 | F::TSC
                 // Hints that processors without them take for NOP.
                 | F::CET_IBT
+                | F::CLDEMOTE
+                | F::PREFETCHITI
+                | F::PREFETCHWT1
         ) || matches!(code, Code::Rdsspd_r32 | Code::Rdsspq_r64)
     })
 }

@@ -97,6 +97,9 @@ fn is_companion(code: Code, mode: Mode) -> bool {
             | Mnemonic::Verw
             | Mnemonic::Wrfsbase
             | Mnemonic::Wrgsbase
+            // Where it faults midway, some registers are loaded.
+            | Mnemonic::Popa
+            | Mnemonic::Popad
             | Mnemonic::Popf
             | Mnemonic::Popfd
             | Mnemonic::Popfq
@@ -142,6 +145,26 @@ fn is_companion(code: Code, mode: Mode) -> bool {
         && !has_segment
         // Old processors had others, which decode only when asked for.
         && op_code.decoder_option() == 0
+}
+
+/// Whether two processors rarely give the same: time, what they are, and approximations.
+fn differs_by_nature(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Cpuid
+            | M::Rdtsc
+            | M::Rdtscp
+            | M::Rcpps
+            | M::Rcpss
+            | M::Rsqrtps
+            | M::Rsqrtss
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+    )
 }
 
 fn companion(builder: &mut Builder<'_>, target: Code) -> Code {
@@ -290,7 +313,8 @@ fn defined(steps: Vec<Step>, target: usize) -> Vec<Step> {
         }
         undefined |= undefined::possible(&step.instruction);
         // Nor does any come after such as even its result may be anything.
-        let is_last = undefined::may_leave_result(&step.instruction);
+        let is_last =
+            undefined::may_leave_result(&step.instruction) || differs_by_nature(step.instruction.mnemonic());
         if is_last && place != target {
             continue;
         }
