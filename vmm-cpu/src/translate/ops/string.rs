@@ -244,10 +244,28 @@ fn copy<W: HostWord>(m: &Machine<'_>, form: &Form, source: Place, destination: P
     done
 }
 
+/// The run at RDI, which is looked at when the first element at RSI has been read: if both fault, that one does.
+#[inline(always)]
+fn second_run<W: HostWord>(
+    m: &mut Machine<'_>,
+    form: &Form,
+    first: Place,
+    write: bool,
+    count: u64,
+) -> Flow<(Place, u64)> {
+    form.run::<W>(m, index::ES, RDI, write, count).or_else(|leave| {
+        let reason = std::mem::take(&mut m.reason);
+        m.translate(first, Access::Read)?;
+        m.translate(first.plus(W::BYTES as u64 - 1), Access::Read)?;
+        m.reason = reason;
+        Err(leave)
+    })
+}
+
 fn movs<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
     repeat::<W>(m, op, |m, form, count| {
         let (source, count) = form.run::<W>(m, form.segment, RSI, false, count)?;
-        let (destination, count) = form.run::<W>(m, index::ES, RDI, true, count)?;
+        let (destination, count) = second_run::<W>(m, form, source, true, count)?;
         let mut done = if count > 1 { copy::<W>(m, form, source, destination, count) } else { 0 };
         if done == 0 {
             let value = m.load::<W>(source)?;
@@ -374,7 +392,7 @@ fn scas<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
 fn cmps<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
     repeat::<W>(m, op, |m, form, count| {
         let (first, count) = form.run::<W>(m, form.segment, RSI, false, count)?;
-        let (second, count) = form.run::<W>(m, index::ES, RDI, false, count)?;
+        let (second, count) = second_run::<W>(m, form, first, false, count)?;
         let count = count.min((COMPARED / W::BYTES) as u64);
         let mut buffers = ([0; COMPARED], [0; COMPARED]);
         let blocks = load_run::<W>(m, form, first, count, &mut buffers.0).zip(load_run::<W>(
@@ -405,9 +423,10 @@ fn is_ram(m: &mut Machine<'_>, place: Place, access: Access) -> Flow<bool> {
 }
 
 fn ins<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
+    let port = low16(m.cpu.r(RDX));
+    // Also where nothing is left to do.
+    m.check_port(port, W::BYTES)?;
     repeat::<W>(m, op, |m, form, count| {
-        let port = low16(m.cpu.r(RDX));
-        m.check_port(port, W::BYTES)?;
         let (place, count) = form.run::<W>(m, index::ES, RDI, true, count)?;
         // What was read from a port must have a place to go.
         let at_once = count > 1 && !form.backward && is_ram(m, place, Access::Write)?;
@@ -423,9 +442,10 @@ fn ins<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
 }
 
 fn outs<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
+    let port = low16(m.cpu.r(RDX));
+    // Also where nothing is left to do.
+    m.check_port(port, W::BYTES)?;
     repeat::<W>(m, op, |m, form, count| {
-        let port = low16(m.cpu.r(RDX));
-        m.check_port(port, W::BYTES)?;
         let (place, count) = form.run::<W>(m, form.segment, RSI, false, count)?;
         let at_once = count > 1 && !form.backward && is_ram(m, place, Access::Read)?;
         let done = if at_once { count } else { 1 };

@@ -339,3 +339,27 @@ fn ports_move_whole_runs() {
     let written: Vec<u8> = bench.devices.log.iter().flat_map(|(_, data)| data.clone()).collect();
     assert_eq!(written, b"gnirts");
 }
+
+#[test]
+fn ports_must_be_permitted_even_for_nothing() {
+    let mut bench = Bench::new(64);
+    bench.core.mode.cpl = 3;
+    // No map of ports.
+    bench.core.cpu.tr.limit = 0;
+    for code in [[0xf3, 0x6c], [0xf3, 0x6f]] {
+        bench.set(&[(RCX, 0), (RSI, ARENA), (RDI, ARENA)]);
+        let Err(Reason::Exception(exception)) = bench.run(&code) else { panic!("{code:x?} completed") };
+        assert_eq!((exception.vector, exception.error), (13, Some(0)), "{code:x?}");
+    }
+}
+
+#[test]
+fn source_faults_before_the_destination() {
+    // 32-bit code in compatibility mode, whose addresses are those of segments and whose pages are those of 64-bit code.
+    let mut bench = Bench::new(64);
+    bench.core.mode.code_bits = 32;
+    for code in [0xa5, 0xa7] {
+        bench.set(&[(RSI, HOLE + 8), (RDI, 0xffff_ffff)]);
+        assert_eq!(fault_address(bench.run(&[code]).map(|()| 1)), Some(HOLE + 8), "{code:x}");
+    }
+}
