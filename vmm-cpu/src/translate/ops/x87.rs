@@ -7,12 +7,14 @@ use crate::translate::core::{Flow, Leave, Machine, Place};
 use crate::translate::cpu::{BLOCK, RAX, cr0};
 use crate::translate::exception::{Exception, vector};
 use crate::translate::flags::bits;
+use crate::translate::memory::Access;
 use crate::translate::x87::{X87Context, X87Machine, X87Stop, execute};
 
 /// The memory operand and the registers that x87 instructions touch.
 struct Operands<'a, 'b> {
     m: &'a mut Machine<'b>,
     place: Option<Place>,
+    written: bool,
 }
 
 impl X87Machine for Operands<'_, '_> {
@@ -20,14 +22,21 @@ impl X87Machine for Operands<'_, '_> {
 
     fn read(&mut self, buffer: &mut [u8]) -> Flow {
         match self.place {
-            Some(place) => self.m.read(place, buffer),
+            Some(place) => {
+                self.m.probe_environment(place, buffer.len(), Access::Read)?;
+                self.m.read(place, buffer)
+            }
             None => Err(self.m.ud()),
         }
     }
 
     fn write(&mut self, bytes: &[u8]) -> Flow {
+        self.written = true;
         match self.place {
-            Some(place) => self.m.write(place, bytes),
+            Some(place) => {
+                self.m.probe_environment(place, bytes.len(), Access::Write)?;
+                self.m.write(place, bytes)
+            }
             None => Err(self.m.ud()),
         }
     }
@@ -46,7 +55,21 @@ impl X87Machine for Operands<'_, '_> {
     }
 }
 
+/// The shortest environment.
+const ENVIRONMENT: usize = 14;
+
 impl Machine<'_> {
+    /// AMD's processors look at the last byte of an environment when they have looked at the first: it is the one that
+    /// a fault names.
+    fn probe_environment(&mut self, place: Place, bytes: usize, access: Access) -> Flow {
+        if bytes >= ENVIRONMENT {
+            self.require_aligned(place, bytes)?;
+            self.translate(place, access)?;
+            self.translate(place.plus(bytes as u64 - 1), access)?;
+        }
+        Ok(())
+    }
+
     /// #MF if an unmasked x87 exception is pending. Without CR0.NE hardware would tell the PIC; that line has nobody
     /// at its end here, so it is #MF as well.
     pub(crate) fn check_x87_pending(&mut self) -> Flow {
@@ -61,7 +84,7 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
     }
     let bytes = operand_bytes(&instruction, 0);
     let has_memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == iced_x86::OpKind::Memory);
-    let place = if has_memory { Some(m.place(op, bytes, false)?) } else { None };
+    let place = if has_memory { Some(m.place(op, bytes, stores(&instruction))?) } else { None };
     let context = X87Context {
         instruction_pointer: m.cpu.r(BLOCK).wrapping_add(u64::from(op.start)) & m.mode.ip_mask,
         code_selector: m.cpu.cs().selector,
@@ -71,9 +94,15 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
         real_mode: !m.cpu.protected() || m.cpu.virtual_8086(),
     };
     let mut state = m.cpu.x87;
-    let result = execute(&mut state, &instruction, &context, &mut Operands { m, place });
+    let mut operands = Operands { m, place, written: false };
+    let result = execute(&mut state, &instruction, &context, &mut operands);
+    let written = operands.written;
     match result {
         Ok(()) => {
+            // Where an unmasked exception keeps the result from being stored, that it could be stored matters all the same.
+            if let Some(place) = place.filter(|_| stores(&instruction) && !written) {
+                m.probe_write(place, bytes as u64)?;
+            }
             m.cpu.x87 = state;
             Ok(())
         }
@@ -81,6 +110,24 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
         Err(X87Stop::Pending) => Err(m.raise(Exception::new(vector::MF))),
         Err(X87Stop::Invalid) => Err(m.ud()),
     }
+}
+
+/// Whether the operand in memory is written.
+fn stores(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Fst
+            | M::Fstp
+            | M::Fist
+            | M::Fistp
+            | M::Fisttp
+            | M::Fbstp
+            | M::Fnstcw
+            | M::Fnstsw
+            | M::Fnstenv
+            | M::Fnsave
+    )
 }
 
 /// Notes what the opcode register gets of an instruction with these bytes: the low three bits of the first opcode byte in
@@ -112,7 +159,9 @@ fn is_escape(instruction: &Instruction) -> bool {
 mod tests {
     use iced_x86::{Decoder, DecoderOptions};
 
-    use crate::translate::ops::misc::bench::Bench;
+    use crate::translate::core::Reason;
+    use crate::translate::cpu::RAX;
+    use crate::translate::ops::misc::bench::{Bench, HOLE};
 
     #[test]
     fn opcode_is_found_behind_prefixes() {
@@ -121,6 +170,56 @@ mod tests {
             let instruction = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
             let op = crate::translate::ops::lower(&mut bench.core, &instruction, bytes, 0, 64).op;
             assert_eq!(u16::from(op.a) << 8 | u16::from(op.b), opcode, "{instruction}");
+        }
+    }
+
+    /// With this control word and an empty stack.
+    fn with_control(control: u16) -> Bench {
+        let mut bench = Bench::new(64);
+        bench.core.cpu.x87.set_control(control);
+        bench
+    }
+
+    const C0_C2_C3: u16 = 0x4500;
+    const C1: u16 = 0x200;
+
+    #[test]
+    fn comparison_has_a_result_where_it_does_not_complete() {
+        // FCOMPP of an empty stack, the invalid exception unmasked: nothing is popped.
+        let mut bench = with_control(0x37e);
+        bench.run(&[0xde, 0xd9]).unwrap();
+        assert_eq!(bench.core.cpu.x87.status(), 0x8080 | C0_C2_C3 | 0x41);
+        // FUCOMI: ZF, PF and CF.
+        let mut bench = with_control(0x37e);
+        bench.run(&[0xdb, 0xe9]).unwrap();
+        assert_eq!(bench.core.cpu.flags.get() & 0x8d5, 0x45);
+    }
+
+    #[test]
+    fn c1_is_as_it_was_after_a_comparison_into_flags_and_clear_after_ffree() {
+        let mut bench = with_control(0x37f);
+        // FLDZ, FLDZ, FCOMI.
+        for code in [[0xd9, 0xee], [0xd9, 0xee]] {
+            bench.run(&code).unwrap();
+        }
+        let status = bench.core.cpu.x87.status() | C1;
+        bench.core.cpu.x87.set_status(status);
+        bench.run(&[0xdb, 0xf1]).unwrap();
+        assert_eq!(bench.core.cpu.x87.status(), status);
+        // FFREE ST(1).
+        bench.run(&[0xdd, 0xc1]).unwrap();
+        assert_eq!(bench.core.cpu.x87.status(), status & !C1);
+    }
+
+    #[test]
+    fn store_that_an_exception_prevents_faults_all_the_same() {
+        // FSTP dword, FISTP word and FBSTP from an empty stack.
+        for code in [[0xd9, 0x18], [0xdf, 0x18], [0xdf, 0x30]] {
+            let mut bench = with_control(0x37e);
+            bench.set(&[(RAX, HOLE)]);
+            let Err(Reason::Exception(exception)) = bench.run(&code) else { panic!("{code:x?} completed") };
+            assert_eq!(exception.cr2, Some(HOLE), "{code:x?}");
+            assert_eq!(bench.core.cpu.x87.status(), 0, "{code:x?}");
         }
     }
 }

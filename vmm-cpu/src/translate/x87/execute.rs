@@ -188,9 +188,9 @@ impl<M: X87Machine> Unit<'_, M> {
             Mnemonic::Fnop => {}
             Mnemonic::Fincstp => self.turn(1),
             Mnemonic::Fdecstp => self.turn(7),
-            Mnemonic::Ffree => self.state.free(stack_index(instruction.op0_register())),
+            Mnemonic::Ffree => self.free(instruction),
             Mnemonic::Ffreep => {
-                self.state.free(stack_index(instruction.op0_register()));
+                self.free(instruction);
                 self.state.pop();
             }
             Mnemonic::Fcmovb => self.conditional_move(instruction, cf),
@@ -212,8 +212,8 @@ impl<M: X87Machine> Unit<'_, M> {
             Mnemonic::Fabs => self.change_sign(F80::absolute),
             Mnemonic::Fchs => self.change_sign(F80::negated),
             Mnemonic::Ftst => {
-                let order = self.order(Some(F80::zero(false).into()), 0, false);
-                self.set_condition_codes(order, 0);
+                let (order, _) = self.order(Some(F80::zero(false).into()), 0, false);
+                self.set_condition_codes(order);
             }
             Mnemonic::Fxam => self.examine(),
             Mnemonic::Fsqrt => {
@@ -314,18 +314,18 @@ impl<M: X87Machine> Unit<'_, M> {
         Ok(())
     }
 
-    /// Compares ST(`st`) with `second`. `None`: an unmasked exception; `Some(None)`: unordered.
-    fn order(&mut self, second: Option<Operand>, st: u8, quiet: bool) -> Option<Option<Ordering>> {
+    /// Compares ST(`st`) with `second`; whether the instruction completes. Without it, no register is popped, but
+    /// the result, then unordered, is there: AMD's processors set it all the same (Intel's do not).
+    fn order(&mut self, second: Option<Operand>, st: u8, quiet: bool) -> (Option<Ordering>, bool) {
         let Some(second) = second.filter(|_| !self.state.is_empty(st)) else {
-            return self.state.stack_fault(false).then_some(None);
+            return (None, self.state.stack_fault(false));
         };
         let mut environment = self.environment();
         let order = compare(self.state.st(st).into(), second, quiet, &mut environment);
-        self.state.complete(&environment).then_some(order)
+        (order, self.state.complete(&environment))
     }
 
-    fn set_condition_codes(&mut self, order: Option<Option<Ordering>>, pops: u8) {
-        let Some(order) = order else { return };
+    fn set_condition_codes(&mut self, order: Option<Ordering>) {
         let codes = match order {
             Some(Ordering::Greater) => 0,
             Some(Ordering::Less) => C0,
@@ -333,33 +333,43 @@ impl<M: X87Machine> Unit<'_, M> {
             None => C0 | C2 | C3,
         };
         self.state.set_condition(C0 | C2 | C3, codes);
-        for _ in 0..pops {
-            self.state.pop();
-        }
     }
 
     fn compare(&mut self, instruction: &Instruction, quiet: bool, pops: u8) -> Step<M> {
         let second = self.second_operand(instruction)?;
-        let order = self.order(second, 0, quiet);
-        self.set_condition_codes(order, pops);
+        let (order, completes) = self.order(second, 0, quiet);
+        self.set_condition_codes(order);
+        for _ in 0..if completes { pops } else { 0 } {
+            self.state.pop();
+        }
         Ok(())
     }
 
     fn compare_into_flags(&mut self, instruction: &Instruction, quiet: bool, pop: bool) -> Step<M> {
         let second = self.second_operand(instruction)?;
-        if let Some(order) = self.order(second, 0, quiet) {
-            let unordered = order.is_none();
-            let (equal, less) = (order == Some(Ordering::Equal), order == Some(Ordering::Less));
-            self.machine.set_compare_flags(equal || unordered, unordered, less || unordered);
-            if pop {
-                self.state.pop();
-            }
+        let (status, underflow) = (self.state.status(), second.is_none() || self.state.is_empty(0));
+        let (order, completes) = self.order(second, 0, quiet);
+        if !underflow {
+            // AMD's processors leave C1 alone here.
+            self.state.set_condition(C1, status);
+        }
+        let unordered = order.is_none();
+        let (equal, less) = (order == Some(Ordering::Equal), order == Some(Ordering::Less));
+        self.machine.set_compare_flags(equal || unordered, unordered, less || unordered);
+        if pop && completes {
+            self.state.pop();
         }
         Ok(())
     }
 
     fn turn(&mut self, by: u8) {
         self.state.turn(by);
+        self.state.set_condition(C1, 0);
+    }
+
+    /// C1 is undefined then (Intel SDM 2A, FFREE); AMD's processors clear it.
+    fn free(&mut self, instruction: &Instruction) {
+        self.state.free(stack_index(instruction.op0_register()));
         self.state.set_condition(C1, 0);
     }
 
