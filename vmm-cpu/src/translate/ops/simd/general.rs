@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::{is_from_mmx, is_mmx, is_xmm, number, trailing_immediate};
+use super::{is_from_mmx, is_mmx, is_sha, is_xmm, number, trailing_immediate};
 use crate::translate::core::{Flow, Machine};
 use crate::translate::cpu::{RAX, RCX, RDI, RDX};
 use crate::translate::flags::bits;
@@ -34,7 +34,8 @@ fn operand(m: &mut Machine<'_>, op: &Op, instruction: &Instruction, n: u32) -> F
         }
         OpKind::Memory => {
             let place = m.place(op, bytes, false)?;
-            let must_align = bytes == 16 && !is_string_compare(instruction.mnemonic());
+            let mnemonic = instruction.mnemonic();
+            let must_align = bytes == 16 && !is_string_compare(mnemonic) && !is_sha(mnemonic);
             if must_align && place.va & 15 != 0 {
                 return Err(m.gp(0));
             }
@@ -108,15 +109,18 @@ fn mmx_move(m: &mut Machine<'_>, op: &Op) -> Flow {
 fn convert_mmx(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     m.check_sse()?;
-    // CVTPI2PD from memory leaves the x87 state alone.
-    let uses_mmx =
-        is_mmx(&instruction, 0) || is_mmx(&instruction, 1) || instruction.mnemonic() != Mnemonic::Cvtpi2pd;
+    // From memory, CVTPI2PD leaves the x87 state alone, and on AMD's processors CVTPI2PS does too.
+    let uses_mmx = is_mmx(&instruction, 0) || is_mmx(&instruction, 1);
     if uses_mmx {
         m.enter_mmx()?;
     }
     let Some(operation) = float::float_op(instruction.mnemonic()) else { return Err(m.ud()) };
     let source = operand(m, op, &instruction, 1)?;
     let destination = if is_xmm(&instruction, 0) { m.cpu.xmm(number(instruction.op0_register())) } else { 0 };
+    if uses_mmx {
+        // Also where the conversion ends in an exception.
+        m.cpu.x87.enter_mmx();
+    }
     let mut mxcsr = m.cpu.mxcsr;
     let result = operation(destination, source, 0, &mut mxcsr);
     m.cpu.mxcsr = mxcsr;
@@ -124,9 +128,6 @@ fn convert_mmx(m: &mut Machine<'_>, op: &Op) -> Flow {
         Ok(value) => value,
         Err(exception) => return Err(m.simd_exception(exception)),
     };
-    if uses_mmx {
-        m.cpu.x87.enter_mmx();
-    }
     let register = number(instruction.op0_register());
     if is_xmm(&instruction, 0) {
         m.cpu.set_xmm(register, value);
@@ -311,6 +312,10 @@ fn masked_store(m: &mut Machine<'_>, op: &Op) -> Flow {
         m.check_sse()?;
     }
     let (data, mask) = (operand(m, op, &instruction, 1)?, operand(m, op, &instruction, 2)?);
+    if is_mm {
+        // Also where the store faults.
+        m.cpu.x87.enter_mmx();
+    }
     let bytes = if is_mm { 8 } else { 16 };
     let address_mask = match instruction.op0_kind() {
         OpKind::MemorySegDI => 0xffff,
@@ -321,16 +326,12 @@ fn masked_store(m: &mut Machine<'_>, op: &Op) -> Flow {
     let segment = crate::translate::ops::segment_slot(instruction.memory_segment());
     let place = m.place_in(segment, offset, bytes, true)?;
     let selected = |n: usize| mask >> (8 * n + 7) & 1 != 0;
-    if (0..bytes).any(selected) {
-        m.probe_write(place, bytes as u64)?;
-    }
+    // Whatever the mask selects, even if that is nothing (Intel SDM 2B leaves it open, AMD's processors do so).
+    m.probe_write(place, bytes as u64)?;
     for (n, byte) in data.to_le_bytes().into_iter().enumerate().take(bytes) {
         if selected(n) {
             m.store(place.plus(n as u64), byte)?;
         }
-    }
-    if is_mm {
-        m.cpu.x87.enter_mmx();
     }
     Ok(())
 }

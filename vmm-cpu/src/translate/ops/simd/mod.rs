@@ -15,6 +15,7 @@ use crate::translate::core::{Flow, Machine, Place};
 use crate::translate::cpu::{cr0, cr4};
 use crate::translate::exception::{Exception, vector};
 use crate::translate::float::SimdException;
+use crate::translate::memory::{PAGE, PAGE_MASK, Reach};
 use crate::translate::segment::low8;
 use crate::translate::word::halves;
 
@@ -54,6 +55,13 @@ impl Machine<'_> {
     /// Reads 16 bytes of any alignment.
     #[inline(always)]
     fn load_16(&mut self, place: Place) -> Flow<u128> {
+        // Judged as one access where it shows.
+        let crosses = place.va & !PAGE_MASK > PAGE - 16;
+        if crosses || place.va & 15 != 0 && self.mode.reach == Reach::UserAligned {
+            let mut bytes = [0; 16];
+            self.read(place, &mut bytes)?;
+            return Ok(u128::from_le_bytes(bytes));
+        }
         let low = self.load::<u64>(place)?;
         let high = self.load::<u64>(place.plus(8))?;
         Ok(u128::from(high) << 64 | u128::from(low))
@@ -118,6 +126,32 @@ fn integer_memory(m: &mut Machine<'_>, op: &Op) -> Flow {
     let value = operation(m.cpu.xmm(op.a), source, low8(op.imm));
     m.cpu.set_xmm(op.a, value);
     Ok(())
+}
+
+/// As [`integer_memory`], of an instruction that takes its 16 bytes from anywhere: see [`is_sha`].
+fn integer_unaligned(m: &mut Machine<'_>, op: &Op) -> Flow {
+    m.check_sse()?;
+    let Some(operation) = m.tables.xmm(mnemonic_of(op)) else { return Err(m.ud()) };
+    let place = m.place(op, 16, false)?;
+    let source = m.load_16(place)?;
+    let value = operation(m.cpu.xmm(op.a), source, low8(op.imm));
+    m.cpu.set_xmm(op.a, value);
+    Ok(())
+}
+
+/// Whether this is one of the SHA instructions, which AMD's processors do not ask to be given aligned memory (Intel's do).
+fn is_sha(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Sha1rnds4
+            | M::Sha1nexte
+            | M::Sha1msg1
+            | M::Sha1msg2
+            | M::Sha256rnds2
+            | M::Sha256msg1
+            | M::Sha256msg2
+    )
 }
 
 /// A shift by an immediate.
@@ -208,7 +242,11 @@ pub(super) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
             let imm = crate::translate::vector::memory_immediate(mnemonic, imm);
             op.imm = packed_immediate(mnemonic, imm);
             op.b = low8(operand_bytes(instruction, 1) as u64);
-            Some(if is_integer { integer_memory } else { float_memory })
+            Some(match is_integer {
+                true if is_sha(mnemonic) => integer_unaligned,
+                true => integer_memory,
+                false => float_memory,
+            })
         }
         OpKind::Immediate8 if is_integer => {
             op.imm = packed_immediate(mnemonic, instruction.immediate8());
@@ -230,3 +268,6 @@ pub(super) fn lower_rare(instruction: &Instruction) -> Option<(Handler, bool)> {
     }
     state::lower(instruction).or_else(|| general::lower(instruction))
 }
+
+#[cfg(test)]
+mod tests;

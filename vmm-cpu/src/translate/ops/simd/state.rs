@@ -13,6 +13,8 @@ const MXCSR_MASK: u32 = 0xffff;
 
 /// Size of an FXSAVE image that is written: what follows the XMM registers is left alone.
 const IMAGE: usize = 416;
+/// All of an image, which must be accessible.
+const AREA: usize = 512;
 const MXCSR: usize = 24;
 const XMM: usize = 160;
 
@@ -64,6 +66,8 @@ fn registers(m: &Machine<'_>) -> u8 {
 fn fxsave(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     check_fxsave(m)?;
+    let place = m.place(op, AREA, true)?;
+    m.require_aligned(place, AREA)?;
     let place = m.aligned_place(op, 16, true)?;
     let mut image = [0; IMAGE];
     let mut x87 = [0; FXSAVE_X87_BYTES];
@@ -76,6 +80,7 @@ fn fxsave(m: &mut Machine<'_>, op: &Op) -> Flow {
         put(&mut image, XMM + 16 * usize::from(register), &m.cpu.xmm(register).to_le_bytes());
     }
     let used = XMM + 16 * usize::from(count);
+    m.probe_write(place, AREA as u64)?;
     m.write(place, image.get(..used).unwrap_or_default())
 }
 
@@ -88,8 +93,10 @@ fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
 fn fxrstor(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     check_fxsave(m)?;
+    let place = m.place(op, AREA, false)?;
+    m.require_aligned(place, AREA)?;
     let place = m.aligned_place(op, 16, false)?;
-    let mut image = [0; IMAGE];
+    let mut image = [0; AREA];
     m.read(place, &mut image)?;
     let (x87, rest) = image.split_first_chunk::<FXSAVE_X87_BYTES>().unwrap_or((&[0; FXSAVE_X87_BYTES], &[]));
     let mxcsr = u32::from_le_bytes([at(&image, 24), at(&image, 25), at(&image, 26), at(&image, 27)]);
