@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    Register,
 };
 
 use crate::case::{Case, Ending, Mode, Outcome};
@@ -73,8 +74,8 @@ impl fmt::Display for Difference {
 /// Name of a general register.
 pub(crate) fn general_name(number: usize) -> &'static str {
     const NAMES: [&str; 16] = [
-        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13", "R14",
-        "R15",
+        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13",
+        "R14", "R15",
     ];
     NAMES.get(number).copied().unwrap_or("?")
 }
@@ -131,7 +132,9 @@ pub(crate) fn code_with_rules(case: &Case) -> Option<Vec<u8>> {
         }
         let raised: &[u8] = if forms::is_beyond(form) { &[0x0f, 0x0b] } else { &[0xf4] };
         let code = code.get_or_insert_with(|| case.code.clone());
-        if let Some(place) = code.get_mut(usize::from(*offset)..).and_then(|rest| rest.get_mut(..raised.len())) {
+        if let Some(place) =
+            code.get_mut(usize::from(*offset)..).and_then(|rest| rest.get_mut(..raised.len()))
+        {
             place.copy_from_slice(raised);
         }
     }
@@ -179,7 +182,10 @@ pub(crate) fn differences(case: &Case, native: &Outcome, ours: &Outcome) -> Vec<
         let range = at & !15..(at & !15) + 16;
         register < 16
             && free.approximate >> register & 1 != 0
-            && are_near(left.fxsave.get(range.clone()).unwrap_or_default(), right.fxsave.get(range).unwrap_or_default())
+            && are_near(
+                left.fxsave.get(range.clone()).unwrap_or_default(),
+                right.fxsave.get(range).unwrap_or_default(),
+            )
     };
     let mut last = None;
     for (at, (left, right)) in left.fxsave.iter().zip(&right.fxsave).enumerate() {
@@ -304,7 +310,8 @@ const RDX: u16 = 1 << 2;
 const RBX: u16 = 1 << 3;
 
 fn free(case: &Case, native: &Outcome) -> Free {
-    let mut free = Free { general: partly_loaded(case, native), ..Free::default() };
+    let mut free =
+        Free { general: partly_loaded(case, native), memory: partly_stored(case, native), ..Free::default() };
     let mut info = InstructionInfoFactory::new();
     let (mut count_is_known, mut branches) = (true, false);
     let mut written = RegisterSet::default();
@@ -366,6 +373,13 @@ fn partly_loaded(case: &Case, native: &Outcome) -> u16 {
         && instruction_at(case, native.rip)
             .is_some_and(|instruction| matches!(instruction.mnemonic(), Mnemonic::Popa | Mnemonic::Popad));
     if popped { 0xef } else { 0 }
+}
+
+/// Whether a PUSHA faulted, which may have stored some registers before.
+fn partly_stored(case: &Case, native: &Outcome) -> bool {
+    matches!(native.ending, Ending::Exception { .. })
+        && instruction_at(case, native.rip)
+            .is_some_and(|instruction| matches!(instruction.mnemonic(), Mnemonic::Pusha | Mnemonic::Pushad))
 }
 
 /// Whether the processor went on where the interpreter, which does not offer MXCSR.MM (CPUID 0x8000_0001 ECX bit 7), must

@@ -69,7 +69,9 @@ pub(crate) fn corrupt(case: &Case, outcome: &mut Outcome, code: Code) {
             let outputs = outputs(case, outcome);
             outputs.get(code as usize % outputs.len().max(1)).copied()
         }
-        Ending::Exception { .. } if outcome.rip == case.address + u64::from(*offset) => Some(Output::Exception),
+        Ending::Exception { .. } if outcome.rip == case.address + u64::from(*offset) => {
+            Some(Output::Exception)
+        }
         Ending::SystemCall => Some(Output::Rip),
         _ => None,
     };

@@ -83,8 +83,15 @@ fn field(fxsave: &[u8; 512], from: usize, len: usize) -> &[u8] {
     fxsave.get(from..from + len).unwrap_or_default()
 }
 
-const FIELDS: [(&str, usize, usize); 7] =
-    [("FCW", 0, 2), ("FSW", 2, 2), ("FTW", 4, 1), ("FOP", 6, 2), ("FIP", 8, 8), ("FDP", 16, 8), ("MXCSR", 24, 4)];
+const FIELDS: [(&str, usize, usize); 7] = [
+    ("FCW", 0, 2),
+    ("FSW", 2, 2),
+    ("FTW", 4, 1),
+    ("FOP", 6, 2),
+    ("FIP", 8, 8),
+    ("FDP", 16, 8),
+    ("MXCSR", 24, 4),
+];
 
 /// Registers, of which those that are as in `than` are left out.
 fn registers(now: &Registers, than: &Registers) -> String {
@@ -97,9 +104,7 @@ fn registers(now: &Registers, than: &Registers) -> String {
     if now.rflags != than.rflags {
         list.push(format!("RFLAGS={:x}", now.rflags));
     }
-    for (name, value, old) in
-        [("FSbase", now.fs_base, than.fs_base), ("GSbase", now.gs_base, than.gs_base)]
-    {
+    for (name, value, old) in [("FSbase", now.fs_base, than.fs_base), ("GSbase", now.gs_base, than.gs_base)] {
         if value != old {
             list.push(format!("{name}={value:x}"));
         }
@@ -165,8 +170,7 @@ pub(crate) fn describe(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> R
         formatter.format(&instruction, &mut line);
         let _written = writeln!(text, "    {:x} {line}    ({code:?})", instruction.ip());
     }
-    let mut zero =
-        Registers { general: [0; 16], rflags: 0, fs_base: 0, gs_base: 0, fxsave: [0; 512] };
+    let mut zero = Registers { general: [0; 16], rflags: 0, fs_base: 0, gs_base: 0, fxsave: [0; 512] };
     if let Some(place) = zero.fxsave.get_mut(..2) {
         place.copy_from_slice(&0x37f_u16.to_le_bytes());
     }

@@ -99,7 +99,11 @@ impl Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:32} {:>9} {:>9} {:>9} {:>9} {:>9}", "form", "executed", "completed", "faulted", "judged", "rejected")?;
+        writeln!(
+            f,
+            "{:32} {:>9} {:>9} {:>9} {:>9} {:>9}",
+            "form", "executed", "completed", "faulted", "judged", "rejected"
+        )?;
         for code in forms::forms() {
             let count = self.of(*code);
             writeln!(

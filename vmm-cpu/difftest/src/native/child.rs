@@ -265,7 +265,8 @@ const GENERAL: [libc::c_int; 16] = [
 
 fn note(context: &libc::ucontext_t, signal: libc::c_int, finish: &mut Finish) {
     let registers = &context.uc_mcontext.gregs;
-    let register = |index: libc::c_int| registers.get(index as usize).map_or(0, |value| value.cast_unsigned());
+    let register =
+        |index: libc::c_int| registers.get(index as usize).map_or(0, |value| value.cast_unsigned());
     let (es, ds, fs, gs): (u16, u16, u16, u16);
     let (fs_base, gs_base): (u64, u64);
     // SAFETY: reads registers.

@@ -14,7 +14,8 @@ pub(crate) fn case(mode: Mode, code: &[u8]) -> Case {
     let registers = Registers { general, rflags: 0, fs_base: 0, gs_base: 0, fxsave };
     let code = code.to_vec();
     let instructions = vec![(Code::INVALID, 0)];
-    let mut case = Case { mode, instructions, code, address: CODE.start + 0x100, registers, memory: Vec::new() };
+    let mut case =
+        Case { mode, instructions, code, address: CODE.start + 0x100, registers, memory: Vec::new() };
     start::normalize(&mut case);
     case
 }

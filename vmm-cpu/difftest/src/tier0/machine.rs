@@ -72,11 +72,15 @@ pub(super) struct Ram(Arc<GuestRegion>);
 
 impl Ram {
     pub(super) fn write(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
-        self.0.write_slice(bytes, MemoryRegionAddress(gpa)).with_context(|| format!("no guest memory at {gpa:#x}"))
+        self.0
+            .write_slice(bytes, MemoryRegionAddress(gpa))
+            .with_context(|| format!("no guest memory at {gpa:#x}"))
     }
 
     pub(super) fn read(&self, gpa: u64, bytes: &mut [u8]) -> Result<()> {
-        self.0.read_slice(bytes, MemoryRegionAddress(gpa)).with_context(|| format!("no guest memory at {gpa:#x}"))
+        self.0
+            .read_slice(bytes, MemoryRegionAddress(gpa))
+            .with_context(|| format!("no guest memory at {gpa:#x}"))
     }
 
     fn write_word(&self, gpa: u64, word: u64) -> Result<()> {
@@ -207,7 +211,10 @@ fn write_descriptors(ram: &Ram, kernel: &kernel::Kernel) -> Result<()> {
     for (vector, handler) in (0_u64..).zip(&kernel.vectors) {
         // INT3, INTO and INT 80h are for everybody.
         let dpl: u64 = if matches!(vector, 3 | 4 | 0x80) { 3 } else { 0 };
-        let gate = handler & 0xffff | u64::from(KERNEL_CS) << 16 | (0x8e00 | dpl << 13) << 32 | (handler >> 16 & 0xffff) << 48;
+        let gate = handler & 0xffff
+            | u64::from(KERNEL_CS) << 16
+            | (0x8e00 | dpl << 13) << 32
+            | (handler >> 16 & 0xffff) << 48;
         ram.write_word(IDT + 16 * vector, gate)?;
         ram.write_word(IDT + 16 * vector + 8, handler >> 32)?;
     }

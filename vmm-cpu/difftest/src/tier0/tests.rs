@@ -1,6 +1,6 @@
 use super::*;
-use crate::native::tests::case;
 use crate::native::Native;
+use crate::native::tests::case;
 use crate::start;
 
 fn both(native: &mut Native, tier0: &mut Tier0, case: &Case) -> (Outcome, Outcome) {
@@ -28,9 +28,11 @@ fn both_sides_agree() {
         &[0x50],
         &[0x8c, 0xd8],
     ];
-    let compatibility: &[&[u8]] = &[&[0x40, 0x37], &[0x8c, 0xd8], &[0x06], &[0xce], &[0x65, 0xa1, 0, 0, 0x10, 0x10]];
+    let compatibility: &[&[u8]] =
+        &[&[0x40, 0x37], &[0x8c, 0xd8], &[0x06], &[0xce], &[0x65, 0xa1, 0, 0, 0x10, 0x10]];
     let modes = [(Mode::Long, long), (Mode::Compatibility, compatibility)];
-    for (mode, code) in modes.into_iter().flat_map(|(mode, codes)| codes.iter().map(move |code| (mode, code))) {
+    for (mode, code) in modes.into_iter().flat_map(|(mode, codes)| codes.iter().map(move |code| (mode, code)))
+    {
         let (native, ours) = both(&mut native, &mut tier0, &case(mode, code));
         assert_eq!((native.ending, native.selectors), (ours.ending, ours.selectors), "{code:02x?}");
         assert_eq!(native.stores, ours.stores, "{code:02x?}");
