@@ -8,11 +8,13 @@ use iced_x86::{
     Register,
 };
 
-use crate::case::{Case, Ending, Mode, Outcome};
+use crate::case::{CODE, Case, Ending, Mode, Outcome};
 use crate::{forms, undefined};
 
 /// Bit 0 of a page fault's error code: the page is there.
 const PROTECTION: u32 = 1;
+/// Longest instruction in bytes.
+const MAX_LENGTH: u64 = 15;
 /// Where addresses begin that Linux keeps from programs.
 const NOT_USER: u64 = 0x7fff_ffff_f000;
 /// FSW.ES: an unmasked exception is pending.
@@ -126,8 +128,12 @@ fn is_emulated(code: Code) -> bool {
 pub(crate) fn code_with_rules(case: &Case) -> Option<Vec<u8>> {
     let mut code: Option<Vec<u8>> = None;
     for ((form, instruction), (_, offset)) in decode(case).zip(&case.instructions) {
-        // One that is invalid or too long is no such form.
-        if !has_rule(form) || instruction.is_invalid() {
+        // One that is too long, or is not all there, does not get so far; one that has LOCK, say, is undefined anyway.
+        let is_other = instruction.is_invalid()
+            && (is_emulated(form)
+                || is_too_long(case, instruction.ip())
+                || case.owns(CODE.start + CODE.size - 1));
+        if !has_rule(form) || is_other {
             continue;
         }
         let raised: &[u8] = if forms::is_beyond(form) { &[0x0f, 0x0b] } else { &[0xf4] };
@@ -147,7 +153,11 @@ pub(crate) fn differences(case: &Case, native: &Outcome, ours: &Outcome) -> Vec<
         return Vec::new();
     }
     let mut list = Vec::new();
-    if !same_ending(&native.ending, &ours.ending) && !is_wide_fault(case, native, ours) {
+    if !same_ending(&native.ending, &ours.ending)
+        && !is_wide_fault(case, native, ours)
+        && !is_doubly_wrong(case, native, ours)
+        && !is_doubly_misplaced(case, native, ours)
+    {
         list.push(Difference::Ending);
     }
     let breakpoint = case.instructions.iter().any(|(code, _)| *code == Code::Int1);
@@ -242,6 +252,34 @@ fn same_ending(native: &Ending, ours: &Ending) -> bool {
         }
         (left, right) => left == right,
     }
+}
+
+/// Whether the instruction is both too long and undefined: no manual says which of #GP and #UD it is.
+fn is_doubly_wrong(case: &Case, native: &Outcome, ours: &Outcome) -> bool {
+    let is_either = |ending| matches!(ending, Ending::Exception { vector: 6 | 13, error_code: 0, .. });
+    native.rip == ours.rip
+        && is_either(native.ending)
+        && is_either(ours.ending)
+        && instruction_at(case, native.rip)
+            .is_some_and(|instruction| instruction.is_invalid() && is_too_long(case, native.rip))
+}
+
+/// Whether the instruction at an address was made with more bytes than there can be.
+fn is_too_long(case: &Case, rip: u64) -> bool {
+    let Some(start) = rip.checked_sub(case.address) else { return false };
+    let offsets = case.instructions.iter().map(|(_, offset)| u64::from(*offset));
+    let next = offsets.filter(|offset| *offset > start).min().unwrap_or(case.code.len() as u64);
+    next.saturating_sub(start) > MAX_LENGTH
+}
+
+/// Whether a vector of 16 bytes lies neither at a multiple of 16 nor at an address that there can be: #GP of the one or #SS
+/// of the other.
+fn is_doubly_misplaced(case: &Case, native: &Outcome, ours: &Outcome) -> bool {
+    let is_either = |ending| matches!(ending, Ending::Exception { vector: 12 | 13, error_code: 0, .. });
+    native.rip == ours.rip
+        && is_either(native.ending)
+        && is_either(ours.ending)
+        && instruction_at(case, native.rip).is_some_and(|instruction| instruction.memory_size().size() == 16)
 }
 
 /// Whether both ended in a page fault at the same instruction, of those with operands of several parts: which of the
@@ -380,6 +418,15 @@ fn partly_stored(case: &Case, native: &Outcome) -> bool {
     matches!(native.ending, Ending::Exception { .. })
         && instruction_at(case, native.rip)
             .is_some_and(|instruction| matches!(instruction.mnemonic(), Mnemonic::Pusha | Mnemonic::Pushad))
+}
+
+/// Whether this is SYSCALL of 32-bit code, which Linux takes for a system call of its own vDSO: it changes registers and
+/// reads the stack before a filter sees it.
+pub(crate) fn is_rewritten(case: &Case, ours: &Outcome) -> bool {
+    case.mode == Mode::Compatibility
+        && ours.ending == Ending::SystemCall
+        && instruction_at(case, ours.rip.wrapping_sub(2))
+            .is_some_and(|instruction| instruction.mnemonic() == Mnemonic::Syscall)
 }
 
 /// Whether the processor went on where the interpreter, which does not offer MXCSR.MM (CPUID 0x8000_0001 ECX bit 7), must

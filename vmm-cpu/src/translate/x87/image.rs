@@ -195,6 +195,8 @@ impl X87State {
                 self.code_selector = word(cs, 0);
                 self.data_pointer = dp;
                 self.data_selector = word(ds, 0);
+                // There is none in it.
+                self.opcode = 0;
             }
             Layout::Real32 | Layout::Real16 => {
                 // Linear addresses: no selector.

@@ -326,6 +326,7 @@ fn masked_store(m: &mut Machine<'_>, op: &Op) -> Flow {
     let segment = crate::translate::ops::segment_slot(instruction.memory_segment());
     let place = m.place_in(segment, offset, bytes, true)?;
     let selected = |n: usize| mask >> (8 * n + 7) & 1 != 0;
+    m.require_aligned(place, bytes)?;
     // Whatever the mask selects, even if that is nothing (Intel SDM 2B leaves it open, AMD's processors do so).
     m.probe_write(place, bytes as u64)?;
     for (n, byte) in data.to_le_bytes().into_iter().enumerate().take(bytes) {
