@@ -11,30 +11,38 @@ pub(super) const MAX_INSTRUCTION: usize = 15;
 /// Whether the instruction that `code` begins with, which the decoder takes for undefined, has more than
 /// [`MAX_INSTRUCTION`] bytes. `code` has that many.
 pub(super) fn is_too_long(code: &[u8], code_bits: u32) -> bool {
-    // It may be well-defined but for its length: so it is without prefixes that come more than once.
-    let short = without_repetitions(code, code_bits);
+    measured(code, code_bits).is_none_or(|length| length > MAX_INSTRUCTION)
+}
+
+/// Whether some of the undefined instruction that `code` begins with lies behind `code`.
+pub(super) fn is_cut_off(code: &[u8], code_bits: u32) -> bool {
+    code.len() < MAX_INSTRUCTION && measured(code, code_bits).is_none_or(|length| length > code.len())
+}
+
+/// Its length. None where that lies beyond all bytes.
+fn measured(code: &[u8], code_bits: u32) -> Option<usize> {
+    if is_ud1(code, code_bits) {
+        return length(code, code_bits);
+    }
+    // But for its length or for LOCK it may be defined: so it is without prefixes that need not be.
+    let short = shortened(code, code_bits);
     let removed = code.len() - short.len();
     let mut decoder = Decoder::with_ip(code_bits, &short, 0, DECODING);
     let instruction = decoder.decode();
-    let length = match decoder.last_error() {
+    match decoder.last_error() {
         DecoderError::None => Some(removed + instruction.len()),
-        DecoderError::NoMoreBytes if !is_ud1(code, code_bits) => None,
+        DecoderError::NoMoreBytes => None,
         _ => length(code, code_bits),
-    };
-    length.is_none_or(|length| length > MAX_INSTRUCTION)
+    }
 }
 
-/// `code` with the last prefix of each group alone.
-fn without_repetitions(code: &[u8], code_bits: u32) -> Vec<u8> {
-    let groups: [fn(&u8) -> bool; 5] = [
-        |byte| *byte == 0x66,
-        |byte| *byte == 0x67,
-        |byte| *byte == 0xf0,
-        |byte| matches!(byte, 0xf2 | 0xf3),
-        |byte| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65),
-    ];
+/// `code` with the last prefix alone of each group that can change which instruction it is.
+fn shortened(code: &[u8], code_bits: u32) -> Vec<u8> {
+    let groups: [fn(&u8) -> bool; 3] =
+        [|byte| *byte == 0x66, |byte| *byte == 0x67, |byte| matches!(byte, 0xf2 | 0xf3)];
+    let is_other = |byte: &u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0xf0);
     let is_rex = |byte: &u8| code_bits == 64 && matches!(byte, 0x40..=0x4f);
-    let is_prefix = |byte: &u8| is_rex(byte) || groups.iter().any(|holds| holds(byte));
+    let is_prefix = |byte: &u8| is_rex(byte) || is_other(byte) || groups.iter().any(|holds| holds(byte));
     let (prefixes, rest) = code.split_at(code.iter().take_while(|byte| is_prefix(byte)).count());
     let mut short: Vec<u8> =
         groups.iter().filter_map(|holds| prefixes.iter().rev().find(|byte| holds(byte)).copied()).collect();
@@ -48,11 +56,6 @@ pub(super) fn is_ud1(code: &[u8], code_bits: u32) -> bool {
     length(code, code_bits)
         .and_then(|length| code.get(..length))
         .is_some_and(|code| code.ends_with(&[0x0f, 0xb9]))
-}
-
-/// Whether some of the undefined instruction that `code` begins with lies behind `code`.
-pub(super) fn is_cut_off(code: &[u8], code_bits: u32) -> bool {
-    code.len() < MAX_INSTRUCTION && length(code, code_bits).is_none_or(|length| length > code.len())
 }
 
 /// Bytes of prefixes, opcode, addressing and immediate. None where the opcode lies beyond all bytes.
@@ -168,6 +171,13 @@ mod tests {
         let long =
             [0x3e, 0x3e, 0x3e, 0x3e, 0x3e, 0x3e, 0x3e, 0x3e, 0x3e, 0x3e, 0x3e, 0x64, 0x45, 0x02, 0x58, 0x71];
         assert!(is_too_long(&long[..15], 64) && !is_too_long(&long[1..], 64));
+        // LOCK OR QWORD [RDI*8+disp32], imm32 with F3, 67 and a segment; the F3 keeps UD1 from nothing.
+        let locked = [0xf3, 0x67, 0x2e, 0xf0, 0x48, 0x81, 0x0c, 0xfd, 0x3c, 0, 0, 0, 0x53, 0x6a, 0xff, 0xff];
+        assert!(is_too_long(&locked, 64));
+        assert!(!is_too_long(
+            &[0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x3e, 0x0f, 0xb9, 0x84, 0, 0, 0],
+            64
+        ));
         assert!(is_ud1(&[0x44, 0x0f, 0xb9], 64) && !is_ud1(&[0x0f, 0x0b], 64));
         assert!(is_cut_off(&[0xf0, 0x0f, 0xe7], 64) && !is_cut_off(&[0x66, 0x0f, 0x0b], 64));
     }
