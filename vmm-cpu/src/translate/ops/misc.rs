@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::by_width;
 use super::op::{Handler, Op, operand_bytes, register_slot};
@@ -207,10 +207,19 @@ fn bound<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
     if (lower..=upper).contains(&index) { Ok(()) } else { Err(m.raise(Exception::new(vector::BR))) }
 }
 
+fn is_register_prefetch(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+    )
+}
+
 /// The handler of an instruction of this family, `None` for others.
 pub(super) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
     use Mnemonic as M;
     Some(match instruction.mnemonic() {
+        // A prefetch from a register: AMD's processors do not take it for NOP.
+        M::Reservednop if is_register_prefetch(instruction.code()) => return None,
         // Shadow stacks and branch tracking are off, and prefetches access nothing.
         M::Nop
         | M::Reservednop

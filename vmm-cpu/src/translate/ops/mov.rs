@@ -306,7 +306,10 @@ pub(super) fn condition(instruction: &Instruction) -> u8 {
 
 fn widen<X: Widen>(instruction: &Instruction, op: &mut Op) -> Handler {
     op.a = register_slot(instruction.op_register(0));
-    let (from, to) = (operand_bytes(instruction, 1), operand_bytes(instruction, 0));
+    // AMD's processors read 32 bits whatever the operand size of MOVSXD.
+    let is_movsxd = instruction.mnemonic() == Mnemonic::Movsxd;
+    let from = if is_movsxd { 4 } else { operand_bytes(instruction, 1) };
+    let to = operand_bytes(instruction, 0);
     if instruction.op_kind(1) == OpKind::Register {
         op.b = register_slot(instruction.op_register(1));
         match (from, to) {

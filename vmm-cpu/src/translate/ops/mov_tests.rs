@@ -5,7 +5,7 @@ use crate::translate::cpu::{RAX, RBX, RCX, RDX, RSP, cr0, cr4};
 use crate::translate::exception::vector;
 use crate::translate::flags::bits;
 use crate::translate::ops::misc::bench::{Bench, HOLE, RAM};
-use crate::translate::test_support::{CODE_64, DATA, Guest, USER_CODE_64, USER_DATA};
+use crate::translate::test_support::{CODE_64, DATA, Guest, HOLE as GUEST_HOLE, USER_CODE_64, USER_DATA};
 
 #[cfg(target_arch = "x86_64")]
 mod against_host {
@@ -248,7 +248,7 @@ fn user_code_can_have_its_alignment_checked() {
         guest.set_segments(USER_CODE_64, USER_DATA);
         let fault = guest.fault(code);
         assert_eq!((fault.vector, fault.error), (vector::AC, Some(0)), "{code:x?}");
-        guest.core.cpu.set_r(RBX, HOLE + 1);
+        guest.core.cpu.set_r(RBX, GUEST_HOLE + 1);
         assert_eq!(guest.fault(code).vector, vector::AC, "{code:x?}");
         guest.core.cpu.set_r(RBX, 0x7fff_ffff_ffff);
         assert_eq!(guest.fault(code).vector, vector::GP, "{code:x?}");
@@ -258,4 +258,12 @@ fn user_code_can_have_its_alignment_checked() {
         guest.core.cpu.set_r(RBX, 0x8001);
         assert_eq!(guest.fault(code).vector, vector::AC, "{code:x?}");
     }
+}
+
+#[test]
+fn movsxd_reads_32_bits() {
+    let mut guest = Guest::long();
+    guest.core.cpu.set_r(RBX, GUEST_HOLE - 2);
+    // MOVSXD AX, [RBX].
+    assert_eq!(guest.fault(&[0x66, 0x63, 0x03]).cr2, Some(GUEST_HOLE));
 }
