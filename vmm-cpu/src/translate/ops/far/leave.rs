@@ -28,6 +28,10 @@ fn far_return<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
         m.set_code(cs, rip);
         return Ok(());
     }
+    if rpl(selector) != m.mode.cpl {
+        // The outer stack, before it is known whether there is a way to it.
+        m.peek::<W>(3 * bytes + extra)?;
+    }
     let cs = m.returned_code(selector, rip)?;
     let cpl = rpl(selector);
     if cpl > m.mode.cpl {
