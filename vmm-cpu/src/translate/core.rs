@@ -12,7 +12,6 @@ use vmm_memory::vm_memory::GuestAddress;
 use super::apic::LocalApic;
 use super::cpu::{Cpu, cr0, cr4};
 use super::exception::{Event, Exception, vector};
-use super::flags::bits;
 use super::memory::{
     Access, HostWord, MemoryMap, Order, PAGE, PAGE_MASK, Paging, Reach, Slot, Tlb, Translation, walk,
 };
@@ -343,7 +342,7 @@ impl Core {
 
     /// #GP(0) or #SS(0) for an address that no page tables translate. What crosses from one page into the next is judged
     /// by that before either page is looked for.
-    fn require_canonical(&mut self, place: Place) -> Flow {
+    pub(crate) fn require_canonical(&mut self, place: Place) -> Flow {
         if !self.cpu.long_mode() || is_canonical(place.va) {
             return Ok(());
         }

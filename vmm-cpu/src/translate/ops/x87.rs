@@ -63,6 +63,8 @@ impl Machine<'_> {
     /// a fault names.
     fn probe_environment(&mut self, place: Place, bytes: usize, access: Access) -> Flow {
         if bytes >= ENVIRONMENT {
+            let word = if matches!(bytes, 28 | 108) { 4 } else { 2 };
+            self.require_canonical(place.plus(word - 1))?;
             self.require_aligned(place, bytes)?;
             self.translate(place, access)?;
             self.translate(place.plus(bytes as u64 - 1), access)?;
@@ -101,6 +103,7 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
         Ok(()) => {
             // Where an unmasked exception keeps the result from being stored, that it could be stored matters all the same.
             if let Some(place) = place.filter(|_| stores(&instruction) && !written) {
+                m.require_aligned(place, bytes)?;
                 m.probe_write(place, bytes as u64)?;
             }
             m.cpu.x87 = state;

@@ -67,6 +67,7 @@ fn fxsave(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     check_fxsave(m)?;
     let place = m.place(op, AREA, true)?;
+    m.require_canonical(place)?;
     m.require_aligned(place, AREA)?;
     let place = m.aligned_place(op, 16, true)?;
     let mut image = [0; IMAGE];
@@ -94,6 +95,7 @@ fn fxrstor(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     check_fxsave(m)?;
     let place = m.place(op, AREA, false)?;
+    m.require_canonical(place)?;
     m.require_aligned(place, AREA)?;
     let place = m.aligned_place(op, 16, false)?;
     let mut image = [0; AREA];
