@@ -83,6 +83,8 @@ pub(crate) fn is_beyond(code: Code) -> bool {
                 // Hints that processors without them take for NOP.
                 | F::CET_IBT
                 | F::CLDEMOTE
+                // WBINVD with a prefix that is ignored.
+                | F::WBNOINVD
                 | F::PREFETCHITI
                 | F::PREFETCHWT1
         ) || matches!(code, Code::Rdsspd_r32 | Code::Rdsspq_r64)

@@ -40,6 +40,8 @@ pub(super) struct Builder<'r> {
     pub(super) memory: Vec<(u64, Vec<u8>)>,
     /// Where each of them points: of the instruction that is being made.
     pub(super) pointers: Vec<(Pointer, Destination)>,
+    /// Whether operands may lie in the code itself.
+    pub(super) reads_code: bool,
     values: [Option<u64>; 16],
     /// Registers that an instruction before the one that is being made writes.
     changed: u16,
@@ -63,6 +65,7 @@ impl<'r> Builder<'r> {
             backward: false,
             memory: Vec::new(),
             pointers: Vec::new(),
+            reads_code: true,
             values: [None; 16],
             changed: 0,
             pointing: 0,
@@ -122,7 +125,7 @@ impl<'r> Builder<'r> {
         match self.random.u8(..8) {
             0 => 0,
             1 => READ_ONLY.start + self.random.u64(..READ_ONLY.size),
-            2 => CODE.start + self.random.u64(..CODE.size),
+            2 if self.reads_code => CODE.start + self.random.u64(..CODE.size),
             3 => DATA.start - self.random.u64(..64),
             4 if self.mode == Mode::Long => 0x8000_0000_0000 - self.random.u64(..16),
             5 if self.mode == Mode::Long => any | 1 << 63,
@@ -223,7 +226,7 @@ impl<'r> Builder<'r> {
             0..=8 if is_long => HIGH,
             9..=14 => STACK,
             15..=17 => READ_ONLY,
-            18 => CODE,
+            18 if self.reads_code => CODE,
             19 => return self.elsewhere(),
             _ => DATA,
         };

@@ -348,6 +348,15 @@ fn wide_comparison(builder: &mut Builder<'_>, instruction: &Instruction) {
     builder.fix(RBX, new);
 }
 
+/// Whether a bit offset in a register is also the address that it is relative to.
+pub(super) fn is_far_bit(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Bt | Mnemonic::Btc | Mnemonic::Btr | Mnemonic::Bts)
+        && instruction.op1_kind() == OpKind::Register
+        && [instruction.memory_base(), instruction.memory_index()]
+            .iter()
+            .any(|register| register.full_register() == instruction.op1_register().full_register())
+}
+
 /// Bit offsets reach beyond the operand in memory, but not far.
 fn bit_offset(builder: &mut Builder<'_>, instruction: &Instruction) {
     if instruction.op0_kind() != OpKind::Memory || instruction.op1_kind() != OpKind::Register {

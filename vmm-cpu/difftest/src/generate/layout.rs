@@ -1,9 +1,10 @@
 //! Instructions become bytes at addresses, with prefixes that need not be, and what branches to them is told where.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Encoder, Instruction, OpKind};
+use iced_x86::{Code, Decoder, DecoderOptions, Encoder, EncodingKind, Instruction, OpKind};
 
 use super::builder::{Builder, Pointer};
 use crate::case::{CODE, DATA, Mode};
+use crate::forms::is_beyond;
 
 /// Where a branch leads.
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +66,9 @@ impl Step {
 
     /// Adds prefixes that the instruction ignores, or rarely such as it does not bear.
     pub(super) fn decorate(&mut self, builder: &mut Builder<'_>) {
+        if self.is_vector_encoded() {
+            return;
+        }
         let is_long = builder.mode == Mode::Long;
         let many = match builder.random.u8(..64) {
             0 => builder.random.usize(8..15),
@@ -97,8 +101,17 @@ impl Step {
         }
     }
 
+    /// VEX, EVEX and XOP are undefined behind most prefixes, and when a processor finds that out, before it has looked at
+    /// all bytes or after, no manual says.
+    fn is_vector_encoded(&self) -> bool {
+        self.instruction.code().op_code().encoding() != EncodingKind::Legacy
+    }
+
     /// Adds prefixes whatever they make of it.
     pub(super) fn distort(&mut self, builder: &mut Builder<'_>) {
+        if is_beyond(self.instruction.code()) || self.is_vector_encoded() {
+            return;
+        }
         for _ in 0..builder.random.usize(1..4) {
             let prefix =
                 builder.pick(&[0x66, 0x66, 0xf2, 0xf3, 0x67, 0xf0, 0x2e, 0x36, 0x3e, 0x26, 0x64, 0x65], 0x66);
@@ -106,6 +119,14 @@ impl Step {
         }
         if builder.mode == Mode::Long && builder.random.bool() {
             self.rex = Some(builder.random.u8(0x40..0x50));
+        }
+        // What a narrower operand leaves over would be another instruction, and any.
+        let bytes = self.encode(builder.mode, CODE.start).unwrap_or_default();
+        let mut decoder = Decoder::with_ip(bits(builder.mode), &bytes, CODE.start, DecoderOptions::AMD);
+        let decoded = decoder.decode();
+        if !decoded.is_invalid() && decoded.len() != bytes.len() {
+            self.prefixes.clear();
+            self.rex = None;
         }
     }
 

@@ -15,6 +15,7 @@ mod values;
 use iced_x86::{Code, Instruction};
 
 use crate::case::{Case, DATA, HIGH, Mode, READ_ONLY, Registers, STACK};
+use crate::judge::has_rule;
 use builder::Builder;
 use values::Element;
 
@@ -30,6 +31,8 @@ pub(crate) fn generate(random: &mut Random, target: Code) -> Option<Case> {
 fn attempt(random: &mut Random, target: Code) -> Option<Case> {
     let op_code = target.op_code();
     let mode = match (op_code.mode64(), op_code.mode32()) {
+        // From 32-bit code it has Linux return to where the kernel's own system calls are.
+        (true, _) if target == Code::Syscall => Mode::Long,
         (true, true) if random.u8(..6) == 0 => Mode::Compatibility,
         (true, _) => Mode::Long,
         (false, true) => Mode::Compatibility,
@@ -37,6 +40,8 @@ fn attempt(random: &mut Random, target: Code) -> Option<Case> {
     };
     let mut builder = Builder::new(random, mode);
     builder.backward = builder.one_in(if is_string(target) { 3 } else { 10 });
+    // The processor's side has something else in their place.
+    builder.reads_code = !has_rule(target);
     let mut steps = blocks::steps(&mut builder, target)?;
     let layout = layout::place(&mut builder, &mut steps)?;
 

@@ -67,6 +67,9 @@ pub(super) fn instruction(builder: &mut Builder<'_>, code: Code) -> Option<Instr
     }
     if has_memory {
         place(builder, &mut instruction);
+        if implicit::is_far_bit(&instruction) {
+            return None;
+        }
     }
     implicit::arrange(builder, &mut instruction);
     Some(instruction)
