@@ -371,6 +371,12 @@ impl Core {
         Err(self.raise(Exception::with_error(vector::AC, 0)))
     }
 
+    /// Faults as an access does that comes in several pieces where that to the first, of that many bytes, does.
+    pub(crate) fn probe_piece(&mut self, place: Place, bytes: u64, access: Access) -> Flow {
+        self.require_canonical(place.plus(bytes - 1))?;
+        self.translate(place, access).map(drop)
+    }
+
     /// Asks the TLB, then the page tables.
     pub(crate) fn translate(&mut self, place: Place, access: Access) -> Flow<Translation> {
         self.require_canonical(place)?;
@@ -783,6 +789,14 @@ impl<'a> Machine<'a> {
         self.store(place, W::truncate(value))?;
         self.cpu.set_r(super::cpu::RSP, rsp);
         Ok(())
+    }
+
+    /// Checks that a push would not fault.
+    pub(crate) fn probe_push<W: HostWord>(&mut self) -> Flow {
+        let rsp = self.stack_pointer_minus(W::BYTES as u64);
+        let place = self.stack_place(rsp, W::BYTES as u64, true)?;
+        self.require_aligned(place, W::BYTES)?;
+        self.probe_write(place, W::BYTES as u64)
     }
 
     /// The word of width `W` that lies `skip` bytes above the top of the stack. The stack pointer stays.

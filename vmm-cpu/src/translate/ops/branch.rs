@@ -72,6 +72,10 @@ fn jump_memory<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
 
 fn call_target<W: HostWord>(m: &mut Machine<'_>, target: u64) -> Flow {
     let next = m.cpu.rip;
+    if m.is_64() && !m.is_canonical(target) {
+        // A stack that takes nothing comes first.
+        m.probe_push::<W>()?;
+    }
     m.go_to::<W>(target)?;
     m.push::<W>(next)
 }

@@ -86,3 +86,15 @@ fn returns_drop_what_they_are_told() {
     guest.core.cpu.set_r(RSP, HOLE);
     assert_eq!(guest.fault(&[0xc3]).cr2, Some(HOLE));
 }
+
+#[test]
+fn calls_look_at_the_stack_before_the_target() {
+    let mut guest = Guest::long();
+    guest.core.cpu.set_r(RAX, 1 << 63);
+    guest.core.cpu.set_r(RSP, HOLE + 8);
+    // CALL RAX.
+    assert_eq!(guest.fault(&[0xff, 0xd0]).cr2, Some(HOLE));
+    guest.core.cpu.set_r(RSP, STACK);
+    assert_eq!(guest.fault(&[0xff, 0xd0]).vector, vector::GP);
+    assert_eq!(guest.core.cpu.r(RSP), STACK);
+}

@@ -172,6 +172,7 @@ fn pusha<W: HostWord>(m: &mut Machine<'_>, _: &Op) -> Flow {
     for place in &mut places {
         rsp = stack_part(m, rsp, rsp.wrapping_sub(bytes));
         *place = m.stack_place(rsp, bytes, true)?;
+        m.require_aligned(*place, W::BYTES)?;
         m.probe_write(*place, bytes)?;
     }
     for (place, register) in places.into_iter().zip(PUSHED) {

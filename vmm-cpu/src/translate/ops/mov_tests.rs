@@ -5,6 +5,7 @@ use crate::translate::cpu::{RAX, RBX, RCX, RDX, RSP, cr0, cr4};
 use crate::translate::exception::vector;
 use crate::translate::flags::bits;
 use crate::translate::ops::misc::bench::{Bench, HOLE, RAM};
+use crate::translate::segment::index;
 use crate::translate::test_support::{CODE_64, DATA, Guest, HOLE as GUEST_HOLE, USER_CODE_64, USER_DATA};
 
 #[cfg(target_arch = "x86_64")]
@@ -266,4 +267,16 @@ fn movsxd_reads_32_bits() {
     guest.core.cpu.set_r(RBX, GUEST_HOLE - 2);
     // MOVSXD AX, [RBX].
     assert_eq!(guest.fault(&[0x66, 0x63, 0x03]).cr2, Some(GUEST_HOLE));
+}
+
+#[test]
+fn offsets_in_segments_are_canonical_themselves() {
+    let mut guest = Guest::long();
+    guest.core.cpu.segment_mut(index::GS).base = 0x8000_0000_8000;
+    guest.core.cpu.set_r(RBX, 0xffff_8000_0000_0000);
+    // MOV RAX, GS:[RBX], at 0x8000.
+    guest.execute(&[0x65, 0x48, 0x8b, 0x03]).unwrap();
+    guest.core.cpu.segment_mut(index::GS).base = 0xffff_7000_0000_8000;
+    guest.core.cpu.set_r(RBX, 0x0000_9000_0000_0000);
+    assert_eq!(guest.fault(&[0x65, 0x48, 0x8b, 0x03]).vector, vector::GP);
 }

@@ -189,8 +189,13 @@ impl Machine<'_> {
     /// The linear address of an offset in a segment.
     pub(crate) fn place_in(&mut self, segment: usize, offset: u64, bytes: usize, write: bool) -> Flow<Place> {
         if self.is_64() {
-            let base = if segment >= index::FS { self.cpu.segment(segment).base } else { 0 };
-            Ok(Place { va: base.wrapping_add(offset), segment: low8(segment as u64) })
+            let place = Place { va: offset, segment: low8(segment as u64) };
+            if segment < index::FS {
+                return Ok(place);
+            }
+            // The offset alone must be canonical on AMD's processors.
+            self.require_canonical(place)?;
+            Ok(place.plus(self.cpu.segment(segment).base))
         } else {
             self.legacy_place(segment, offset, bytes as u64, write)
         }

@@ -7,8 +7,8 @@ use crate::translate::core::{Flow, Leave, Machine, Place};
 use crate::translate::cpu::{BLOCK, RAX, cr0};
 use crate::translate::exception::{Exception, vector};
 use crate::translate::flags::bits;
-use crate::translate::memory::Access;
-use crate::translate::x87::{X87Context, X87Machine, X87Stop, execute};
+use crate::translate::memory::{Access, PAGE, PAGE_MASK};
+use crate::translate::x87::{X87Context, X87Machine, X87Stop, execute, waits};
 
 /// The memory operand and the registers that x87 instructions touch.
 struct Operands<'a, 'b> {
@@ -23,7 +23,7 @@ impl X87Machine for Operands<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> Flow {
         match self.place {
             Some(place) => {
-                self.m.probe_environment(place, buffer.len(), Access::Read)?;
+                self.m.probe_pieces(place, buffer.len(), Access::Read)?;
                 self.m.read(place, buffer)
             }
             None => Err(self.m.ud()),
@@ -34,7 +34,7 @@ impl X87Machine for Operands<'_, '_> {
         self.written = true;
         match self.place {
             Some(place) => {
-                self.m.probe_environment(place, bytes.len(), Access::Write)?;
+                self.m.probe_pieces(place, bytes.len(), Access::Write)?;
                 self.m.write(place, bytes)
             }
             None => Err(self.m.ud()),
@@ -61,7 +61,12 @@ const ENVIRONMENT: usize = 14;
 impl Machine<'_> {
     /// AMD's processors look at the last byte of an environment when they have looked at the first: it is the one that
     /// a fault names.
-    fn probe_environment(&mut self, place: Place, bytes: usize, access: Access) -> Flow {
+    fn probe_pieces(&mut self, place: Place, bytes: usize, access: Access) -> Flow {
+        if bytes == 10 && place.va & !PAGE_MASK > PAGE - 10 {
+            // The significand comes first.
+            self.require_aligned(place, bytes)?;
+            self.probe_piece(place, 8, access)?;
+        }
         if bytes >= ENVIRONMENT {
             let word = if matches!(bytes, 28 | 108) { 4 } else { 2 };
             self.require_canonical(place.plus(word - 1))?;
@@ -83,6 +88,10 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
     let instruction = m.rare(op);
     if m.cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(m.raise(Exception::new(vector::NM)));
+    }
+    if waits(&instruction) {
+        // Before the operand is looked for.
+        m.check_x87_pending()?;
     }
     let bytes = operand_bytes(&instruction, 0);
     let has_memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == iced_x86::OpKind::Memory);
@@ -223,6 +232,18 @@ mod tests {
             let Err(Reason::Exception(exception)) = bench.run(&code) else { panic!("{code:x?} completed") };
             assert_eq!(exception.cr2, Some(HOLE), "{code:x?}");
             assert_eq!(bench.core.cpu.x87.status(), 0, "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn pending_exception_comes_before_a_bad_operand() {
+        let mut bench = with_control(0x37e);
+        bench.core.cpu.x87.set_status(1);
+        // FLD dword [RAX], and FNSTSW word [RAX], which does not wait.
+        bench.set(&[(RAX, 1 << 63)]);
+        for (code, vector) in [([0xd9, 0x00], 16), ([0xdd, 0x38], 13)] {
+            let Err(Reason::Exception(exception)) = bench.run(&code) else { panic!("{code:x?} completed") };
+            assert_eq!(exception.vector, vector, "{code:x?}");
         }
     }
 }

@@ -49,6 +49,22 @@ pub(crate) fn execute<M: X87Machine>(
     Ok(())
 }
 
+/// Whether a pending exception stops an instruction.
+pub(crate) fn waits(instruction: &Instruction) -> bool {
+    !matches!(
+        instruction.mnemonic(),
+        Mnemonic::Fninit
+            | Mnemonic::Fnclex
+            | Mnemonic::Fnstcw
+            | Mnemonic::Fnstsw
+            | Mnemonic::Fnstenv
+            | Mnemonic::Fnsave
+            | Mnemonic::Fneni
+            | Mnemonic::Fndisi
+            | Mnemonic::Fnsetpm
+    )
+}
+
 /// The number of a stack register.
 fn stack_index(register: Register) -> u8 {
     match register {
@@ -70,19 +86,7 @@ pub(super) fn has_memory(instruction: &Instruction) -> bool {
 impl<M: X87Machine> Unit<'_, M> {
     /// The instructions that leave the instruction pointer register alone. Whether `instruction` was one.
     fn control(&mut self, instruction: &Instruction) -> Result<bool, X87Stop<M::Stop>> {
-        let waits = !matches!(
-            instruction.mnemonic(),
-            Mnemonic::Fninit
-                | Mnemonic::Fnclex
-                | Mnemonic::Fnstcw
-                | Mnemonic::Fnstsw
-                | Mnemonic::Fnstenv
-                | Mnemonic::Fnsave
-                | Mnemonic::Fneni
-                | Mnemonic::Fndisi
-                | Mnemonic::Fnsetpm
-        );
-        if waits && self.state.is_pending() {
+        if waits(instruction) && self.state.is_pending() {
             return Err(X87Stop::Pending);
         }
         match instruction.mnemonic() {

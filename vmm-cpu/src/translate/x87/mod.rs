@@ -33,7 +33,7 @@ mod tests;
 mod transcendental;
 mod transfer;
 
-pub(crate) use execute::execute;
+pub(crate) use execute::{execute, waits};
 pub(crate) use image::{FXSAVE_X87_BYTES, PointerFormat};
 pub(crate) use state::X87State;
 

@@ -7,6 +7,7 @@ use crate::translate::core::{Flow, Machine};
 use crate::translate::cpu::{RAX, RCX, RDI, RDX};
 use crate::translate::flags::bits;
 use crate::translate::float;
+use crate::translate::memory::Access;
 use crate::translate::ops::op::{Handler, Op, operand_bytes, register_slot};
 use crate::translate::segment::low32;
 use crate::translate::vector;
@@ -326,7 +327,8 @@ fn masked_store(m: &mut Machine<'_>, op: &Op) -> Flow {
     let segment = crate::translate::ops::segment_slot(instruction.memory_segment());
     let place = m.place_in(segment, offset, bytes, true)?;
     let selected = |n: usize| mask >> (8 * n + 7) & 1 != 0;
-    m.require_aligned(place, bytes)?;
+    m.require_aligned(place, 8)?;
+    m.probe_piece(place, 8, Access::Write)?;
     // Whatever the mask selects, even if that is nothing (Intel SDM 2B leaves it open, AMD's processors do so).
     m.probe_write(place, bytes as u64)?;
     for (n, byte) in data.to_le_bytes().into_iter().enumerate().take(bytes) {
