@@ -9,7 +9,7 @@ use crate::translate::cpu::{RAX, RCX, RDX, RSI, RSP};
 use crate::translate::exception::vector;
 use crate::translate::segment::{SegmentRegister, index};
 use crate::translate::signals::{Handle, Signals};
-use crate::translate::test_support::{CODE, CODE_32, CODE_64, Guest, STACK};
+use crate::translate::test_support::{CODE, CODE_32, CODE_64, DATA, Guest, STACK};
 use crate::translate::vm::{Peer, Shared, TranslateVm};
 use crate::vcpu::{VcpuHandle, VcpuIo};
 use crate::vm::{GuestAccess, Vm};
@@ -81,6 +81,22 @@ fn a_step_over_mov_ss_takes_the_next_instruction_along() {
     run_code(&mut guest, &[0x8e, 0xd0, 0x90, 0x90, HLT]);
     assert_eq!(guest.core.cpu.rip, end);
     assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP)), CODE + 3);
+}
+
+#[test]
+fn the_step_over_an_iret_sees_the_resume_flag_that_it_loads() {
+    let mut guest = Guest::long();
+    let end = handler(&mut guest, vector::DB);
+    for (word, value) in [CODE + 2, CODE_64.into(), bits::RF | 2, STACK, DATA.into()].into_iter().enumerate()
+    {
+        guest.write::<8>(STACK - 0x40 + 8 * word as u64, value);
+    }
+    guest.core.cpu.set_r(RSP, STACK - 0x40);
+    guest.core.cpu.flags.set_control(bits::TF, true);
+    // IRETQ.
+    run_code(&mut guest, &[0x48, 0xcf, HLT]);
+    assert_eq!(guest.core.cpu.rip, end);
+    assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP) + 16), bits::RF | 2);
 }
 
 #[test]

@@ -36,7 +36,9 @@ impl Machine<'_> {
         let flags = self.cpu.flags.get();
         let flags = match event {
             Event::Exception(exception) if exception.sets_resume_flag() => flags | bits::RF,
-            // RF is kept up to date only while instructions run one by one, and means nothing otherwise.
+            // RF is kept up to date only while instructions run one by one, and means nothing otherwise. A step has
+            // been taken so, even if it was an IRET that ended that.
+            Event::Exception(exception) if exception.vector == vector::DB => flags,
             Event::Exception(_) | Event::External { .. } | Event::Nmi if self.is_careful() => flags,
             _ => flags & !bits::RF,
         };
