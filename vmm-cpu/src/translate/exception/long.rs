@@ -33,7 +33,9 @@ impl Machine<'_> {
         };
         let mut stack = stack.aligned();
         stack.push(self, 8, u64::from(self.cpu.segment(index::SS).selector))?;
-        stack.push(self, 8, self.cpu.r(RSP))?;
+        // 32-bit code has no more of it, whatever 64-bit code left in the rest.
+        let pointer = if self.is_64() { self.cpu.r(RSP) } else { self.cpu.r(RSP) & 0xffff_ffff };
+        stack.push(self, 8, pointer)?;
         self.push_frame(&mut stack, 8, entry)?;
         stack.enter(self);
         self.enter_handler(&gate, cs);

@@ -4,7 +4,7 @@ use super::*;
 use crate::translate::cpu::RSP;
 use crate::translate::flags::bits;
 use crate::translate::memory::PAGE;
-use crate::translate::segment::{SegmentRegister, index};
+use crate::translate::segment::{SegmentRegister, attribute, index};
 use crate::translate::test_support::*;
 
 const HANDLER: u64 = 0x9000;
@@ -71,6 +71,19 @@ fn long_mode_switches_to_the_inner_stack_with_a_null_ss() {
     let cpu = &guest.core.cpu;
     assert_eq!((cpu.segment(index::SS).selector, guest.core.mode.cpl), (0, 0));
     assert_eq!(cpu.cs().selector, CODE_64);
+}
+
+#[test]
+fn stack_pointer_of_32_bit_code_is_pushed_as_such() {
+    let mut guest = with_flags(Guest::long());
+    to_user(&mut guest);
+    let cs = guest.core.cpu.segment_mut(index::CS);
+    cs.attributes = cs.attributes & !attribute::LONG | attribute::BIG;
+    guest.core.update_mode();
+    guest.core.cpu.set_r(RSP, 0xbf84_f8c9_584c_3461);
+    guest.gate(vector::GP, CODE_64, HANDLER, INTERRUPT, 0);
+    take(&mut guest, Event::Exception(Exception::with_error(vector::GP, 0)));
+    assert_eq!(guest.read::<8>(INNER_STACK - 16), 0x584c_3461);
 }
 
 #[test]
