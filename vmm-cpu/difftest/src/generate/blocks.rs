@@ -147,7 +147,8 @@ fn is_companion(code: Code, mode: Mode) -> bool {
         && op_code.decoder_option() == 0
 }
 
-/// Whether two processors rarely give the same: time, what they are, and approximations.
+/// Whether two processors rarely give the same: time, what they are, approximations, and what images have besides
+/// values.
 fn differs_by_nature(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
@@ -164,6 +165,10 @@ fn differs_by_nature(mnemonic: Mnemonic) -> bool {
             | M::Sldt
             | M::Str
             | M::Smsw
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fnsave
+            | M::Fnstenv
     )
 }
 

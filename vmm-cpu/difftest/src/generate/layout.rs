@@ -138,7 +138,8 @@ impl Step {
             return false;
         };
         if bytes.len() > 15 {
-            return plain.len() < 15 && bytes.len() < 20;
+            let decoded = Decoder::with_ip(bits(mode), &bytes, CODE.start, DecoderOptions::AMD).decode();
+            return decoded.is_invalid() && plain.len() < 15 && bytes.len() < 20;
         }
         let decode =
             |bytes: &[u8]| Decoder::with_ip(bits(mode), bytes, CODE.start, DecoderOptions::AMD).decode();
