@@ -9,6 +9,7 @@ use iced_x86::{
 };
 
 use crate::case::{CODE, Case, Ending, Mode, Outcome};
+use crate::memory::FILLER;
 use crate::{forms, undefined};
 
 /// Bit 0 of a page fault's error code: the page is there.
@@ -97,6 +98,21 @@ pub(crate) fn decode(case: &Case) -> impl Iterator<Item = (Code, Instruction)> {
     })
 }
 
+/// What the bytes of a case are, one instruction after the other. With unusual prefixes that may be others than were meant.
+fn sweep(case: &Case) -> impl Iterator<Item = Instruction> {
+    let mut next = case.address;
+    std::iter::from_fn(move || {
+        let instruction = instruction_at(case, next).filter(|_| case.owns(next))?;
+        next += instruction.len().max(1) as u64;
+        Some(instruction)
+    })
+}
+
+/// Whether an instruction of the case begins at an address.
+fn is_listed(case: &Case, address: u64) -> bool {
+    case.instructions.iter().any(|(_, offset)| case.address + u64::from(*offset) == address)
+}
+
 /// Whether a form is judged by a rule, whatever the processor makes of it: see [`code_with_rules`].
 pub(crate) fn has_rule(code: Code) -> bool {
     forms::is_beyond(code) || is_emulated(code)
@@ -160,7 +176,8 @@ pub(crate) fn differences(case: &Case, native: &Outcome, ours: &Outcome) -> Vec<
     {
         list.push(Difference::Ending);
     }
-    let breakpoint = case.instructions.iter().any(|(code, _)| *code == Code::Int1);
+    let breakpoint =
+        instruction_at(case, native.rip).is_some_and(|instruction| instruction.code() == Code::Int1);
     // A hypervisor that intercepts INT1 may not have told the processor how long it is.
     if native.rip != ours.rip && !(breakpoint && native.rip.wrapping_add(1) == ours.rip) {
         list.push(Difference::Rip);
@@ -272,30 +289,33 @@ fn is_too_long(case: &Case, rip: u64) -> bool {
     next.saturating_sub(start) > MAX_LENGTH
 }
 
-/// Whether a vector of 16 bytes lies neither at a multiple of 16 nor at an address that there can be: #GP of the one or #SS
+/// Whether a vector of 16 bytes or an image lies neither at a multiple of 16 nor at an address that there can be: #GP of the one or #SS
 /// of the other.
 fn is_doubly_misplaced(case: &Case, native: &Outcome, ours: &Outcome) -> bool {
     let is_either = |ending| matches!(ending, Ending::Exception { vector: 12 | 13, error_code: 0, .. });
     native.rip == ours.rip
         && is_either(native.ending)
         && is_either(ours.ending)
-        && instruction_at(case, native.rip).is_some_and(|instruction| instruction.memory_size().size() == 16)
+        && instruction_at(case, native.rip).is_some_and(|instruction| instruction.memory_size().size() >= 16)
 }
 
-/// Whether both ended in a page fault at the same instruction, of those with operands of several parts: which of the
-/// parts is accessed first is for the processor to choose, and so which one CR2 and the error code speak of.
+/// Whether both ended in a fault of memory at the same instruction, of those with operands of several parts: which of the
+/// parts is accessed first is for the processor to choose, and so which one the exception speaks of.
 fn is_wide_fault(case: &Case, native: &Outcome, ours: &Outcome) -> bool {
     const WIDEST: u64 = 512;
     let (
-        Ending::Exception { vector: 14, address: left, .. },
-        Ending::Exception { vector: 14, address: right, .. },
+        Ending::Exception { vector: first, address: left, .. },
+        Ending::Exception { vector: second, address: right, .. },
     ) = (native.ending, ours.ending)
     else {
         return false;
     };
+    let are_of_memory = matches!(first, 12..=14) && matches!(second, 12..=14) && first.max(second) == 14;
+    let is_near = first != second || left.wrapping_sub(right).min(right.wrapping_sub(left)) < WIDEST;
     let Some(instruction) = instruction_at(case, native.rip) else { return false };
     native.rip == ours.rip
-        && left.abs_diff(right) < WIDEST
+        && are_of_memory
+        && is_near
         && matches!(
             instruction.mnemonic(),
             Mnemonic::Fxsave
@@ -309,6 +329,12 @@ fn is_wide_fault(case: &Case, native: &Outcome, ours: &Outcome) -> bool {
                 | Mnemonic::Iret
                 | Mnemonic::Iretd
                 | Mnemonic::Iretq
+                | Mnemonic::Retf
+                | Mnemonic::Fbld
+                | Mnemonic::Fbstp
+                | Mnemonic::Fld
+                | Mnemonic::Fstp
+                | Mnemonic::Maskmovdqu
         )
 }
 
@@ -353,7 +379,7 @@ fn free(case: &Case, native: &Outcome) -> Free {
     let mut info = InstructionInfoFactory::new();
     let (mut count_is_known, mut branches) = (true, false);
     let mut written = RegisterSet::default();
-    for (code, instruction) in decode(case) {
+    for instruction in sweep(case) {
         if case.owns(native.rip) && instruction.ip() >= native.rip && !branches {
             // Not reached; or it faulted, and has changed nothing but, perhaps, a part of a string.
             break;
@@ -374,7 +400,7 @@ fn free(case: &Case, native: &Outcome) -> Free {
                 register => free.general |= 1 << register.full_register().number(),
             }
         }
-        free.general |= match code {
+        free.general |= match instruction.code() {
             Code::Rdtsc => RAX | RDX,
             Code::Rdtscp => RAX | RCX | RDX,
             Code::Cpuid => RAX | RBX | RCX | RDX,
@@ -395,14 +421,21 @@ fn free(case: &Case, native: &Outcome) -> Free {
         written.note(&mut info, &instruction);
         count_is_known = !written.has(Register::RCX);
     }
+    if branches {
+        // The instructions that were meant may be others than those that follow one another.
+        let all = decode(case).map(|(_, instruction)| undefined::possible(&instruction));
+        free.flags = all.fold(free.flags, |flags, possible| flags | possible);
+    }
     free
 }
 
 /// The instruction at an address.
 fn instruction_at(case: &Case, rip: u64) -> Option<Instruction> {
     let bits = if case.mode == Mode::Long { 64 } else { 32 };
-    let bytes = case.code.get(usize::try_from(rip.checked_sub(case.address)?).ok()?..)?;
-    Some(Decoder::with_ip(bits, bytes, rip, DecoderOptions::AMD).decode())
+    let code = case.code.get(usize::try_from(rip.checked_sub(case.address)?).ok()?..)?;
+    // It may go on in what surrounds the code.
+    let bytes: Vec<u8> = code.iter().copied().chain([FILLER; 15]).take(15).collect();
+    Some(Decoder::with_ip(bits, &bytes, rip, DecoderOptions::AMD).decode())
 }
 
 /// Registers that a POPA may have loaded which then faulted: all but ESP, from which it starts anew.
@@ -418,6 +451,34 @@ fn partly_stored(case: &Case, native: &Outcome) -> bool {
     matches!(native.ending, Ending::Exception { .. })
         && instruction_at(case, native.rip)
             .is_some_and(|instruction| matches!(instruction.mnemonic(), Mnemonic::Pusha | Mnemonic::Pushad))
+}
+
+/// Whether the interpreter stopped at an instruction for which the kernel of the host answers, and which is none of the
+/// case's: a branch has led into the middle of another, say.
+pub(crate) fn is_answered(case: &Case, ours: &Outcome) -> bool {
+    matches!(ours.ending, Ending::Exception { vector: 13, error_code: 0, .. })
+        && instruction_at(case, ours.rip).is_some_and(|instruction| is_emulated(instruction.code()))
+}
+
+/// Whether the interpreter stopped at an instruction that is undefined there, and that is none of the case's.
+pub(crate) fn is_beyond_by_accident(case: &Case, ours: &Outcome) -> bool {
+    matches!(ours.ending, Ending::Exception { vector: 6, .. })
+        && !is_listed(case, ours.rip)
+        && instruction_at(case, ours.rip).is_some_and(|instruction| forms::is_beyond(instruction.code()))
+}
+
+/// Whether outcomes that differ would be the same if the processor's code were the interpreter's: `other` is what comes of
+/// the processor's there.
+pub(crate) fn reads_own_code(case: &Case, native: &Outcome, ours: &Outcome, other: &Outcome) -> bool {
+    let is_elsewhere = !is_listed(case, ours.rip) && ours.ending != Ending::Completed;
+    (is_elsewhere || (other.ending, other.rip) == (ours.ending, ours.rip))
+        && differences(case, native, other).is_empty()
+}
+
+/// Whether an instruction behind one that stores an image with fields that are left open may have loaded those.
+pub(crate) fn may_load_image(case: &Case) -> bool {
+    let mut rest = sweep(case).skip_while(|instruction| pointers_in_image(instruction).is_empty());
+    rest.next().is_some() && rest.any(|instruction| instruction.memory_size().size() != 0)
 }
 
 /// Whether this is SYSCALL of 32-bit code, which Linux takes for a system call of its own vDSO: it changes registers and
