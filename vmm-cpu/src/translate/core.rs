@@ -367,7 +367,7 @@ impl Core {
             return Ok(());
         }
         self.require_canonical(place)?;
-        self.require_canonical(place.plus(bytes as u64 - 1))?;
+        self.require_canonical(place.plus(word - 1))?;
         Err(self.raise(Exception::with_error(vector::AC, 0)))
     }
 

@@ -146,7 +146,9 @@ fn branch_memory(builder: &mut Builder<'_>, instruction: &Instruction, address: 
     };
     let mut bytes = vec![0; usize::from(size)];
     if instruction.is_call_far_indirect() || instruction.is_jmp_far_indirect() {
-        bytes.extend(selector(builder).to_le_bytes());
+        let code_segment = if builder.mode == Mode::Long { 0x33 } else { 0x23 };
+        let selector = if builder.one_in(4) { selector(builder) } else { code_segment };
+        bytes.extend(selector.to_le_bytes());
     }
     builder.put(address, bytes);
     let destination = Destination::any(builder);

@@ -259,6 +259,9 @@ fn user_code_can_have_its_alignment_checked() {
         guest.core.cpu.set_r(RBX, 0x8001);
         assert_eq!(guest.fault(code).vector, vector::AC, "{code:x?}");
     }
+    // The first word of an environment is there.
+    guest.core.cpu.set_r(RBX, 0x7fff_ffff_fff9);
+    assert_eq!(guest.fault(&[0xd9, 0x33]).vector, vector::AC);
 }
 
 #[test]
