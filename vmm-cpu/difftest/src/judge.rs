@@ -289,10 +289,10 @@ fn is_too_long(case: &Case, rip: u64) -> bool {
     next.saturating_sub(start) > MAX_LENGTH
 }
 
-/// Whether a vector of 16 bytes or an image lies neither at a multiple of 16 nor at an address that there can be: #GP of the one or #SS
-/// of the other.
+/// Whether a vector of 16 bytes or an image lies neither at a multiple of 16 nor at an address that there can be: #GP or #AC
+/// of the one, #SS or #GP of the other.
 fn is_doubly_misplaced(case: &Case, native: &Outcome, ours: &Outcome) -> bool {
-    let is_either = |ending| matches!(ending, Ending::Exception { vector: 12 | 13, error_code: 0, .. });
+    let is_either = |ending| matches!(ending, Ending::Exception { vector: 12 | 13 | 17, error_code: 0, .. });
     native.rip == ours.rip
         && is_either(native.ending)
         && is_either(ours.ending)

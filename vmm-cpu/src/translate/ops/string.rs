@@ -255,6 +255,7 @@ fn second_run<W: HostWord>(
 ) -> Flow<(Place, u64)> {
     form.run::<W>(m, index::ES, RDI, write, count).or_else(|leave| {
         let reason = std::mem::take(&mut m.reason);
+        m.require_aligned(first, W::BYTES)?;
         m.translate(first, Access::Read)?;
         m.translate(first.plus(W::BYTES as u64 - 1), Access::Read)?;
         m.reason = reason;
