@@ -7,36 +7,37 @@ use iced_x86::Code;
 
 /// A run of pages that cases use. The pages beside it are absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Area {
+pub(crate) struct Area {
     /// First address.
-    pub start: u64,
+    pub(crate) start: u64,
     /// Bytes.
-    pub size: u64,
+    pub(crate) size: u64,
     /// Whether ring 3 may write.
-    pub writable: bool,
+    pub(crate) writable: bool,
     /// Whether ring 3 may execute.
-    pub executable: bool,
+    pub(crate) executable: bool,
 }
 
 const PAGE: u64 = 0x1000;
 
 /// Code. Neither written nor compared; reads of it are fine.
-pub const CODE: Area = Area { start: 0x1000_0000, size: 2 * PAGE, writable: false, executable: true };
+pub(crate) const CODE: Area = Area { start: 0x1000_0000, size: 2 * PAGE, writable: false, executable: true };
 /// Data.
-pub const DATA: Area = Area { start: 0x1010_0000, size: 2 * PAGE, writable: true, executable: false };
+pub(crate) const DATA: Area = Area { start: 0x1010_0000, size: 2 * PAGE, writable: true, executable: false };
 /// Data that stores fault on.
-pub const READ_ONLY: Area = Area { start: 0x1020_0000, size: PAGE, writable: false, executable: false };
+pub(crate) const READ_ONLY: Area =
+    Area { start: 0x1020_0000, size: PAGE, writable: false, executable: false };
 /// Where RSP points into.
-pub const STACK: Area = Area { start: 0x1030_0000, size: PAGE, writable: true, executable: false };
+pub(crate) const STACK: Area = Area { start: 0x1030_0000, size: PAGE, writable: true, executable: false };
 /// Data behind an address of more than 32 bits.
-pub const HIGH: Area = Area { start: 0x1234_5670_0000, size: PAGE, writable: true, executable: false };
+pub(crate) const HIGH: Area = Area { start: 0x1234_5670_0000, size: PAGE, writable: true, executable: false };
 
 /// All of them.
-pub const AREAS: [Area; 5] = [CODE, DATA, READ_ONLY, STACK, HIGH];
+pub(crate) const AREAS: [Area; 5] = [CODE, DATA, READ_ONLY, STACK, HIGH];
 
 /// Width of code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mode {
+pub(crate) enum Mode {
     /// 64-bit mode.
     Long,
     /// Compatibility mode with a 32-bit code segment, as Linux's `__USER32_CS`.
@@ -45,42 +46,42 @@ pub enum Mode {
 
 /// What user code sees of a processor.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Registers {
+pub(crate) struct Registers {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15. In compatibility mode the upper halves and the last eight are
     /// neither set nor compared.
-    pub general: [u64; 16],
+    pub(crate) general: [u64; 16],
     /// RFLAGS.
-    pub rflags: u64,
+    pub(crate) rflags: u64,
     /// Bases of FS and GS (64-bit mode only).
-    pub fs_base: u64,
+    pub(crate) fs_base: u64,
     /// See `fs_base`.
-    pub gs_base: u64,
+    pub(crate) gs_base: u64,
     /// x87, MXCSR and XMM in the layout of FXSAVE64 (Intel SDM 1, 10.5.1), the last 96 bytes zero.
-    pub fxsave: [u8; 512],
+    pub(crate) fxsave: [u8; 512],
 }
 
 /// Code and all that it sees.
 #[derive(Clone)]
-pub struct Case {
+pub(crate) struct Case {
     /// How it is executed.
-    pub mode: Mode,
+    pub(crate) mode: Mode,
     /// The instructions by form and offset into `code`, in the order in which they lie.
-    pub instructions: Vec<(Code, u8)>,
+    pub(crate) instructions: Vec<(Code, u8)>,
     /// Its bytes. Behind them lies, as the runner's business, something that ends the case; unless they reach to
     /// the end of [`CODE`], where the fetch of more of them faults.
-    pub code: Vec<u8>,
+    pub(crate) code: Vec<u8>,
     /// Address of its first byte, in [`CODE`]; also the RIP at which it begins.
-    pub address: u64,
+    pub(crate) address: u64,
     /// Registers at its beginning.
-    pub registers: Registers,
+    pub(crate) registers: Registers,
     /// What writable and read-only areas hold: a pattern that all cases share (the runner's business), with these
     /// bytes put over it.
-    pub memory: Vec<(u64, Vec<u8>)>,
+    pub(crate) memory: Vec<(u64, Vec<u8>)>,
 }
 
 /// How a case ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Ending {
+pub(crate) enum Ending {
     /// It ran to the end of its code (or jumped there).
     Completed,
     /// An exception.
@@ -102,17 +103,17 @@ pub enum Ending {
 
 /// What came of a case.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// How it ended.
-    pub ending: Ending,
+    pub(crate) ending: Ending,
     /// RIP at its end: that of the faulting instruction for a fault.
-    pub rip: u64,
+    pub(crate) rip: u64,
     /// Registers at its end.
-    pub registers: Registers,
+    pub(crate) registers: Registers,
     /// Selectors in ES, CS, SS, DS, FS and GS.
-    pub selectors: [u16; 6],
+    pub(crate) selectors: [u16; 6],
     /// Runs of words in the writable areas that are no longer what they were, ascending.
-    pub stores: Vec<(u64, Vec<u8>)>,
+    pub(crate) stores: Vec<(u64, Vec<u8>)>,
 }
 
 impl Registers {

@@ -4,6 +4,7 @@
 mod case;
 mod forms;
 mod generate;
+mod host;
 mod judge;
 mod memory;
 mod native;
@@ -13,6 +14,8 @@ mod run;
 mod scan;
 mod start;
 mod tally;
+#[cfg(test)]
+mod tests;
 mod tier0;
 mod undefined;
 
@@ -89,6 +92,9 @@ fn main() -> Result<ExitCode> {
             eprintln!("not in the list: {name}");
         }
         return Ok(if new.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if let Some(problem) = host::problem() {
+        bail!("the interpreter cannot be compared with this host: {problem}");
     }
     if options.threads == 0 {
         bail!("--threads is 0: give 1 or more");
