@@ -1,6 +1,11 @@
 //! Compares vmm-cpu's interpreter with the processor that it runs on: random instructions, run on both, must come to the
 //! same registers, memory and exceptions.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "the program is for x86-64 alone, where addresses are sizes; other casts take fields out of words"
+)]
+
 mod case;
 mod forms;
 mod generate;

@@ -73,9 +73,9 @@ fn datum(address: u64, area: Area) -> u64 {
     word ^= word >> 31;
     match address >> 3 & 3 {
         0 => word,
-        1 => area.start + (word % area.size & !7),
+        1 => area.start + ((word % area.size) & !7),
         2 => word >> (word & 63),
-        _ => 0x3ff0_0000_0000_0000 ^ word >> 8 & 0x807f_ffff_ffff_ffff,
+        _ => 0x3ff0_0000_0000_0000 ^ (word >> 8 & 0x807f_ffff_ffff_ffff),
     }
 }
 

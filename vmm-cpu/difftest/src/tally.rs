@@ -91,6 +91,7 @@ impl Tally {
     }
 
     /// Whether a form has been compared or judged that often.
+    #[cfg(test)]
     pub(crate) fn reaches(&self, code: Code, least: u64) -> bool {
         let count = self.of(code);
         count.executed() + count.judged >= least

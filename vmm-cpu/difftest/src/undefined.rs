@@ -69,11 +69,6 @@ pub(crate) fn flags(instruction: &Instruction, before: &Registers) -> Flags {
     Flags { defined: written(instruction) & !undefined, undefined }
 }
 
-/// Flags that `instruction` leaves undefined on a processor with registers `before`.
-pub(crate) fn undefined_flags(instruction: &Instruction, before: &Registers) -> u64 {
-    flags(instruction, before).undefined
-}
-
 /// Whether even the result of `instruction` is undefined: double shifts of 16 bits by more.
 pub(crate) fn is_result_undefined(instruction: &Instruction, before: &Registers) -> bool {
     matches!(instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
@@ -264,7 +259,7 @@ mod tests {
         let shift = Instruction::with2(Code::Shl_rm8_CL, Register::AL, Register::CL).unwrap();
         for (count, flags) in [(0, 0), (1, AF), (2, AF | OF), (8, AF | OF | CF), (0x20, 0), (0x121, AF)] {
             before.general[RCX] = count;
-            assert_eq!(undefined_flags(&shift, &before), flags, "{count:#x}");
+            assert_eq!(super::flags(&shift, &before).undefined, flags, "{count:#x}");
         }
         let double = Instruction::with3(Code::Shld_rm16_r16_imm8, Register::AX, Register::BX, 17).unwrap();
         assert!(is_result_undefined(&double, &before) && may_leave_result(&double));

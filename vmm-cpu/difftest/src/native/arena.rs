@@ -2,6 +2,7 @@
 //!
 //! Parent and child take turns: the child works from when `asked` has changed until it has set `done` to the same value,
 //! and only then does the parent touch the rest again.
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "fields of one structure, for one reason")]
 #![allow(unsafe_code, reason = "memory that two processes share")]
 
 use std::io;

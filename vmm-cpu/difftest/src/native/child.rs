@@ -4,6 +4,7 @@
 //! since the next signal begins at the top of the alternate stack anyway. Only the timer's returns.
 //!
 //! Nothing here allocates, panics, or uses thread-local storage: FS and GS are as the case left them.
+#![allow(clippy::multiple_unsafe_ops_per_block, reason = "fields of one structure, for one reason")]
 #![allow(unsafe_code, reason = "signal handlers")]
 
 use std::arch::asm;
