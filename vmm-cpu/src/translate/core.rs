@@ -125,6 +125,8 @@ pub(crate) struct Core {
     pub(crate) trap_pending: bool,
     /// RFLAGS.RF was loaded by the running instruction and is for the next.
     pub(crate) keeps_rf: bool,
+    /// Value of `instructions` before the instruction that RFLAGS.RF was last loaded for.
+    pub(crate) rf_loaded_at: Option<u64>,
     /// The debugger's breakpoint here was reported; the instruction is due.
     pub(crate) reported: Option<u64>,
     /// The loop looks at events before the next block.
@@ -220,6 +222,7 @@ impl Core {
             watch_hits: 0,
             trap_pending: false,
             keeps_rf: false,
+            rf_loaded_at: None,
             reported: None,
             urgent: true,
             held: (false, false),

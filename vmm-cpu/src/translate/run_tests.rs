@@ -111,6 +111,42 @@ fn a_guest_breakpoint_behind_mov_ss_is_seen() {
 }
 
 #[test]
+fn rf_that_iret_loads_is_for_one_instruction() {
+    const RF: u64 = 1 << 16;
+    let mut guest = Guest::long();
+    let end = handler(&mut guest, vector::NMI);
+    let back = OTHER + 0x800;
+    put(&mut guest, back, &[HLT]);
+    let cpu = &mut guest.core.cpu;
+    let stack = cpu.r(RSP) - 40;
+    cpu.set_r(RSP, stack);
+    let (cs, ss) = (u64::from(cpu.cs().selector), u64::from(cpu.segment(index::SS).selector));
+    for (value, n) in [back, cs, RF | 2, stack, ss].into_iter().zip(0..) {
+        put(&mut guest, stack + 8 * n, &value.to_le_bytes());
+    }
+    // IRETQ, behind which an NMI waits.
+    (guest.core.cpu.nmi_masked, guest.core.cpu.nmi_pending, guest.core.urgent) = (true, true, true);
+    run_code(&mut guest, &[0x48, 0xcf]);
+    assert_eq!(guest.core.cpu.rip, end);
+    let frame = guest.core.cpu.r(RSP);
+    assert_eq!((guest.read::<8>(frame), guest.read::<8>(frame + 16) & RF), (back, RF));
+
+    // The same NMI after the HLT that follows.
+    let cpu = &mut guest.core.cpu;
+    (cpu.nmi_masked, cpu.activity, cpu.rip) = (true, Activity::Running, CODE);
+    for (value, n) in [back, cs, RF | 2, stack, ss].into_iter().zip(0..) {
+        put(&mut guest, stack + 8 * n, &value.to_le_bytes());
+    }
+    guest.core.cpu.set_r(RSP, stack);
+    let mut cache = BlockCache::new();
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    (guest.core.cpu.nmi_pending, guest.core.urgent) = (true, true);
+    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    let frame = guest.core.cpu.r(RSP);
+    assert_eq!((guest.read::<8>(frame), guest.read::<8>(frame + 16) & RF), (back + 1, 0));
+}
+
+#[test]
 fn code_ends_with_its_segment() {
     // The limit lies between two instructions, or within one.
     for (limit, fault) in [(CODE + 1, CODE + 2), (CODE + 3, CODE + 2)] {

@@ -36,10 +36,11 @@ impl Machine<'_> {
         let flags = self.cpu.flags.get();
         let flags = match event {
             Event::Exception(exception) if exception.sets_resume_flag() => flags | bits::RF,
-            // RF is kept up to date only while instructions run one by one, and means nothing otherwise. A step has
-            // been taken so, even if it was an IRET that ended that.
+            // A step has been taken one by one, even if it was an IRET that ended that.
             Event::Exception(exception) if exception.vector == vector::DB => flags,
+            // RF is kept up to date only while instructions run one by one; otherwise it means something until one has.
             Event::Exception(_) | Event::External { .. } | Event::Nmi if self.is_careful() => flags,
+            Event::External { .. } | Event::Nmi if self.rf_loaded_at == Some(self.instructions) => flags,
             _ => flags & !bits::RF,
         };
         let entry =

@@ -63,6 +63,7 @@ fn interrupt_return<W: HostWord>(m: &mut Machine<'_>, _: &Op) -> Flow {
     m.serialize();
     m.cpu.nmi_masked = false;
     m.keeps_rf = true;
+    m.rf_loaded_at = Some(m.instructions + m.position as u64 + 1);
     Ok(())
 }
 
