@@ -5,7 +5,7 @@ use crate::debug::{DebugReason, DebugRequest};
 use crate::exact::ExactStop;
 use crate::hypervisor::ClockSource;
 use crate::translate::clock::Clock;
-use crate::translate::cpu::{RAX, RCX, RDX, RSI, RSP};
+use crate::translate::cpu::{RAX, RCX, RDI, RDX, RSI, RSP};
 use crate::translate::exception::vector;
 use crate::translate::segment::{SegmentRegister, index};
 use crate::translate::signals::{Handle, Signals};
@@ -97,6 +97,23 @@ fn the_step_over_an_iret_sees_the_resume_flag_that_it_loads() {
     run_code(&mut guest, &[0x48, 0xcf, HLT]);
     assert_eq!(guest.core.cpu.rip, end);
     assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP) + 16), bits::RF | 2);
+}
+
+#[test]
+fn the_resume_flag_is_for_all_iterations_of_a_string_instruction() {
+    for (count, expected) in [(2, bits::RF), (1, 0)] {
+        let mut guest = Guest::long();
+        let end = handler(&mut guest, vector::DB);
+        guest.core.cpu.set_r(RCX, count);
+        guest.core.cpu.set_r(RDI, OTHER);
+        let flags = guest.core.cpu.flags.get();
+        guest.core.cpu.flags.set(flags | bits::RF | bits::TF);
+        // REP STOSB.
+        run_code(&mut guest, &[0xf3, 0xaa, HLT]);
+        assert_eq!(guest.core.cpu.rip, end);
+        let pushed = guest.read::<8>(guest.core.cpu.r(RSP) + 16);
+        assert_eq!(pushed & bits::RF, expected, "{count} elements");
+    }
 }
 
 #[test]

@@ -199,6 +199,10 @@ fn repeat<W: Word>(
             return Err(m.leave(Reason::None));
         }
     }
+    if stepping {
+        // RF is for the whole instruction, which goes on.
+        m.keeps_rf = true;
+    }
     let start = m.cpu.r(BLOCK).wrapping_add(u64::from(op.start));
     m.cpu.rip = start & m.mode.ip_mask;
     Ok(())
