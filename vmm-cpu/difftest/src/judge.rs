@@ -467,6 +467,14 @@ pub(crate) fn is_beyond_by_accident(case: &Case, ours: &Outcome) -> bool {
         && instruction_at(case, ours.rip).is_some_and(|instruction| forms::is_beyond(instruction.code()))
 }
 
+/// Whether nothing but status flags differs after a branch into the middle of an instruction: what was executed there is not
+/// known, and may leave them undefined.
+pub(crate) fn went_astray(case: &Case, native: &Outcome, list: &[Difference]) -> bool {
+    const STATUS: u64 = 0x8d5;
+    let only_flags = matches!(list, [Difference::Flags(flags)] if flags & !STATUS == 0);
+    only_flags && case.owns(native.rip) && !is_listed(case, native.rip)
+}
+
 /// Whether outcomes that differ would be the same if the processor's code were the interpreter's: `other` is what comes of
 /// the processor's there.
 pub(crate) fn reads_own_code(case: &Case, native: &Outcome, ours: &Outcome, other: &Outcome) -> bool {

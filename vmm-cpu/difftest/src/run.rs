@@ -214,6 +214,9 @@ impl Sides {
         if judge::is_beyond_by_accident(case, ours) {
             return Ok(Some("its bytes hold a form that the interpreter does not offer"));
         }
+        if judge::went_astray(case, native, &judge::differences(case, native, ours)) {
+            return Ok(Some("a branch led into the middle of an instruction"));
+        }
         if judge::may_load_image(case) {
             return Ok(Some("it may have loaded what FXSAVE and its like leave open"));
         }
