@@ -62,6 +62,9 @@ pub struct Capabilities {
     /// Whether guest code at privilege level 0 is executed by the processor itself, or
     /// `None` where the backend cannot know (it then pays to measure).
     pub hardware_assisted: Option<bool>,
+    /// Whether the backend keeps shadows of the guest's page tables, so that entries which anybody but the guest stores to
+    /// tables in use go unnoticed.
+    pub shadowed_page_tables: bool,
 }
 
 impl Capabilities {
@@ -74,6 +77,7 @@ impl Capabilities {
             legacy_timer: false,
             tsc_scaling: false,
             hardware_assisted: Some(false),
+            shadowed_page_tables: false,
         }
     }
 }

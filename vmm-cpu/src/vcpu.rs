@@ -187,6 +187,25 @@ pub trait Vcpu: fmt::Debug + Send {
     /// can be in.
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()>;
 
+    /// Segment, table and control registers, as [`Vcpu::system_registers`] gives them; debug registers and XCR0 in the result
+    /// mean nothing. Costs less where those take requests of their own.
+    ///
+    /// # Errors
+    /// Whatever the backend's host says.
+    fn segment_registers(&mut self) -> Result<SystemRegisters> {
+        self.system_registers()
+    }
+
+    /// Sets segment, table and control registers and leaves debug registers and XCR0 as they are.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`](crate::Error::InvalidState) for a combination that no processor can be in; a backend may also
+    /// leave it to the next [`Vcpu::run`] to find out, which then fails.
+    fn set_segment_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
+        let SystemRegisters { dr, dr6, dr7, xcr0, .. } = self.system_registers()?;
+        self.set_system_registers(&SystemRegisters { dr, dr6, dr7, xcr0, ..*registers })
+    }
+
     /// Reads a model-specific register as RDMSR at privilege level 0 would, without filters.
     ///
     /// # Errors
@@ -206,6 +225,15 @@ pub trait Vcpu: fmt::Debug + Send {
     /// # Errors
     /// Whatever the backend's host says.
     fn translate(&mut self, gva: u64) -> Result<Option<GuestAddress>>;
+
+    /// Whether an exception stands before the next instruction, on its way to the guest. Whoever changes RIP then, other
+    /// than by [`Vcpu::restore`], makes it come from another place.
+    ///
+    /// # Errors
+    /// Whatever the backend's host says.
+    fn exception_pending(&mut self) -> Result<bool> {
+        Ok(self.save()?.events.exception.is_some())
+    }
 
     /// The whole state. A pending exit is settled first, so the result stands between two
     /// instructions (or between two iterations of a REP).

@@ -96,6 +96,7 @@ impl DebugStops for KvmVcpu {
     fn request(&mut self, request: &DebugRequest) -> Result<()> {
         let holds = request.single_step && request.hold_interrupts && self.can_hold_interrupts();
         let arch = debug_registers(&request.hardware)?;
+        self.flush_registers()?;
         let mut control = 0;
         for (wanted, bits) in [
             (request.single_step, KVM_GUESTDBG_SINGLESTEP),

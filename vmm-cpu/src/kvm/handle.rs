@@ -95,6 +95,8 @@ impl Shared {
         self.page.set_immediate_exit(true);
         match self.running.load(Ordering::SeqCst) {
             0 => {}
+            // A callback's own kick: the next KVM_RUN sees `immediate_exit`.
+            tid if tid == sys::thread_id() => {}
             tid => sys::signal_thread(tid),
         }
         self.sleeper.wake();

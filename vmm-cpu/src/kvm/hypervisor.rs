@@ -261,6 +261,7 @@ fn capabilities(kvm: &Kvm, cpuid: &CpuidTable) -> Capabilities {
         legacy_timer: kvm.check_extension(Cap::Pit2),
         tsc_scaling: kvm.check_extension(Cap::TscControl),
         hardware_assisted: Some(host_has_virtualization()),
+        shadowed_page_tables: !host_has_virtualization(),
     }
 }
 

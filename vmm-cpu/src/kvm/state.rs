@@ -19,6 +19,7 @@ use crate::state::{
     InterruptShadow, LocalApicState, Msr, NmiState, PendingEvents, RunState, Segment, SystemRegisters,
     XsaveArea,
 };
+use crate::vcpu::Vcpu as _;
 
 /// MSRs that have a field elsewhere in the state: APIC base, EFER, FS base, GS base.
 const MSRS_WITH_A_FIELD: [u32; 4] = [0x1b, 0xc000_0080, 0xc000_0100, 0xc000_0101];
@@ -133,8 +134,8 @@ pub(super) fn linear(general: &GeneralRegisters, system: &SystemRegisters) -> u6
     }
 }
 
-pub(super) fn linear_rip(vcpu: &KvmVcpu) -> Result<u64> {
-    let general = general_from_kvm(&vcpu.fd().get_regs().map_err(|errno| host("KVM_GET_REGS", errno))?);
+pub(super) fn linear_rip(vcpu: &mut KvmVcpu) -> Result<u64> {
+    let general = vcpu.registers()?;
     Ok(linear(&general, &read_system(vcpu)?))
 }
 
@@ -149,10 +150,12 @@ pub(super) fn is_canonical(s: &kvm_sregs, gva: u64) -> bool {
     sign_extended.cast_unsigned() == gva
 }
 
-pub(super) fn read_system(vcpu: &KvmVcpu) -> Result<SystemRegisters> {
-    let fd = vcpu.fd();
-    let s = fd.get_sregs().map_err(|errno| host("KVM_GET_SREGS", errno))?;
-    let debug = fd.get_debug_regs().map_err(|errno| host("KVM_GET_DEBUGREGS", errno))?;
+/// Segment, table and control registers; the others are zero.
+pub(super) fn read_segments(vcpu: &KvmVcpu) -> Result<SystemRegisters> {
+    let s = match vcpu.synced_sregs() {
+        Some(sregs) => sregs,
+        None => vcpu.fd().get_sregs().map_err(|errno| host("KVM_GET_SREGS", errno))?,
+    };
     Ok(SystemRegisters {
         cs: segment_from_kvm(&s.cs),
         ds: segment_from_kvm(&s.ds),
@@ -171,17 +174,22 @@ pub(super) fn read_system(vcpu: &KvmVcpu) -> Result<SystemRegisters> {
         cr8: s.cr8,
         efer: s.efer,
         apic_base: s.apic_base,
-        dr: debug.db,
-        dr6: debug.dr6,
-        dr7: debug.dr7,
-        xcr0: read_xcr0(fd),
+        ..SystemRegisters::default()
     })
+}
+
+pub(super) fn read_system(vcpu: &KvmVcpu) -> Result<SystemRegisters> {
+    let fd = vcpu.fd();
+    let segments = read_segments(vcpu)?;
+    let debug = fd.get_debug_regs().map_err(|errno| host("KVM_GET_DEBUGREGS", errno))?;
+    Ok(SystemRegisters { dr: debug.db, dr6: debug.dr6, dr7: debug.dr7, xcr0: read_xcr0(fd), ..segments })
 }
 
 /// Defined bits of EFER (Intel SDM 3A 2.2.1, AMD APM 2 3.1.7); KVM_SET_SREGS lets the others pass.
 const EFER_DEFINED: u64 = 0x0036_fd01;
 
-pub(super) fn write_system(vcpu: &KvmVcpu, r: &SystemRegisters) -> Result<()> {
+/// KVM's form of segment, table and control registers, as far as KVM itself would not look at them checked.
+pub(super) fn sregs_to_kvm(r: &SystemRegisters) -> Result<kvm_sregs> {
     if r.efer & !EFER_DEFINED != 0 {
         return Err(invalid("system.efer", format!("{:#x} sets bits outside of {EFER_DEFINED:#x}", r.efer)));
     }
@@ -200,8 +208,7 @@ pub(super) fn write_system(vcpu: &KvmVcpu, r: &SystemRegisters) -> Result<()> {
     ] {
         check_segment(element, segment)?;
     }
-    let fd = vcpu.fd();
-    let sregs = kvm_sregs {
+    Ok(kvm_sregs {
         cs: segment_to_kvm(&r.cs),
         ds: segment_to_kvm(&r.ds),
         es: segment_to_kvm(&r.es),
@@ -220,7 +227,12 @@ pub(super) fn write_system(vcpu: &KvmVcpu, r: &SystemRegisters) -> Result<()> {
         efer: r.efer,
         apic_base: r.apic_base,
         interrupt_bitmap: [0; 4],
-    };
+    })
+}
+
+pub(super) fn write_system(vcpu: &KvmVcpu, r: &SystemRegisters) -> Result<()> {
+    let fd = vcpu.fd();
+    let sregs = sregs_to_kvm(r)?;
     fd.set_sregs(&sregs).map_err(refused("system", "KVM_SET_SREGS"))?;
     vcpu.shared.page.set_cr8(r.cr8);
     let mut debug = fd.get_debug_regs().map_err(|errno| host("KVM_GET_DEBUGREGS", errno))?;

@@ -356,8 +356,16 @@ pub(super) fn unblock_kick_signal() -> errno::Result<()> {
 
 /// Kernel thread ID of the calling thread; never 0.
 pub(super) fn thread_id() -> i32 {
-    // SAFETY: gettid has no preconditions.
-    unsafe { libc::gettid() }
+    thread_local! {
+        static ID: Cell<i32> = const { Cell::new(0) };
+    }
+    ID.with(|id| {
+        if id.get() == 0 {
+            // SAFETY: gettid has no preconditions.
+            id.set(unsafe { libc::gettid() });
+        }
+        id.get()
+    })
 }
 
 /// Sends the kick signal to thread `tid` of this process. A thread that has ended is ignored, and so is

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
-    kvm_mp_state, kvm_msr_entry, kvm_vcpu_events,
+    kvm_mp_state, kvm_msr_entry, kvm_sregs, kvm_vcpu_events,
 };
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use vmm_memory::PAGE_SIZE;
 use vmm_memory::vm_memory::GuestAddress;
 
@@ -42,11 +42,28 @@ pub(super) struct KvmVcpu {
     applied_pause: u64,
     /// The registers are newer than what the `kvm_run` page says of them.
     page_stale: bool,
+    /// Registers by way of the `kvm_run` page.
+    sync: Sync,
     /// A debugger wants a stop after each instruction.
     pub(super) single_step: bool,
     /// Meanwhile interrupts wait. KVM sees to those of its own.
     pub(super) holds_interrupts: bool,
     counts: ExitCounts,
+}
+
+/// What the `kvm_run` page holds of the registers (KVM_CAP_SYNC_REGS): KVM_RUN leaves them there when it returns and takes
+/// them from there when it enters, which saves an ioctl each.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sync {
+    offered: bool,
+    /// General registers are those of the vCPU.
+    general: bool,
+    /// Segment and control registers are those of the vCPU.
+    system: bool,
+    /// The general registers are newer than KVM's, which takes them with the next KVM_RUN.
+    general_dirty: bool,
+    /// So are segment and control registers.
+    system_dirty: bool,
 }
 
 /// Why one stay in KVM_RUN and its callback ended.
@@ -60,8 +77,13 @@ enum Step {
 }
 
 impl KvmVcpu {
-    pub(super) fn new(fd: VcpuFd, shared: Shared, vm: Arc<VmInner>, index: u32) -> Self {
+    pub(super) fn new(mut fd: VcpuFd, shared: Shared, vm: Arc<VmInner>, index: u32) -> Self {
         let applied_pause = vm.clock.paused_ticks();
+        let sync = Sync { offered: vm.syncs_registers, ..Sync::default() };
+        if sync.offered {
+            fd.set_sync_valid_reg(SyncReg::Register);
+            fd.set_sync_valid_reg(SyncReg::SystemRegister);
+        }
         Self {
             fd,
             shared: Arc::new(shared),
@@ -71,6 +93,7 @@ impl KvmVcpu {
             unsettled: false,
             applied_pause,
             page_stale: true,
+            sync,
             single_step: false,
             holds_interrupts: false,
             counts: ExitCounts::default(),
@@ -140,6 +163,39 @@ impl KvmVcpu {
         Ok(())
     }
 
+    /// What the page holds when the KVM_RUN that follows has returned, whatever it says.
+    fn expect_registers(&mut self) {
+        let offered = self.sync.offered;
+        self.sync = Sync { offered, general: offered, system: offered, ..Sync::default() };
+    }
+
+    /// Gives KVM the registers that it does not have yet, for ioctls that look at them.
+    pub(super) fn flush_registers(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.sync.system_dirty) {
+            self.fd.clear_sync_dirty_reg(SyncReg::SystemRegister);
+            let sregs = self.fd.sync_regs().sregs;
+            self.fd.set_sregs(&sregs).map_err(|errno| host("KVM_SET_SREGS", errno))?;
+        }
+        if std::mem::take(&mut self.sync.general_dirty) {
+            self.fd.clear_sync_dirty_reg(SyncReg::Register);
+            let regs = self.fd.sync_regs().regs;
+            self.fd.set_regs(&regs).map_err(|errno| host("KVM_SET_REGS", errno))?;
+        }
+        Ok(())
+    }
+
+    /// KVM's registers change in another way than by KVM_RUN.
+    fn forget_registers(&mut self) -> Result<()> {
+        self.flush_registers()?;
+        self.sync = Sync { offered: self.sync.offered, ..Sync::default() };
+        Ok(())
+    }
+
+    /// Segment and control registers where the page has them.
+    pub(super) fn synced_sregs(&self) -> Option<kvm_sregs> {
+        self.sync.system.then(|| self.fd.sync_regs().sregs)
+    }
+
     fn events(&self) -> Result<kvm_vcpu_events> {
         self.fd.get_vcpu_events().map_err(|errno| host("KVM_GET_VCPU_EVENTS", errno))
     }
@@ -147,6 +203,7 @@ impl KvmVcpu {
     /// Lets KVM bring the `kvm_run` page up to date without executing the guest.
     fn refresh_page(&mut self) -> Result<()> {
         self.shared.page.set_immediate_exit(true);
+        self.expect_registers();
         let result = self.fd.run().map(|_| ());
         self.shared.rearm();
         self.page_stale = false;
@@ -185,6 +242,7 @@ impl KvmVcpu {
     /// all the rest of this.
     #[inline(always)]
     fn step(&mut self, io: &mut dyn VcpuIo) -> Result<Step> {
+        self.expect_registers();
         let (vcpu, counts) = (self.index, &mut self.counts);
         let exit = match self.fd.run() {
             Ok(exit) => exit,
@@ -348,6 +406,7 @@ impl KvmVcpu {
         }
         while self.unsettled {
             self.shared.page.set_immediate_exit(true);
+            self.expect_registers();
             match self.fd.run() {
                 Err(errno) if errno.errno() == libc::EINTR => self.unsettled = false,
                 Err(errno) => return Err(host("KVM_RUN", errno)),
@@ -455,12 +514,21 @@ impl Vcpu for KvmVcpu {
     }
 
     fn registers(&mut self) -> Result<GeneralRegisters> {
+        if self.sync.general {
+            return Ok(state::general_from_kvm(&self.fd.sync_regs().regs));
+        }
         let regs = self.fd.get_regs().map_err(|errno| host("KVM_GET_REGS", errno))?;
         Ok(state::general_from_kvm(&regs))
     }
 
     fn set_registers(&mut self, registers: &GeneralRegisters) -> Result<()> {
         self.page_stale = true;
+        if self.sync.offered {
+            self.fd.sync_regs_mut().regs = state::general_to_kvm(registers);
+            self.fd.set_sync_dirty_reg(SyncReg::Register);
+            (self.sync.general, self.sync.general_dirty) = (true, true);
+            return Ok(());
+        }
         self.fd.set_regs(&state::general_to_kvm(registers)).map_err(|errno| host("KVM_SET_REGS", errno))
     }
 
@@ -470,10 +538,32 @@ impl Vcpu for KvmVcpu {
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
         self.page_stale = true;
+        // By an ioctl, which says whether the state is one that a processor can be in.
+        self.flush_registers()?;
+        self.sync.system = false;
         state::write_system(self, registers)
     }
 
+    fn segment_registers(&mut self) -> Result<SystemRegisters> {
+        state::read_segments(self)
+    }
+
+    fn set_segment_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
+        if !self.sync.offered {
+            let SystemRegisters { dr, dr6, dr7, xcr0, .. } = self.system_registers()?;
+            return self.set_system_registers(&SystemRegisters { dr, dr6, dr7, xcr0, ..*registers });
+        }
+        let sregs = state::sregs_to_kvm(registers)?;
+        self.page_stale = true;
+        self.shared.page.set_cr8(registers.cr8);
+        self.fd.sync_regs_mut().sregs = sregs;
+        self.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
+        (self.sync.system, self.sync.system_dirty) = (true, true);
+        Ok(())
+    }
+
     fn msr(&mut self, index: u32) -> Result<u64> {
+        self.flush_registers()?;
         let mut msrs = one_msr(index, 0)?;
         match self.fd.get_msrs(&mut msrs).map_err(|errno| host("KVM_GET_MSRS", errno))? {
             0 => Err(Error::invalid("MSR", format_args!("{index:#x}"), "a register that this vCPU has")),
@@ -486,6 +576,9 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
+        // Some are part of segment registers.
+        self.flush_registers()?;
+        self.sync.system = false;
         let msrs = one_msr(index, value)?;
         match self.fd.set_msrs(&msrs).map_err(|errno| host("KVM_SET_MSRS", errno))? {
             0 => Err(Error::invalid(
@@ -503,6 +596,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn translate(&mut self, gva: u64) -> Result<Option<GuestAddress>> {
+        self.flush_registers()?;
         // KVM_TRANSLATE looks at no more bits than the page tables have.
         if !state::is_canonical(&self.fd.get_sregs().map_err(|errno| host("KVM_GET_SREGS", errno))?, gva) {
             return Ok(None);
@@ -511,13 +605,21 @@ impl Vcpu for KvmVcpu {
         Ok((translation.valid != 0).then_some(GuestAddress(translation.physical_address)))
     }
 
+    fn exception_pending(&mut self) -> Result<bool> {
+        let exception = self.events()?.exception;
+        Ok(exception.injected != 0 || exception.pending != 0)
+    }
+
     fn save(&mut self) -> Result<CpuState> {
         self.settle()?;
+        // A waiting INIT or SIPI takes effect while the state is read.
+        self.forget_registers()?;
         state::save(self)
     }
 
     fn restore(&mut self, cpu: &CpuState) -> Result<()> {
         self.settle()?;
+        self.forget_registers()?;
         self.page_stale = true;
         // An NMI from before belongs to the state that goes.
         self.shared.withdraw(NMI);

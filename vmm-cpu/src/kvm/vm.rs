@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{
     CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_X86_USER_SPACE_MSR,
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
-    KVM_MSR_EXIT_REASON_UNKNOWN, kvm_cpuid_entry2, kvm_enable_cap,
+    KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_cpuid_entry2, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemoryRegion as _, MemoryRegionAddress};
@@ -68,6 +68,8 @@ pub(super) struct VmInner {
     pub(super) xsave_size: usize,
     /// Whether the kernel keeps pending exceptions apart from injected ones.
     pub(super) exception_payloads: bool,
+    /// Whether KVM_RUN hands over registers in the `kvm_run` page.
+    pub(super) syncs_registers: bool,
     /// MSRs that make up a vCPU's state.
     pub(super) saved_msrs: Vec<u32>,
     /// Live vCPUs, for the log.
@@ -91,6 +93,9 @@ impl VmInner {
     pub(super) fn new(parts: VmParts) -> Self {
         let xsave_size = usize::try_from(parts.fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let exception_payloads = enable_cap(&parts.fd, KVM_CAP_EXCEPTION_PAYLOAD, 1).is_ok();
+        let fields = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+        let syncable = u32::try_from(parts.fd.check_extension_int(Cap::SyncRegs)).unwrap_or(0);
+        let syncs_registers = syncable & fields == fields;
         Self {
             fd: parts.fd,
             slots: Mutex::default(),
@@ -104,6 +109,7 @@ impl VmInner {
             run_page_size: parts.run_page_size,
             xsave_size: xsave_size.max(size_of::<kvm_bindings::kvm_xsave>()),
             exception_payloads,
+            syncs_registers,
             saved_msrs: parts.saved_msrs,
             vcpus: AtomicU32::new(0),
         }

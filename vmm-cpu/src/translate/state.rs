@@ -32,35 +32,42 @@ fn check_system(system: &SystemRegisters, cr4_allowed: u64) -> Result<()> {
     let (paging, protected) = (system.cr0 & cr0::PG != 0, system.cr0 & cr0::PE != 0);
     let long_mode = system.efer & efer::LME != 0 && paging;
     let segments = [system.cs, system.ds, system.es, system.fs, system.gs, system.ss, system.tr, system.ldtr];
-    let rules = [
-        (system.cr0 >> 32 == 0, format!("CR0 is {:#x}, wider than 32 bits", system.cr0)),
-        (!paging || protected, format!("CR0 is {:#x}: paging without protection", system.cr0)),
-        (system.cr8 < 16, format!("CR8 is {:#x}, allowed is 0 to 15", system.cr8)),
-        (
-            system.cr4 & !(cr4_allowed | cr4::OSXSAVE) == 0,
-            format!("CR4 is {:#x}, allowed are the bits {cr4_allowed:#x}", system.cr4),
-        ),
-        (
-            system.efer & !(efer::ALL | efer::FFXSR) == 0,
-            format!("EFER is {:#x}, allowed are the bits {:#x}", system.efer, efer::ALL),
-        ),
-        (
-            (system.efer & efer::LMA != 0) == long_mode,
-            format!("EFER is {:#x} with CR0 {:#x}: LMA must be LME and PG", system.efer, system.cr0),
-        ),
-        (
-            !long_mode || system.cr4 & cr4::PAE != 0,
-            format!("CR4 is {:#x}: long mode without PAE", system.cr4),
-        ),
-        (
-            segments.iter().all(|segment| segment.kind < 16 && segment.dpl < 4),
-            "a segment's type is above 15 or its DPL above 3".to_owned(),
-        ),
-    ];
-    match rules.into_iter().find(|(holds, _)| !holds) {
-        Some((_, problem)) => Err(invalid("system", problem)),
-        None => Ok(()),
+    let fail = |problem: String| Err(invalid("system", problem));
+    if system.cr0 >> 32 != 0 {
+        return fail(format!("CR0 is {:#x}, wider than 32 bits", system.cr0));
     }
+    if paging && !protected {
+        return fail(format!("CR0 is {:#x}: paging without protection", system.cr0));
+    }
+    if system.cr8 > 15 {
+        return fail(format!("CR8 is {:#x}, allowed is 0 to 15", system.cr8));
+    }
+    if system.cr4 & !(cr4_allowed | cr4::OSXSAVE) != 0 {
+        return fail(format!("CR4 is {:#x}, allowed are the bits {cr4_allowed:#x}", system.cr4));
+    }
+    if system.efer & !(efer::ALL | efer::FFXSR) != 0 {
+        return fail(format!("EFER is {:#x}, allowed are the bits {:#x}", system.efer, efer::ALL));
+    }
+    if (system.efer & efer::LMA != 0) != long_mode {
+        return fail(format!(
+            "EFER is {:#x} with CR0 {:#x}: LMA must be LME and PG",
+            system.efer, system.cr0
+        ));
+    }
+    if long_mode && system.cr4 & cr4::PAE == 0 {
+        return fail(format!("CR4 is {:#x}: long mode without PAE", system.cr4));
+    }
+    if segments.iter().any(|segment| segment.kind > 15 || segment.dpl > 3) {
+        return fail("a segment's type is above 15 or its DPL above 3".to_owned());
+    }
+    Ok(())
+}
+
+/// The root of the page tables, and what says how they are read.
+fn paging_registers(cpu: &Cpu) -> (u64, [u64; 3]) {
+    const CR0: u64 = cr0::PG | cr0::WP | cr0::PE;
+    const CR4: u64 = cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP | cr4::SMAP;
+    (cpu.cr3, [cpu.cr0 & CR0, cpu.cr4 & CR4, cpu.efer & (efer::LMA | efer::NXE)])
 }
 
 impl Core {
@@ -143,6 +150,7 @@ impl Core {
             apic.load_base(system.apic_base)?;
             apic.set_cr8(super::segment::low8(system.cr8));
         }
+        let before = paging_registers(&self.cpu);
         let cpu = &mut self.cpu;
         let segments = [
             (index::CS, &system.cs),
@@ -164,7 +172,12 @@ impl Core {
         (cpu.cr8, cpu.efer, cpu.apic_base) = (system.cr8, system.efer & efer::ALL, system.apic_base);
         (cpu.dr, cpu.dr6, cpu.dr7) = (system.dr, system.dr6, system.dr7);
         cpu.xcr0 = system.xcr0;
-        self.tlb.flush_all();
+        let after = paging_registers(&self.cpu);
+        if before.1 != after.1 {
+            self.tlb.flush_all();
+        } else if before.0 != after.0 {
+            self.tlb.flush_local();
+        }
         self.update_debug();
         self.refresh_deadline();
         self.update_mode();
@@ -242,6 +255,8 @@ impl Core {
     fn load_checked(&mut self, state: &CpuState) -> Result<()> {
         self.cpu = Cpu::at_reset();
         self.set_system_registers(&state.system)?;
+        // Memory may have changed as well.
+        self.tlb.flush_all();
         self.load_xsave(&state.xsave)?;
         for Msr { index, value } in &state.msrs {
             if *index == apic::MSR_TSC_DEADLINE {

@@ -9,6 +9,7 @@ use super::apic::{ApicFeatures, LocalApic};
 use super::block::BlockCache;
 use super::core::{Core, Machine};
 use super::cpu::Activity;
+use super::exception::Event;
 use super::memory::{Access, PAGE_MASK, Paging, walk};
 use super::signals::{Handle, Signals};
 use super::vm::{Peer, Shared};
@@ -168,6 +169,10 @@ impl Vcpu for TranslateVcpu {
         let canonical = !self.core.cpu.long_mode() || self.core.is_canonical(gva);
         let page = walk(&map, &paging, gva, Access::Read).ok().filter(|_| canonical);
         Ok(page.map(|page| GuestAddress(page.gpa | gva & !PAGE_MASK)))
+    }
+
+    fn exception_pending(&mut self) -> Result<bool> {
+        Ok(matches!(self.core.injected, Some(Event::Exception(_))))
     }
 
     fn save(&mut self) -> Result<CpuState> {

@@ -16,6 +16,7 @@ cases![
     exception_reaches_the_guests_handler,
     registers_read_back,
     system_registers_read_back,
+    segment_registers_leave_the_others_alone,
     guest_sees_registers_that_were_set,
     msr_reads_back,
     translate_follows_the_guests_tables,
@@ -119,6 +120,33 @@ fn system_registers_read_back(backend: &Backend) -> Outcome {
     let read = machine.vcpu.system_registers()?;
     assert_eq!(read, SystemRegisters { ldtr: read.ldtr, ..system });
     assert!(read.ldtr.unusable || !read.ldtr.present, "{:?}", read.ldtr);
+    Ok(())
+}
+
+fn segment_registers_leave_the_others_alone(backend: &Backend) -> Outcome {
+    let mut p = Program::new()?;
+    p.end()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    // A backend may keep what a run leaves at hand.
+    machine.run_to_end()?;
+    let before = machine.vcpu.system_registers()?;
+    let system = SystemRegisters { dr: [0x1000, 0x2000, 0x3000, 0x4000], dr7: 0x402, ..before };
+    machine.vcpu.set_system_registers(&system)?;
+    let mut wanted = SystemRegisters { dr: [0; 4], dr7: 0x400, cr2: 0xbeef_0000, ..system };
+    wanted.gs.base = 0x7000;
+    machine.vcpu.set_segment_registers(&wanted)?;
+    let segments = machine.vcpu.segment_registers()?;
+    assert_eq!((segments.gs, segments.cs, segments.cr2), (wanted.gs, wanted.cs, wanted.cr2));
+    let all = machine.vcpu.system_registers()?;
+    assert_eq!((all.dr, all.dr7, all.xcr0), (system.dr, system.dr7, system.xcr0));
+    assert_eq!((all.gs, all.cr2), (wanted.gs, wanted.cr2));
+    assert_eq!(machine.vcpu.save()?.system.gs, wanted.gs);
+    // What is set last counts, whichever way.
+    wanted.gs.base = 0x8000;
+    machine.vcpu.set_segment_registers(&wanted)?;
+    machine.vcpu.set_system_registers(&system)?;
+    assert_eq!(machine.vcpu.segment_registers()?.gs, system.gs);
+    assert!(!machine.vcpu.exception_pending()?);
     Ok(())
 }
 
