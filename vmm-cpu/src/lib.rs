@@ -20,6 +20,8 @@ mod threads;
 pub mod translate;
 mod vcpu;
 mod vm;
+#[cfg(feature = "xen-pv")]
+pub mod xen_pv;
 
 pub mod writing_a_backend {
     #![doc = include_str!("../docs/writing-a-backend.md")]

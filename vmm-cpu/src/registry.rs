@@ -10,6 +10,8 @@ pub fn backend_names() -> &'static [&'static str] {
         crate::kvm::NAME,
         #[cfg(feature = "translate")]
         crate::translate::NAME,
+        #[cfg(all(feature = "xen-pv", feature = "translate"))]
+        crate::xen_pv::NAME,
     ]
 }
 
@@ -23,8 +25,22 @@ pub fn open_backend(name: &str) -> Result<Box<dyn Hypervisor>> {
         crate::kvm::NAME => Ok(Box::new(crate::kvm::KvmHypervisor::open()?)),
         #[cfg(feature = "translate")]
         crate::translate::NAME => Ok(Box::new(crate::translate::TranslateHypervisor::new())),
+        #[cfg(all(feature = "xen-pv", feature = "translate"))]
+        crate::xen_pv::NAME => Ok(Box::new(crate::xen_pv::XenPvHypervisor::new(paravirtual_engine())?)),
         _ => Err(Error::UnknownBackend { name: name.to_owned(), available: backend_names().join(", ") }),
     }
+}
+
+/// What executes paravirtual guests unless the caller chooses: hardware where there is some.
+#[cfg(all(feature = "xen-pv", feature = "translate"))]
+fn paravirtual_engine() -> std::sync::Arc<dyn Hypervisor> {
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    if let Ok(kvm) = crate::kvm::KvmHypervisor::open()
+        && kvm.capabilities().hardware_assisted == Some(true)
+    {
+        return std::sync::Arc::new(kvm);
+    }
+    std::sync::Arc::new(crate::translate::TranslateHypervisor::new())
 }
 
 #[cfg(test)]

@@ -8,6 +8,9 @@ use vmm_cpu::{CpuModel, Error, Hypervisor, InterruptMode, VmConfig, backend_name
 use super::case::Stop;
 use super::toy::ToyHypervisor;
 
+/// The backend whose guests are of another kind.
+const PARAVIRTUAL: &str = "xen-pv";
+
 /// A backend that is compiled in, and whether this host has what it needs.
 pub(crate) struct Candidate {
     pub(crate) name: &'static str,
@@ -61,6 +64,11 @@ impl Candidate {
 
     /// Says why this host cannot run the case of that name, if so.
     pub(crate) fn check_limits(&self, case: &str) -> Result<(), Stop> {
+        if self.name == PARAVIRTUAL {
+            return Err(Stop::skipped(
+                "the guests here know nothing of Xen's ABI, which this backend's have to",
+            ));
+        }
         let subject = case.split("::").next().unwrap_or_default();
         if self.name == ToyHypervisor::NAME && BEYOND_THE_TOY.contains(&subject) {
             return Err(Stop::skipped("the toy interpreter knows no locked instructions"));
@@ -97,7 +105,7 @@ impl Backend {
         let name = self.hypervisor.name();
         candidates()
             .into_iter()
-            .filter(|other| other.name != name)
+            .filter(|other| other.name != name && other.name != PARAVIRTUAL)
             .filter_map(|other| other.opened.ok())
             .collect()
     }

@@ -1,0 +1,194 @@
+//! [`Ring3Machine`]: a virtual machine of another backend, made to run one deprivileged guest.
+
+use std::fmt;
+use std::sync::Arc;
+
+use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion as _};
+use vmm_memory::{GuestRam, MemoryError, PAGE_SIZE, RegionConfig};
+
+use super::EngineCapabilities;
+use super::layout::Layout;
+use super::private::Private;
+use super::ring3::Ring3;
+use crate::cpuid::{CpuModel, Feature};
+use crate::error::{Error, Result};
+use crate::hypervisor::{ClockConfig, Hypervisor, VmConfig};
+use crate::vm::Vm;
+
+/// Bits of XCR0 that guests may use: x87, SSE, AVX, AVX-512.
+const XCR0_KNOWN: u64 = 0xe7;
+
+/// A virtual machine whose guest, kernel and programs alike, runs in ring 3 of long mode.
+pub struct Ring3Machine {
+    vm: Arc<dyn Vm>,
+    ram: GuestRam,
+    private: Private,
+    capabilities: EngineCapabilities,
+    store_in_guest: bool,
+}
+
+impl fmt::Debug for Ring3Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring3Machine")
+            .field("vm", &self.vm)
+            .field("private", &self.private)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How the engine is made.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Ring3Config {
+    /// Where things lie.
+    pub layout: Layout,
+    /// Virtual processors, at least 1.
+    pub vcpus: u32,
+    /// What programs of the guest see of the processor; the kernel asks the ABI.
+    pub cpu: CpuModel,
+    /// The clock.
+    pub clock: ClockConfig,
+    /// Whether entries of page tables are stored, and translations forgotten, by code in the guest rather than by the VMM.
+    /// Backends that shadow page tables notice just the former.
+    pub store_in_guest: bool,
+}
+
+impl Ring3Config {
+    /// One processor that shows all the backend has, and page tables that the VMM writes.
+    pub fn new(layout: Layout) -> Self {
+        Self { layout, vcpus: 1, cpu: CpuModel::Host, clock: ClockConfig::default(), store_in_guest: false }
+    }
+
+    /// Sets [`Ring3Config::vcpus`].
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// Sets [`Ring3Config::cpu`].
+    #[must_use]
+    pub fn cpu(mut self, cpu: CpuModel) -> Self {
+        self.cpu = cpu;
+        self
+    }
+
+    /// Sets [`Ring3Config::clock`].
+    #[must_use]
+    pub fn clock(mut self, clock: ClockConfig) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Sets [`Ring3Config::store_in_guest`].
+    #[must_use]
+    pub fn store_in_guest(mut self, yes: bool) -> Self {
+        self.store_in_guest = yes;
+        self
+    }
+}
+
+impl Ring3Machine {
+    /// Makes the virtual machine with the domain's RAM, which is all of `ram` and starts at 0, and adds to that what
+    /// ABI and engine keep above.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the RAM is not that of the layout; [`Error::Unsupported`] if the backend lacks long
+    /// mode or cannot address the memory; what it and the host refuse.
+    pub fn new(hypervisor: &dyn Hypervisor, config: &Ring3Config, ram: &GuestRam) -> Result<Self> {
+        let layout = config.layout;
+        check_ram(ram, layout)?;
+        let private = Private::new(layout, config.vcpus);
+        let end = layout.private().0 + private.size();
+        let width = hypervisor.capabilities().gpa_bits.min(52);
+        if end > 1 << width {
+            return Err(Error::unsupported(
+                "a domain of that size",
+                format!(
+                    "it ends at {end:#x}, {} has guest-physical addresses of {width} bits",
+                    hypervisor.name()
+                ),
+            ));
+        }
+        let table = config.cpu.resolve(hypervisor.supported_cpuid())?;
+        for feature in [Feature::LM, Feature::SYSCALL, Feature::NX] {
+            if !table.has(feature) {
+                return Err(Error::unsupported(
+                    "a paravirtual guest",
+                    format!("the processor lacks {feature}"),
+                ));
+            }
+        }
+        let xcr0 = match table.get(0xd, 0).filter(|_| table.has(Feature::XSAVE)) {
+            Some(leaf) => (u64::from(leaf.edx) << 32 | u64::from(leaf.eax)) & XCR0_KNOWN,
+            None => 0,
+        };
+        let below = VmConfig::new(CpuModel::Exact(table)).vcpus(config.vcpus).clock(config.clock);
+        let vm = hypervisor.create_vm(&below)?;
+        let abi = layout.abi_frames();
+        let above = [(abi.start * PAGE_SIZE, abi.end * PAGE_SIZE), (layout.m2p().0, end)];
+        for (start, end) in above {
+            ram.add_region(RegionConfig::new(GuestAddress(start), end - start)).map_err(memory_error)?;
+        }
+        private.write(&ram.memory())?;
+        vm.map_ram(ram)?;
+        let tsc_khz = vm.clock().map_or(0, |clock| clock.tsc_khz());
+        let capabilities = EngineCapabilities { tsc_khz, xcr0, compatibility_mode: true };
+        Ok(Self { vm, ram: ram.clone(), private, capabilities, store_in_guest: config.store_in_guest })
+    }
+
+    /// The memory: the domain's RAM, the ABI's frames, the machine-to-physical table, and the engine's own.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Where things lie.
+    pub fn layout(&self) -> Layout {
+        self.private.layout()
+    }
+
+    /// The virtual machine below.
+    pub fn vm(&self) -> &Arc<dyn Vm> {
+        &self.vm
+    }
+
+    /// What its engines can do.
+    pub fn capabilities(&self) -> EngineCapabilities {
+        self.capabilities
+    }
+
+    /// Makes virtual processor `index`, each once.
+    ///
+    /// # Errors
+    /// As [`Vm::create_vcpu`].
+    pub fn create_engine(&self, index: u32) -> Result<Ring3> {
+        let vcpu = self.vm.create_vcpu(index)?;
+        Ring3::new(vcpu, self.ram.clone(), self.private, self.capabilities, self.store_in_guest)
+    }
+}
+
+fn memory_error(source: MemoryError) -> Error {
+    Error::Backend { backend: super::super::NAME, source: Box::new(source) }
+}
+
+/// Whether the regions are the domain's RAM, one after the other.
+fn check_ram(ram: &GuestRam, layout: Layout) -> Result<()> {
+    let mut end = 0;
+    for region in ram.regions() {
+        let start = region.start_addr().0;
+        if start != end || vmm_memory::is_read_only(&region) {
+            let value = format!("a region at {start:#x} behind {end:#x}");
+            return Err(Error::invalid(
+                "RAM of a paravirtual domain",
+                value,
+                "writable regions without gaps from 0",
+            ));
+        }
+        end = start.saturating_add(region.len());
+    }
+    if end != layout.ram() {
+        let allowed = format_args!("{:#x}, as its layout says", layout.ram());
+        return Err(Error::invalid("end of a paravirtual domain's RAM", format_args!("{end:#x}"), allowed));
+    }
+    Ok(())
+}

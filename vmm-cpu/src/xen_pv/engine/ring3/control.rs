@@ -1,0 +1,123 @@
+//! What the ABI asks of the processor beside memory: running, descriptors, control and debug registers.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vmm_memory::vm_memory::Bytes as _;
+
+use super::context::is_canonical;
+use super::{Ring3, msr};
+use crate::error::{Error, Result};
+use crate::xen_pv::engine::descriptors;
+use crate::xen_pv::engine::{Context, Engine, EngineCapabilities, EngineExit, EngineHandle};
+
+const CR0_TS: u64 = 1 << 3;
+
+impl Engine for Ring3 {
+    fn run(&mut self) -> Result<EngineExit> {
+        if self.crashed {
+            return Ok(EngineExit::Crashed);
+        }
+        if self.signals.take_kick() {
+            return Ok(EngineExit::Interrupted);
+        }
+        let _inside = self.signals.enter();
+        self.run_guest()
+    }
+
+    fn context(&mut self) -> &mut Context {
+        &mut self.context
+    }
+
+    fn handle(&self) -> Arc<dyn EngineHandle> {
+        Arc::clone(&self.signals) as Arc<dyn EngineHandle>
+    }
+
+    fn capabilities(&self) -> EngineCapabilities {
+        self.capabilities
+    }
+
+    fn time_stamp(&mut self) -> Result<u64> {
+        self.vcpu.msr(msr::TSC)
+    }
+
+    fn set_descriptor(&mut self, index: u16, descriptor: u64) -> bool {
+        let admitted = descriptors::admit(descriptor);
+        let value = admitted.unwrap_or(0);
+        if self.descriptors.get(index) == value {
+            return admitted.is_some() && index < descriptors::FIRST_RESERVED;
+        }
+        if !self.descriptors.set(index, value) {
+            return false;
+        }
+        let place = self.private.descriptor(self.index, index);
+        // The page is part of the memory that the machine was made with.
+        let stored = self.ram.memory().store(value, place, Ordering::Relaxed);
+        stored.is_ok() && admitted.is_some()
+    }
+
+    fn descriptor(&self, index: u16) -> u64 {
+        self.descriptors.get(index)
+    }
+
+    fn set_task_switched(&mut self, set: bool) {
+        self.system.cr0 = if set { self.system.cr0 | CR0_TS } else { self.system.cr0 & !CR0_TS };
+    }
+
+    fn set_xcr0(&mut self, value: u64) -> Result<()> {
+        let allowed = self.capabilities.xcr0;
+        if value & 1 == 0 || value & !allowed != 0 {
+            let allowed = format!("bit 0 with any of {allowed:#x}");
+            return Err(Error::invalid("XCR0", format_args!("{value:#x}"), allowed));
+        }
+        self.system.xcr0 = value;
+        self.rare_changed = true;
+        Ok(())
+    }
+
+    fn debug_register(&mut self, number: u8) -> u64 {
+        match number {
+            6 => self.system.dr6,
+            7 => self.system.dr7,
+            _ => self.system.dr.get(usize::from(number)).copied().unwrap_or(0),
+        }
+    }
+
+    fn set_debug_register(&mut self, number: u8, value: u64) -> Result<()> {
+        /// What is always set, and what can be.
+        const DR6: (u64, u64) = (0xffff_0ff0, 0xffff_efff);
+        /// General detect would stop the engine's own code.
+        const DR7: (u64, u64) = (0x400, 0xffff_07ff);
+        let refused = |allowed: &str| {
+            let what = format!("{value:#x} in DR{number}");
+            Err(Error::invalid("debug register", what, allowed))
+        };
+        self.rare_changed = true;
+        match number {
+            0..=3 if !is_canonical(value) || is_reserved(value) => {
+                refused("a canonical address outside of the engine's range")
+            }
+            6 => {
+                self.system.dr6 = value & DR6.1 | DR6.0;
+                Ok(())
+            }
+            7 if value >> 32 != 0 => refused("32 bits"),
+            7 => {
+                self.system.dr7 = value & DR7.1 | DR7.0;
+                Ok(())
+            }
+            _ => match self.system.dr.get_mut(usize::from(number)) {
+                Some(register) => {
+                    *register = value;
+                    Ok(())
+                }
+                None => refused("DR0 to DR3, DR6 or DR7"),
+            },
+        }
+    }
+}
+
+/// Whether the address is in Xen's range: the slots 256 to 271 of a root.
+fn is_reserved(va: u64) -> bool {
+    (256..272).contains(&(va >> 39 & 0x1ff))
+}

@@ -1,0 +1,295 @@
+//! [`Ring3`]: the engine over any backend of this crate that executes long mode.
+//!
+//! Guest kernel and guest programs run in ring 3. Whatever needs the VMM enters ring 0 (on one kind of KVM, SYSCALL stays
+//! in ring 3) at a stub of two bytes, an OUT, whose port says what it is; the stub never goes on, since the engine sets
+//! all registers before the guest runs again.
+
+mod context;
+mod control;
+mod mmu;
+
+use std::sync::Arc;
+
+use vmm_memory::GuestRam;
+use vmm_memory::vm_memory::GuestAddress;
+
+use self::context::canonical;
+use self::mmu::Flush;
+use super::descriptors::{Descriptors, FLAT_CS64, FLAT_SS, STUB_CS, STUB_SS, TASK_STATE};
+use super::exits::{Exits, Signals};
+use super::private::{self, Private};
+use super::{Context, EngineCapabilities, EngineExit};
+use crate::error::{Error, Result};
+use crate::state::{DescriptorTable, GeneralRegisters, Segment, SystemRegisters, rflags};
+use crate::vcpu::{Halt, Vcpu};
+
+mod msr {
+    pub(super) const TSC: u32 = 0x10;
+    pub(super) const STAR: u32 = 0xc000_0081;
+    pub(super) const LSTAR: u32 = 0xc000_0082;
+    pub(super) const CSTAR: u32 = 0xc000_0083;
+    pub(super) const FMASK: u32 = 0xc000_0084;
+}
+
+/// PG, AM, WP, NE, ET, MP, PE.
+const CR0: u64 = 0x8005_0033;
+/// OSXMMEXCPT, OSFXSR, PAE. Without global pages: a guest kernel's would outlive the change to the user root.
+const CR4: u64 = 0x620;
+const CR4_OSXSAVE: u64 = 1 << 18;
+/// NXE, LMA, LME, SCE.
+const EFER: u64 = 0xd01;
+
+/// Flags that SYSCALL clears: TF, IF, DF, IOPL, NT, AC.
+const SYSCALL_CLEARS: u64 = 0x0004_7700;
+
+/// Stays in the guest that one operation of the engine, or one stub, may take. Each ends early by a kick only, of which
+/// there are few: those that come before the last one was answered count as one.
+const MAX_STAYS: u32 = 1000;
+
+/// One virtual processor in ring 3 of another backend's.
+#[derive(Debug)]
+pub struct Ring3 {
+    vcpu: Box<dyn Vcpu>,
+    index: u32,
+    ram: GuestRam,
+    private: Private,
+    capabilities: EngineCapabilities,
+    store_in_guest: bool,
+    signals: Arc<Signals>,
+    context: Context,
+    descriptors: Descriptors,
+    /// What the processor holds, as far as the engine set it; segments of the guest aside.
+    system: SystemRegisters,
+    kernel_root: GuestAddress,
+    user_root: Option<GuestAddress>,
+    flush: Flush,
+    /// Debug registers or XCR0 are other than the processor's.
+    rare_changed: bool,
+    crashed: bool,
+}
+
+/// How a stay in the guest ended, before the context is looked at.
+enum Stay {
+    /// By an OUT to this port.
+    Port(u8),
+    /// By a kick, or for nothing.
+    Interrupted,
+    /// The guest cannot go on.
+    Crashed,
+}
+
+impl Ring3 {
+    pub(super) fn new(
+        mut vcpu: Box<dyn Vcpu>,
+        ram: GuestRam,
+        private: Private,
+        capabilities: EngineCapabilities,
+        store_in_guest: bool,
+    ) -> Result<Self> {
+        let index = vcpu.index();
+        let (gdt, gdt_limit) = private.gdt(index);
+        let (idt, idt_limit) = private.idt();
+        let os_xsave = if capabilities.xcr0 != 0 { CR4_OSXSAVE } else { 0 };
+        let at_reset = vcpu.system_registers()?;
+        let system = SystemRegisters {
+            gdtr: DescriptorTable { base: gdt, limit: gdt_limit },
+            idtr: DescriptorTable { base: idt, limit: idt_limit },
+            tr: Segment::task_state(TASK_STATE, private.task_state(index)),
+            ldtr: Segment::null(),
+            cs: Segment::code64(STUB_CS),
+            ss: Segment::data32(STUB_SS),
+            cr0: CR0,
+            cr3: private.own_root(),
+            cr4: CR4 | os_xsave,
+            efer: EFER,
+            ..at_reset
+        };
+        let mut engine = Self {
+            signals: Arc::new(Signals::new(vcpu.handle())),
+            vcpu,
+            index,
+            ram,
+            private,
+            capabilities,
+            store_in_guest,
+            context: Context {
+                general: GeneralRegisters {
+                    rflags: rflags::FIXED | rflags::IF,
+                    ..GeneralRegisters::default()
+                },
+                cs: FLAT_CS64,
+                ss: FLAT_SS,
+                ..Context::default()
+            },
+            descriptors: Descriptors::new(),
+            system,
+            kernel_root: GuestAddress(private.own_root()),
+            user_root: None,
+            flush: Flush::NOTHING,
+            rare_changed: false,
+            crashed: false,
+        };
+        engine.vcpu.set_system_registers(&system)?;
+        let star = u64::from(STUB_CS) << 32;
+        for (register, value) in [
+            (msr::STAR, star),
+            (msr::LSTAR, private::VA_SYSCALL),
+            (msr::CSTAR, private::VA_SYSCALL_32),
+            (msr::FMASK, SYSCALL_CLEARS),
+        ] {
+            engine.vcpu.set_msr(register, value)?;
+        }
+        Ok(engine)
+    }
+
+    /// The registers of the processor, with segments as the guest has them.
+    pub fn system_registers(&self) -> SystemRegisters {
+        let (c, table) = (&self.context, &self.descriptors);
+        SystemRegisters {
+            cs: table.code(c.cs).unwrap_or_default(),
+            ss: table.stack(c.ss).unwrap_or_default(),
+            ds: table.data(c.ds),
+            es: table.data(c.es),
+            fs: Segment { base: canonical(c.fs_base), ..table.data(c.fs) },
+            gs: Segment { base: canonical(c.gs_base), ..table.data(c.gs) },
+            ..self.system
+        }
+    }
+
+    /// Exits of the vCPU below by kind, as [`Vcpu::exit_counts`].
+    pub fn exit_counts(&self) -> Vec<(&'static str, u64)> {
+        self.vcpu.exit_counts()
+    }
+
+    #[cfg(test)]
+    pub(super) fn store_in_guest_for_tests(&self) -> bool {
+        self.store_in_guest
+    }
+
+    /// Lets the next stay begin at `rip` in ring 0 on the tables that are loaded.
+    fn set_stub_registers(&mut self, rip: u64, [rax, rbx, rcx]: [u64; 3]) -> Result<()> {
+        let data = Segment::data32(STUB_SS);
+        let system = SystemRegisters {
+            cs: Segment::code64(STUB_CS),
+            ss: data,
+            ds: data,
+            es: data,
+            fs: Segment::null(),
+            gs: Segment::null(),
+            ..self.system
+        };
+        self.vcpu.set_segment_registers(&system)?;
+        let rsp = Private::stack_end(self.index, 0);
+        self.vcpu.set_registers(&GeneralRegisters {
+            rip,
+            rax,
+            rbx,
+            rcx,
+            rsp,
+            rflags: rflags::FIXED,
+            ..GeneralRegisters::default()
+        })
+    }
+
+    fn stay(&mut self) -> Result<Stay> {
+        let mut exits = Exits::new(&self.signals);
+        let halt = self.vcpu.run(&mut exits);
+        let port = exits.port();
+        match (halt, port) {
+            (Ok(Halt::Interrupted), Some(port)) => Ok(Stay::Port(port)),
+            (Ok(Halt::Interrupted), None) => Ok(Stay::Interrupted),
+            // HLT and the like need ring 0, which the guest has only if it destroyed what the engine keeps.
+            (Ok(halt), _) => {
+                tracing::debug!(vcpu = self.index, ?halt, "xen-pv: the guest stopped");
+                Ok(Stay::Crashed)
+            }
+            (Err(Error::Unhandled(instruction)), _) => {
+                tracing::warn!(vcpu = self.index, %instruction, "xen-pv: the guest stopped");
+                Ok(Stay::Crashed)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Executes one of the engine's operations in the guest; a guest that does not come back from it has crashed.
+    fn operate(&mut self, rip: u64, arguments: [u64; 3]) -> Result<()> {
+        self.set_stub_registers(rip, arguments)?;
+        for _ in 0..MAX_STAYS {
+            match self.stay()? {
+                Stay::Port(private::PORT_OPERATION) => return Ok(()),
+                Stay::Interrupted => {}
+                Stay::Port(_) | Stay::Crashed => break,
+            }
+        }
+        self.crashed = true;
+        Ok(())
+    }
+
+    fn crash(&mut self, why: &'static str) -> EngineExit {
+        tracing::debug!(vcpu = self.index, why, "xen-pv: the guest crashed");
+        self.crashed = true;
+        EngineExit::Crashed
+    }
+
+    /// One stay of the guest, from its context to its context.
+    fn run_guest(&mut self) -> Result<EngineExit> {
+        if let Some(exit) = self.load_context()? {
+            return Ok(exit);
+        }
+        let (mut in_stub, mut stays_in_stub) = (false, 0);
+        while !self.crashed {
+            if !in_stub {
+                // An operation may have taken the vCPU's kick.
+                self.signals.renew_kick();
+            }
+            let stay = self.stay()?;
+            let general = self.vcpu.registers()?;
+            let system = self.vcpu.segment_registers()?;
+            match stay {
+                Stay::Port(private::PORT_SYSCALL) => {
+                    self.take_segments(&system);
+                    let from_32 = general.rip & !0xf == private::VA_SYSCALL_32;
+                    return Ok(self.syscall_exit(general, from_32));
+                }
+                Stay::Port(port) => {
+                    let vector = port.wrapping_sub(private::PORT_EXCEPTION);
+                    if vector >= private::EXCEPTIONS {
+                        return Ok(self.crash("a port that no stub uses"));
+                    }
+                    self.take_segments(&system);
+                    return self.exception_exit(vector, general);
+                }
+                Stay::Crashed => return Ok(self.crash("it cannot go on")),
+                // Between two instructions of a stub, the first of which is its last.
+                Stay::Interrupted if Private::is_entry_page(general.rip) && stays_in_stub < MAX_STAYS => {
+                    (in_stub, stays_in_stub) = (true, stays_in_stub + 1);
+                }
+                // It is delivered first: with another RIP it would come from there.
+                Stay::Interrupted if self.vcpu.exception_pending()? && stays_in_stub < MAX_STAYS => {
+                    (in_stub, stays_in_stub) = (true, stays_in_stub + 1);
+                }
+                Stay::Interrupted if system.cs.dpl != 3 => return Ok(self.crash("it is in ring 0")),
+                Stay::Interrupted => {
+                    in_stub = false;
+                    if self.signals.take_kick() {
+                        self.take_segments(&system);
+                        self.context.general = general;
+                        (self.context.cs, self.context.ss) = (system.cs.selector, system.ss.selector);
+                        return Ok(EngineExit::Interrupted);
+                    }
+                    if let Some(wanted) = self.signals.flush_wanted() {
+                        self.operate(private::VA_FLUSH_ALL, [0; 3])?;
+                        self.signals.flushed(wanted);
+                        self.vcpu.set_segment_registers(&system)?;
+                        self.vcpu.set_registers(&general)?;
+                    }
+                }
+            }
+        }
+        Ok(EngineExit::Crashed)
+    }
+}
+
+fn memory_error(source: vmm_memory::vm_memory::GuestMemoryError) -> Error {
+    Error::Backend { backend: super::super::NAME, source: Box::new(source) }
+}

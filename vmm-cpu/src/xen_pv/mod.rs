@@ -1,0 +1,43 @@
+//! The paravirtual backend: guest kernels that know Xen's PV ABI, with no Xen.
+//!
+//! Two layers. The ABI is pure state over guest memory, tested without any engine. An engine ([`engine::Engine`])
+//! executes the guest deprivileged, over any other backend of this crate.
+
+pub mod abi;
+mod alarm;
+pub mod builder;
+mod console;
+mod cpuid;
+mod domain;
+mod emulate;
+pub mod engine;
+mod events;
+mod gate;
+mod grants;
+mod hypercall;
+mod hypervisor;
+mod memory;
+mod processor;
+mod repair;
+mod start;
+mod tables;
+#[cfg(test)]
+mod test_support;
+mod time;
+mod trap;
+mod vcpu;
+mod vcpu_abi;
+mod vm;
+
+pub use console::{ConsoleSink, ConsoleSource, NoConsole};
+pub use cpuid::pv_cpuid;
+pub use domain::{Domain, DomainConfig, EventChannels};
+pub use gate::{BackendsOnly, EventSink, Gate};
+pub use grants::{GrantError, GrantedFrame};
+pub use hypervisor::{DomainDevices, XenPvHypervisor};
+pub use time::Clock;
+pub use vcpu_abi::{Action, VcpuAbi, Wake};
+pub use vm::XenPvVm;
+
+/// Name of the backend.
+pub const NAME: &str = "xen-pv";
