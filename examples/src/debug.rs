@@ -21,6 +21,12 @@ pub struct DebugOptions {
 }
 
 impl DebugOptions {
+    /// Whether a debugger is wanted.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.gdb.is_some()
+    }
+
     /// Where debuggers are to connect, if they are. `deterministic` says that the run is one that can be had again.
     ///
     /// # Errors

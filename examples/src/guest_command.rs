@@ -91,6 +91,39 @@ impl SerialPort {
     }
 }
 
+/// What connects a guest with the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wiring {
+    /// The serial ports of a PC.
+    SerialPorts,
+    /// The one console of a paravirtual guest, which [`pv_console`](crate::pv_console) takes apart.
+    PvConsole,
+}
+
+impl Wiring {
+    /// What the kernel is told of it. The early console shows what goes wrong before the kernel has found the real one.
+    #[must_use]
+    pub fn parameters(self) -> String {
+        match self {
+            Self::SerialPorts => {
+                format!("console=ttyS0 earlyprintk=serial,ttyS0 8250.nr_uarts={}", SerialPort::ALL.len())
+            }
+            // The kernel would otherwise patch itself for one processor, an entry of its page tables at a time.
+            Self::PvConsole => "console=hvc0 earlyprintk=xen noreplace-smp".to_owned(),
+        }
+    }
+
+    /// The file in the guest that stands for a port in a session.
+    fn device(self, port: SerialPort, session: &Session) -> &'static str {
+        match (self, port, session) {
+            (Self::SerialPorts, ..) => port.device(),
+            // The user's shell has the console for itself.
+            (Self::PvConsole, SerialPort::Control, Session::Shell(_)) => "/dev/null",
+            (Self::PvConsole, ..) => "/dev/hvc0",
+        }
+    }
+}
+
 /// What a guest does once it has booted. In the end it powers off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -131,8 +164,8 @@ pub struct GuestRun {
 }
 
 impl GuestRun {
-    /// A run of `session` on `kernel` with `userspace`, which is [`initramfs::userspace`](crate::initramfs::userspace)'s.
-    /// `modules` are loaded first, by name; `append` ends the kernel's command line.
+    /// A run of `session` on `kernel` with `userspace`, which is [`initramfs::userspace`](crate::initramfs::userspace)'s,
+    /// connected by `wiring`. `modules` are loaded first, by name; `append` ends the kernel's command line.
     ///
     /// # Errors
     /// Fails on a shell line that is too long or has a zero byte, and if an archive cannot be made.
@@ -140,15 +173,13 @@ impl GuestRun {
         kernel: PathBuf,
         userspace: &Archive,
         session: &Session,
+        wiring: Wiring,
         modules: &[&str],
         append: &str,
     ) -> Result<Self> {
         let mut initrd = userspace.to_bytes()?;
-        initrd.extend(run_archive(session, modules)?.to_bytes()?);
-        // The early console shows what goes wrong before the kernel has found its serial ports.
-        let ports = SerialPort::ALL.len();
-        let mut command_line =
-            format!("console=ttyS0 earlyprintk=serial,ttyS0 8250.nr_uarts={ports} panic=-1");
+        initrd.extend(run_archive(session, wiring, modules)?.to_bytes()?);
+        let mut command_line = format!("{} panic=-1", wiring.parameters());
         if *session != Session::Log {
             command_line.push_str(" quiet");
         }
@@ -161,7 +192,7 @@ impl GuestRun {
 }
 
 /// The archive with what init is told.
-fn run_archive(session: &Session, modules: &[&str]) -> Result<Archive> {
+fn run_archive(session: &Session, wiring: Wiring, modules: &[&str]) -> Result<Archive> {
     let mut archive = Archive::new();
     let mut set = vec![("modules", modules.join(" "))];
     let ports = [
@@ -170,7 +201,10 @@ fn run_archive(session: &Session, modules: &[&str]) -> Result<Archive> {
         ("errors", SerialPort::Errors),
         ("control", SerialPort::Control),
     ];
-    set.extend(ports.map(|(name, port)| (name, port.device().to_owned())));
+    set.extend(ports.map(|(name, port)| (name, wiring.device(port, session).to_owned())));
+    if wiring == Wiring::PvConsole {
+        set.push(("shared", "yes".to_owned()));
+    }
     match session {
         Session::Command { line, input } => {
             ensure!(
@@ -433,7 +467,10 @@ mod tests {
     fn the_shell_reads_back_the_command_as_it_was() {
         let line = "echo 'a'\\''b' \"$HOME\" `id` \\\n# é\n";
         let session = Session::Command { line: line.to_owned(), input: Some(vec![0, 255]) };
-        let bytes = run_archive(&session, &["virtio_blk", "overlay"]).unwrap().to_bytes().unwrap();
+        let bytes = run_archive(&session, Wiring::SerialPorts, &["virtio_blk", "overlay"])
+            .unwrap()
+            .to_bytes()
+            .unwrap();
         let directory = tempfile::tempdir().unwrap();
         let script = directory.path().join("run");
         std::fs::write(&script, entry(&bytes, "vmm/run")).unwrap();
@@ -466,7 +503,7 @@ mod tests {
             [("x".repeat(LONGEST_COMMAND + 1), "131072 bytes"), ("a\0b".to_owned(), "zero byte")]
         {
             let session = Session::Command { line, input: None };
-            let error = run_archive(&session, &[]).unwrap_err().to_string();
+            let error = run_archive(&session, Wiring::SerialPorts, &[]).unwrap_err().to_string();
             assert!(error.contains(reason), "{error}");
         }
     }
@@ -474,8 +511,9 @@ mod tests {
     #[test]
     fn a_run_is_quiet_unless_its_log_is_what_is_wanted() {
         let archive = Archive::new();
-        let run =
-            |session: &Session| GuestRun::new("kernel".into(), &archive, session, &[], " nosmp ").unwrap();
+        let run = |session: &Session| {
+            GuestRun::new("kernel".into(), &archive, session, Wiring::SerialPorts, &[], " nosmp ").unwrap()
+        };
         let log = run(&Session::Log);
         assert!(log.command_line.ends_with(" panic=-1 nosmp"), "{}", log.command_line);
         assert!(run(&command()).command_line.ends_with(" panic=-1 quiet nosmp"));

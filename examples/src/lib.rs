@@ -7,5 +7,6 @@ pub mod debug;
 pub mod guest_command;
 pub mod initramfs;
 pub mod pc;
+pub mod pv_console;
 pub mod replay;
 pub mod terminal;

@@ -321,6 +321,43 @@ fn linux_runs_four_processors_that_work_against_each_other() {
     assert_eq!(text.matches(": ok, 4 processors").count(), 12, "{text}");
 }
 
+/// Debian's stock kernel as a Xen guest with no Xen: what it finds, and that its one console keeps streams and status apart.
+#[test]
+fn linux_runs_debian_paravirtualized_on_each_engine() {
+    const TEST: &str = "linux, paravirtualized";
+    const LINE: &str = "cat /sys/hypervisor/type; nproc; echo bad >&2; printf 'C status 9\\nO aaaa\\n'; \
+                        for i in 1 2 3 4; do sha256sum /bin/busybox | cut -c1-64 & done; wait; exit 7";
+    if !debian_is_here(TEST, Series::V6_1) {
+        return;
+    }
+    let digest = Command::new("sha256sum").arg(debian::busybox().unwrap()).output().unwrap();
+    let digest = String::from_utf8_lossy(&digest.stdout)[..64].to_owned();
+    let expected = format!("xen\n2\nC status 9\nO aaaa\n{}", format!("{digest}\n").repeat(4));
+    on_each_backend(TEST, |engine| {
+        let arguments = ["--backend", "xen-pv", "--engine", engine, "--cpus", "2", "--seconds", "600"];
+        let output = Command::new(LINUX)
+            .args(arguments)
+            .args(["--command", LINE])
+            .env_remove("RUST_LOG")
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(7), "{engine}: {output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "{engine}");
+        assert_eq!(output.stderr, b"bad\n", "{engine}");
+    });
+}
+
+/// A kernel that is not one of Xen's.
+#[test]
+fn linux_says_that_a_kernel_cannot_run_paravirtualized() {
+    let (output, text) = run(LINUX, &["--backend", "xen-pv", "--engine", "translate", "--kernel", GUEST]);
+    assert_eq!(output.status.code(), Some(VMM_FAILURE), "{text}");
+    assert!(text.contains(GUEST) && text.contains("no Xen note ENTRY"), "{text}");
+    let (output, text) = run(LINUX, &["--backend", "translate", "--engine", "kvm", "--kernel", GUEST]);
+    assert_eq!(output.status.code(), Some(VMM_FAILURE), "{text}");
+    assert!(text.contains("--engine goes with --backend xen-pv"), "{text}");
+}
+
 /// With no /dev at all, and so no KVM, the default backend runs the guest in software and says so.
 #[test]
 fn linux_runs_where_there_is_no_kvm() {

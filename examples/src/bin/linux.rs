@@ -4,8 +4,9 @@
 //! them, and keeps both under `target/`. `--command` runs a shell line in the guest: standard output and standard error are
 //! the line's, and the exit status is. Statuses of the program's own begin at 124.
 //!
-//! The kernel is entered by PVH, the ELF payload of a bzImage directly. The machine is `vmm_examples::pc`'s. Before the
-//! guest runs, the process gives up all that it does not need (`vmm_examples::confine`).
+//! The kernel is entered by PVH, the ELF payload of a bzImage directly. The machine is `vmm_examples::pc`'s. With
+//! `--backend xen-pv` the kernel runs as a paravirtual Xen guest instead, which has no PC but a console. Before the guest
+//! runs, the process gives up all that it does not need (`vmm_examples::confine`).
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
@@ -19,22 +20,26 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use vmm_cpu::entry::entry_state;
 use vmm_cpu::gdb::{Debuggee, Debugger, Event};
+use vmm_cpu::xen_pv::abi::sched::ShutdownReason;
+use vmm_cpu::xen_pv::builder::PvBoot;
+use vmm_cpu::xen_pv::{self, DomainDevices, XenPvHypervisor};
 use vmm_cpu::{
-    ClockSource, CpuModel, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuExit, VcpuIo, VcpuThreads,
-    VmConfig, open_backend,
+    ClockSource, CpuModel, EmptyBus, Error, Halt, Hypervisor, InterruptMode, Vcpu, VcpuExit, VcpuIo,
+    VcpuThreads, Vm as _, VmConfig, open_backend,
 };
 use vmm_devices::platform::PlatformEvent;
 use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debian::{self, MODULES, ModuleTree, Series};
 use vmm_examples::debug::{DebugOptions, Devices};
-use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session};
+use vmm_examples::guest_command::{GuestRun, GuestStreams, Screen, SerialPort, Session, Wiring};
 use vmm_examples::initramfs::{AddedFile, Userspace, userspace};
 use vmm_examples::pc::{Buses, Clocks, Output, Pc};
+use vmm_examples::pv_console::PvConsole;
 use vmm_examples::replay::{Finish, Machine, Rerun, RerunOptions};
 use vmm_examples::terminal::{self, EscapeKeys, RawMode};
-use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
-use vmm_memory::vm_memory::GuestMemoryRegion as _;
+use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion as _};
+use vmm_memory::{GuestRam, RegionConfig};
 
 /// Statuses of the program's own; those of commands end at 123 by custom, and a debug exit's is QEMU's.
 const TIME_IS_UP: u8 = 124;
@@ -46,9 +51,12 @@ const TSC_KHZ: u32 = 1_000_000;
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
 struct Options {
-    /// What runs the guest: kvm, translate, or auto, which takes hardware assistance where the processor has it.
+    /// What runs the guest: kvm, translate, xen-pv, or auto, which takes hardware assistance where the processor has it.
     #[arg(long, default_value = "auto")]
     backend: String,
+    /// What executes the guest of backend xen-pv: kvm, translate, or auto.
+    #[arg(long, default_value = "auto")]
+    engine: String,
     /// Kernel: bzImage, ELF with a PVH note, or multiboot image. Debian's cloud kernel if not given.
     #[arg(long)]
     kernel: Option<PathBuf>,
@@ -106,6 +114,10 @@ fn main() -> ExitCode {
 
 fn run(options: &Options, started: Instant) -> Result<u8> {
     let inherited = inherited_descriptors()?;
+    if options.backend == xen_pv::NAME {
+        return run_paravirtual(options, started, &inherited);
+    }
+    ensure!(options.engine == "auto", "--engine goes with --backend {}", xen_pv::NAME);
     // Before anything is fetched: without a backend there is no use for it.
     let hypervisor = choose(&options.backend)?;
     let endpoint = options.debug.endpoint(options.rerun.is_deterministic())?;
@@ -114,7 +126,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         Some(session) => session,
         None => session(options)?,
     };
-    let guest = Guest::get(options, &session)?;
+    let guest = Guest::get(options, &session, Wiring::SerialPorts)?;
 
     let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
@@ -216,12 +228,12 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         Some(_) => {}
     }
     let end = match debugger {
-        None => end_by(threads.wait(None), &pc, &watch, &time_is_up),
+        None => end_by(threads.wait(None), pc.end(), &watch, &time_is_up),
         Some(debugger) => {
             let end = match told.recv()? {
-                Some(Event::Exit(exit)) => end_by(Some(exit), &pc, &watch, &time_is_up),
+                Some(Event::Exit(exit)) => end_by(Some(exit), pc.end(), &watch, &time_is_up),
                 Some(_) => Ok(End::User),
-                None => end_by(None, &pc, &watch, &time_is_up),
+                None => end_by(None, pc.end(), &watch, &time_is_up),
             };
             debugger.finish(if let Ok(End::DebugExit(status)) = end { status } else { 0 });
             end
@@ -229,6 +241,57 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     };
     let vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
     drop(raw);
+    conclude(options, &session, &watch, started, &vcpus, memory, end)
+}
+
+/// As [`run`], with a guest that asks for what it wants.
+fn run_paravirtual(options: &Options, started: Instant, inherited: &[std::os::fd::RawFd]) -> Result<u8> {
+    let engine: Arc<dyn Hypervisor> = Arc::from(choose(&options.engine)?);
+    let hypervisor = XenPvHypervisor::new(Arc::clone(&engine))?;
+    ensure!(!options.rerun.is_deterministic(), "deterministic runs go with --backend translate");
+    ensure!(!options.debug.is_wanted(), "--gdb does not go with --backend {}", xen_pv::NAME);
+    let session = session(options)?;
+    let guest = Guest::get(options, &session, Wiring::PvConsole)?;
+
+    // Without the hole that a PC has below 4 GiB.
+    let whole = RegionConfig::new(GuestAddress(0), options.memory << 20);
+    let ram = GuestRam::builder().region(whole).build()?;
+    let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
+    let mut boot =
+        PvBoot::new(&kernel).with_context(|| guest.name())?.command_line(guest.command_line.trim());
+    if let Some(initrd) = &guest.initrd {
+        boot = boot.initrd(initrd);
+    }
+    let mut config = VmConfig::new(CpuModel::Host).vcpus(options.cpus);
+    if hypervisor.capabilities().tsc_scaling {
+        config.clock.tsc_khz = Some(TSC_KHZ);
+    }
+    let stop = Arc::new(StopSign::default());
+    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
+    let console = PvConsole::new(&session, |port| Watch::port(&watch, port));
+    let vm = hypervisor.create_domain(&config, &ram, DomainDevices::default().console(console))?;
+    vm.boot(&boot).with_context(|| guest.name())?;
+    let with_nothing = |index| Ok((vm.create_vcpu(index)?, Box::new(EmptyBus) as Box<dyn VcpuIo + Send>));
+    let vcpus = (0..options.cpus).map(with_nothing).collect::<Result<Vec<_>, Error>>()?;
+    let threads = VcpuThreads::spawn(vcpus)?;
+    let pause = threads.pause_handle();
+    stop.reaches(move || pause.pause());
+    let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
+    if !matches!(session, Session::Command { .. }) {
+        let domain = Arc::clone(vm.domain()?);
+        read_keys(move |keys| domain.console_input(keys), &watch, raw.is_some())?;
+    }
+    let time_is_up = alarm(options.seconds, &stop)?;
+    let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
+    confine(&*engine, inherited, false)?;
+
+    threads.resume();
+    let end = end_by(threads.wait(None), None, &watch, &time_is_up);
+    let vcpus = threads.stop();
+    drop(raw);
+    if let Some(reason @ (ShutdownReason::Crash | ShutdownReason::Watchdog)) = vm.shutdown_reason() {
+        eprintln!("linux: the guest shut down: {reason:?}");
+    }
     conclude(options, &session, &watch, started, &vcpus, memory, end)
 }
 
@@ -325,7 +388,7 @@ struct Guest {
 }
 
 impl Guest {
-    fn get(options: &Options, session: &Session) -> Result<Self> {
+    fn get(options: &Options, session: &Session, wiring: Wiring) -> Result<Self> {
         let debian = if options.kernel.is_none() { Some(debian::kernel(options.series)?) } else { None };
         let kernel = match (&options.kernel, &debian) {
             (Some(path), _) => path.clone(),
@@ -344,7 +407,7 @@ impl Guest {
         }
         let append = format!("tsc_early_khz={TSC_KHZ} {}", options.append);
         if let Some(initrd) = &options.initrd {
-            let command_line = format!("console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 {append}");
+            let command_line = format!("{} panic=-1 {append}", wiring.parameters());
             return Ok(Self { kernel, image, initrd: Some(read(initrd)?), command_line });
         }
         let modules = match &debian {
@@ -361,7 +424,7 @@ impl Guest {
         if let Some(packages) = &packages {
             tree = tree.packages(packages);
         }
-        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, &[], &append)?;
+        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, wiring, &[], &append)?;
         Ok(Self { kernel, image, initrd: Some(run.initrd), command_line: run.command_line })
     }
 
@@ -547,12 +610,18 @@ impl End {
     }
 }
 
-/// What the end is that an exit of a vCPU, or a pause, stands for. The first vCPU that stops ends the machine.
-fn end_by(exit: Option<VcpuExit>, pc: &Pc, watch: &Watch, time_is_up: &AtomicBool) -> Result<End> {
+/// What the end is that an exit of a vCPU, or a pause, stands for, and what the platform says of it. The first vCPU that
+/// stops ends the machine.
+fn end_by(
+    exit: Option<VcpuExit>,
+    platform: Option<PlatformEvent>,
+    watch: &Watch,
+    time_is_up: &AtomicBool,
+) -> Result<End> {
     if watch.broken.load(Ordering::SeqCst) {
         bail!("the guest's output cannot be written");
     }
-    if let Some(end) = pc.end() {
+    if let Some(end) = platform {
         return End::of(Some(end));
     }
     if watch.done.load(Ordering::SeqCst) {

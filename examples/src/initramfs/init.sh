@@ -3,21 +3,34 @@
 #   mode      command, shell or log
 #   command   the shell line, and input, the file that it reads
 #   console, output, errors, control: the serial ports
+#   shared    not empty if they are all the one console: each line then has a mark of whose it is
 #   modules   the kernel modules to load first
 # Every program that is started here costs the guest time, so there are few.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root USER=root
 mount -a
 . /vmm/run
-echo init >"$control"
+mark=
+if [ -n "$shared" ]; then
+    mark='C '
+    stty -F "$console" -echo
+fi
+echo "${mark}init" >"$control"
 [ -z "$modules" ] || modprobe -a $modules
 
 case $mode in
 command)
     # The command writes into pipes: a terminal would change how programs write, and they could change the terminal.
-    stty -F "$output" raw
-    stty -F "$errors" raw
-    cat </vmm/output >"$output" &
-    cat </vmm/errors >"$errors" &
+    if [ -n "$shared" ]; then
+        # Nothing of the kernel's between the lines.
+        dmesg -n 1
+        base64 </vmm/output | sed 's/^/O /' >"$output" &
+        base64 </vmm/errors | sed 's/^/E /' >"$errors" &
+    else
+        stty -F "$output" raw
+        stty -F "$errors" raw
+        cat </vmm/output >"$output" &
+        cat </vmm/errors >"$errors" &
+    fi
     last=$!
     /bin/sh -c "$command" <"$input" >/vmm/output 2>/vmm/errors
     status=$?
@@ -30,7 +43,7 @@ command)
     wait
     ;;
 shell)
-    stty -F "$console" rows "$rows" cols "$columns"
+    stty -F "$console" echo rows "$rows" cols "$columns"
     export TERM="$term"
     cd "$HOME"
     # The first terminal that the leader of a session opens becomes its own, with job control.
@@ -41,5 +54,5 @@ log)
     status=0
     ;;
 esac
-echo "status $status" >"$control"
+echo "${mark}status $status" >"$control"
 poweroff -f
