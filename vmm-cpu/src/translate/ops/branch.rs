@@ -202,10 +202,13 @@ pub(super) fn lower(instruction: &Instruction, op: &mut Op, code_bits: u32) -> O
             by_width!(return_bytes(instruction.code()), ret)
         }
         Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne => {
+            // On AMD's processors, as with string instructions, a prefix says which of the two it is.
             op.b = match instruction.mnemonic() {
+                Mnemonic::Loop => 0,
+                _ if instruction.has_rep_prefix() => WHILE_EQUAL,
+                _ if instruction.has_repne_prefix() => WHILE_NOT_EQUAL,
                 Mnemonic::Loope => WHILE_EQUAL,
-                Mnemonic::Loopne => WHILE_NOT_EQUAL,
-                _ => 0,
+                _ => WHILE_NOT_EQUAL,
             };
             by_width!(counter_bytes(instruction.code()), count_down)
         }

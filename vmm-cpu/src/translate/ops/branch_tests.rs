@@ -98,3 +98,24 @@ fn calls_look_at_the_stack_before_the_target() {
     assert_eq!(guest.fault(&[0xff, 0xd0]).vector, vector::GP);
     assert_eq!(guest.core.cpu.r(RSP), STACK);
 }
+
+#[test]
+fn a_repeat_prefix_decides_what_loope_and_loopne_wait_for() {
+    let mut guest = Guest::long();
+    // LOOPE and LOOPNE, ZF clear.
+    for (code, jumps) in [
+        (&[0xe1, 0x20][..], false),
+        (&[0xe0, 0x20], true),
+        (&[0xf2, 0xe1, 0x20], true),
+        (&[0xf3, 0xe1, 0x20], false),
+        (&[0xf2, 0xe0, 0x20], true),
+        (&[0xf3, 0xe0, 0x20], false),
+    ] {
+        guest.core.cpu.rip = CODE;
+        guest.core.cpu.set_r(RCX, 2);
+        guest.execute(code).unwrap();
+        let next = CODE + code.len() as u64;
+        assert_eq!(guest.core.cpu.rip, if jumps { next + 0x20 } else { next }, "{code:x?}");
+        assert_eq!(guest.core.cpu.r(RCX), 1);
+    }
+}
