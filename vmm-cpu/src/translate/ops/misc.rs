@@ -156,6 +156,7 @@ fn enter<W: HostWord>(m: &mut Machine<'_>, op: &Op) -> Flow {
     let top = stack_part(m, top, top.wrapping_sub(size));
     // The new top must be writable, though nothing is written there.
     let place = m.stack_place(top, 1, true)?;
+    m.require_aligned(place, W::BYTES)?;
     m.probe_write(place, 1)?;
     m.cpu.set_r(RSP, top);
     m.cpu.set::<W>(RBP, frame);

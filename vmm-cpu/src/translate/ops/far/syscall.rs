@@ -98,6 +98,9 @@ fn sysenter(m: &mut Machine<'_>, _: &Op) -> Flow {
 }
 
 fn sysexit(m: &mut Machine<'_>, _: &Op) -> Flow {
+    if m.mode.cpl != 0 {
+        return Err(m.gp(0));
+    }
     if m.cpu.long_mode() {
         return Err(m.ud());
     }
@@ -105,7 +108,6 @@ fn sysexit(m: &mut Machine<'_>, _: &Op) -> Flow {
     if !m.cpu.protected() || is_null(cs) {
         return Err(m.gp(0));
     }
-    m.require_cpl0()?;
     let (rsp, rip) = (m.cpu.r(RCX) & 0xffff_ffff, m.cpu.r(RDX) & 0xffff_ffff);
     m.cpu.set_r(RSP, rsp);
     m.set_flat(cs.wrapping_add(16), cs.wrapping_add(24), 3, false, rip);
