@@ -261,7 +261,10 @@ fn second_run<W: HostWord>(
         let reason = std::mem::take(&mut m.reason);
         m.require_aligned(first, W::BYTES)?;
         m.translate(first, Access::Read)?;
-        m.translate(first.plus(W::BYTES as u64 - 1), Access::Read)?;
+        let here = PAGE - (first.va & !PAGE_MASK);
+        if here < W::BYTES as u64 {
+            m.translate(first.plus(here), Access::Read)?;
+        }
         m.reason = reason;
         Err(leave)
     })

@@ -361,5 +361,7 @@ fn source_faults_before_the_destination() {
     for code in [0xa5, 0xa7] {
         bench.set(&[(RSI, HOLE + 8), (RDI, 0xffff_ffff)]);
         assert_eq!(fault_address(bench.run(&[code]).map(|()| 1)), Some(HOLE + 8), "{code:x}");
+        bench.set(&[(RSI, HOLE - 2)]);
+        assert_eq!(fault_address(bench.run(&[code]).map(|()| 1)), Some(HOLE), "{code:x}");
     }
 }
