@@ -91,6 +91,16 @@ pub(crate) fn is_beyond(code: Code) -> bool {
     })
 }
 
+/// All forms that the interpreter's CPUID offers.
+pub(crate) fn offered() -> Vec<Code> {
+    Code::values()
+        .filter(|code| {
+            let op_code = code.op_code();
+            op_code.is_instruction() && op_code.decoder_option() == 0 && !is_beyond(*code)
+        })
+        .collect()
+}
+
 fn listed() -> impl Iterator<Item = &'static str> {
     LIST.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(' ').next())
 }

@@ -123,7 +123,9 @@ pub(crate) fn has_rule(code: Code) -> bool {
 fn is_emulated(code: Code) -> bool {
     matches!(
         code,
-        Code::Sgdt_m1632
+        Code::Sgdt_m1632_16
+            | Code::Sidt_m1632_16
+            | Code::Sgdt_m1632
             | Code::Sgdt_m1664
             | Code::Sidt_m1632
             | Code::Sidt_m1664
@@ -176,10 +178,10 @@ pub(crate) fn differences(case: &Case, native: &Outcome, ours: &Outcome) -> Vec<
     {
         list.push(Difference::Ending);
     }
-    let breakpoint =
-        instruction_at(case, native.rip).is_some_and(|instruction| instruction.code() == Code::Int1);
+    let breakpoint = instruction_at(case, native.rip).filter(|instruction| instruction.code() == Code::Int1);
     // A hypervisor that intercepts INT1 may not have told the processor how long it is.
-    if native.rip != ours.rip && !(breakpoint && native.rip.wrapping_add(1) == ours.rip) {
+    let told_late = breakpoint.is_some_and(|instruction| instruction.next_ip() == ours.rip);
+    if native.rip != ours.rip && !told_late {
         list.push(Difference::Rip);
     }
     let (left, right) = (&native.registers, &ours.registers);

@@ -48,6 +48,9 @@ struct Options {
     /// Cases of this form alone, by iced's name for it.
     #[arg(long, value_name = "NAME")]
     code: Option<String>,
+    /// Cases of all forms that the interpreter's CPUID offers, not only of those in Debian's kernels and busybox.
+    #[arg(long, conflicts_with = "code")]
+    every: bool,
     /// The case of this number alone.
     #[arg(long, value_name = "NUMBER")]
     case: Option<u64>,
@@ -106,6 +109,7 @@ fn main() -> Result<ExitCode> {
     }
     let forms = match &options.code {
         Some(name) => vec![named(name)?],
+        None if options.every => forms::offered(),
         None => run::all_forms(),
     };
     let plant = options.plant.as_deref().map(named).transpose()?;
