@@ -5,7 +5,7 @@
 //! the kernel's. The kernel is told to print nothing but its last words meanwhile, so lines stay whole. In a shell the
 //! console is the user's, and nothing is looked for in it.
 //!
-//! The guest is hostile: a line that is no base64 is passed over, and no more than [`LONGEST`] bytes of one are held.
+//! The guest is hostile: a line that is no base64 is passed over, and no more than `LONGEST` bytes of one are held.
 
 use std::fmt;
 use std::io::Write;

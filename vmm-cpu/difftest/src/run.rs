@@ -170,6 +170,10 @@ impl Sides {
             summary.tally.rejected(target, "Linux has its own idea of SYSCALL in 32-bit code");
             return Ok(());
         }
+        if judge::is_unfiltered(ours) {
+            summary.tally.rejected(target, "Linux lets no filter have this system call");
+            return Ok(());
+        }
         // Once more, in a child that no case can have broken, and with the patience to see loops end.
         let native = match self.native.fresh(&entry.case, &entry.prepared)? {
             Ok(native) => native,
