@@ -32,7 +32,9 @@ pub(super) fn make(base: u64, random: &mut Random) -> Result<(String, Arena)> {
 
     let mut va = arena.window() + random.pick(&[0, 0x10, 0xff0, 0xffd, 0x1000, 0x1ffe, 0x2000, 0x2ffc]);
     if mode == Mode::Long && random.one_in(12) {
-        va = random.pick(&[0x8000_0000_0000, 0xffff_0000_0000_0000, 0x7fff_ffff_fffc, 0xffff_ffff_ffff_f000]);
+        // None that begins below the hole and reaches into it: QEMU 7.2 takes the half below for a page fault, where
+        // processors have #GP or #SS, as difftest has seen.
+        va = random.pick(&[0x8000_0000_0000, 0xffff_0000_0000_0000, 0x7fff_ffff_fff8, 0xffff_ffff_ffff_f000]);
     }
     let bits = match mode {
         Mode::Long if random.one_in(3) => 32,
