@@ -266,7 +266,7 @@ impl LocalApic {
                 let (low, _) = halves(self.registers.command);
                 self.registers.command = joined(low, value & ICR_HIGH_BITS);
             }
-            Register::Lvt(lvt) => self.write_lvt(lvt, value),
+            Register::Lvt(lvt) => self.write_lvt(lvt, value, now),
             Register::InitialCount => {
                 let mode = self.registers.lvt.get(Lvt::Timer).timer_mode();
                 self.registers.timer.set_initial(mode, value, now);
@@ -300,7 +300,7 @@ impl LocalApic {
         self.publish();
     }
 
-    fn write_lvt(&mut self, lvt: Lvt, value: u32) {
+    fn write_lvt(&mut self, lvt: Lvt, value: u32, now: u64) {
         let old = self.registers.lvt.get(lvt);
         self.registers.lvt.write(lvt, value, self.features.tsc_deadline);
         if !self.registers.software_enabled() {
@@ -308,7 +308,7 @@ impl LocalApic {
         }
         let new = self.registers.lvt.get(lvt);
         match lvt {
-            Lvt::Timer => self.registers.timer.change_mode(old.timer_mode(), new.timer_mode()),
+            Lvt::Timer => self.registers.timer.change_mode(old.timer_mode(), new.timer_mode(), now),
             Lvt::Lint0 => self.sample_lint0(),
             Lvt::Thermal | Lvt::Performance | Lvt::Lint1 | Lvt::Error => {}
         }

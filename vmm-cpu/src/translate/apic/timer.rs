@@ -109,10 +109,14 @@ impl Timer {
         }
     }
 
-    /// Follows a change of mode. Between one-shot and periodic the count goes on; any other change disarms.
-    pub(super) fn change_mode(&mut self, old: TimerMode, new: TimerMode) {
+    /// Follows a change of mode. Between one-shot and periodic the count goes on, and one that is at zero starts a period;
+    /// any other change disarms.
+    pub(super) fn change_mode(&mut self, old: TimerMode, new: TimerMode, now: u64) {
         if old != new && !(old.counts() && new.counts()) {
             *self = Self { divide: self.divide, ..Self::default() };
+        } else if new == TimerMode::Periodic && self.zero_at.is_none() && self.initial != 0 {
+            // A saved state cannot tell it from a periodic one that is just at zero.
+            self.set_initial(new, self.initial, now);
         }
     }
 
@@ -296,20 +300,33 @@ mod tests {
     fn changing_the_mode_disarms_unless_the_bus_clock_goes_on() {
         let running = counting(OneShot, 0, 100, 0);
         let mut timer = running.clone();
-        timer.change_mode(OneShot, Periodic);
+        timer.change_mode(OneShot, Periodic, 10);
         assert_eq!(timer, running);
         for (old, new) in [(OneShot, TscDeadline), (Periodic, TscDeadline), (Periodic, Reserved)] {
             let mut timer = running.clone();
-            timer.change_mode(old, new);
+            timer.change_mode(old, new, 10);
             assert_eq!((timer.deadline(old), timer.deadline(new)), (Deadline::None, Deadline::None));
             assert_eq!((timer.initial(), timer.divide()), (0, 0));
         }
         let mut timer = Timer::default();
         timer.set_tsc_deadline(TscDeadline, 5);
-        timer.change_mode(TscDeadline, TscDeadline);
+        timer.change_mode(TscDeadline, TscDeadline, 10);
         assert_eq!(timer.tsc_deadline(), 5);
-        timer.change_mode(TscDeadline, OneShot);
+        timer.change_mode(TscDeadline, OneShot, 10);
         assert_eq!(timer.tsc_deadline(), 0);
+    }
+
+    #[test]
+    fn a_count_at_zero_starts_a_period_when_it_becomes_periodic() {
+        let mut timer = counting(OneShot, BY_1, 100, 0);
+        assert!(timer.take_fired(OneShot, 100, 0));
+        timer.change_mode(OneShot, Periodic, 150);
+        assert_eq!(timer.deadline(Periodic), Deadline::Ns(250));
+        let left = timer.current(Periodic, 150);
+        assert_eq!(Timer::restored(Periodic, BY_1, 100, left, 150).deadline(Periodic), Deadline::Ns(250));
+        let mut stopped = counting(OneShot, BY_1, 0, 0);
+        stopped.change_mode(OneShot, Periodic, 150);
+        assert_eq!(stopped.deadline(Periodic), Deadline::None);
     }
 
     #[test]
