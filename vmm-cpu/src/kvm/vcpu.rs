@@ -51,11 +51,19 @@ pub(super) struct KvmVcpu {
     counts: ExitCounts,
 }
 
+/// Stays in the guest for which registers are handed over after somebody looked at them.
+const ASKED: u8 = 4;
+
 /// What the `kvm_run` page holds of the registers (KVM_CAP_SYNC_REGS): KVM_RUN leaves them there when it returns and takes
-/// them from there when it enters, which saves an ioctl each.
+/// them from there when it enters, which saves an ioctl each. Leaving them there costs something, so it is asked for only
+/// while somebody looks at them again and again.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sync {
     offered: bool,
+    /// KVM_RUN is told to leave them there.
+    requested: bool,
+    /// For how many more stays they are.
+    asked: u8,
     /// General registers are those of the vCPU.
     general: bool,
     /// Segment and control registers are those of the vCPU.
@@ -77,13 +85,9 @@ enum Step {
 }
 
 impl KvmVcpu {
-    pub(super) fn new(mut fd: VcpuFd, shared: Shared, vm: Arc<VmInner>, index: u32) -> Self {
+    pub(super) fn new(fd: VcpuFd, shared: Shared, vm: Arc<VmInner>, index: u32) -> Self {
         let applied_pause = vm.clock.paused_ticks();
         let sync = Sync { offered: vm.syncs_registers, ..Sync::default() };
-        if sync.offered {
-            fd.set_sync_valid_reg(SyncReg::Register);
-            fd.set_sync_valid_reg(SyncReg::SystemRegister);
-        }
         Self {
             fd,
             shared: Arc::new(shared),
@@ -164,9 +168,39 @@ impl KvmVcpu {
     }
 
     /// What the page holds when the KVM_RUN that follows has returned, whatever it says.
+    #[inline]
     fn expect_registers(&mut self) {
-        let offered = self.sync.offered;
-        self.sync = Sync { offered, general: offered, system: offered, ..Sync::default() };
+        let Sync { offered, requested, asked, .. } = self.sync;
+        let wanted = asked > 0;
+        if wanted != requested {
+            self.request_registers(wanted);
+        }
+        self.sync = Sync {
+            offered,
+            requested: wanted,
+            asked: asked.saturating_sub(1),
+            general: wanted,
+            system: wanted,
+            ..Sync::default()
+        };
+    }
+
+    #[cold]
+    fn request_registers(&mut self, wanted: bool) {
+        for field in [SyncReg::Register, SyncReg::SystemRegister] {
+            if wanted {
+                self.fd.set_sync_valid_reg(field);
+            } else {
+                self.fd.clear_sync_valid_reg(field);
+            }
+        }
+    }
+
+    /// Somebody looks at the registers.
+    fn ask_for_registers(&mut self) {
+        if self.sync.offered {
+            self.sync.asked = ASKED;
+        }
     }
 
     /// Gives KVM the registers that it does not have yet, for ioctls that look at them.
@@ -187,7 +221,7 @@ impl KvmVcpu {
     /// KVM's registers change in another way than by KVM_RUN.
     fn forget_registers(&mut self) -> Result<()> {
         self.flush_registers()?;
-        self.sync = Sync { offered: self.sync.offered, ..Sync::default() };
+        (self.sync.general, self.sync.system) = (false, false);
         Ok(())
     }
 
@@ -514,6 +548,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn registers(&mut self) -> Result<GeneralRegisters> {
+        self.ask_for_registers();
         if self.sync.general {
             return Ok(state::general_from_kvm(&self.fd.sync_regs().regs));
         }
@@ -545,6 +580,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn segment_registers(&mut self) -> Result<SystemRegisters> {
+        self.ask_for_registers();
         state::read_segments(self)
     }
 
