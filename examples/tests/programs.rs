@@ -359,6 +359,25 @@ fn linux_says_that_a_kernel_cannot_run_paravirtualized() {
 
 /// With no /dev at all, and so no KVM, the default backend runs the guest in software and says so.
 #[test]
+fn linux_says_what_a_paravirtual_guest_does_without() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("log");
+    let log = log.to_str().unwrap();
+    for (option, expected) in [
+        (&["--gdb", "127.0.0.1:0"][..], "--gdb does not go with --backend xen-pv"),
+        (&["--record", log], "--record, --replay and --state-hashes go with --backend translate"),
+        (&["--replay", log], "--record, --replay and --state-hashes go with --backend translate"),
+        (&["--deterministic"], "--deterministic, --record"),
+    ] {
+        let arguments = ["--backend", "xen-pv", "--engine", "translate", "--kernel", GUEST];
+        let (output, text) = run(LINUX, &[&arguments, option].concat());
+        assert_eq!(output.status.code(), Some(VMM_FAILURE), "{option:?}: {text}");
+        assert!(text.contains(expected), "{option:?}: {text}");
+        assert!(!std::fs::exists(log).unwrap(), "{option:?}");
+    }
+}
+
+#[test]
 fn linux_runs_where_there_is_no_kvm() {
     let hidden = Command::new("unshare")
         .args(["--mount", "sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh", LINUX])

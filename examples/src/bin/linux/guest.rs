@@ -1,0 +1,71 @@
+//! What the machine is started with: a kernel, what it begins from, and what it is told.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use vmm_examples::debian::{self, MODULES, ModuleTree};
+use vmm_examples::guest_command::{GuestRun, Session, Wiring};
+use vmm_examples::initramfs::{Userspace, userspace};
+use vmm_memory::boot::KernelImage;
+
+use crate::TSC_KHZ;
+use crate::options::Options;
+
+/// What the machine is started with.
+pub(crate) struct Guest {
+    kernel: PathBuf,
+    pub(crate) image: Vec<u8>,
+    pub(crate) initrd: Option<Vec<u8>>,
+    pub(crate) command_line: String,
+}
+
+impl Guest {
+    pub(crate) fn get(options: &Options, session: &Session, wiring: Wiring) -> Result<Self> {
+        let debian = if options.kernel.is_none() { Some(debian::kernel(options.series)?) } else { None };
+        let kernel = match (&options.kernel, &debian) {
+            (Some(path), _) => path.clone(),
+            (None, Some(debian)) => debian.image.clone(),
+            (None, None) => bail!("no kernel"),
+        };
+        let image = read(&kernel)?;
+        let is_linux = KernelImage::parse(&image)
+            .with_context(|| format!("kernel {}", kernel.display()))?
+            .setup_header()
+            .is_some();
+        if !is_linux {
+            ensure!(options.command.is_none(), "--command needs a Linux kernel (a bzImage)");
+            let initrd = options.initrd.as_deref().map(read).transpose()?;
+            return Ok(Self { kernel, image, initrd, command_line: options.append.clone() });
+        }
+        let append = format!("tsc_early_khz={TSC_KHZ} {}", options.append);
+        if let Some(initrd) = &options.initrd {
+            let command_line = format!("{} panic=-1 {append}", wiring.parameters());
+            return Ok(Self { kernel, image, initrd: Some(read(initrd)?), command_line });
+        }
+        let modules = match &debian {
+            Some(debian) => ModuleTree::open(&debian.modules)?.select(&MODULES)?,
+            None => Vec::new(),
+        };
+        let busybox = debian::busybox()?;
+        let mut tree = Userspace::new(&busybox).files(&options.add);
+        if let Some(debian) = &debian {
+            tree = tree.modules(&debian.release, &modules);
+        }
+        let names: Vec<&str> = options.packages.iter().map(String::as_str).collect();
+        let packages = if names.is_empty() { None } else { Some(debian::packages(&names)?) };
+        if let Some(packages) = &packages {
+            tree = tree.packages(packages);
+        }
+        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, wiring, &[], &append)?;
+        Ok(Self { kernel, image, initrd: Some(run.initrd), command_line: run.command_line })
+    }
+
+    pub(crate) fn name(&self) -> String {
+        format!("kernel {}", self.kernel.display())
+    }
+}
+
+fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
+    let path = path.as_ref();
+    std::fs::read(path).with_context(|| format!("reading {}", path.display()))
+}

@@ -1,0 +1,236 @@
+//! Boots Debian's stock kernel, or another, to a shell or through one command.
+//!
+//! With no kernel given it gets Debian's cloud kernel and its static busybox as packages, makes an initial RAM disk of
+//! them, and keeps both under `target/`. `--command` runs a shell line in the guest: standard output and standard error are
+//! the line's, and the exit status is. Statuses of the program's own begin at 124.
+//!
+//! The kernel is entered by PVH, the ELF payload of a bzImage directly. The machine is `vmm_examples::pc`'s. With
+//! `--backend xen-pv` the kernel runs as a paravirtual Xen guest instead, which has no PC but a console. Before the guest
+//! runs, the process gives up all that it does not need (`vmm_examples::confine`).
+
+mod end;
+mod guest;
+mod options;
+mod paravirtual;
+mod watch;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser as _;
+use vmm_cpu::entry::entry_state;
+use vmm_cpu::gdb::{Debuggee, Debugger, Event};
+use vmm_cpu::xen_pv;
+use vmm_cpu::{
+    ClockSource, CpuModel, Error, Hypervisor, InterruptMode, VcpuIo, VcpuThreads, VmConfig, open_backend,
+};
+use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
+use vmm_examples::debug::Devices;
+use vmm_examples::guest_command::{Session, Wiring};
+use vmm_examples::pc::{Buses, Clocks, Pc};
+use vmm_examples::replay::{Finish, Machine, Rerun};
+use vmm_examples::terminal::{self, RawMode};
+use vmm_memory::GuestRam;
+use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
+
+use crate::end::{End, Memory, conclude, end_by};
+use crate::guest::Guest;
+use crate::options::{Options, session};
+use crate::watch::{StopSign, Watch, alarm, read_keys};
+
+/// Statuses of the program's own; those of commands end at 123 by custom, and a debug exit's is QEMU's.
+const TIME_IS_UP: u8 = 124;
+const VMM_FAILURE: u8 = 125;
+
+/// Rate of the guest's time-stamp counter. The kernel is told, so that it need not measure it.
+const TSC_KHZ: u32 = 1_000_000;
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(io::stderr)
+        .init();
+    run(&Options::parse(), started).map(ExitCode::from).unwrap_or_else(|error| {
+        terminal::restore();
+        eprintln!("linux: {error:#}");
+        ExitCode::from(VMM_FAILURE)
+    })
+}
+
+fn run(options: &Options, started: Instant) -> Result<u8> {
+    let inherited = inherited_descriptors()?;
+    if options.backend == xen_pv::NAME {
+        return paravirtual::run(options, started, &inherited);
+    }
+    ensure!(options.engine == "auto", "--engine goes with --backend {}", xen_pv::NAME);
+    // Before anything is fetched: without a backend there is no use for it.
+    let hypervisor = choose(&options.backend)?;
+    let endpoint = options.debug.endpoint(options.rerun.is_deterministic())?;
+    let rerun = Rerun::open(&options.rerun, options.cpus)?;
+    let session = match rerun.session() {
+        Some(session) => session,
+        None => session(options)?,
+    };
+    let guest = Guest::get(options, &session, Wiring::SerialPorts)?;
+
+    let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
+    let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
+    let is_linux = kernel.setup_header().is_some();
+    let mut boot = Boot::new(&kernel).command_line(guest.command_line.trim());
+    if let Some(initrd) = &guest.initrd {
+        boot = boot.initrd(initrd);
+    }
+    let tables = Pc::write_tables(&ram, options.cpus)?;
+    if is_linux {
+        // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS
+        // leaves them.
+        boot = boot.protocol(BootProtocol::Pvh).rsdp(tables);
+    }
+    let entry = boot.load(&*ram.memory()).with_context(|| guest.name())?;
+
+    let vm =
+        hypervisor.create_vm(&machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus))?;
+    vm.map_ram(&ram)?;
+    let mut vcpus = (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+    let bootstrap = vcpus.first_mut().context("a machine has a vCPU")?;
+    entry_state(&entry)?.apply(&mut **bootstrap)?;
+    let bootstrap = bootstrap.handle();
+
+    let stop = Arc::new(StopSign::default());
+    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
+    let messages = vm.msi().context("the backend takes no interrupt messages")?;
+    let at_end = Arc::clone(&stop);
+    // One clock for all where it may stop.
+    let one_clock = options.rerun.is_deterministic() || endpoint.is_some();
+    let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
+    let output = |port| Watch::port(&watch, port);
+    let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
+    if options.rerun.is_deterministic() {
+        let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
+        stop.reaches(move || bootstrap.kick());
+        let started_with = (&*guest.image, guest.initrd.as_deref(), guest.command_line.trim());
+        let header = rerun.header(started_with, options.memory, (&*hypervisor, &*vm), session.clone());
+        let (director, typist) = rerun.director(&header, &ram, &*vm)?;
+        let raw =
+            if typist.is_some() && matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
+        if let Some(typist) = typist.filter(|_| !matches!(session, Session::Command { .. })) {
+            read_keys(move |keys| typist.type_in(keys), &watch, raw.is_some())?;
+        }
+        let time_is_up = alarm(options.seconds, &stop)?;
+        let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
+        confine(&*hypervisor, &inherited, false)?;
+        let machine = Machine { vm: &*vm, vcpu: &mut *vcpu, pc: &pc };
+        let guest_ended = || pc.end().is_some() || watch.done.load(Ordering::SeqCst);
+        let wanted = || {
+            let user = watch.enough.load(Ordering::SeqCst) || watch.broken.load(Ordering::SeqCst);
+            let time = time_is_up.load(Ordering::SeqCst);
+            if user { Some(Finish::User) } else { time.then_some(Finish::Time) }
+        };
+        let finish = director.run(machine, guest_ended, wanted);
+        let end = finish.and_then(|finish| {
+            ensure!(!watch.broken.load(Ordering::SeqCst), "the guest's output cannot be written");
+            Ok(match (finish, pc.end()) {
+                (Finish::User, _) => End::User,
+                (Finish::Time, _) => End::TimeIsUp,
+                (Finish::Guest, end) => End::of(end)?,
+            })
+        });
+        drop(raw);
+        return conclude(options, &session, &watch, started, &[vcpu], memory, end);
+    }
+    let with_buses = |vcpu| (vcpu, Box::new(Buses(Arc::clone(&pc))) as Box<dyn VcpuIo + Send>);
+    let threads = Arc::new(VcpuThreads::spawn(vcpus.into_iter().map(with_buses).collect())?);
+    let pause = threads.pause_handle();
+    let (tell, told) = mpsc::channel();
+    let stopped = tell.clone();
+    stop.reaches(move || {
+        pause.pause();
+        // Without a debugger nobody receives it.
+        drop(stopped.send(None));
+    });
+    pc.start(bootstrap);
+    let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
+    if !matches!(session, Session::Command { .. }) {
+        let typed = Arc::clone(&pc);
+        read_keys(move |keys| typed.type_in(keys), &watch, raw.is_some())?;
+    }
+    let time_is_up = alarm(options.seconds, &stop)?;
+    let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
+    let debugger = match endpoint {
+        Some(endpoint) => {
+            let clock = vm.clock().context("the backend's clock cannot be stopped")?;
+            let debuggee = Debuggee::new(Arc::clone(&threads), ram.clone()).clock(clock);
+            let event = move |event| drop(tell.send(Some(event)));
+            Some(Debugger::start(endpoint, debuggee.monitor(Devices(Arc::clone(&pc))), event)?)
+        }
+        None => None,
+    };
+    confine(&*hypervisor, &inherited, debugger.is_some())?;
+
+    match &debugger {
+        None => threads.resume(),
+        Some(debugger) if !options.debug.waits() => debugger.resume(),
+        Some(_) => {}
+    }
+    let end = match debugger {
+        None => end_by(threads.wait(None), pc.end(), &watch, &time_is_up),
+        Some(debugger) => {
+            let end = match told.recv()? {
+                Some(Event::Exit(exit)) => end_by(Some(exit), pc.end(), &watch, &time_is_up),
+                Some(_) => Ok(End::User),
+                None => end_by(None, pc.end(), &watch, &time_is_up),
+            };
+            debugger.finish(if let Ok(End::DebugExit(status)) = end { status } else { 0 });
+            end
+        }
+    };
+    let vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
+    drop(raw);
+    conclude(options, &session, &watch, started, &vcpus, memory, end)
+}
+
+/// The backend of that name. The program says what `auto` has chosen, and why.
+fn choose(name: &str) -> Result<Box<dyn Hypervisor>> {
+    if name != "auto" {
+        return Ok(open_backend(name)?);
+    }
+    let why = match open_backend("kvm") {
+        Ok(kvm) if kvm.capabilities().hardware_assisted == Some(true) => {
+            eprintln!("linux: backend kvm, since the processor has hardware assistance");
+            return Ok(kvm);
+        }
+        Ok(_) => "since /dev/kvm has no hardware assistance behind it".to_owned(),
+        Err(Error::HostInterfaceAbsent { path, .. }) => format!("since there is no {path}"),
+        Err(error) => format!("since kvm is not to be had: {error}"),
+    };
+    eprintln!("linux: backend translate, {why}");
+    Ok(open_backend("translate")?)
+}
+
+/// The machine that [`Pc`] goes with.
+fn machine(hypervisor: &dyn Hypervisor, deterministic: bool) -> VmConfig {
+    let mut config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic);
+    if hypervisor.capabilities().tsc_scaling {
+        config.clock.tsc_khz = Some(TSC_KHZ);
+    }
+    if deterministic {
+        config.clock.source = ClockSource::Deterministic;
+    }
+    config
+}
+
+/// Gives up what the process does not need from here on. Where debuggers may connect, it lets them.
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], debuggers: bool) -> Result<()> {
+    let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
+    let confinement = Confinement::new(engine).deny_descriptors(inherited);
+    if debuggers {
+        return confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt).enter();
+    }
+    confinement.enter()
+}

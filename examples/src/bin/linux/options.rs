@@ -1,0 +1,85 @@
+//! What the command line says.
+
+use std::io::{self, Read as _};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use vmm_examples::debian::Series;
+use vmm_examples::debug::DebugOptions;
+use vmm_examples::guest_command::{Screen, Session};
+use vmm_examples::initramfs::AddedFile;
+use vmm_examples::replay::RerunOptions;
+use vmm_examples::terminal;
+
+/// Boots Debian's stock kernel, or another, to a shell or through one command.
+#[derive(Parser)]
+pub(crate) struct Options {
+    /// What runs the guest: kvm, translate, xen-pv, or auto, which takes hardware assistance where the processor has it.
+    #[arg(long, default_value = "auto")]
+    pub(crate) backend: String,
+    /// What executes the guest of backend xen-pv: kvm, translate, or auto.
+    #[arg(long, default_value = "auto")]
+    pub(crate) engine: String,
+    /// Kernel: bzImage, ELF with a PVH note, or multiboot image. Debian's cloud kernel if not given.
+    #[arg(long)]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Which of Debian's kernels to get.
+    #[arg(long, value_enum, default_value_t, conflicts_with = "kernel")]
+    pub(crate) series: Series,
+    /// Initial RAM disk instead of the program's own; module of a multiboot kernel.
+    #[arg(long, conflicts_with_all = ["command", "packages"])]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Added to the kernel's command line; all of it for kernels other than Linux.
+    #[arg(long, default_value = "")]
+    pub(crate) append: String,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cpus: u32,
+    /// RAM in MiB.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=1 << 20))]
+    pub(crate) memory: u64,
+    /// Runs this shell line in the guest and exits with its status.
+    #[arg(long)]
+    pub(crate) command: Option<String>,
+    /// Gives the program's standard input to the command; without it the command has none.
+    #[arg(long, requires = "command")]
+    pub(crate) stdin: bool,
+    /// Debian packages to add to the guest's userspace, with what they depend on.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) packages: Vec<String>,
+    /// Adds a file of this machine to the guest's, at PATH or in /root. Repeatable.
+    #[arg(long, value_name = "FILE[:PATH]", conflicts_with = "initrd")]
+    pub(crate) add: Vec<AddedFile>,
+    /// Ends the run after that time, with status 124.
+    #[arg(long)]
+    pub(crate) seconds: Option<u64>,
+    #[command(flatten)]
+    pub(crate) rerun: RerunOptions,
+    #[command(flatten)]
+    pub(crate) debug: DebugOptions,
+    /// Times, exits by kind, instructions and memory, on standard error at the end.
+    #[arg(long)]
+    pub(crate) timings: bool,
+}
+
+/// What the guest is to do.
+pub(crate) fn session(options: &Options) -> Result<Session> {
+    if let Some(line) = &options.command {
+        let input = if options.stdin {
+            let mut input = Vec::new();
+            io::stdin().read_to_end(&mut input).context("reading standard input")?;
+            Some(input)
+        } else {
+            None
+        };
+        return Ok(Session::Command { line: line.clone(), input });
+    }
+    let is_terminal = io::IsTerminal::is_terminal(&io::stdin());
+    Ok(if is_terminal {
+        let (rows, columns) = terminal::size().unwrap_or((24, 80));
+        Session::Shell(Screen { rows, columns, term: terminal::kind() })
+    } else {
+        Session::Log
+    })
+}
