@@ -151,8 +151,10 @@ impl VcpuAbi {
             .get(leaf, subleaf)
             .map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx]);
         if leaf == 1 {
+            // Not a copy of the guest's CR4, but on from the start, as Xen shows it to kernels that ask this way: Linux
+            // believes in XSAVE only if both bits are set before it touches CR4 (xen_check_xsave).
             ecx &= !Feature::OSXSAVE.mask();
-            if self.control.cr4 & CR4_OSXSAVE != 0 {
+            if ecx & Feature::XSAVE.mask() != 0 {
                 ecx |= Feature::OSXSAVE.mask();
             }
         }

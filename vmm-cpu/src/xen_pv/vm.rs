@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion as _};
 use vmm_memory::{GuestRam, GuestRegion};
 
-use super::NAME;
 use super::abi::sched::ShutdownReason;
 use super::builder::{PvBoot, PvEntry, Rings};
 use super::domain::{Domain, DomainConfig, EventChannels};
@@ -14,6 +13,7 @@ use super::engine::{Layout, Ring3Config, Ring3Machine};
 use super::hypervisor::DomainDevices;
 use super::vcpu::XenPvVcpu;
 use super::vcpu_abi::VcpuAbi;
+use super::{NAME, pv_cpuid};
 use crate::cpuid::{CpuModel, CpuidTable};
 use crate::error::{Error, Result};
 use crate::hypervisor::{Hypervisor, VmConfig};
@@ -85,7 +85,7 @@ impl XenPvVm {
         let machine = Ring3Machine::new(&*self.below, &ring3, &self.ram)?;
         let mut config = DomainConfig::new(self.ram.clone(), layout, machine.capabilities().tsc_khz);
         config.vcpus = self.config.max_vcpus;
-        config.cpuid = self.cpuid.clone();
+        config.cpuid = machine.cpuid_in_ring_3().map_or_else(|| self.cpuid.clone(), pv_cpuid);
         if let Some(devices) = devices.take() {
             (config.console, config.gate) = (devices.console, devices.gate);
         }

@@ -9,6 +9,7 @@ use vmm_memory::boot::KernelImage;
 use vmm_memory::{Backing, RegionConfig};
 
 use super::*;
+use crate::state::GeneralRegisters;
 use crate::vcpu::{EmptyBus, Halt};
 use crate::xen_pv::builder::tests::{ENTRY, Kernel};
 use crate::xen_pv::{ConsoleSink, ConsoleSource, XenPvHypervisor};
@@ -259,4 +260,43 @@ fn what_a_domain_cannot_be_is_refused() {
     assert!(matches!(vm.create_vcpu(0), Err(Error::VcpuExists { index: 0 })));
     assert!(vm.unmap_memory(GuestAddress(0)).is_err(), "in use");
     assert_eq!(vcpu.index(), 0);
+}
+
+/// Programs use every register that the processor lets them use, so a kernel has to be told of all of them: what it does
+/// not know of it does not save when it switches tasks.
+#[test]
+fn a_kernel_is_told_of_all_registers_that_programs_find() {
+    const OSXSAVE: u32 = 1 << 27;
+    const XSAVE_AND_OSXSAVE: u64 = 3 << 26;
+    let program = |a: &mut CodeAssembler| {
+        let mut without = a.create_label();
+        for leaf in [1_u64, 0xd] {
+            a.mov(rax, leaf)?;
+            a.xor(ecx, ecx)?;
+            a.db(b"\x0f\x0bxen")?;
+            a.cpuid()?;
+            a.mov(r12, r13)?;
+            a.mov(r13, if leaf == 1 { rcx } else { rax })?;
+        }
+        // As a program would, which cannot ask Xen.
+        a.mov(rax, 1_u64)?;
+        a.cpuid()?;
+        a.xor(r14, r14)?;
+        a.and(ecx, OSXSAVE)?;
+        a.jz(without)?;
+        a.xor(ecx, ecx)?;
+        a.xgetbv()?;
+        a.mov(r14, rax)?;
+        a.set_label(&mut without)?;
+        shut_down(a, 0)
+    };
+    everywhere(program, |mut guest| {
+        assert_eq!(guest.run(), Halt::Shutdown);
+        let GeneralRegisters { r12: told, r13: components, r14: xcr0, .. } = guest.vcpu.registers().unwrap();
+        if xcr0 != 0 {
+            assert_eq!(told & XSAVE_AND_OSXSAVE, XSAVE_AND_OSXSAVE, "{told:#x}");
+        }
+        const KNOWN: u64 = 0xe7;
+        assert_eq!(xcr0 & KNOWN & !components, 0, "XCR0 {xcr0:#x}, told {components:#x}");
+    });
 }

@@ -2,6 +2,7 @@ use super::super::abi::nr;
 use super::super::abi::vcpu::TrapInfo;
 use super::super::test_support::{DIRECT, FREE, Guest, L1};
 use super::*;
+use crate::cpuid::{CpuidEntry, CpuidTable};
 
 const HANDLER: u64 = 0xffff_ffff_8123_4560;
 
@@ -219,14 +220,16 @@ fn cpuid_with_xens_prefix() {
         (general.rip, general.rax, general.rbx),
         (rip + 7, 0x4000_0002, u32::from_le_bytes(*b"XenV").into())
     );
-    for (cr4, osxsave) in [(0, false), (CR4_OSXSAVE, true)] {
+    // Linux looks for OSXSAVE before it sets it, and uses no XSAVE otherwise.
+    for cr4 in [0, CR4_OSXSAVE] {
         guest.vcpu.control.cr4 = cr4;
         guest.engine.context.general.rip = rip;
         guest.engine.context.general.rax = 1;
         guest.exception(6, 0, 0);
         let ecx = low(guest.engine.context.general.rcx);
-        assert_eq!(ecx & Feature::OSXSAVE.mask() != 0, osxsave);
-        assert_ne!(ecx & Feature::HYPERVISOR.mask(), 0);
+        for feature in [Feature::XSAVE, Feature::OSXSAVE, Feature::HYPERVISOR] {
+            assert_ne!(ecx & feature.mask(), 0, "{feature} with CR4 {cr4:#x}");
+        }
     }
     // A leaf that is not there.
     guest.engine.context.general.rip = rip;
@@ -237,6 +240,17 @@ fn cpuid_with_xens_prefix() {
     let mut guest = self::guest(&code[..5]);
     guest.exception(6, 0, 0);
     assert_eq!(guest.engine.context.general.rip, HANDLER + 6);
+}
+
+#[test]
+fn a_processor_without_xsave_shows_no_osxsave() {
+    let leaf = CpuidEntry::new(1, None, [0, 0, Feature::OSXSAVE.mask(), 0]);
+    let mut guest = Guest::with(|config| config.cpuid = CpuidTable::new(vec![leaf]));
+    guest.vcpu.control.cr4 = CR4_OSXSAVE;
+    guest.engine.context.general.rip = guest.put_bytes(&[0x0f, 0x0b, b'x', b'e', b'n', 0x0f, 0xa2]);
+    guest.engine.context.general.rax = 1;
+    assert_eq!(guest.exception(6, 0, 0), Action::Continue);
+    assert_eq!(guest.engine.context.general.rcx, 0);
 }
 
 #[test]

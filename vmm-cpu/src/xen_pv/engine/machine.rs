@@ -1,22 +1,20 @@
 //! [`Ring3Machine`]: a virtual machine of another backend, made to run one deprivileged guest.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion as _};
 use vmm_memory::{GuestRam, MemoryError, PAGE_SIZE, RegionConfig};
 
-use super::EngineCapabilities;
 use super::layout::Layout;
+use super::native::{self, XCR0_KNOWN};
 use super::private::Private;
 use super::ring3::Ring3;
-use crate::cpuid::{CpuModel, Feature};
+use super::{Engine as _, EngineCapabilities};
+use crate::cpuid::{CpuModel, CpuidTable, Feature};
 use crate::error::{Error, Result};
 use crate::hypervisor::{ClockConfig, Hypervisor, VmConfig};
 use crate::vm::Vm;
-
-/// Bits of XCR0 that guests may use: x87, SSE, AVX, AVX-512.
-const XCR0_KNOWN: u64 = 0xe7;
 
 /// A virtual machine whose guest, kernel and programs alike, runs in ring 3 of long mode.
 pub struct Ring3Machine {
@@ -25,6 +23,9 @@ pub struct Ring3Machine {
     private: Private,
     capabilities: EngineCapabilities,
     store_in_guest: bool,
+    /// The first engine, which was asked what ring 3 is like, until somebody wants it.
+    first: Mutex<Option<Ring3>>,
+    in_ring_3: Option<CpuidTable>,
 }
 
 impl fmt::Debug for Ring3Machine {
@@ -44,7 +45,7 @@ pub struct Ring3Config {
     pub layout: Layout,
     /// Virtual processors, at least 1.
     pub vcpus: u32,
-    /// What programs of the guest see of the processor; the kernel asks the ABI.
+    /// What programs of the guest see of the processor, as far as the backend can have it so; the kernel asks the ABI.
     pub cpu: CpuModel,
     /// The clock.
     pub clock: ClockConfig,
@@ -123,7 +124,7 @@ impl Ring3Machine {
             Some(leaf) => (u64::from(leaf.edx) << 32 | u64::from(leaf.eax)) & XCR0_KNOWN,
             None => 0,
         };
-        let below = VmConfig::new(CpuModel::Exact(table)).vcpus(config.vcpus).clock(config.clock);
+        let below = VmConfig::new(CpuModel::Exact(table.clone())).vcpus(config.vcpus).clock(config.clock);
         let vm = hypervisor.create_vm(&below)?;
         let abi = layout.abi_frames();
         let above = [(abi.start * PAGE_SIZE, abi.end * PAGE_SIZE), (layout.m2p().0, end)];
@@ -134,7 +135,23 @@ impl Ring3Machine {
         vm.map_ram(ram)?;
         let tsc_khz = vm.clock().map_or(0, |clock| clock.tsc_khz());
         let capabilities = EngineCapabilities { tsc_khz, xcr0, compatibility_mode: true };
-        Ok(Self { vm, ram: ram.clone(), private, capabilities, store_in_guest: config.store_in_guest })
+        let mut machine = Self {
+            vm,
+            ram: ram.clone(),
+            private,
+            capabilities,
+            store_in_guest: config.store_in_guest,
+            first: Mutex::default(),
+            in_ring_3: None,
+        };
+        let mut first = machine.new_engine(0)?;
+        if first.is_xcr0_fixed() {
+            machine.capabilities = first.capabilities();
+            let found = |leaf, subleaf| first.cpuid_in_ring_3(leaf, subleaf);
+            machine.in_ring_3 = Some(native::with_instructions(&table, machine.capabilities.xcr0, found)?);
+        }
+        machine.first = Mutex::new(Some(first));
+        Ok(machine)
     }
 
     /// The memory: the domain's RAM, the ABI's frames, the machine-to-physical table, and the engine's own.
@@ -157,11 +174,25 @@ impl Ring3Machine {
         self.capabilities
     }
 
+    /// CPUID as the guest's programs find it where that is the processor's own, whatever [`Ring3Config::cpu`] says: a
+    /// guest kernel that is not told of it does not keep the registers of its programs apart.
+    pub fn cpuid_in_ring_3(&self) -> Option<&CpuidTable> {
+        self.in_ring_3.as_ref()
+    }
+
     /// Makes virtual processor `index`, each once.
     ///
     /// # Errors
     /// As [`Vm::create_vcpu`].
     pub fn create_engine(&self, index: u32) -> Result<Ring3> {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        match first.take_if(|_| index == 0) {
+            Some(first) => Ok(first),
+            None => self.new_engine(index),
+        }
+    }
+
+    fn new_engine(&self, index: u32) -> Result<Ring3> {
         let vcpu = self.vm.create_vcpu(index)?;
         Ring3::new(vcpu, self.ram.clone(), self.private, self.capabilities, self.store_in_guest)
     }

@@ -11,6 +11,7 @@ mod descriptors;
 mod exits;
 mod layout;
 mod machine;
+mod native;
 mod private;
 mod ring3;
 

@@ -53,6 +53,12 @@ pub(super) const VA_STORE: u64 = PRIVATE_VA + 0x40;
 /// Operation: store RBX at the address in RAX, with those bits of RCX set that were set there.
 pub(super) const VA_STORE_KEEPING: u64 = PRIVATE_VA + 0x50;
 
+/// In ring 3: CPUID. The OUT behind it is not allowed there, which ends it.
+pub(super) const VA_CPUID: u64 = PRIVATE_VA + 0xe0;
+
+/// In ring 3: XGETBV, likewise.
+pub(super) const VA_XGETBV: u64 = PRIVATE_VA + 0xf0;
+
 /// Stub of exception 0; the others follow, [`STUB_SIZE`] bytes each.
 const VA_EXCEPTIONS: u64 = PRIVATE_VA + 0x100;
 
@@ -293,6 +299,8 @@ fn entry_page() -> Vec<u8> {
     put(VA_STORE, &[0x48, 0x89, 0x18, OUT, PORT_OPERATION]);
     // XCHG [RAX], RBX; AND RBX, RCX; LOCK OR [RAX], RBX: a bit that a processor sets in between stays.
     put(VA_STORE_KEEPING, &[0x48, 0x87, 0x18, 0x48, 0x21, 0xcb, 0xf0, 0x48, 0x09, 0x18, OUT, PORT_OPERATION]);
+    put(VA_CPUID, &[0x0f, 0xa2, OUT, PORT_OPERATION]);
+    put(VA_XGETBV, &[0x0f, 0x01, 0xd0, OUT, PORT_OPERATION]);
     for vector in 0..EXCEPTIONS {
         put(VA_EXCEPTIONS + u64::from(vector) * STUB_SIZE, &[OUT, PORT_EXCEPTION + vector]);
     }
@@ -345,7 +353,10 @@ mod tests {
         let page = entry_page();
         for (va, port) in [(VA_SYSCALL, PORT_SYSCALL), (VA_SYSCALL_32, PORT_SYSCALL)]
             .into_iter()
-            .chain([VA_FLUSH_PAGE, VA_FLUSH_ALL, VA_STORE, VA_STORE_KEEPING].map(|va| (va, PORT_OPERATION)))
+            .chain(
+                [VA_FLUSH_PAGE, VA_FLUSH_ALL, VA_STORE, VA_STORE_KEEPING, VA_CPUID, VA_XGETBV]
+                    .map(|va| (va, PORT_OPERATION)),
+            )
             .chain((0..EXCEPTIONS).map(|n| (VA_EXCEPTIONS + u64::from(n) * STUB_SIZE, PORT_EXCEPTION + n)))
         {
             let code = &page[usize::try_from(va - PRIVATE_VA).unwrap()..];

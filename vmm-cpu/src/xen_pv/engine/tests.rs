@@ -7,8 +7,10 @@ use iced_x86::code_asm::*;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress};
 use vmm_memory::{GuestRam, RegionConfig};
 
+use super::native::XCR0_KNOWN;
 use super::private::{Private, VA_SYSCALL};
 use super::*;
+use crate::cpuid::Feature;
 use crate::state::rflags;
 
 const RAM: u64 = 8 << 20;
@@ -716,5 +718,55 @@ fn time_goes_on() {
         let after = guest.engine.time_stamp().unwrap();
         assert!(before <= inside && inside <= after, "{before} {inside} {after}");
         assert!(guest.engine.capabilities().tsc_khz > 0);
+    });
+}
+
+/// What the engine says of XCR0 is what programs find, before and after it is set.
+#[test]
+fn programs_find_no_registers_that_the_engine_does_not_tell_of() {
+    const OSXSAVE: u32 = 1 << 27;
+    everywhere(|mut guest| {
+        guest.load(|a| {
+            let (mut again, mut without) = (a.create_label(), a.create_label());
+            a.set_label(&mut again)?;
+            a.mov(rax, 1_u64)?;
+            a.cpuid()?;
+            a.xor(rbx, rbx)?;
+            a.and(ecx, OSXSAVE)?;
+            a.jz(without)?;
+            a.xor(ecx, ecx)?;
+            a.xgetbv()?;
+            a.mov(rbx, rax)?;
+            a.set_label(&mut without)?;
+            a.syscall()?;
+            a.jmp(again)
+        });
+        guest.engine.context().switch_mode(GuestMode::User);
+        let told = guest.engine.capabilities().xcr0;
+        assert_eq!(guest.run(), EngineExit::Syscall);
+        let found = guest.general().rbx;
+        assert_eq!(found & XCR0_KNOWN & !told, 0, "{found:#x}, told {told:#x}");
+        assert_eq!(found == 0, told == 0);
+        // Where it is not the engine's to choose, CPUID tells of it too.
+        match guest.machine.cpuid_in_ring_3() {
+            Some(table) => {
+                assert_eq!(found & XCR0_KNOWN, told);
+                let [legacy, state] = [0, 1].map(|subleaf| table.get(0xd, subleaf).unwrap());
+                assert_eq!(u64::from(legacy.eax), told);
+                assert_eq!(state.eax & Feature::XSAVES.mask(), 0);
+                for feature in [Feature::XSAVE, Feature::SSE3, Feature::POPCNT] {
+                    assert!(table.has(feature), "{feature}");
+                }
+            }
+            None => assert!(found <= 1, "not set yet: {found:#x}"),
+        }
+        for value in [0, 5, 0x21, 0x67, 1 << 9 | 3, u64::MAX] {
+            assert!(guest.engine.set_xcr0(value).is_err(), "{value:#x}");
+        }
+        if told != 0 {
+            guest.engine.set_xcr0(told).unwrap();
+            assert_eq!(guest.run(), EngineExit::Syscall);
+            assert_eq!(guest.general().rbx & XCR0_KNOWN, told);
+        }
     });
 }

@@ -66,12 +66,15 @@ impl Engine for Ring3 {
 
     fn set_xcr0(&mut self, value: u64) -> Result<()> {
         let allowed = self.capabilities.xcr0;
-        if value & 1 == 0 || value & !allowed != 0 {
-            let allowed = format!("bit 0 with any of {allowed:#x}");
+        if value & !allowed != 0 || !is_consistent(value) {
+            let allowed = format!("bit 0 with any of {allowed:#x} that go together");
             return Err(Error::invalid("XCR0", format_args!("{value:#x}"), allowed));
         }
-        self.system.xcr0 = value;
-        self.rare_changed = true;
+        // A kernel that wants less than is fixed has chosen itself what it does not save.
+        if !self.xcr0_fixed {
+            self.system.xcr0 = value;
+            self.rare_changed = true;
+        }
         Ok(())
     }
 
@@ -115,6 +118,17 @@ impl Engine for Ring3 {
             },
         }
     }
+}
+
+/// Whether the processor takes the value (Intel SDM 3A 2.6): components that build upon others come with them.
+fn is_consistent(xcr0: u64) -> bool {
+    const X87: u64 = 1;
+    const SSE: u64 = 1 << 1;
+    const AVX: u64 = 1 << 2;
+    const AVX_512: u64 = 7 << 5;
+    xcr0 & X87 != 0
+        && (xcr0 & AVX == 0 || xcr0 & SSE != 0)
+        && (xcr0 & AVX_512 == 0 || xcr0 & (AVX_512 | AVX) == AVX_512 | AVX)
 }
 
 /// Whether the address is in Xen's range: the slots 256 to 271 of a root.

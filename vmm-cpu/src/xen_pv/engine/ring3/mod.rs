@@ -7,6 +7,7 @@
 mod context;
 mod control;
 mod mmu;
+mod probe;
 
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use self::context::canonical;
 use self::mmu::Flush;
 use super::descriptors::{Descriptors, FLAT_CS64, FLAT_SS, STUB_CS, STUB_SS, TASK_STATE};
 use super::exits::{Exits, Signals};
+use super::native::XCR0_KNOWN;
 use super::private::{self, Private};
 use super::{Context, EngineCapabilities, EngineExit};
 use crate::error::{Error, Result};
@@ -65,6 +67,8 @@ pub struct Ring3 {
     flush: Flush,
     /// Debug registers or XCR0 are other than the processor's.
     rare_changed: bool,
+    /// XCR0 is what the host has, whatever the engine sets.
+    xcr0_fixed: bool,
     crashed: bool,
 }
 
@@ -127,6 +131,7 @@ impl Ring3 {
             user_root: None,
             flush: Flush::NOTHING,
             rare_changed: false,
+            xcr0_fixed: false,
             crashed: false,
         };
         engine.vcpu.set_system_registers(&system)?;
@@ -138,6 +143,10 @@ impl Ring3 {
             (msr::FMASK, SYSCALL_CLEARS),
         ] {
             engine.vcpu.set_msr(register, value)?;
+        }
+        if let Some(fixed) = engine.fixed_xcr0()? {
+            engine.capabilities.xcr0 = fixed & XCR0_KNOWN;
+            engine.xcr0_fixed = true;
         }
         Ok(engine)
     }
