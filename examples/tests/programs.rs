@@ -323,7 +323,7 @@ fn linux_runs_four_processors_that_work_against_each_other() {
 
 /// Debian's stock kernel as a Xen guest with no Xen: what it finds, and that its one console keeps streams and status apart.
 #[test]
-fn linux_runs_debian_paravirtualized() {
+fn linux_runs_debian_paravirtualized_on_each_engine() {
     const TEST: &str = "linux, paravirtualized";
     const LINE: &str = "cat /sys/hypervisor/type; nproc; echo bad >&2; printf 'C status 9\\nO aaaa\\n'; \
                         for i in 1 2 3 4; do sha256sum /bin/busybox | cut -c1-64 & done; wait; exit 7";
@@ -333,17 +333,18 @@ fn linux_runs_debian_paravirtualized() {
     let digest = Command::new("sha256sum").arg(debian::busybox().unwrap()).output().unwrap();
     let digest = String::from_utf8_lossy(&digest.stdout)[..64].to_owned();
     let expected = format!("xen\n2\nC status 9\nO aaaa\n{}", format!("{digest}\n").repeat(4));
-    // The engine on `kvm` is not fit for this yet: a user program crashes now and then (README, State of things).
-    let arguments = ["--backend", "xen-pv", "--engine", "translate", "--cpus", "2", "--seconds", "600"];
-    let output = Command::new(LINUX)
-        .args(arguments)
-        .args(["--command", LINE])
-        .env_remove("RUST_LOG")
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(7), "{output:?}");
-    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
-    assert_eq!(output.stderr, b"bad\n");
+    on_each_backend(TEST, |engine| {
+        let arguments = ["--backend", "xen-pv", "--engine", engine, "--cpus", "2", "--seconds", "600"];
+        let output = Command::new(LINUX)
+            .args(arguments)
+            .args(["--command", LINE])
+            .env_remove("RUST_LOG")
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(7), "{engine}: {output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "{engine}");
+        assert_eq!(output.stderr, b"bad\n", "{engine}");
+    });
 }
 
 /// A kernel that is not one of Xen's.
