@@ -37,9 +37,14 @@ impl Signals {
 
     /// Kicks the vCPU again if its last kick went to an operation of the engine, and whoever kicked still waits.
     pub(super) fn renew_kick(&self) {
-        if self.kicked.load(Ordering::SeqCst) || self.flush_wanted().is_some() {
+        if self.is_wanted() {
             self.vcpu.kick();
         }
+    }
+
+    /// Whether somebody waits for the engine to look.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.kicked.load(Ordering::SeqCst) || self.flush_wanted().is_some()
     }
 
     /// The number of the last flush that was asked for and not done.

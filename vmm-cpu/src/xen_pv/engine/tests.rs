@@ -551,6 +551,51 @@ fn kicks_and_flushes_at_any_moment() {
     });
 }
 
+/// A trap, with RIP behind its instruction, that comes at the moment of a kick is delivered.
+#[test]
+fn no_trap_is_lost_to_kicks_and_flushes() {
+    everywhere(|mut guest| {
+        guest.load(|a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            for _ in 0..8 {
+                a.int3()?;
+                a.inc(rax)?;
+            }
+            a.jmp(again)
+        });
+        let (handle, stop) = (guest.engine.handle(), Arc::new(std::sync::atomic::AtomicBool::new(false)));
+        let stopping = Arc::clone(&stop);
+        let kicker = std::thread::spawn(move || {
+            for round in 0_u32.. {
+                if stopping.load(std::sync::atomic::Ordering::SeqCst) {
+                    return;
+                }
+                handle.kick();
+                if round % 3 == 0 {
+                    handle.flush();
+                }
+                for _ in 0..round % 61 * 20 {
+                    std::hint::spin_loop();
+                }
+            }
+        });
+        let (mut traps, mut interrupted) = (0, 0);
+        while traps < 4000 || interrupted < 20 {
+            match guest.run() {
+                EngineExit::Exception { vector: 3, .. } => {
+                    assert_eq!(guest.general().rax, traps, "after {interrupted} kicks");
+                    traps += 1;
+                }
+                EngineExit::Interrupted => interrupted += 1,
+                other => panic!("{other:?} after {traps} traps"),
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        kicker.join().unwrap();
+    });
+}
+
 #[test]
 fn a_flush_waits_for_the_guest_to_let_go() {
     everywhere(|mut guest| {

@@ -15,7 +15,7 @@ const GUEST_FLAGS: u64 = 0x0025_0dd5;
 const DEBUG: u8 = 1;
 const INVALID_OPCODE: u8 = 6;
 const GENERAL_PROTECTION: u8 = 13;
-const PAGE_FAULT: u8 = 14;
+pub(super) const PAGE_FAULT: u8 = 14;
 
 impl Ring3 {
     /// Gives the processor what [`Context`] says; the exception if that cannot be loaded.

@@ -6,6 +6,7 @@
 
 mod context;
 mod control;
+mod held;
 mod mmu;
 mod probe;
 
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::GuestAddress;
 
-use self::context::canonical;
+use self::context::{PAGE_FAULT, canonical};
 use self::mmu::Flush;
 use super::descriptors::{Descriptors, FLAT_CS64, FLAT_SS, STUB_CS, STUB_SS, TASK_STATE};
 use super::exits::{Exits, Signals};
@@ -280,6 +281,17 @@ impl Ring3 {
                 Stay::Interrupted if system.cs.dpl != 3 => return Ok(self.crash("it is in ring 0")),
                 Stay::Interrupted => {
                     in_stub = false;
+                    if self.store_in_guest
+                        && self.signals.is_wanted()
+                        && let Some((vector, at_stub)) = self.held_trap(&system)?
+                    {
+                        // Whoever kicked still waits: the next run looks.
+                        self.take_segments(&system);
+                        return self.exception_exit(vector, at_stub);
+                    }
+                    if self.crashed {
+                        return Ok(EngineExit::Crashed);
+                    }
                     if self.signals.take_kick() {
                         self.take_segments(&system);
                         self.context.general = general;
