@@ -14,13 +14,12 @@ impl Call<'_> {
     /// Arguments: command, count, buffer.
     pub(super) fn console_io(&mut self, args: &mut [u64; 6]) -> Outcome {
         let [command, count, buffer, ..] = *args;
-        // The count is an unsigned int that counts as signed.
-        let Some(count) = usize::try_from(count & u64::from(u32::MAX)).ok().filter(|count| *count < 1 << 31)
-        else {
-            return Err(Errno::EINVAL.into());
-        };
+        // The count is an unsigned int.
+        let count = usize::try_from(count & u64::from(u32::MAX)).map_err(|_| Errno::E2BIG)?;
         match command {
             WRITE => self.console_write(args, buffer, count),
+            // The answer is a signed one.
+            READ if count >= 1 << 31 => Err(Errno::E2BIG.into()),
             READ => {
                 let mut chunk = [0; CHUNK];
                 let room = chunk.get_mut(..count.min(CHUNK)).unwrap_or_default();

@@ -23,7 +23,7 @@ impl Call<'_> {
                 self.answer(at, &request, request.second)
             }
             // There are no physical interrupts.
-            evtchnop::BIND_PIRQ => Err(Errno::EPERM.into()),
+            evtchnop::BIND_PIRQ => self.refused(nr::EVENT_CHANNEL_OP, Errno::EPERM),
             evtchnop::CLOSE => {
                 let port: u32 = self.space().read(at)?;
                 self.domain.close_port(port)?;

@@ -15,7 +15,7 @@ impl Call<'_> {
         let [command, list, count, ..] = *args;
         let count = count & u64::from(u32::MAX);
         // As in Xen: the count is a signed int.
-        if count > 1 << 31 {
+        if count >= 1 << 31 {
             return Err(Errno::EINVAL.into());
         }
         match command {

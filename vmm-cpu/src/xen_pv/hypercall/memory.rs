@@ -39,10 +39,7 @@ impl Call<'_> {
                 Ok(Done::Value(command >> memop::EXTENT_SHIFT))
             }
             // Frames for devices, which there are not.
-            memop::EXCHANGE => {
-                self.domain.count_unknown(nr::MEMORY_OP);
-                Err(Errno::EPERM.into())
-            }
+            memop::EXCHANGE => self.refused(nr::MEMORY_OP, Errno::EPERM),
             _ => self.unknown(nr::MEMORY_OP),
         }
     }

@@ -160,14 +160,14 @@ impl Call<'_> {
     /// Arguments: whether to set CR0.TS.
     pub(super) fn fpu_taskswitch(&mut self, args: &mut [u64; 6]) -> Outcome {
         let [set, ..] = *args;
-        self.vcpu.set_task_switched(self.engine, set & u64::from(u32::MAX) != 0);
+        self.vcpu.set_task_switched(self.engine, set != 0);
         Ok(Done::OK)
     }
 
     /// Arguments: register, value.
     pub(super) fn set_debugreg(&mut self, args: &mut [u64; 6]) -> Outcome {
         let [register, value, ..] = *args;
-        let number = match register & u64::from(u32::MAX) {
+        let number = match register {
             number @ 0..=3 => {
                 // A breakpoint on what the guest cannot reach anyway.
                 if !super::super::memory::may_access(value) {
@@ -194,7 +194,7 @@ impl Call<'_> {
     /// Arguments: register.
     pub(super) fn get_debugreg(&mut self, args: &mut [u64; 6]) -> Outcome {
         let [register, ..] = *args;
-        let number: u8 = match register & u64::from(u32::MAX) {
+        let number: u8 = match register {
             number @ 0..=3 => u8::try_from(number).map_err(|_| Errno::ENODEV)?,
             4 | 6 => 6,
             5 | 7 => 7,
@@ -236,6 +236,7 @@ impl Call<'_> {
     /// Arguments: command, which assist.
     pub(super) fn vm_assist(&mut self, args: &mut [u64; 6]) -> Outcome {
         let [command, kind, ..] = *args;
+        let kind = kind & u64::from(u32::MAX);
         let offered = matches!(
             kind,
             vm_assist::FOUR_GB_SEGMENTS

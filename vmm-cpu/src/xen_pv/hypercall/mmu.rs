@@ -216,8 +216,7 @@ impl Call<'_> {
         if domain & 0xffff == u64::from(domid::SELF) {
             return self.update_va_mapping(args);
         }
-        self.domain.count_unknown(nr::UPDATE_VA_MAPPING_OTHERDOMAIN);
-        Err(Errno::ESRCH.into())
+        self.refused(nr::UPDATE_VA_MAPPING_OTHERDOMAIN, Errno::ESRCH)
     }
 
     fn flush_after_update(&mut self, va: u64, flags: u64) -> Result<(), Failure> {

@@ -74,13 +74,14 @@ impl Call<'_> {
             mmuext::TLB_FLUSH_ALL => self.flush_mask(u64::MAX, None),
             mmuext::INVLPG_ALL => self.flush_mask(u64::MAX, checked(op.arg1)),
             // Only domains with devices of their own may.
-            mmuext::FLUSH_CACHE | mmuext::FLUSH_CACHE_GLOBAL => return Err(Errno::EACCES.into()),
+            mmuext::FLUSH_CACHE | mmuext::FLUSH_CACHE_GLOBAL => {
+                self.refused(nr::MMUEXT_OP, Errno::EACCES)?;
+            }
             mmuext::SET_LDT => {
                 let entries = op.arg2 & u64::from(u32::MAX);
                 // There is no LDT; not to have one is all that can be asked for.
                 if entries != 0 {
-                    self.domain.count_unknown(nr::MMUEXT_OP);
-                    return Err(Errno::EOPNOTSUPP.into());
+                    self.refused(nr::MMUEXT_OP, Errno::EOPNOTSUPP)?;
                 }
             }
             mmuext::CLEAR_PAGE => {
@@ -93,10 +94,11 @@ impl Call<'_> {
                 self.domain.memory.read(from, &mut page)?;
                 self.domain.memory.write(to, &page)?;
             }
-            mmuext::MARK_SUPER | mmuext::UNMARK_SUPER => return Err(Errno::EOPNOTSUPP.into()),
+            mmuext::MARK_SUPER | mmuext::UNMARK_SUPER => {
+                self.refused(nr::MMUEXT_OP, Errno::EOPNOTSUPP)?;
+            }
             _ => {
-                self.domain.count_unknown(nr::MMUEXT_OP);
-                return Err(Errno::ENOSYS.into());
+                self.unknown(nr::MMUEXT_OP)?;
             }
         }
         Ok(())

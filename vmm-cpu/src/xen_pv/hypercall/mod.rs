@@ -31,6 +31,25 @@ const BUDGET: u32 = 1024;
 /// Page tables that one call reads for the first time.
 const TABLES: u32 = 512;
 
+/// Those whose first argument is an int in Xen's interface, so that compilers may leave anything above it.
+const FIRST_IS_INT: [u64; 15] = [
+    nr::FPU_TASKSWITCH,
+    nr::SCHED_OP_COMPAT,
+    nr::SET_DEBUGREG,
+    nr::GET_DEBUGREG,
+    nr::XEN_VERSION,
+    nr::CONSOLE_IO,
+    nr::GRANT_TABLE_OP,
+    nr::VM_ASSIST,
+    nr::VCPU_OP,
+    nr::SET_SEGMENT_BASE,
+    nr::NMI_OP,
+    nr::SCHED_OP,
+    nr::CALLBACK_OP,
+    nr::EVENT_CHANNEL_OP,
+    nr::PHYSDEV_OP,
+];
+
 /// What a hypercall that did not fail leads to.
 #[derive(Debug)]
 pub(crate) enum Done {
@@ -104,12 +123,20 @@ impl Call<'_> {
 
     /// A command that is not there.
     pub(crate) fn unknown(&self, nr: u64) -> Outcome {
+        self.refused(nr, Errno::ENOSYS)
+    }
+
+    /// A command that is not there, and for which Xen has an error of its own.
+    pub(crate) fn refused(&self, nr: u64, errno: Errno) -> Outcome {
         self.domain.count_unknown(nr);
-        Err(Errno::ENOSYS.into())
+        Err(errno.into())
     }
 
     /// Calls hypercall `nr`. What a multicall may not contain is not here.
     fn dispatch(&mut self, nr: u64, args: &mut [u64; 6]) -> Outcome {
+        if FIRST_IS_INT.contains(&nr) {
+            args[0] &= u64::from(u32::MAX);
+        }
         match nr {
             nr::SET_TRAP_TABLE => self.set_trap_table(args),
             nr::MMU_UPDATE => self.mmu_update(args),
@@ -178,3 +205,6 @@ impl VcpuAbi {
         Ok(Action::Continue)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -157,7 +157,7 @@ fn what_is_not_offered_says_so() {
     for cmd in [14, 21, u32::MAX] {
         assert_eq!(op(&mut guest, cmd, 0, 0), Err(Errno::ENOSYS));
     }
-    assert_eq!(guest.domain.unknown_hypercalls(MMUEXT_OP), 4);
+    assert_eq!(guest.domain.unknown_hypercalls(MMUEXT_OP), 6);
     let list = guest.put(&MmuextOp::default());
     assert_eq!(guest.call(MMUEXT_OP, &[list, 1, 0, 5]), Err(Errno::ESRCH));
     assert_eq!(guest.call(MMUEXT_OP, &[8, 1, 0, SELF]), Err(Errno::EFAULT));
