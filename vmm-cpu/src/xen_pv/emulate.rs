@@ -20,7 +20,7 @@ const PREFIX: [u8; 5] = [0x0f, 0x0b, b'x', b'e', b'n'];
 const CPUID: [u8; 2] = [0x0f, 0xa2];
 
 /// Longest instruction.
-const MAX: usize = 15;
+pub(crate) const MAX: usize = 15;
 
 /// PE, MP, ET, NE, WP, AM, PG.
 const CR0: u64 = 0x8005_0033;
@@ -117,7 +117,7 @@ impl VcpuAbi {
     }
 
     /// As many bytes at `rip` as are readable, at most 15.
-    fn fetch(&self, root: GuestAddress, rip: u64) -> ([u8; MAX], usize) {
+    pub(crate) fn fetch(&self, root: GuestAddress, rip: u64) -> ([u8; MAX], usize) {
         let space = self.domain.memory.space(root);
         let mut bytes = [0; MAX];
         if space.read_bytes(rip, &mut bytes).is_ok() {
@@ -334,7 +334,7 @@ fn debug_number(register: Register) -> Option<u8> {
 }
 
 /// The place of a 64-bit register.
-fn place(general: &mut GeneralRegisters, register: Register) -> Option<&mut u64> {
+pub(crate) fn place(general: &mut GeneralRegisters, register: Register) -> Option<&mut u64> {
     Some(match register {
         Register::RAX => &mut general.rax,
         Register::RBX => &mut general.rbx,

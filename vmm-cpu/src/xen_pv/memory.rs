@@ -171,6 +171,16 @@ impl DomainMemory {
         self.map.store(value, gpa, Ordering::Release).map_err(|_| Errno::EFAULT)
     }
 
+    /// Copies from the machine-to-physical table, `offset` bytes from its start on.
+    pub(crate) fn read_m2p(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let end = u64::try_from(data.len()).ok().and_then(|len| offset.checked_add(len));
+        if end.is_none_or(|end| end > self.layout.m2p_size()) {
+            return Err(Errno::EFAULT);
+        }
+        let gpa = GuestAddress(self.layout.m2p().0 + offset);
+        self.map.read_slice(data, gpa).map_err(|_| Errno::EFAULT)
+    }
+
     /// What the guest's page tables under `root` say of `va`.
     pub(crate) fn walk(&self, root: u64, va: u64) -> Walk {
         let mut walk = Walk { entries: [(0, 0); 4], depth: 0, rights: Access::Write, user: true };

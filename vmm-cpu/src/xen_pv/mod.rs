@@ -16,6 +16,7 @@ mod gate;
 mod grants;
 mod hypercall;
 mod hypervisor;
+mod m2p;
 mod memory;
 mod processor;
 mod repair;

@@ -151,6 +151,9 @@ impl VcpuAbi {
         {
             return Ok(Action::Continue);
         }
+        if mode == GuestMode::Kernel && error_code & PF_WRITE == 0 && self.load_from_m2p(engine, address) {
+            return Ok(Action::Continue);
+        }
         self.control.cr2 = address;
         if self.domain.memory.store(self.info() + shared_info::CR2, address).is_err() {
             return Ok(Action::Crash("no vcpu_info".to_owned()));

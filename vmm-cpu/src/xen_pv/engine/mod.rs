@@ -23,7 +23,7 @@ use vmm_memory::vm_memory::GuestAddress;
 pub use descriptors::{FLAT_CS32, FLAT_CS64, FLAT_SS};
 pub use layout::{Layout, PRIVATE_SLOT, PRIVATE_VA};
 pub use machine::{Ring3Config, Ring3Machine};
-pub use private::{M2P_SLOT, M2P_VA};
+pub use private::{M2P_SLOT, M2P_VA, XEN_M2P_VA};
 pub use ring3::Ring3;
 
 use crate::error::Result;
@@ -139,7 +139,8 @@ pub trait Mmu {
     fn write_entry_keeping(&mut self, gpa: GuestAddress, value: u64, keep: u64) -> Result<()>;
 
     /// Writes the engine's own entries, and the machine-to-physical table, into a top-level table that is to become
-    /// a root, kernel or user. Call it once a table is pinned, and after the guest wrote to reserved slots.
+    /// a root, kernel or user. Call it once a table is pinned, and after the guest wrote to reserved slots. An engine
+    /// that cannot show the table at [`XEN_M2P_VA`] too leaves loads from there to the ABI, as page faults.
     ///
     /// # Errors
     /// As [`Mmu::write_entry`].

@@ -23,6 +23,12 @@ pub const M2P_SLOT: usize = 259;
 /// Where the guest kernel sees the machine-to-physical table.
 pub const M2P_VA: u64 = 0xffff_8180_0000_0000;
 
+/// Slot that Xen has it in, and that kernels have built in which do not ask.
+pub(super) const XEN_M2P_SLOT: usize = 256;
+
+/// Where such a kernel looks for the machine-to-physical table (`MACH2PHYS_VIRT_START`).
+pub const XEN_M2P_VA: u64 = 0xffff_8000_0000_0000;
+
 /// Port that the stubs of SYSCALL leave by.
 pub(super) const PORT_SYSCALL: u8 = 0x20;
 

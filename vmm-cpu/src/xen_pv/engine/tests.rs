@@ -297,6 +297,7 @@ fn the_engines_memory_is_out_of_reach() {
             Ok(())
         });
         guest.write(guest.machine.layout().m2p().0, 0x77);
+        let shadows = guest.engine.store_in_guest_for_tests();
         for mode in [GuestMode::Kernel, GuestMode::User] {
             guest.engine.context().switch_mode(mode);
             for (name, va, read, write) in [
@@ -306,6 +307,7 @@ fn the_engines_memory_is_out_of_reach() {
                 ("stack", PRIVATE_VA + 0x3000, false, false),
                 ("descriptors", PRIVATE_VA + 0x4000, false, false),
                 ("machine-to-physical table", M2P_VA, mode == GuestMode::Kernel, false),
+                ("the same where Xen has it", XEN_M2P_VA, mode == GuestMode::Kernel && !shadows, false),
             ] {
                 guest.general().rip = BASE + CODE;
                 guest.general().rbx = va;

@@ -8,7 +8,7 @@ use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, V
 use super::context::canonical;
 use super::{Ring3, memory_error};
 use crate::error::{Error, Result};
-use crate::xen_pv::engine::private::{self, M2P_SLOT};
+use crate::xen_pv::engine::private::{self, M2P_SLOT, XEN_M2P_SLOT};
 use crate::xen_pv::engine::{GuestMode, Mmu, PRIVATE_SLOT};
 
 /// Single pages that are flushed one by one; for more all are.
@@ -115,7 +115,10 @@ impl Mmu for Ring3 {
         let slot = |slot: usize| GuestAddress(gpa.0 + slot as u64 * 8);
         self.write_entry(slot(PRIVATE_SLOT), self.private.private_entry())?;
         let m2p = if mode == GuestMode::Kernel { self.private.m2p_entry() } else { 0 };
-        self.write_entry(slot(M2P_SLOT), m2p)
+        self.write_entry(slot(M2P_SLOT), m2p)?;
+        // Who shadows page tables has things of its own in Xen's slot, and shows nothing there.
+        let where_xen_has_it = if self.store_in_guest { 0 } else { m2p };
+        self.write_entry(slot(XEN_M2P_SLOT), where_xen_has_it)
     }
 
     fn set_kernel_root(&mut self, gpa: GuestAddress) -> Result<()> {
