@@ -164,7 +164,8 @@ impl Vm for XenPvVm {
             return Err(Error::TooManyVcpus { index, limit, reason });
         }
         let Built { machine, domain } = self.built()?;
-        if !lock(&self.created).insert(index) {
+        let mut created = lock(&self.created);
+        if created.contains(&index) {
             return Err(Error::VcpuExists { index });
         }
         let mut engine = machine.create_engine(index)?;
@@ -173,7 +174,9 @@ impl Vm for XenPvVm {
             entry.apply(&mut engine)?;
             abi.adopt_initial_root(&mut engine, entry.root.0 / vmm_memory::PAGE_SIZE)?;
         }
-        Ok(Box::new(XenPvVcpu::new(engine, abi)?))
+        let vcpu = XenPvVcpu::new(engine, abi)?;
+        created.insert(index);
+        Ok(Box::new(vcpu))
     }
 
     fn save(&self) -> Result<VmState> {

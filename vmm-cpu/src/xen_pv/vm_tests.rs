@@ -61,6 +61,10 @@ fn shut_down(a: &mut CodeAssembler, reason: u64) -> Result<(), IcedError> {
     a.ud2()
 }
 
+fn ram() -> GuestRam {
+    GuestRam::builder().region(RegionConfig::new(GuestAddress(0), RAM)).build().unwrap()
+}
+
 struct Guest {
     vm: Arc<XenPvVm>,
     vcpu: Box<dyn Vcpu>,
@@ -76,13 +80,16 @@ impl Guest {
         assemble(&mut a).unwrap();
         let elf = Kernel::with_code(a.assemble(ENTRY).unwrap()).elf();
         let image = KernelImage::parse(&elf).unwrap();
-        let ram = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), RAM)).build().unwrap();
+        Self::on(&ram(), below, &image)
+    }
+
+    fn on(ram: &GuestRam, below: Arc<dyn Hypervisor>, image: &KernelImage<'_>) -> Self {
         let (sender, printed) = channel();
         let hypervisor = XenPvHypervisor::new(below).unwrap();
         let config = VmConfig::new(CpuModel::Host);
         let devices = DomainDevices::default().console(Printed(sender));
-        let vm = hypervisor.create_domain(&config, &ram, devices).unwrap();
-        vm.boot(&PvBoot::new(&image).unwrap()).unwrap();
+        let vm = hypervisor.create_domain(&config, ram, devices).unwrap();
+        vm.boot(&PvBoot::new(image).unwrap()).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         Self { vm, vcpu, printed }
     }
@@ -299,4 +306,90 @@ fn a_kernel_is_told_of_all_registers_that_programs_find() {
         const KNOWN: u64 = 0xe7;
         assert_eq!(xcr0 & KNOWN & !components, 0, "XCR0 {xcr0:#x}, told {components:#x}");
     });
+}
+
+/// Another backend, whose first virtual machine has something where the engine's memory is to go.
+#[derive(Debug)]
+struct Occupied(Box<dyn Hypervisor>, std::sync::atomic::AtomicBool);
+
+impl Hypervisor for Occupied {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn capabilities(&self) -> &crate::Capabilities {
+        self.0.capabilities()
+    }
+
+    fn supported_cpuid(&self) -> &CpuidTable {
+        self.0.supported_cpuid()
+    }
+
+    fn create_vm(&self, config: &VmConfig) -> Result<Arc<dyn Vm>> {
+        let vm = self.0.create_vm(config)?;
+        if !self.1.swap(true, std::sync::atomic::Ordering::SeqCst) {
+            let m2p = Layout::new(RAM)?.m2p();
+            let other = GuestRam::builder().region(RegionConfig::new(m2p, 4096)).build().unwrap();
+            vm.map_ram(&other)?;
+        }
+        Ok(vm)
+    }
+
+    fn restore_vm(&self, config: &VmConfig, state: &VmState) -> Result<Arc<dyn Vm>> {
+        self.0.restore_vm(config, state)
+    }
+}
+
+#[test]
+fn memory_serves_again_after_a_failure_and_after_a_domain() {
+    let mut a = CodeAssembler::new(64).unwrap();
+    shut_down(&mut a, 1).unwrap();
+    let elf = Kernel::with_code(a.assemble(ENTRY).unwrap()).elf();
+    let image = KernelImage::parse(&elf).unwrap();
+    for name in crate::backend_names().iter().filter(|name| **name != NAME) {
+        let Ok(backend) = crate::open_backend(name) else {
+            println!("skipped on {name}");
+            continue;
+        };
+        let below: Arc<dyn Hypervisor> = Arc::new(Occupied(backend, false.into()));
+        let ram = ram();
+        let hypervisor = XenPvHypervisor::new(Arc::clone(&below)).unwrap();
+        let config = VmConfig::new(CpuModel::Host);
+        let failed = hypervisor.create_domain(&config, &ram, DomainDevices::default());
+        assert!(matches!(failed, Err(Error::RegionOverlap { .. })), "on {name}: {failed:?}");
+        assert_eq!(ram.size(), RAM, "on {name}");
+        // The same twice: a domain that reboots.
+        for _ in 0..2 {
+            let mut guest = Guest::on(&ram, Arc::clone(&below), &image);
+            assert_eq!(guest.run(), Halt::Reset, "on {name}");
+            // Whoever comes last takes the rest along.
+            drop(guest.vm);
+            assert_eq!(guest.vcpu.run(&mut EmptyBus).unwrap(), Halt::Reset, "on {name}");
+            drop(guest.vcpu);
+            assert_eq!(ram.size(), RAM, "on {name}");
+        }
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_be_loaded_leaves_room_for_another() {
+    let below: Arc<dyn Hypervisor> = Arc::from(crate::open_backend("translate").unwrap());
+    let hypervisor = XenPvHypervisor::new(below).unwrap();
+    let config = VmConfig::new(CpuModel::Host);
+    let vm = hypervisor.create_domain(&config, &ram(), DomainDevices::default()).unwrap();
+    let whole = Kernel::with_code(vec![0x90; 64]).elf();
+    let mut broken = whole.clone();
+    // p_filesz of the segment, beyond the end of the file, with p_memsz.
+    for place in [64 + 32, 64 + 40] {
+        broken[place..place + 8].copy_from_slice(&0x10_0000_u64.to_le_bytes());
+    }
+    match KernelImage::parse(&broken) {
+        Ok(image) => assert!(vm.boot(&PvBoot::new(&image).unwrap()).is_err()),
+        Err(error) => println!("found earlier: {error}"),
+    }
+    let huge = "x".repeat(5000);
+    let image = KernelImage::parse(&whole).unwrap();
+    assert!(vm.boot(&PvBoot::new(&image).unwrap().command_line(huge)).is_err());
+    assert!(vm.boot(&PvBoot::new(&image).unwrap()).is_ok());
+    assert!(vm.boot(&PvBoot::new(&image).unwrap()).is_err(), "one kernel a domain");
 }

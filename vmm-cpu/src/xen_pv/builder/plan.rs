@@ -121,6 +121,8 @@ impl<'a> Plan<'a> {
         let ram = layout.ram();
         let mut kernel_end = 0;
         for segment in boot.kernel().segments() {
+            // What the file cannot give is found before anything of the domain changes.
+            boot.kernel().segment_bytes(segment)?;
             let end =
                 segment.paddr.checked_sub(paddr_offset).and_then(|start| start.checked_add(segment.memsz));
             match end {

@@ -26,6 +26,7 @@ pub struct Ring3Machine {
     /// The first engine, which was asked what ring 3 is like, until somebody wants it.
     first: Mutex<Option<Ring3>>,
     in_ring_3: Option<CpuidTable>,
+    above: Arc<Above>,
 }
 
 impl fmt::Debug for Ring3Machine {
@@ -91,7 +92,7 @@ impl Ring3Config {
 
 impl Ring3Machine {
     /// Makes the virtual machine with the domain's RAM, which is all of `ram` and starts at 0, and adds to that what
-    /// ABI and engine keep above.
+    /// ABI and engine keep above, until the machine and the last of its engines are gone.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the RAM is not that of the layout; [`Error::Unsupported`] if the backend lacks long
@@ -127,10 +128,9 @@ impl Ring3Machine {
         let below = VmConfig::new(CpuModel::Exact(table.clone())).vcpus(config.vcpus).clock(config.clock);
         let vm = hypervisor.create_vm(&below)?;
         let abi = layout.abi_frames();
-        let above = [(abi.start * PAGE_SIZE, abi.end * PAGE_SIZE), (layout.m2p().0, end)];
-        for (start, end) in above {
-            ram.add_region(RegionConfig::new(GuestAddress(start), end - start)).map_err(memory_error)?;
-        }
+        let mut above = Above { ram: ram.clone(), regions: Vec::new() };
+        above.add(abi.start * PAGE_SIZE, abi.end * PAGE_SIZE)?;
+        above.add(layout.m2p().0, end)?;
         private.write(&ram.memory())?;
         vm.map_ram(ram)?;
         let tsc_khz = vm.clock().map_or(0, |clock| clock.tsc_khz());
@@ -143,6 +143,7 @@ impl Ring3Machine {
             store_in_guest: config.store_in_guest,
             first: Mutex::default(),
             in_ring_3: None,
+            above: Arc::new(above),
         };
         let mut first = machine.new_engine(0)?;
         if first.is_xcr0_fixed() {
@@ -194,7 +195,35 @@ impl Ring3Machine {
 
     fn new_engine(&self, index: u32) -> Result<Ring3> {
         let vcpu = self.vm.create_vcpu(index)?;
-        Ring3::new(vcpu, self.ram.clone(), self.private, self.capabilities, self.store_in_guest)
+        let above = Arc::clone(&self.above);
+        Ring3::new(vcpu, self.ram.clone(), self.private, self.capabilities, self.store_in_guest, above)
+    }
+}
+
+/// The regions above the domain's RAM. They leave that as it was before, for another machine, when nobody uses them any more,
+/// be it that the first one could not be made.
+#[derive(Debug)]
+pub(super) struct Above {
+    ram: GuestRam,
+    regions: Vec<GuestAddress>,
+}
+
+impl Above {
+    fn add(&mut self, start: u64, end: u64) -> Result<()> {
+        let start = GuestAddress(start);
+        self.ram.add_region(RegionConfig::new(start, end - start.0)).map_err(memory_error)?;
+        self.regions.push(start);
+        Ok(())
+    }
+}
+
+impl Drop for Above {
+    fn drop(&mut self) {
+        for start in &self.regions {
+            if let Err(error) = self.ram.remove_region(*start) {
+                tracing::debug!(%error, "somebody else took a region of the engine's away");
+            }
+        }
     }
 }
 

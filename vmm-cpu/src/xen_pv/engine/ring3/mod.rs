@@ -19,6 +19,7 @@ use self::context::{PAGE_FAULT, canonical};
 use self::mmu::Flush;
 use super::descriptors::{Descriptors, FLAT_CS64, FLAT_SS, STUB_CS, STUB_SS, TASK_STATE};
 use super::exits::{Exits, Signals};
+use super::machine::Above;
 use super::native::XCR0_KNOWN;
 use super::private::{self, Private};
 use super::{Context, EngineCapabilities, EngineExit};
@@ -58,6 +59,8 @@ pub struct Ring3 {
     private: Private,
     capabilities: EngineCapabilities,
     store_in_guest: bool,
+    /// Keeps the engine's memory where it is.
+    _above: Arc<Above>,
     signals: Arc<Signals>,
     context: Context,
     descriptors: Descriptors,
@@ -90,6 +93,7 @@ impl Ring3 {
         private: Private,
         capabilities: EngineCapabilities,
         store_in_guest: bool,
+        above: Arc<Above>,
     ) -> Result<Self> {
         let index = vcpu.index();
         let (gdt, gdt_limit) = private.gdt(index);
@@ -117,6 +121,7 @@ impl Ring3 {
             private,
             capabilities,
             store_in_guest,
+            _above: above,
             context: Context {
                 general: GeneralRegisters {
                     rflags: rflags::FIXED | rflags::IF,
