@@ -1,6 +1,7 @@
 //! Builds the guests that the programs and tests run, with the host's own compiler for the host's own target, since a
-//! bare-metal target may not be installed: `hello`, freestanding, a static ELF with a PVH note, and `stress`, a static
-//! program for a guest with a kernel. Their paths go to the programs as `HELLO_GUEST` and `STRESS_GUEST`.
+//! bare-metal target may not be installed: `hello`, freestanding, a static ELF with a PVH note; `xen`, the same with the
+//! notes of a paravirtual kernel; `stress`, a static program for a guest with a kernel. Their paths go to the programs as
+//! `HELLO_GUEST`, `XEN_GUEST` and `STRESS_GUEST`.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -9,22 +10,27 @@ use std::process::{Command, exit};
 fn main() {
     println!("cargo::rerun-if-changed=guest");
     let guest = PathBuf::from(variable("CARGO_MANIFEST_DIR")).join("guest");
+    build("hello", &guest.join("hello.rs"), &freestanding(&guest.join("link.ld")));
+    build("xen", &guest.join("xen/main.rs"), &freestanding(&guest.join("xen/link.ld")));
+    let arguments = ["-Copt-level=2", "-Ctarget-feature=+crt-static,+cmpxchg16b"].map(String::from);
+    build("stress", &guest.join("stress/main.rs"), &arguments);
+}
+
+/// Arguments for a guest with no kernel under it, placed by a linker script.
+fn freestanding(script: &Path) -> Vec<String> {
     let link_args = [
         "-nostartfiles".to_owned(),
         "-nostdlib".to_owned(),
         "-static".to_owned(),
         "-no-pie".to_owned(),
-        format!("-Wl,-T,{}", guest.join("link.ld").display()),
+        format!("-Wl,-T,{}", script.display()),
         "-Wl,-z,max-page-size=0x1000".to_owned(),
         "-Wl,--build-id=none".to_owned(),
     ];
     let freestanding =
         ["-Copt-level=s", "-Crelocation-model=static", "-Ccode-model=small", "-Ctarget-feature=+crt-static"];
     let link_args = link_args.map(|argument| format!("-Clink-arg={argument}"));
-    let arguments: Vec<String> = freestanding.map(String::from).into_iter().chain(link_args).collect();
-    build("hello", &guest.join("hello.rs"), &arguments);
-    let arguments = ["-Copt-level=2", "-Ctarget-feature=+crt-static,+cmpxchg16b"].map(String::from);
-    build("stress", &guest.join("stress/main.rs"), &arguments);
+    freestanding.map(String::from).into_iter().chain(link_args).collect()
 }
 
 fn variable(name: &str) -> std::ffi::OsString {

@@ -21,7 +21,8 @@ pub(crate) struct Options {
     /// What executes the guest of backend xen-pv: kvm, translate, or auto.
     #[arg(long, default_value = "auto")]
     pub(crate) engine: String,
-    /// Kernel: bzImage, ELF with a PVH note, or multiboot image. Debian's cloud kernel if not given.
+    /// Kernel: bzImage, ELF with a PVH note (with backend xen-pv, Xen's notes), or multiboot image. Debian's cloud kernel
+    /// if not given.
     #[arg(long)]
     pub(crate) kernel: Option<PathBuf>,
     /// Which of Debian's kernels to get.

@@ -2,9 +2,10 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use vmm_cpu::xen_pv::abi::sched::ShutdownReason;
 use vmm_cpu::xen_pv::builder::PvBoot;
 use vmm_cpu::xen_pv::{self, DomainDevices, XenPvHypervisor};
@@ -73,11 +74,16 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     confine(&*engine, inherited, false)?;
 
     threads.resume();
-    let end = end_by(threads.wait(None), None, &watch, &time_is_up);
+    let mut end = end_by(threads.wait(None), None, &watch, &time_is_up);
     let vcpus = threads.stop();
     drop(raw);
     if let Some(reason @ (ShutdownReason::Crash | ShutdownReason::Watchdog)) = vm.shutdown_reason() {
-        eprintln!("linux: the guest shut down: {reason:?}");
+        // A command that ended before has a status of its own.
+        if watch.done.load(Ordering::SeqCst) {
+            eprintln!("linux: the guest shut down: {reason:?}");
+        } else {
+            end = end.and(Err(anyhow!("the guest shut down: {reason:?}")));
+        }
     }
     conclude(options, &session, &watch, started, &vcpus, memory, end)
 }
