@@ -171,10 +171,11 @@ impl VcpuAbi {
         }
         general.rcx = general.rip;
         general.r11 = general.rflags;
-        self.bounce(
-            engine,
-            Bounce { rip: self.syscall.rip, error_code: None, mask: self.syscall.masks_events },
-        )
+        let bounce = Bounce { rip: self.syscall.rip, error_code: None, mask: self.syscall.masks_events };
+        let action = self.bounce(engine, bounce)?;
+        // The ABI has no mask of SYSCALL's flags: Xen clears this one, and a kernel that got it would copy backwards.
+        engine.context().general.rflags &= !rflags::DF;
+        Ok(action)
     }
 
     /// The IRET hypercall.

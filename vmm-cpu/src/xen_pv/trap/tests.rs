@@ -167,6 +167,14 @@ fn a_system_call_of_a_program() {
     assert_eq!(guest.engine.context.general.rip, HANDLER);
     assert_eq!(guest.engine.context.general.rax, 39);
     assert_eq!(guest.info_byte(shared_info::UPCALL_MASK), 1);
+    // The kernel runs with the direction flag clear; the frame has the program's.
+    let mut guest = in_user();
+    guest.vcpu.syscall = Callback { rip: HANDLER, masks_events: true };
+    guest.engine.context.general.rflags |= rflags::DF;
+    guest.syscall(39, &[]);
+    let [_, r11, _, _, flags, ..] = frame::<7>(&guest);
+    assert_eq!((r11 & rflags::DF, flags & rflags::DF), (rflags::DF, rflags::DF));
+    assert_eq!(guest.engine.context.general.rflags & rflags::DF, 0);
     // Without an entry it is an instruction that does not exist.
     let mut guest = in_user();
     guest.syscall(39, &[]);
