@@ -18,6 +18,7 @@ use crate::state::GeneralRegisters;
 /// UD2 and the letters "xen": the CPUID that follows is Xen's to answer (public/arch-x86/xen.h).
 const PREFIX: [u8; 5] = [0x0f, 0x0b, b'x', b'e', b'n'];
 const CPUID: [u8; 2] = [0x0f, 0xa2];
+const SYSENTER: [u8; 2] = [0x0f, 0x34];
 
 /// Longest instruction.
 pub(crate) const MAX: usize = 15;
@@ -86,6 +87,10 @@ impl VcpuAbi {
         let rip = engine.context().general.rip;
         let (bytes, len) = self.fetch(root, rip);
         let bytes = bytes.get(..len).unwrap_or_default();
+        // #UD on AMD's processors, #GP with no code segment for it on others.
+        if mode == GuestMode::User && bytes.starts_with(&SYSENTER) {
+            return self.user_sysenter(engine);
+        }
         if vector == INVALID_OPCODE {
             if bytes.starts_with(&PREFIX)
                 && bytes.get(PREFIX.len()..).is_some_and(|rest| rest.starts_with(&CPUID))

@@ -3,9 +3,9 @@
 use zerocopy::IntoBytes;
 
 use super::abi::vcpu::{IretContext, VGCF_IN_SYSCALL};
-use super::abi::{FLAT_CS64, FLAT_SS64, shared_info, vm_assist};
+use super::abi::{FLAT_CS32, FLAT_CS64, FLAT_SS64, shared_info, vm_assist};
 use super::engine::{Engine, GuestMode, has_error_code};
-use super::vcpu_abi::{Action, VcpuAbi};
+use super::vcpu_abi::{Action, Callback, VcpuAbi};
 use crate::error::Result;
 use crate::state::rflags;
 
@@ -162,16 +162,39 @@ impl VcpuAbi {
         self.inject(engine, PAGE_FAULT, error_code & !PF_USER | user)
     }
 
-    /// SYSCALL of a program.
+    /// SYSCALL of a program: by the entry for 32-bit code, if that is what ran and there is one.
     pub(crate) fn user_syscall(&mut self, engine: &mut dyn Engine) -> Result<Action> {
-        let general = &mut engine.context().general;
-        if self.syscall.rip == 0 {
+        let context = engine.context();
+        let entry = match self.syscall32 {
+            Callback { rip: 0, .. } => self.syscall,
+            entry if context.cs == FLAT_CS32 => entry,
+            _ => self.syscall,
+        };
+        let general = &mut context.general;
+        if entry.rip == 0 {
             general.rip = general.rip.wrapping_sub(2);
             return self.inject(engine, INVALID_OPCODE, 0);
         }
         general.rcx = general.rip;
         general.r11 = general.rflags;
-        let bounce = Bounce { rip: self.syscall.rip, error_code: None, mask: self.syscall.masks_events };
+        self.enter_for_program(engine, entry)
+    }
+
+    /// SYSENTER of a program, which faulted; RIP and RSP are lost, as the instruction has it. `None` if the guest has no
+    /// entry for it.
+    pub(crate) fn user_sysenter(&mut self, engine: &mut dyn Engine) -> Result<Option<Action>> {
+        if self.sysenter.rip == 0 {
+            return Ok(None);
+        }
+        let context = engine.context();
+        (context.general.rip, context.general.rsp) = (0, 0);
+        (context.cs, context.ss) = (3, FLAT_SS64);
+        context.general.rflags &= !(NT | rflags::TF);
+        self.enter_for_program(engine, self.sysenter).map(Some)
+    }
+
+    fn enter_for_program(&mut self, engine: &mut dyn Engine, entry: Callback) -> Result<Action> {
+        let bounce = Bounce { rip: entry.rip, error_code: None, mask: entry.masks_events };
         let action = self.bounce(engine, bounce)?;
         // The ABI has no mask of SYSCALL's flags: Xen clears this one, and a kernel that got it would copy backwards.
         engine.context().general.rflags &= !rflags::DF;

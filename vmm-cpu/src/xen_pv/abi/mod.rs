@@ -93,7 +93,10 @@ pub const PAGE_BYTES: usize = 4096;
 /// The code selector of guest kernel and 64-bit programs (`FLAT_RING3_CS64`).
 pub const FLAT_CS64: u16 = 0xe033;
 
-/// The stack selector of both (`FLAT_RING3_SS64`).
+/// The code selector of 32-bit programs (`FLAT_USER_CS32`).
+pub const FLAT_CS32: u16 = 0xe023;
+
+/// The stack selector of all (`FLAT_RING3_SS64`).
 pub const FLAT_SS64: u16 = 0xe02b;
 
 /// First GDT entry that is Xen's own.

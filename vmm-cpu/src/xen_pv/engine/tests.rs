@@ -817,3 +817,47 @@ fn programs_find_no_registers_that_the_engine_does_not_tell_of() {
         }
     });
 }
+
+/// A kernel loads the selectors of a 32-bit program before it lets that run.
+#[test]
+fn selectors_that_64_bit_code_loads_serve_32_bit_programs() {
+    everywhere(|mut guest| {
+        // Flat data, and the same from 0x100 on.
+        assert!(guest.engine.set_descriptor(5, 0x00cf_f300_0000_ffff));
+        assert!(guest.engine.set_descriptor(6, 0x00cf_f300_0100_ffff));
+        guest.write(USER_ROOT, 0x3000 | PAGE);
+        guest.write(DATA, 0x1111);
+        guest.write(DATA + 0x100, 0x2222);
+        guest.load(|a| {
+            a.mov(eax, 0x2b)?;
+            a.mov(ds, eax)?;
+            a.mov(eax, 0x33)?;
+            a.mov(es, eax)?;
+            a.syscall()
+        });
+        let mut a = CodeAssembler::new(32).unwrap();
+        a.mov(ebx, DATA as u32).unwrap();
+        a.mov(ecx, dword_ptr(ebx)).unwrap();
+        a.mov(edx, dword_ptr(ebx).es()).unwrap();
+        a.mov(esi, ds).unwrap();
+        a.mov(edi, es).unwrap();
+        a.ud2().unwrap();
+        let code = a.assemble(CODE + 0x1000).unwrap();
+        guest.machine.ram().memory().write_slice(&code, GuestAddress(CODE + 0x1000)).unwrap();
+        for _ in 0..3 {
+            let context = guest.engine.context();
+            context.switch_mode(GuestMode::Kernel);
+            (context.cs, context.ss, context.ds, context.es) = (FLAT_CS64, FLAT_SS, 0, 0);
+            (context.general.rip, context.general.rsp) = (BASE + CODE, BASE + STACK);
+            assert_eq!(guest.run(), EngineExit::Syscall);
+            let context = guest.engine.context();
+            context.switch_mode(GuestMode::User);
+            (context.cs, context.general.rip, context.general.rsp) = (FLAT_CS32, CODE + 0x1000, STACK);
+            assert_eq!(guest.run(), exception(6, 0));
+            let context = guest.engine.context();
+            assert_eq!((context.general.rcx, context.general.rdx), (0x1111, 0x2222));
+            assert_eq!((context.general.rsi, context.general.rdi), (0x2b, 0x33));
+            assert_eq!((context.ds, context.es), (0x2b, 0x33));
+        }
+    });
+}

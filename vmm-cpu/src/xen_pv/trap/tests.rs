@@ -183,6 +183,57 @@ fn a_system_call_of_a_program() {
     assert_eq!(rip, USER_RIP - 2);
 }
 
+#[test]
+fn a_system_call_of_32_bit_code_has_an_entry_of_its_own() {
+    const ENTRY_32: u64 = HANDLER + 0x1000;
+    for (cs, entry_32, expected) in [
+        (FLAT_CS32, ENTRY_32, ENTRY_32),
+        (FLAT_CS32, 0, HANDLER),
+        (FLAT_CS64, ENTRY_32, HANDLER),
+        (FLAT_CS64, 0, HANDLER),
+    ] {
+        let mut guest = in_user();
+        guest.engine.context.cs = cs;
+        guest.vcpu.syscall = Callback { rip: HANDLER, masks_events: false };
+        guest.vcpu.syscall32 = Callback { rip: entry_32, masks_events: true };
+        guest.syscall(4, &[]);
+        assert_eq!(guest.engine.context.general.rip, expected, "{cs:#x}");
+        let [rcx, _, rip, in_frame, ..] = frame::<7>(&guest);
+        assert_eq!((rcx, rip, in_frame), (USER_RIP, USER_RIP, cs.into()), "{cs:#x}");
+        assert_eq!(guest.info_byte(shared_info::UPCALL_MASK), u8::from(expected == ENTRY_32), "{cs:#x}");
+    }
+}
+
+#[test]
+fn sysenter_has_an_entry_where_the_guest_wants_one() {
+    // It faults as #UD on some processors and as #GP on others.
+    for vector in [INVALID_OPCODE, GENERAL_PROTECTION] {
+        for (entry, expected) in [(HANDLER + 0x1000, HANDLER + 0x1000), (0, HANDLER + u64::from(vector))] {
+            let mut guest = in_user();
+            let code = guest.put_bytes(&[0x0f, 0x34]);
+            guest.engine.user_root = Some(L4 * PAGE_SIZE);
+            guest.engine.context.general.rip = code;
+            guest.engine.context.cs = FLAT_CS32;
+            guest.engine.context.general.rflags |= rflags::TF | NT;
+            guest.vcpu.sysenter = Callback { rip: entry, masks_events: true };
+            assert_eq!(guest.exception(vector, 0, 0), Action::Continue);
+            let context = guest.engine.context;
+            assert_eq!((context.general.rip, context.mode), (expected, GuestMode::Kernel));
+            if entry != 0 {
+                assert_eq!(frame(&guest), [0xcc, 0xbb, 0, 3, 0x246, 0, FLAT_SS64.into()]);
+                assert_eq!(guest.info_byte(shared_info::UPCALL_MASK), 1);
+            }
+        }
+    }
+    // To the kernel it is any instruction.
+    let mut guest = guest();
+    guest.vcpu.sysenter = Callback { rip: HANDLER + 0x1000, masks_events: false };
+    let code = guest.put_bytes(&[0x0f, 0x34]);
+    guest.engine.context.general.rip = code;
+    guest.exception(GENERAL_PROTECTION, 0, 0);
+    assert_eq!(guest.engine.context.general.rip, HANDLER + 13);
+}
+
 fn iret(guest: &mut Guest, frame: &IretContext) -> Action {
     let rsp = guest.put(frame);
     guest.engine.context.general.rsp = rsp;

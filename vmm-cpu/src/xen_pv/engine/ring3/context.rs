@@ -44,6 +44,10 @@ impl Ring3 {
             return Ok(Some(fault(none)));
         };
         general.rflags = general.rflags & GUEST_FLAGS | rflags::FIXED | rflags::IF;
+        if std::mem::replace(&mut self.ran_long, cs.long) && !cs.long && self.selectors_hidden {
+            self.find_selectors()?;
+        }
+        let c = &self.context;
         let system = SystemRegisters {
             cs,
             ss,
@@ -136,6 +140,6 @@ pub(super) fn is_canonical(va: u64) -> bool {
     canonical(va) == va
 }
 
-fn low16(value: u64) -> u16 {
+pub(super) fn low16(value: u64) -> u16 {
     u16::try_from(value & 0xffff).unwrap_or(0)
 }

@@ -73,6 +73,10 @@ pub struct Ring3 {
     rare_changed: bool,
     /// XCR0 is what the host has, whatever the engine sets.
     xcr0_fixed: bool,
+    /// Selectors that 64-bit code loads are not told.
+    selectors_hidden: bool,
+    /// What ran last was 64-bit code.
+    ran_long: bool,
     crashed: bool,
 }
 
@@ -138,6 +142,8 @@ impl Ring3 {
             flush: Flush::NOTHING,
             rare_changed: false,
             xcr0_fixed: false,
+            selectors_hidden: false,
+            ran_long: false,
             crashed: false,
         };
         engine.vcpu.set_system_registers(&system)?;
@@ -154,6 +160,7 @@ impl Ring3 {
             engine.capabilities.xcr0 = fixed & XCR0_KNOWN;
             engine.xcr0_fixed = true;
         }
+        engine.selectors_hidden = engine.hides_selectors()?;
         Ok(engine)
     }
 
