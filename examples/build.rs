@@ -1,7 +1,7 @@
 //! Builds the guests that the programs and tests run, with the host's own compiler for the host's own target, since a
 //! bare-metal target may not be installed: `hello`, freestanding, a static ELF with a PVH note; `xen`, the same with the
-//! notes of a paravirtual kernel; `stress`, a static program for a guest with a kernel. Their paths go to the programs as
-//! `HELLO_GUEST`, `XEN_GUEST` and `STRESS_GUEST`.
+//! notes of a paravirtual kernel; and static programs for guests with a kernel. Their paths go to the programs as
+//! `HELLO_GUEST`, `STRESS_GUEST` and so on.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,9 @@ fn main() {
     build("hello", &guest.join("hello.rs"), &freestanding(&guest.join("link.ld")));
     build("xen", &guest.join("xen/main.rs"), &freestanding(&guest.join("xen/link.ld")));
     let arguments = ["-Copt-level=2", "-Ctarget-feature=+crt-static,+cmpxchg16b"].map(String::from);
-    build("stress", &guest.join("stress/main.rs"), &arguments);
+    for name in ["probe", "stress"] {
+        build(name, &guest.join(name).join("main.rs"), &arguments);
+    }
 }
 
 /// Arguments for a guest with no kernel under it, placed by a linker script.

@@ -10,3 +10,4 @@ pub mod pc;
 pub mod pv_console;
 pub mod replay;
 pub mod terminal;
+pub mod trial;

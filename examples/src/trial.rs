@@ -1,0 +1,152 @@
+//! Trials of a whole guest: a shell line in Debian on the program `linux`, and what its kernel logged meanwhile.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+/// Words by which Linux's log tells that something broke (arch/x86/mm/fault.c, arch/x86/kernel/traps.c, kernel/panic.c).
+const TROUBLE: [&str; 12] = [
+    "BUG",
+    "Oops",
+    "WARNING",
+    "Call Trace",
+    "general protection",
+    "segfault",
+    "traps:",
+    "invalid opcode",
+    "Kernel panic",
+    "rcu_sched self-detected",
+    "soft lockup",
+    "Out of memory",
+];
+
+/// How a guest is run.
+#[derive(Debug, Clone)]
+pub struct Trial<'a> {
+    /// What executes it: arguments of `linux`.
+    pub backend: &'a [&'a str],
+    /// vCPUs.
+    pub cpus: u32,
+    /// Time that it may take.
+    pub limit: Duration,
+    /// Files that it gets, as `linux --add` takes them.
+    pub files: &'a [&'a str],
+    /// The shell line.
+    pub line: &'a str,
+}
+
+/// What came of a trial.
+#[derive(Debug)]
+pub struct Verdict {
+    /// Standard output of the line.
+    pub output: String,
+    /// Its standard error and then the kernel's log; what `linux` says of itself, if the guest did not get there.
+    pub log: String,
+    /// That of `linux`, which is the line's.
+    pub status: ExitStatus,
+    /// From start to end.
+    pub time: Duration,
+}
+
+impl Verdict {
+    /// Lines of the log that tell of a crash.
+    pub fn troubles(&self) -> impl Iterator<Item = &str> {
+        self.log.lines().filter(|line| TROUBLE.iter().any(|word| line.contains(word)))
+    }
+}
+
+/// The program `linux` that was built with this one.
+///
+/// # Errors
+/// Fails if it is absent.
+pub fn linux() -> Result<PathBuf> {
+    let program = std::env::current_exe()?.with_file_name("linux");
+    ensure!(
+        program.exists(),
+        "{} is absent: build it with `cargo build --release --bins`",
+        program.display()
+    );
+    Ok(program)
+}
+
+impl Trial<'_> {
+    /// Runs it on `linux`, the path of that program.
+    ///
+    /// # Errors
+    /// Fails if `linux` cannot be run. What the guest does is in the verdict.
+    pub fn run(&self, linux: &Path) -> Result<Verdict> {
+        let line = format!("{{ {}\n}}\nstatus=$?\ndmesg >&2\nexit $status", self.line);
+        let (cpus, seconds) = (self.cpus.to_string(), self.limit.as_secs().to_string());
+        let start = Instant::now();
+        let mut command = Command::new(linux);
+        command.args(self.backend).args(["--cpus", &cpus, "--seconds", &seconds, "--command", &line]);
+        for file in self.files {
+            command.args(["--add", file]);
+        }
+        let child =
+            command.env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = child.spawn().with_context(|| format!("starting {}", linux.display()))?;
+        let (output, log) = (child.stdout.take().context("a pipe")?, child.stderr.take().context("a pipe")?);
+        let (output, log) = std::thread::scope(|scope| {
+            let log = scope.spawn(|| whole(log));
+            (whole(output), log.join())
+        });
+        // `linux` keeps its own time limit; where it does not, whoever started this program sees it hang.
+        let status = child.wait()?;
+        let log = log.map_err(|_| anyhow::anyhow!("the thread that reads the log panicked"))?;
+        Ok(Verdict { output: output?, log: log?, status, time: start.elapsed() })
+    }
+}
+
+fn whole(mut stream: impl Read) -> Result<String> {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).context("reading what the guest prints")?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::process::ExitStatusExt as _;
+
+    use super::*;
+
+    #[test]
+    fn troubles_are_found_and_nothing_else() {
+        let log = "[    0.0] [Firmware Bug]: TSC doesn't count with P0 frequency!\n\
+                   [    1.0] BUG: kernel NULL pointer dereference, address: 0\n\
+                   [    2.0] sh[9]: segfault at 0 ip 0 sp 0 error 14\n";
+        let verdict = Verdict {
+            output: String::new(),
+            log: log.to_owned(),
+            status: ExitStatus::from_raw(0),
+            time: Duration::ZERO,
+        };
+        let troubles: Vec<&str> = verdict.troubles().collect();
+        assert_eq!(troubles.len(), 2, "{troubles:?}");
+    }
+
+    /// In the place of `linux`, a script that runs the line here.
+    #[test]
+    fn the_status_is_the_lines() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("linux");
+        let script =
+            "#!/bin/sh\ndmesg() { echo log; }\nwhile [ \"$1\" != --command ]; do shift; done\neval \"$2\"\n";
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let trial = Trial {
+            backend: &["--backend", "any"],
+            cpus: 1,
+            limit: Duration::from_secs(1),
+            files: &["a:/b"],
+            line: "echo out; (exit 5)",
+        };
+        let verdict = trial.run(&program).unwrap();
+        assert_eq!((verdict.output.as_str(), verdict.log.as_str()), ("out\n", "log\n"));
+        assert_eq!(verdict.status.code(), Some(5));
+    }
+}
