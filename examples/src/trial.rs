@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -22,6 +23,9 @@ const TROUBLE: [&str; 12] = [
     "soft lockup",
     "Out of memory",
 ];
+
+/// Time beyond a trial's limit after which `linux` is killed.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// How a guest is run.
 #[derive(Debug, Clone)]
@@ -90,21 +94,33 @@ impl Trial<'_> {
             command.env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = child.spawn().with_context(|| format!("starting {}", linux.display()))?;
         let (output, log) = (child.stdout.take().context("a pipe")?, child.stderr.take().context("a pipe")?);
-        let (output, log) = std::thread::scope(|scope| {
-            let log = scope.spawn(|| whole(log));
-            (whole(output), log.join())
-        });
-        // `linux` keeps its own time limit; where it does not, whoever started this program sees it hang.
-        let status = child.wait()?;
-        let log = log.map_err(|_| anyhow::anyhow!("the thread that reads the log panicked"))?;
-        Ok(Verdict { output: output?, log: log?, status, time: start.elapsed() })
+        let (output, log) = (reader(output), reader(log));
+        // `linux` ends by itself when the guest's time is up; where it does not, it hangs.
+        let deadline = start + self.limit + GRACE;
+        let status = loop {
+            match child.try_wait()? {
+                Some(status) => break status,
+                None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
+                None => {
+                    child.kill()?;
+                    break child.wait()?;
+                }
+            }
+        };
+        let time = start.elapsed();
+        let text = |reader: JoinHandle<Result<String>>| {
+            reader.join().map_err(|_| anyhow::anyhow!("the thread that reads panicked"))?
+        };
+        Ok(Verdict { output: text(output)?, log: text(log)?, status, time })
     }
 }
 
-fn whole(mut stream: impl Read) -> Result<String> {
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).context("reading what the guest prints")?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+fn reader(mut stream: impl Read + Send + 'static) -> JoinHandle<Result<String>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).context("reading what the guest prints")?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    })
 }
 
 #[cfg(test)]

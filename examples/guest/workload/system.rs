@@ -1,0 +1,143 @@
+//! The system calls that std has no function for.
+
+use std::ffi::{c_int, c_long, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub(crate) const READ: c_int = 1;
+pub(crate) const WRITE: c_int = 2;
+const PRIVATE_ANONYMOUS: c_int = 0x22;
+
+pub(crate) const SIGUSR1: c_int = 10;
+pub(crate) const SIGSEGV: c_int = 11;
+pub(crate) const SIGALRM: c_int = 14;
+
+/// As glibc has it.
+#[repr(C)]
+struct SignalAction {
+    handler: usize,
+    mask: [u64; 16],
+    flags: c_int,
+    restorer: usize,
+}
+
+unsafe extern "C" {
+    fn fork() -> c_int;
+    fn waitpid(child: c_int, status: *mut c_int, options: c_int) -> c_int;
+    fn _exit(status: c_int) -> !;
+    fn getppid() -> c_int;
+    fn kill(process: c_int, signal: c_int) -> c_int;
+    fn sigaction(signal: c_int, new: *const SignalAction, old: *mut SignalAction) -> c_int;
+    fn setitimer(which: c_int, new: *const [i64; 4], old: *mut [i64; 4]) -> c_int;
+    fn mmap(at: *mut c_void, size: usize, prot: c_int, flags: c_int, fd: c_int, from: c_long) -> *mut c_void;
+    fn mprotect(at: *mut c_void, size: usize, prot: c_int) -> c_int;
+    fn munmap(at: *mut c_void, size: usize) -> c_int;
+}
+
+/// Signals that arrived, by number.
+pub(crate) static ARRIVED: [AtomicU64; 32] = [const { AtomicU64::new(0) }; 32];
+
+extern "C" fn count(signal: c_int) {
+    if let Some(counter) = usize::try_from(signal).ok().and_then(|signal| ARRIVED.get(signal)) {
+        counter.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Counts that signal from here on.
+pub(crate) fn count_signal(signal: c_int) {
+    const RESTART: c_int = 0x1000_0000;
+    let handler = count as extern "C" fn(c_int);
+    set_handler(signal, handler as usize, RESTART);
+}
+
+/// Leaves the signal to the kernel.
+pub(crate) fn default_signal(signal: c_int) {
+    set_handler(signal, 0, 0);
+}
+
+extern "C" fn leave(signal: c_int) {
+    // SAFETY: ends the process.
+    unsafe { _exit(signal) }
+}
+
+/// Ends the process with the signal's number as its status. Of a signal that it leaves to the kernel, that writes to its log.
+pub(crate) fn exit_by(signal: c_int) {
+    let handler = leave as extern "C" fn(c_int);
+    set_handler(signal, handler as usize, 0);
+}
+
+fn set_handler(signal: c_int, handler: usize, flags: c_int) {
+    let action = SignalAction { handler, mask: [0; 16], flags, restorer: 0 };
+    // SAFETY: the handler is one, or SIG_DFL.
+    assert_eq!(unsafe { sigaction(signal, &action, std::ptr::null_mut()) }, 0, "sigaction");
+}
+
+pub(crate) fn send(process: c_int, signal: c_int) {
+    // SAFETY: plain values.
+    assert_eq!(unsafe { kill(process, signal) }, 0, "kill");
+}
+
+/// SIGALRM every so many microseconds; 0 for none.
+pub(crate) fn every(microseconds: i64) {
+    // SAFETY: plain values.
+    let result = unsafe { setitimer(0, &[0, microseconds, 0, microseconds], std::ptr::null_mut()) };
+    assert_eq!(result, 0, "setitimer");
+}
+
+pub(crate) fn parent() -> c_int {
+    // SAFETY: no arguments.
+    unsafe { getppid() }
+}
+
+/// A child that ends with what `work` returns.
+pub(crate) fn child(work: impl FnOnce() -> c_int) -> c_int {
+    // SAFETY: the process has one thread.
+    let child = unsafe { fork() };
+    assert_ne!(child, -1, "fork");
+    if child == 0 {
+        let status = work();
+        // SAFETY: ends the child.
+        unsafe { _exit(status) }
+    }
+    child
+}
+
+/// Waits for a child, and returns what `waitpid` says of it.
+pub(crate) fn wait(child: c_int) -> c_int {
+    let mut status = 0;
+    // SAFETY: stores to the variable.
+    assert_eq!(unsafe { waitpid(child, &mut status, 0) }, child, "waitpid");
+    status
+}
+
+/// Pages of this process, unmapped when dropped.
+pub(crate) struct Pages {
+    base: *mut u8,
+    length: usize,
+}
+
+impl Pages {
+    pub(crate) fn new(count: usize) -> Self {
+        let length = count * 4096;
+        // SAFETY: new pages wherever the kernel likes.
+        let base = unsafe { mmap(std::ptr::null_mut(), length, READ | WRITE, PRIVATE_ANONYMOUS, -1, 0) };
+        assert_ne!(base.addr(), usize::MAX, "mmap");
+        Self { base: base.cast(), length }
+    }
+
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the pages are this value's own, and zero at first.
+        unsafe { std::slice::from_raw_parts_mut(self.base, self.length) }
+    }
+
+    pub(crate) fn protect(&mut self, prot: c_int) {
+        // SAFETY: the pages are this value's own; whoever touches them afterwards may get a signal.
+        assert_eq!(unsafe { mprotect(self.base.cast(), self.length, prot) }, 0, "mprotect");
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the pages are this value's own.
+        unsafe { munmap(self.base.cast(), self.length) };
+    }
+}
