@@ -8,6 +8,7 @@ pub mod guest_command;
 pub mod initramfs;
 pub mod pc;
 pub mod pv_console;
+pub mod race;
 pub mod replay;
 pub mod terminal;
 pub mod trial;

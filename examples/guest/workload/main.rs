@@ -15,10 +15,11 @@ fn main() {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["nothing"] => {}
+        ["clock"] => println!("clock {}", system::monotonic()),
         ["time", names @ ..] => time::all(names),
         ["check"] => check::all(1),
         ["check", rounds] => check::all(rounds.parse().expect("a number of rounds")),
         ["data"] => check::write_data(),
-        _ => panic!("workload time [NAME...] | check [ROUNDS] | data | nothing"),
+        _ => panic!("workload time [NAME...] | check [ROUNDS] | data | clock | nothing"),
     }
 }

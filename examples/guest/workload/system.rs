@@ -25,6 +25,7 @@ unsafe extern "C" {
     fn waitpid(child: c_int, status: *mut c_int, options: c_int) -> c_int;
     fn _exit(status: c_int) -> !;
     fn getppid() -> c_int;
+    fn clock_gettime(clock: c_int, time: *mut [i64; 2]) -> c_int;
     fn kill(process: c_int, signal: c_int) -> c_int;
     fn sigaction(signal: c_int, new: *const SignalAction, old: *mut SignalAction) -> c_int;
     fn setitimer(which: c_int, new: *const [i64; 4], old: *mut [i64; 4]) -> c_int;
@@ -86,6 +87,14 @@ pub(crate) fn every(microseconds: i64) {
 pub(crate) fn parent() -> c_int {
     // SAFETY: no arguments.
     unsafe { getppid() }
+}
+
+/// Nanoseconds since the kernel began to count.
+pub(crate) fn monotonic() -> i64 {
+    let mut time = [0; 2];
+    // SAFETY: stores to the variable.
+    assert_eq!(unsafe { clock_gettime(1, &mut time) }, 0, "clock_gettime");
+    time[0] * 1_000_000_000 + time[1]
 }
 
 /// A child that ends with what `work` returns.

@@ -4,19 +4,21 @@
 //! a line that init prints. The last line is `ratio: N`: the median of ours over the median of QEMU's. It informs and
 //! decides nothing. QEMU is Debian's package, installed by apt if it is absent and the user is root.
 
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use clap::Parser;
 use vmm_examples::debian::{self, Series};
 use vmm_examples::initramfs::Archive;
+use vmm_examples::race::{QEMU, Runner, Spread, install_qemu, microvm};
+use vmm_examples::trial::linux;
 
 const MARK: &str = "boot_times: init";
 
-const QEMU: &str = "qemu-system-x86_64";
+/// Time that a boot may take.
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// Boots Debian's kernel to its init on `translate` and on QEMU, by turns, and compares.
 #[derive(Parser)]
@@ -54,23 +56,18 @@ fn run(options: &Options) -> Result<()> {
             if is_ours {
                 ours.push(until_init(&mut translate(&kernel.image, &initrd)?)?);
             } else {
-                theirs.push(until_init(&mut qemu(&kernel.image, &initrd))?);
+                theirs.push(until_init(&mut microvm(&kernel.image, &initrd, "quiet"))?);
             }
         }
-        let last = |times: &[Duration]| times.last().map_or(0.0, Duration::as_secs_f64);
+        let last = |times: &[f64]| times.last().copied().unwrap_or_default();
         println!("round {round}: translate {:.3} s, qemu {:.3} s", last(&ours), last(&theirs));
     }
-    let (ours, theirs) = (median(ours), median(theirs));
+    let (ours, theirs) = (Spread::of(ours).median, Spread::of(theirs).median);
     println!("kernel {}, exec to init, medians of {} rounds", kernel.release, options.rounds);
     println!("translate: {ours:.3} s");
     println!("{QEMU} -M microvm -accel tcg: {theirs:.3} s");
     println!("ratio: {:.2}", ours / theirs);
     Ok(())
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64)
 }
 
 /// Busybox, and an init that says so and waits to be killed.
@@ -86,69 +83,14 @@ fn archive() -> Result<Vec<u8>> {
     archive.to_bytes()
 }
 
-/// The program `linux` that was built with this one.
 fn translate(kernel: &Path, initrd: &Path) -> Result<Command> {
-    let program: PathBuf = std::env::current_exe()?.with_file_name("linux");
-    ensure!(
-        program.exists(),
-        "{} is absent: build it with `cargo build --release --bins`",
-        program.display()
-    );
-    let mut command = Command::new(program);
+    let mut command = Command::new(linux()?);
     command.args(["--backend", "translate", "--append", "quiet", "--kernel"]).arg(kernel);
     command.arg("--initrd").arg(initrd);
     Ok(command)
 }
 
-fn qemu(kernel: &Path, initrd: &Path) -> Command {
-    let mut command = Command::new(QEMU);
-    command.args(["-M", "microvm", "-accel", "tcg", "-m", "256", "-no-reboot", "-display", "none"]);
-    command.args(["-monitor", "none", "-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(initrd);
-    command.args(["-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 quiet"]);
-    command
-}
-
 /// Starts `command` and waits until its guest's init says that it runs.
-fn until_init(command: &mut Command) -> Result<Duration> {
-    let started = Instant::now();
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-    let name = command.get_program().display().to_string();
-    let mut child = Killed(child.with_context(|| format!("starting {name}"))?);
-    let output = child.0.stdout.take().context("a pipe")?;
-    for line in BufReader::new(output).split(b'\n') {
-        if String::from_utf8_lossy(&line?).contains(MARK) {
-            return Ok(started.elapsed());
-        }
-    }
-    bail!("{name} ended before its guest's init began")
-}
-
-/// A child that does not outlive this.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.kill().and_then(|()| self.0.wait().map(|_| ())) {
-            eprintln!("boot_times: {error}");
-        }
-    }
-}
-
-fn install_qemu() -> Result<()> {
-    let present = || Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok();
-    if present() {
-        return Ok(());
-    }
-    eprintln!("boot_times: installing qemu-system-x86 (about 100 MB with what it needs)");
-    let apt = |arguments: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null()).status()
-    };
-    let installed = apt(&["-q", "update"])
-        .and_then(|_| apt(&["-qy", "install", "--no-install-recommends", "qemu-system-x86"]));
-    ensure!(
-        installed.is_ok_and(|status| status.success()) && present(),
-        "{QEMU} is absent and cannot be installed here; install Debian's package qemu-system-x86"
-    );
-    Ok(())
+fn until_init(command: &mut Command) -> Result<f64> {
+    Ok(Runner::start(command, LIMIT)?.until(MARK)?.0.as_secs_f64())
 }
