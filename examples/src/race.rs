@@ -79,6 +79,11 @@ impl Runner {
         Ok(Self { name, child, started, limit, lines })
     }
 
+    /// Gives it another time for everything, from the start.
+    pub fn allow(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
     /// The next line of the guest's, and when it came, from the start; `None` at the end of its output.
     ///
     /// # Errors
