@@ -235,6 +235,16 @@ pub trait Vcpu: fmt::Debug + Send {
         Ok(self.save()?.events.exception.is_some())
     }
 
+    /// Forgets a fault that stands before the next instruction, so that RIP may be changed: it comes up again when the
+    /// instruction that it belongs to is executed again. A trap, whose instruction is done, stays. Returns whether nothing
+    /// is left.
+    ///
+    /// # Errors
+    /// Whatever the backend's host says.
+    fn cancel_fault(&mut self) -> Result<bool> {
+        Ok(!self.exception_pending()?)
+    }
+
     /// The whole state. A pending exit is settled first, so the result stands between two
     /// instructions (or between two iterations of a REP).
     ///

@@ -184,7 +184,8 @@ impl Race {
             );
             Ok(times)
         })?;
-        let columns: [(&str, fn(&BootTimes) -> f64); 3] = [
+        type Column = (&'static str, fn(&BootTimes) -> f64);
+        let columns: [Column; 3] = [
             ("exec to init, wall", |times| times.init),
             ("init by the guest's clock", |times| times.init_by_guest),
             ("exec to power-off, wall", |times| times.power_off),

@@ -219,6 +219,19 @@ impl CpuidTable {
         self.set(entry);
     }
 
+    /// Reports a feature if `supported` does. Returns whether it does.
+    #[cfg(feature = "xen-pv")]
+    pub(crate) fn enable(&mut self, feature: Feature, supported: &Self) -> bool {
+        if !supported.has(feature) {
+            return false;
+        }
+        let (leaf, subleaf, register) = (feature.leaf(), feature.subleaf(), feature.register());
+        let value = self.register(leaf, subleaf, register) | feature.mask();
+        self.set_register(supported, leaf, subleaf, register, value);
+        self.reach(leaf);
+        true
+    }
+
     fn clear_feature(&mut self, feature: Feature) {
         let (leaf, subleaf, register) = (feature.leaf(), feature.subleaf(), feature.register());
         if let Some(mut entry) = self.get(leaf, subleaf) {
@@ -228,7 +241,7 @@ impl CpuidTable {
     }
 
     /// Raises what leaf 0 or 0x8000_0000 announces so that `leaf` can be found.
-    fn reach(&mut self, leaf: u32) {
+    pub(crate) fn reach(&mut self, leaf: u32) {
         let base = leaf & 0xffff_0000;
         if let Some(mut entry) = self.get(base, 0)
             && (base == 0 || base == EXTENDED_BASE)

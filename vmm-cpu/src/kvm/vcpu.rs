@@ -646,6 +646,21 @@ impl Vcpu for KvmVcpu {
         Ok(exception.injected != 0 || exception.pending != 0)
     }
 
+    fn cancel_fault(&mut self) -> Result<bool> {
+        let mut events = self.events()?;
+        let exception = &mut events.exception;
+        if exception.injected == 0 && exception.pending == 0 {
+            return Ok(true);
+        }
+        // Debug exceptions, breakpoints and overflow are traps, or may be.
+        if matches!(exception.nr, 1 | 3 | 4) {
+            return Ok(false);
+        }
+        (exception.injected, exception.pending) = (0, 0);
+        self.fd.set_vcpu_events(&events).map_err(|errno| host("KVM_SET_VCPU_EVENTS", errno))?;
+        Ok(true)
+    }
+
     fn save(&mut self) -> Result<CpuState> {
         self.settle()?;
         // A waiting INIT or SIPI takes effect while the state is read.

@@ -109,7 +109,7 @@ impl Domain {
             })
             .collect();
         let domain = Self {
-            tables: Tables::new(config.layout.frames()),
+            tables: Tables::shown(memory.map(), config.layout),
             ports: Ports::new(config.vcpus),
             grants: Grants::new(),
             console: Console::new(config.console),

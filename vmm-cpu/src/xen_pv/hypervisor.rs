@@ -21,6 +21,7 @@ const MAX_VCPUS: u32 = 32;
 #[derive(Debug)]
 pub struct XenPvHypervisor {
     pub(super) below: Arc<dyn Hypervisor>,
+    shim: bool,
     capabilities: Capabilities,
     cpuid: CpuidTable,
 }
@@ -75,7 +76,15 @@ impl XenPvHypervisor {
         capabilities.hardware_assisted = below.capabilities().hardware_assisted;
         capabilities.shadowed_page_tables = below.capabilities().shadowed_page_tables;
         let cpuid = pv_cpuid(below.supported_cpuid());
-        Ok(Self { below, capabilities, cpuid })
+        Ok(Self { below, shim: false, capabilities, cpuid })
+    }
+
+    /// Whether code in the guest does what needs no VMM: system calls and page faults of programs, frequent hypercalls.
+    /// Worth it where leaving the guest is expensive.
+    #[must_use]
+    pub fn shim(mut self, yes: bool) -> Self {
+        self.shim = yes;
+        self
     }
 
     /// Creates a domain with all of `ram`, which starts at 0 and has no gaps; the backend adds its own memory above.
@@ -109,7 +118,7 @@ impl XenPvHypervisor {
             return Err(Error::unsupported("a deterministic clock", "Xen's timers follow the host's"));
         }
         let cpuid = config.cpu.resolve(&self.cpuid)?;
-        Ok(Arc::new(XenPvVm::new(Arc::clone(&self.below), config, cpuid, ram, devices)))
+        Ok(Arc::new(XenPvVm::new(Arc::clone(&self.below), self.shim, config, cpuid, ram, devices)))
     }
 }
 

@@ -56,6 +56,10 @@ impl DomainMemory {
         Ok(Self { map, layout })
     }
 
+    pub(crate) fn map(&self) -> &GuestMemoryMap {
+        &self.map
+    }
+
     pub(crate) fn layout(&self) -> Layout {
         self.layout
     }

@@ -102,7 +102,7 @@ impl VcpuAbi {
         self.event = callback(context.event_callback_eip, 0);
         self.failsafe = callback(context.failsafe_callback_eip, vgcf::FAILSAFE_DISABLES_EVENTS);
         self.syscall = callback(context.syscall_callback_eip, vgcf::SYSCALL_DISABLES_EVENTS);
-        self.kernel_sp = context.kernel_sp;
+        engine.context().kernel_sp = context.kernel_sp;
         self.kernel_ss = selector(context.kernel_ss) | 3;
         self.set_task_switched(engine, cr0 & (1 << 3) != 0);
         if cr4 != 0 {

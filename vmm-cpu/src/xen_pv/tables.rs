@@ -7,7 +7,11 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use vmm_memory::GuestMemoryMap;
+use vmm_memory::vm_memory::Bytes as _;
+
 use super::abi::errno::Errno;
+use super::engine::Layout;
 
 const LEVEL: u8 = 7;
 const PINNED: u8 = 1 << 7;
@@ -19,11 +23,28 @@ const USER_ROOT: u8 = 1 << 5;
 #[derive(Debug)]
 pub(crate) struct Tables {
     marks: Box<[AtomicU8]>,
+    /// Where an engine can read a copy.
+    shown: Option<(GuestMemoryMap, Layout)>,
 }
 
 impl Tables {
     pub(crate) fn new(frames: u64) -> Self {
-        Self { marks: (0..frames).map(|_| AtomicU8::new(0)).collect() }
+        Self { marks: (0..frames).map(|_| AtomicU8::new(0)).collect(), shown: None }
+    }
+
+    /// As [`Tables::new`], with a copy at [`Layout::marks`] if that is in the memory. The guest may write there, so the copy
+    /// is never read here.
+    pub(crate) fn shown(map: &GuestMemoryMap, layout: Layout) -> Self {
+        Self { shown: Some((map.clone(), layout)), ..Self::new(layout.frames()) }
+    }
+
+    fn show(&self, frame: u64, mark: u8) {
+        if let Some((map, layout)) = &self.shown
+            && let Some(place) = layout.mark(frame)
+            && map.store(mark, place, Ordering::Release).is_err()
+        {
+            tracing::trace!(frame, "no place for the mark of a frame");
+        }
     }
 
     fn mark(&self, frame: u64) -> Option<&AtomicU8> {
@@ -42,6 +63,7 @@ impl Tables {
         match old & LEVEL {
             0 => {
                 mark.store(level, Ordering::Release);
+                self.show(frame, level);
                 Ok(true)
             }
             known if known == level => Ok(false),
@@ -66,12 +88,14 @@ impl Tables {
     pub(crate) fn pin(&self, frame: u64) -> Result<(), Errno> {
         let mark = self.mark(frame).ok_or(Errno::EINVAL)?;
         let old = mark.fetch_or(PINNED, Ordering::AcqRel);
+        self.show(frame, old | PINNED);
         if old & PINNED != 0 { Err(Errno::EINVAL) } else { Ok(()) }
     }
 
     pub(crate) fn unpin(&self, frame: u64) -> Result<(), Errno> {
         let mark = self.mark(frame).ok_or(Errno::EINVAL)?;
         let old = mark.fetch_and(!PINNED, Ordering::AcqRel);
+        self.show(frame, old & !PINNED);
         if old & PINNED == 0 { Err(Errno::EINVAL) } else { Ok(()) }
     }
 
@@ -84,6 +108,7 @@ impl Tables {
         }
         if old != 0 {
             mark.store(0, Ordering::Release);
+            self.show(frame, 0);
         }
         Ok(())
     }
@@ -94,13 +119,15 @@ impl Tables {
         let (this, other) = if user { (USER_ROOT, KERNEL_ROOT) } else { (KERNEL_ROOT, USER_ROOT) };
         let old = mark.load(Ordering::Acquire);
         mark.store(old & !other | this, Ordering::Release);
+        self.show(frame, old & !other | this);
         old & this == 0
     }
 
     /// A table was written anew: the engine has to prepare it when it becomes a root.
     pub(crate) fn forget_root(&self, frame: u64) {
         if let Some(mark) = self.mark(frame) {
-            mark.fetch_and(!(KERNEL_ROOT | USER_ROOT), Ordering::AcqRel);
+            let old = mark.fetch_and(!(KERNEL_ROOT | USER_ROOT), Ordering::AcqRel);
+            self.show(frame, old & !(KERNEL_ROOT | USER_ROOT));
         }
     }
 }

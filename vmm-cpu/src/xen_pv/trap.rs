@@ -50,7 +50,7 @@ impl VcpuAbi {
         let before = *context;
         let (stack, cs) = match before.mode {
             GuestMode::Kernel => (before.general.rsp, before.cs & !3),
-            GuestMode::User => (self.kernel_sp, before.cs),
+            GuestMode::User => (before.kernel_sp, before.cs),
         };
         let mut flags = before.general.rflags & !(rflags::IF | IOPL);
         if !masked {
@@ -227,10 +227,10 @@ impl VcpuAbi {
         context.general.rflags = frame.rflags & ALL & !(IOPL | VM) | rflags::IF | rflags::FIXED;
         context.general.rsp = frame.rsp;
         context.general.rax = frame.rax;
-        if frame.flags & VGCF_IN_SYSCALL == 0 {
-            context.general.r11 = frame.r11;
-            context.general.rcx = frame.rcx;
-        }
+        // As SYSRET leaves them if the entry was by SYSCALL.
+        let by_syscall = frame.flags & VGCF_IN_SYSCALL != 0;
+        context.general.r11 = if by_syscall { context.general.rflags } else { frame.r11 };
+        context.general.rcx = if by_syscall { frame.rip } else { frame.rcx };
         context.cs = cs;
         context.ss = ss;
         let mask = u8::from(frame.rflags & rflags::IF == 0);

@@ -75,13 +75,15 @@ impl XenPvVcpu {
             let instructions = instructions.map_or(0, |(_, count)| count);
             let context = self.engine.context();
             let (mode, general) = (context.mode, context.general);
-            let (rip, rax) = (general.rip, general.rax);
+            let (rip, rax, rdi, rsi) = (general.rip, general.rax, general.rdi, general.rsi);
             tracing::trace!(
                 vcpu = self.index,
                 ?exit,
                 ?mode,
                 rip = format_args!("{rip:#x}"),
                 rax,
+                rdi = format_args!("{rdi:#x}"),
+                rsi = format_args!("{rsi:#x}"),
                 instructions,
                 "exit"
             );
@@ -292,6 +294,7 @@ impl Vcpu for XenPvVcpu {
             ("interrupted", counts.interrupted),
             ("block", counts.blocks),
         ];
+        all.extend(self.engine.fast_counts());
         // Of the engine's exits, each of which is one above, only the work in between is news.
         all.extend(self.engine.exit_counts().into_iter().filter(|(kind, _)| *kind == "instructions"));
         all

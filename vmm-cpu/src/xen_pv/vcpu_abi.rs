@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use super::abi::sched::ShutdownReason;
 use super::abi::vcpu::{TimeInfo, TrapInfo, runstate};
-use super::abi::{shared_info, virq};
+use super::abi::{shared_info, virq, vm_assist};
 use super::domain::Domain;
 use super::emulate::CR4_AT_START;
-use super::engine::{Engine, EngineExit, GuestMode};
+use super::engine::{Engine, EngineExit, FastPath, GuestMode};
 use super::processor::Processor;
-use super::trap::Bounce;
+use super::trap::{Bounce, PAGE_FAULT};
 use crate::error::Result;
+use vmm_memory::vm_memory::GuestAddress;
 
 /// What becomes of a virtual processor after an exit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,7 +74,6 @@ pub struct VcpuAbi {
     pub(crate) domain: Arc<Domain>,
     pub(crate) index: u32,
     pub(crate) traps: Box<[TrapInfo; 256]>,
-    pub(crate) kernel_sp: u64,
     pub(crate) kernel_ss: u16,
     pub(crate) event: Callback,
     pub(crate) failsafe: Callback,
@@ -112,7 +112,6 @@ impl VcpuAbi {
             domain,
             index,
             traps: Box::new([TrapInfo::default(); 256]),
-            kernel_sp: 0,
             kernel_ss: 0,
             event: Callback::default(),
             failsafe: Callback::default(),
@@ -211,7 +210,22 @@ impl VcpuAbi {
         }
         // Only now: whoever has news from here on kicks.
         let action = self.deliver(engine)?;
+        engine.set_fast_path(&self.fast_path());
         Ok(self.conclude(action))
+    }
+
+    /// What an engine may do of this by itself.
+    fn fast_path(&self) -> FastPath {
+        let page_fault = self.traps.get(usize::from(PAGE_FAULT)).copied().unwrap_or_default();
+        FastPath {
+            // Its frames have no I/O privilege level.
+            enabled: !self.domain.has_assist(vm_assist::ARCHITECTURAL_IOPL),
+            syscall: self.syscall.rip,
+            syscall_masks: self.syscall.masks_events,
+            page_fault: page_fault.address,
+            page_fault_masks: page_fault.masks_events(),
+            vcpu_info: GuestAddress(self.info()),
+        }
     }
 
     fn deliver(&mut self, engine: &mut dyn Engine) -> Result<Action> {
@@ -350,7 +364,6 @@ impl VcpuAbi {
 
     /// Copies the run state to where the guest wants it.
     pub(crate) fn publish_runstate(&self, engine: &mut dyn Engine) {
-        use super::abi::vm_assist;
         use super::memory::element;
         let Some(processor) = self.processor() else { return };
         let Some(area) = processor.runstate_area() else { return };

@@ -28,6 +28,7 @@ const HYPERVISOR_LEAVES: std::ops::Range<u32> = 0x4000_0000..0x4001_0000;
 #[derive(Debug)]
 pub struct XenPvVm {
     below: Arc<dyn Hypervisor>,
+    shim: bool,
     config: VmConfig,
     cpuid: CpuidTable,
     ram: GuestRam,
@@ -47,6 +48,7 @@ pub(super) struct Built {
 impl XenPvVm {
     pub(super) fn new(
         below: Arc<dyn Hypervisor>,
+        shim: bool,
         config: &VmConfig,
         cpuid: CpuidTable,
         ram: GuestRam,
@@ -54,6 +56,7 @@ impl XenPvVm {
     ) -> Self {
         Self {
             below,
+            shim,
             config: config.clone(),
             cpuid,
             ram,
@@ -81,7 +84,8 @@ impl XenPvVm {
             .vcpus(self.config.max_vcpus)
             .cpu(CpuModel::Exact(engine_cpuid))
             .clock(self.config.clock)
-            .store_in_guest(self.below.capabilities().shadowed_page_tables);
+            .store_in_guest(self.below.capabilities().shadowed_page_tables)
+            .shim(self.shim);
         let machine = Ring3Machine::new(&*self.below, &ring3, &self.ram)?;
         let mut config = DomainConfig::new(self.ram.clone(), layout, machine.capabilities().tsc_khz);
         config.vcpus = self.config.max_vcpus;

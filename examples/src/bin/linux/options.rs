@@ -18,7 +18,8 @@ pub(crate) struct Options {
     /// What runs the guest: kvm, translate, xen-pv, or auto, which takes hardware assistance where the processor has it.
     #[arg(long, default_value = "auto")]
     pub(crate) backend: String,
-    /// What executes the guest of backend xen-pv: kvm, translate, or auto.
+    /// What executes the guest of backend xen-pv: kvm, kvm-shim (with its fast path in the guest), translate, translate-shim, or
+    /// auto.
     #[arg(long, default_value = "auto")]
     pub(crate) engine: String,
     /// Kernel: bzImage, ELF with a PVH note (with backend xen-pv, Xen's notes), or multiboot image. Debian's cloud kernel

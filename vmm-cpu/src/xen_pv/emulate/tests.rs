@@ -188,12 +188,12 @@ fn programs_have_no_privileges() {
     let mut guest = guest(&[0xfa]);
     guest.engine.user_root = Some(guest.engine.kernel_root);
     guest.engine.context.mode = GuestMode::User;
-    guest.vcpu.kernel_sp = DIRECT + 0x9_0000;
+    guest.engine.context().kernel_sp = DIRECT + 0x9_0000;
     faults(&mut guest);
     // Without page tables for them either.
     let mut guest = self::guest(&[0xfa]);
     guest.engine.context.mode = GuestMode::User;
-    guest.vcpu.kernel_sp = DIRECT + 0x9_0000;
+    guest.engine.context().kernel_sp = DIRECT + 0x9_0000;
     faults(&mut guest);
 }
 
@@ -265,7 +265,7 @@ fn int_reaches_handlers_that_allow_it() {
             let mut guest = guest(&[0xcd, 0x80]);
             guest.engine.user_root = Some(guest.engine.kernel_root);
             guest.engine.context.mode = mode;
-            guest.vcpu.kernel_sp = DIRECT + 0x9_0000;
+            guest.engine.context().kernel_sp = DIRECT + 0x9_0000;
             guest.vcpu.traps[0x80] =
                 TrapInfo { vector: 0x80, flags: dpl, address: HANDLER + 0x80, ..Default::default() };
             let rip = guest.engine.context.general.rip;

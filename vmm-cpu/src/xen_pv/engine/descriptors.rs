@@ -104,6 +104,11 @@ impl Descriptors {
         }
     }
 
+    /// Whether the selectors that Linux has for programs are those of flat 64-bit code and of data.
+    pub(super) fn has_flat_user(&self) -> bool {
+        self.code(0x33).is_ok_and(|code| code.long) && self.stack(0x2b).is_ok()
+    }
+
     /// The descriptor that a selector of the guest names, if it can be loaded.
     fn look_up(&self, selector: u16, fault: u8) -> Result<u64, SelectorFault> {
         let error = |vector| SelectorFault { vector, error_code: u32::from(selector & !3) };

@@ -3,7 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use vmm_memory::PAGE_SIZE;
+use vmm_memory::vm_memory::GuestAddress;
+
 use super::EngineHandle;
+use super::private::PORT_SHIM;
 use crate::vcpu::{VcpuHandle, VcpuIo};
 
 /// What reaches an engine from other threads.
@@ -97,12 +101,14 @@ impl EngineHandle for Signals {
 #[derive(Debug)]
 pub(super) struct Exits<'a> {
     signals: &'a Signals,
+    doorbell: Option<GuestAddress>,
     port: Option<u8>,
 }
 
 impl<'a> Exits<'a> {
-    pub(super) fn new(signals: &'a Signals) -> Self {
-        Self { signals, port: None }
+    /// Stores to `doorbell` count as [`PORT_SHIM`].
+    pub(super) fn new(signals: &'a Signals, doorbell: Option<GuestAddress>) -> Self {
+        Self { signals, doorbell, port: None }
     }
 
     pub(super) fn port(&self) -> Option<u8> {
@@ -115,6 +121,13 @@ impl VcpuIo for Exits<'_> {
         if self.port.is_none() {
             // Others than the stubs' are no better than an unknown one.
             self.port = Some(u8::try_from(port).unwrap_or(u8::MAX));
+            self.signals.vcpu.kick();
+        }
+    }
+
+    fn mmio_write(&mut self, gpa: GuestAddress, _: &[u8]) {
+        if self.port.is_none() && self.doorbell.is_some_and(|page| gpa.0 & !(PAGE_SIZE - 1) == page.0) {
+            self.port = Some(PORT_SHIM);
             self.signals.vcpu.kick();
         }
     }

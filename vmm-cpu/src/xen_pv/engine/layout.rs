@@ -32,6 +32,7 @@ const MAX_RAM: u64 = 1 << 40;
 /// | 0 | RAM: machine frames 0 to [`Layout::frames`] | the domain |
 /// | [`Layout::abi_frames`] | shared information, grant tables | both |
 /// | [`Layout::m2p`] | machine-to-physical table, 8 bytes a frame | the ABI writes, the guest kernel reads |
+/// | [`Layout::marks`] | what the ABI knows of each frame as a page table, a byte a frame | the ABI writes, the engine reads |
 /// | [`Layout::private`] | stubs, descriptor tables, stacks, page tables | the engine |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -82,9 +83,19 @@ impl Layout {
         (frame < self.frames()).then(|| GuestAddress(self.m2p().0 + frame * 8))
     }
 
+    /// Start of the marks of frames.
+    pub fn marks(&self) -> GuestAddress {
+        GuestAddress(self.m2p().0 + self.m2p_size())
+    }
+
+    /// Where the mark of `frame` lies, `None` if the domain has no such frame.
+    pub fn mark(&self, frame: u64) -> Option<GuestAddress> {
+        (frame < self.frames()).then(|| GuestAddress(self.marks().0 + frame))
+    }
+
     /// Start of the engine's own memory.
     pub fn private(&self) -> GuestAddress {
-        GuestAddress(self.m2p().0 + self.m2p_size())
+        GuestAddress((self.marks().0 + self.frames()).next_multiple_of(ALIGN))
     }
 }
 
@@ -102,6 +113,9 @@ mod tests {
                 "{layout:?}"
             );
             assert_eq!(layout.m2p_entry(layout.frames()), None);
+            assert!(last.0 + 8 <= layout.marks().0);
+            assert!(layout.mark(layout.frames() - 1).unwrap().0 < layout.private().0);
+            assert_eq!(layout.mark(layout.frames()), None);
             assert!(layout.private().0.is_multiple_of(ALIGN));
         }
     }

@@ -27,6 +27,7 @@ pub struct Ring3Machine {
     first: Mutex<Option<Ring3>>,
     in_ring_3: Option<CpuidTable>,
     above: Arc<Above>,
+    sets_bases: bool,
 }
 
 impl fmt::Debug for Ring3Machine {
@@ -53,12 +54,21 @@ pub struct Ring3Config {
     /// Whether entries of page tables are stored, and translations forgotten, by code in the guest rather than by the VMM.
     /// Backends that shadow page tables notice just the former.
     pub store_in_guest: bool,
+    /// Whether code in the guest does what needs no VMM: system calls, page faults, frequent hypercalls.
+    pub shim: bool,
 }
 
 impl Ring3Config {
     /// One processor that shows all the backend has, and page tables that the VMM writes.
     pub fn new(layout: Layout) -> Self {
-        Self { layout, vcpus: 1, cpu: CpuModel::Host, clock: ClockConfig::default(), store_in_guest: false }
+        Self {
+            layout,
+            vcpus: 1,
+            cpu: CpuModel::Host,
+            clock: ClockConfig::default(),
+            store_in_guest: false,
+            shim: false,
+        }
     }
 
     /// Sets [`Ring3Config::vcpus`].
@@ -82,6 +92,13 @@ impl Ring3Config {
         self
     }
 
+    /// Sets [`Ring3Config::shim`].
+    #[must_use]
+    pub fn shim(mut self, yes: bool) -> Self {
+        self.shim = yes;
+        self
+    }
+
     /// Sets [`Ring3Config::store_in_guest`].
     #[must_use]
     pub fn store_in_guest(mut self, yes: bool) -> Self {
@@ -100,10 +117,14 @@ impl Ring3Machine {
     pub fn new(hypervisor: &dyn Hypervisor, config: &Ring3Config, ram: &GuestRam) -> Result<Self> {
         let layout = config.layout;
         check_ram(ram, layout)?;
-        let private = Private::new(layout, config.vcpus);
+        let mut private = Private::new(layout, config.vcpus);
+        if config.shim {
+            private = private.with_shim(config.vcpus)?;
+        }
         let end = layout.private().0 + private.size();
+        let doorbell = private.shim().map_or(end, |shim| shim.doorbell().0 + PAGE_SIZE);
         let width = hypervisor.capabilities().gpa_bits.min(52);
-        if end > 1 << width {
+        if doorbell > 1 << width {
             return Err(Error::unsupported(
                 "a domain of that size",
                 format!(
@@ -112,7 +133,9 @@ impl Ring3Machine {
                 ),
             ));
         }
-        let table = config.cpu.resolve(hypervisor.supported_cpuid())?;
+        let mut table = config.cpu.resolve(hypervisor.supported_cpuid())?;
+        // The shim sets the bases of segments, and leaves that to the VMM where ring 3 may not.
+        let sets_bases = config.shim && table.enable(Feature::FSGSBASE, hypervisor.supported_cpuid());
         for feature in [Feature::LM, Feature::SYSCALL, Feature::NX] {
             if !table.has(feature) {
                 return Err(Error::unsupported(
@@ -141,6 +164,7 @@ impl Ring3Machine {
             private,
             capabilities,
             store_in_guest: config.store_in_guest,
+            sets_bases,
             first: Mutex::default(),
             in_ring_3: None,
             above: Arc::new(above),
@@ -196,7 +220,8 @@ impl Ring3Machine {
     fn new_engine(&self, index: u32) -> Result<Ring3> {
         let vcpu = self.vm.create_vcpu(index)?;
         let above = Arc::clone(&self.above);
-        Ring3::new(vcpu, self.ram.clone(), self.private, self.capabilities, self.store_in_guest, above)
+        let (private, capabilities) = (self.private, self.capabilities);
+        Ring3::new(vcpu, self.ram.clone(), private, capabilities, self.store_in_guest, above, self.sets_bases)
     }
 }
 

@@ -14,6 +14,7 @@ mod machine;
 mod native;
 mod private;
 mod ring3;
+mod shim;
 
 use std::fmt;
 use std::sync::Arc;
@@ -62,6 +63,8 @@ pub struct Context {
     pub gs_base: u64,
     /// GS base of the other mode, which [`Context::switch_mode`] exchanges as SWAPGS does.
     pub other_gs_base: u64,
+    /// Where the stack of mode kernel starts when it is entered from mode user.
+    pub kernel_sp: u64,
 }
 
 impl Context {
@@ -117,6 +120,25 @@ impl EngineCapabilities {
     pub fn new(tsc_khz: u32) -> Self {
         Self { tsc_khz, xcr0: 0, compatibility_mode: false }
     }
+}
+
+/// What an engine needs to know to do the ABI's work by itself, if it can: enter the guest kernel for system calls and page
+/// faults of programs, and come back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FastPath {
+    /// Whether it may do any of it.
+    pub enabled: bool,
+    /// Where system calls enter the guest kernel; 0 to leave them to the ABI.
+    pub syscall: u64,
+    /// Whether that masks events.
+    pub syscall_masks: bool,
+    /// Where page faults enter the guest kernel; 0 to leave them to the ABI.
+    pub page_fault: u64,
+    /// Whether that masks events.
+    pub page_fault_masks: bool,
+    /// The `vcpu_info` of the virtual processor.
+    pub vcpu_info: GuestAddress,
 }
 
 /// Page tables and what the processor caches of them.
@@ -207,6 +229,11 @@ pub trait Engine: Mmu + fmt::Debug + Send {
 
     /// Whether the next floating-point instruction gives exception 7 (CR0.TS).
     fn set_task_switched(&mut self, set: bool);
+
+    /// Says what the engine may do by itself. One that leaves everything to the ABI has no use for it.
+    fn set_fast_path(&mut self, path: &FastPath) {
+        let _ = path;
+    }
 
     /// Sets XCR0.
     ///

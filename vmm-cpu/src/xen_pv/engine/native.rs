@@ -56,6 +56,7 @@ const INSTRUCTIONS: &[Feature] = &[
     Feature::XGETBV1,
     Feature::LAHF_LM,
     Feature::LZCNT,
+    Feature::NULL_SEL_CLR_BASE,
 ];
 
 /// `told` with what ring 3 finds, by `find`, of those instructions and of the state components in `xcr0`.
@@ -82,6 +83,7 @@ pub(super) fn with_instructions(
         let register = entry.register_mut(feature.register());
         *register = *register & !feature.mask() | found.register(feature.register()) & feature.mask();
         table.set(entry);
+        table.reach(feature.leaf());
     }
     Ok(table)
 }

@@ -15,6 +15,7 @@ use vmm_memory::{GuestMemoryMap, PAGE_SIZE};
 
 use super::descriptors::{ENTRIES, OWN, STUB_CS, TASK_STATE};
 use super::layout::{Layout, PRIVATE_SLOT, PRIVATE_VA};
+use super::shim::{SHIM_SLOT, ShimPages};
 use crate::error::{Error, Result};
 
 /// Slot of the machine-to-physical table in kernel roots.
@@ -34,6 +35,9 @@ pub(super) const PORT_SYSCALL: u8 = 0x20;
 
 /// Port that the engine's own operations leave by.
 pub(super) const PORT_OPERATION: u8 = 0x21;
+
+/// What a store to the shim's doorbell counts as.
+pub(super) const PORT_SHIM: u8 = 0x22;
 
 /// Port of exception 0; the others follow.
 pub(super) const PORT_EXCEPTION: u8 = 0x40;
@@ -83,32 +87,46 @@ const GDT_PAGES: u64 = ENTRIES as u64 * 8 / PAGE_SIZE;
 const PAGES_PER_VCPU: u64 = 2 + GDT_PAGES;
 
 /// Page-table entry bits (Intel SDM 3A table 5-20).
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
+pub(super) const PRESENT: u64 = 1;
+pub(super) const WRITABLE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+pub(super) const ACCESSED: u64 = 1 << 5;
+pub(super) const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
+pub(super) const NO_EXECUTE: u64 = 1 << 63;
 
 /// An entry that leads to another table.
-const TABLE: u64 = PRESENT | WRITABLE | USER | ACCESSED;
+pub(super) const TABLE: u64 = PRESENT | WRITABLE | USER | ACCESSED;
 
 const LARGE_PAGE: u64 = 2 << 20;
 /// Memory under one page directory.
-const DIRECTORY: u64 = 1 << 30;
-const TABLE_ENTRIES: u64 = 512;
+pub(super) const DIRECTORY: u64 = 1 << 30;
+pub(super) const TABLE_ENTRIES: u64 = 512;
 
 /// Where the parts of the private region lie.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Private {
     layout: Layout,
     vcpus: u64,
+    shim: Option<ShimPages>,
 }
 
 impl Private {
     pub(super) fn new(layout: Layout, vcpus: u32) -> Self {
-        Self { layout, vcpus: vcpus.into() }
+        Self { layout, vcpus: vcpus.into(), shim: None }
+    }
+
+    /// The same with an in-guest fast path behind.
+    ///
+    /// # Errors
+    /// As [`ShimPages::new`].
+    pub(super) fn with_shim(self, vcpus: u32) -> Result<Self> {
+        let start = self.layout.private().0 + self.size();
+        Ok(Self { shim: Some(ShimPages::new(self.layout, start, vcpus)?), ..self })
+    }
+
+    pub(super) fn shim(&self) -> Option<&ShimPages> {
+        self.shim.as_ref()
     }
 
     pub(super) fn layout(&self) -> Layout {
@@ -137,7 +155,7 @@ impl Private {
     /// Bytes of the region, which starts at [`Layout::private`].
     pub(super) fn size(&self) -> u64 {
         let tables = 2 + self.leaf_tables() + 1 + self.m2p_directories() + 2 + self.ram_directories();
-        (self.shown_pages() + tables) * PAGE_SIZE
+        (self.shown_pages() + tables) * PAGE_SIZE + self.shim.map_or(0, |shim| shim.size())
     }
 
     fn page(&self, number: u64) -> u64 {
@@ -152,8 +170,14 @@ impl Private {
         PRIVATE_VA + page * PAGE_SIZE
     }
 
-    pub(super) fn idt(&self) -> (u64, u16) {
-        (Self::shown_at(IDT_PAGE), u16::from(EXCEPTIONS) * 16 - 1)
+    pub(super) fn idt(&self, vcpu: u32) -> (u64, u16) {
+        let at = if self.shim.is_some() { ShimPages::idt(vcpu) } else { Self::shown_at(IDT_PAGE) };
+        (at, u16::from(EXCEPTIONS) * 16 - 1)
+    }
+
+    /// Where SYSCALL of 64-bit code goes.
+    pub(super) fn syscall(&self, vcpu: u32) -> u64 {
+        if self.shim.is_some() { ShimPages::entry(vcpu) } else { VA_SYSCALL }
     }
 
     pub(super) fn gdt(&self, vcpu: u32) -> (u64, u16) {
@@ -171,13 +195,19 @@ impl Private {
 
     /// Guest-virtual end of the stack that a vector's frame is pushed to. Debug exceptions have their own, since they may
     /// come up at the first instruction of another exception's stub, whose frame is still wanted.
-    pub(super) fn stack_end(vcpu: u32, vector: u8) -> u64 {
+    pub(super) fn stack_end(&self, vcpu: u32, vector: u8) -> u64 {
+        if self.shim.is_some() {
+            return ShimPages::stack_end(vcpu, vector);
+        }
         Self::shown_at(Self::vcpu_page(vcpu) + 1) + if vector == 1 { PAGE_SIZE } else { PAGE_SIZE / 2 }
     }
 
     /// Guest-physical address of the same.
     pub(super) fn stack_end_gpa(&self, vcpu: u32, vector: u8) -> GuestAddress {
-        GuestAddress(self.layout.private().0 + (Self::stack_end(vcpu, vector) - PRIVATE_VA))
+        if let Some(shim) = &self.shim {
+            return shim.stack_end_gpa(vcpu, vector);
+        }
+        GuestAddress(self.layout.private().0 + (self.stack_end(vcpu, vector) - PRIVATE_VA))
     }
 
     /// The exception whose stub starts at `rip`.
@@ -219,7 +249,7 @@ impl Private {
         };
         let entry = |table: u64, index: u64, value: u64| put(table + index * 8, &value.to_le_bytes());
         put(self.page(ENTRY_PAGE), &entry_page())?;
-        put(self.page(IDT_PAGE), &interrupt_table())?;
+        put(self.page(IDT_PAGE), &interrupt_table(EXCEPTIONS, Self::stub))?;
         for vcpu in 0..u32::try_from(self.vcpus).unwrap_or(u32::MAX) {
             put(self.page(Self::vcpu_page(vcpu)), &self.task_state_bytes(vcpu))?;
             for (selector, descriptor) in OWN {
@@ -247,40 +277,30 @@ impl Private {
 
         // The machine-to-physical table, large pages.
         let pointers = self.table_page(2 + self.leaf_tables());
-        self.write_large(&entry, pointers, self.layout.m2p().0, self.layout.m2p_size(), USER | NO_EXECUTE)?;
+        write_large(&entry, pointers, self.layout.m2p().0, self.layout.m2p_size(), USER | NO_EXECUTE)?;
 
         // The engine's own root.
         let (root, pointers) = (self.own_root(), self.own_root() + PAGE_SIZE);
         entry(root, 0, pointers | TABLE)?;
         entry(root, PRIVATE_SLOT as u64, self.private_entry())?;
-        self.write_large(&entry, pointers, 0, self.layout.ram(), WRITABLE | DIRTY | NO_EXECUTE)
-    }
-
-    /// Fills the tables from `pointers` on so that they map `size` bytes from `gpa` on in large pages.
-    fn write_large(
-        &self,
-        entry: &impl Fn(u64, u64, u64) -> Result<()>,
-        pointers: u64,
-        gpa: u64,
-        size: u64,
-        rights: u64,
-    ) -> Result<()> {
-        for page in 0..size.div_ceil(LARGE_PAGE) {
-            let directory = pointers + (1 + page / TABLE_ENTRIES) * PAGE_SIZE;
-            if page.is_multiple_of(TABLE_ENTRIES) {
-                entry(pointers, page / TABLE_ENTRIES, directory | TABLE)?;
-            }
-            let value = (gpa + page * LARGE_PAGE) | PRESENT | ACCESSED | LARGE | rights;
-            entry(directory, page % TABLE_ENTRIES, value)?;
+        write_large(&entry, pointers, 0, self.layout.ram(), WRITABLE | DIRTY | NO_EXECUTE)?;
+        if let Some(shim) = &self.shim {
+            entry(root, SHIM_SLOT as u64, shim.own_entry())?;
+            shim.write(memory, Self::stub, GuestAddress(self.page(IDT_PAGE)))?;
         }
         Ok(())
+    }
+
+    /// The stub of an exception.
+    fn stub(vector: u8) -> u64 {
+        VA_EXCEPTIONS + u64::from(vector) * STUB_SIZE
     }
 
     /// A 64-bit task state (Intel SDM 3A 9.7) with two interrupt stacks and no I/O permissions.
     fn task_state_bytes(&self, vcpu: u32) -> [u8; 0x68] {
         let mut bytes = [0; 0x68];
-        let stacks = [(0x24, Self::stack_end(vcpu, 0)), (0x2c, Self::stack_end(vcpu, 1))];
-        for (offset, end) in stacks.into_iter().chain([(4, Self::stack_end(vcpu, 0))]) {
+        let stacks = [(0x24, self.stack_end(vcpu, 0)), (0x2c, self.stack_end(vcpu, 1))];
+        for (offset, end) in stacks.into_iter().chain([(4, self.stack_end(vcpu, 0))]) {
             if let Some(field) = bytes.get_mut(offset..offset + 8) {
                 field.copy_from_slice(&end.to_le_bytes());
             }
@@ -289,6 +309,25 @@ impl Private {
         [bytes[0x66], bytes[0x67]] = 0x68_u16.to_le_bytes();
         bytes
     }
+}
+
+/// Fills the tables from `pointers` on so that they map `size` bytes from `gpa` on in large pages.
+pub(super) fn write_large(
+    entry: &impl Fn(u64, u64, u64) -> Result<()>,
+    pointers: u64,
+    gpa: u64,
+    size: u64,
+    rights: u64,
+) -> Result<()> {
+    for page in 0..size.div_ceil(LARGE_PAGE) {
+        let directory = pointers + (1 + page / TABLE_ENTRIES) * PAGE_SIZE;
+        if page.is_multiple_of(TABLE_ENTRIES) {
+            entry(pointers, page / TABLE_ENTRIES, directory | TABLE)?;
+        }
+        let value = (gpa + page * LARGE_PAGE) | PRESENT | ACCESSED | LARGE | rights;
+        entry(directory, page % TABLE_ENTRIES, value)?;
+    }
+    Ok(())
 }
 
 /// The stubs. What follows an OUT is not reached: the engine sets all registers before the guest runs again.
@@ -321,11 +360,11 @@ fn entry_page() -> Vec<u8> {
     page
 }
 
-/// Interrupt gates to the stubs. INT3 and INTO may be used by the guest itself, as the processor does for others.
-fn interrupt_table() -> Vec<u8> {
+/// Interrupt gates to the handlers of vectors 0 up. INT3 and INTO may be used by the guest itself, as the processor does for others.
+pub(super) fn interrupt_table(vectors: u8, handler: impl Fn(u8) -> u64) -> Vec<u8> {
     let mut table = Vec::new();
-    for vector in 0..EXCEPTIONS {
-        let target = VA_EXCEPTIONS + u64::from(vector) * STUB_SIZE;
+    for vector in 0..vectors {
+        let target = handler(vector);
         let dpl: u64 = if matches!(vector, 3 | 4) { 3 } else { 0 };
         let stack: u64 = if vector == 1 { 2 } else { 1 };
         let low = target & 0xffff

@@ -1,5 +1,7 @@
 //! Guests in ring 3, on every backend that is there.
 
+mod shim;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +11,7 @@ use vmm_memory::{GuestRam, RegionConfig};
 
 use super::native::XCR0_KNOWN;
 use super::private::{Private, VA_SYSCALL};
+use super::shim::ShimPages;
 use super::*;
 use crate::cpuid::Feature;
 use crate::state::rflags;
@@ -42,9 +45,9 @@ impl Guest {
         self.machine.ram().memory().read_obj(GuestAddress(gpa)).unwrap()
     }
 
-    fn new(backend: &dyn crate::Hypervisor) -> Self {
+    fn new(backend: &dyn crate::Hypervisor, shim: bool) -> Self {
         let shadows = backend.capabilities().shadowed_page_tables;
-        let config = Ring3Config::new(Layout::new(RAM).unwrap()).store_in_guest(shadows);
+        let config = Ring3Config::new(Layout::new(RAM).unwrap()).store_in_guest(shadows).shim(shim);
         let ram = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), RAM)).build().unwrap();
         let machine = Ring3Machine::new(backend, &config, &ram).unwrap();
         let engine = machine.create_engine(0).unwrap();
@@ -76,6 +79,10 @@ impl Guest {
         self.machine.ram().memory().write_slice(&code, GuestAddress(CODE)).unwrap();
     }
 
+    fn has_shim(&self) -> bool {
+        !self.engine.fast_counts().is_empty()
+    }
+
     fn run(&mut self) -> EngineExit {
         self.engine.run().unwrap()
     }
@@ -93,8 +100,10 @@ fn everywhere(test: impl Fn(Guest)) {
         }
         match crate::open_backend(name) {
             Ok(backend) => {
-                println!("on {name}");
-                test(Guest::new(&*backend));
+                for shim in [false, true] {
+                    println!("on {name}, {}", if shim { "with shim" } else { "without shim" });
+                    test(Guest::new(&*backend, shim));
+                }
             }
             Err(error) => println!("skipped on {name}: {error}"),
         }
@@ -332,7 +341,7 @@ fn a_jump_to_a_stub_is_a_syscall_or_a_fault_and_nothing_else() {
             assert_eq!(guest.run(), exception(13, 0), "stub {vector}");
             assert_eq!(guest.general().rip, stub.unwrap());
         }
-        guest.general().rip = VA_SYSCALL;
+        guest.general().rip = if guest.has_shim() { ShimPages::entry(0) } else { VA_SYSCALL };
         guest.general().rcx = 0x1234;
         guest.general().r11 = u64::MAX;
         assert_eq!(guest.run(), EngineExit::Syscall);
@@ -836,7 +845,7 @@ fn selectors_that_64_bit_code_loads_serve_32_bit_programs() {
             a.syscall()
         });
         let mut a = CodeAssembler::new(32).unwrap();
-        a.mov(ebx, DATA as u32).unwrap();
+        a.mov(ebx, u32::try_from(DATA).unwrap()).unwrap();
         a.mov(ecx, dword_ptr(ebx)).unwrap();
         a.mov(edx, dword_ptr(ebx).es()).unwrap();
         a.mov(esi, ds).unwrap();

@@ -153,7 +153,7 @@ impl Call<'_> {
         let [ss, sp, ..] = *args;
         let [low, high, ..] = ss.to_le_bytes();
         self.vcpu.kernel_ss = u16::from_le_bytes([low, high]) | 3;
-        self.vcpu.kernel_sp = sp;
+        self.engine.context().kernel_sp = sp;
         Ok(Done::OK)
     }
 

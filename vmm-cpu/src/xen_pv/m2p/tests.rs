@@ -1,3 +1,4 @@
+#![allow(clippy::cast_possible_truncation, reason = "operands are cut to the size of the instruction")]
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -149,7 +150,7 @@ fn everything_else_faults() {
     // A program has no business there.
     let (mut guest, _) = guest(load);
     guest.engine.user_root = Some(FREE * PAGE_SIZE);
-    guest.vcpu.kernel_sp = DIRECT + 0x8_1000;
+    guest.engine.context().kernel_sp = DIRECT + 0x8_1000;
     guest.engine.context.switch_mode(GuestMode::User);
     assert_eq!(guest.exception(14, 4, ENTRY), Action::Continue);
     heard(&guest);

@@ -51,7 +51,7 @@ fn registers_tables_and_entries_are_loaded() {
         (loaded.mode, loaded.fs_base, loaded.gs_base, loaded.other_gs_base),
         (GuestMode::Kernel, 7, 5, 6)
     );
-    assert_eq!((other.kernel_sp, other.traps[14].address), (KERNEL + 16, KERNEL + 14));
+    assert_eq!((loaded.kernel_sp, other.traps[14].address), (KERNEL + 16, KERNEL + 14));
     assert_eq!(
         (other.event.rip, other.syscall.rip, other.syscall.masks_events),
         (KERNEL + 32, KERNEL + 40, true)

@@ -17,7 +17,7 @@ fn guest() -> Guest {
     for (vector, trap) in (0..).zip(guest.vcpu.traps.iter_mut().take(32)) {
         *trap = TrapInfo { vector, flags: 0, cs: 0x10, pad: 0, address: HANDLER + u64::from(vector) };
     }
-    guest.vcpu.kernel_sp = KERNEL_SP;
+    guest.engine.context().kernel_sp = KERNEL_SP;
     guest.engine.context.cs = FLAT_CS64;
     guest.engine.context.ss = FLAT_SS64;
     guest.engine.context.gs_base = 0x11;
@@ -109,7 +109,7 @@ fn no_handler_no_stack_no_guest() {
         no_stack.engine.context.general.rsp = stack;
         assert!(matches!(no_stack.exception(0, 0, 0), Action::Crash(_)), "{stack:#x}");
         let mut no_stack = in_user();
-        no_stack.vcpu.kernel_sp = stack;
+        no_stack.engine.context().kernel_sp = stack;
         assert!(matches!(no_stack.exception(0, 0, 0), Action::Crash(_)), "{stack:#x}");
     }
     let mut crashed = guest();
@@ -287,7 +287,7 @@ fn iret_goes_back_to_the_kernel() {
     let context = guest.engine.context;
     assert_eq!(context.mode, GuestMode::Kernel);
     assert_eq!((context.cs, context.ss), (FLAT_CS64, FLAT_SS64));
-    assert_eq!((context.general.r11, context.general.rcx), (0xbb, 0xcc), "as they are");
+    assert_eq!((context.general.r11, context.general.rcx), (0x202, HANDLER), "as SYSRET leaves them");
     assert_eq!(guest.info_byte(shared_info::UPCALL_MASK), 1, "IF was clear");
 }
 

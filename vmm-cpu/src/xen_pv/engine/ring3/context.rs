@@ -65,6 +65,7 @@ impl Ring3 {
             self.vcpu.set_segment_registers(&system)?;
         }
         self.vcpu.set_registers(&general)?;
+        self.publish()?;
         Ok(None)
     }
 
@@ -87,7 +88,7 @@ impl Ring3 {
     }
 
     /// The frame that the processor pushed for an exception: error code, RIP, CS, RFLAGS, RSP, SS.
-    fn frame(&self, vector: u8) -> Result<[u64; 6]> {
+    pub(super) fn frame(&self, vector: u8) -> Result<[u64; 6]> {
         let end = self.private.stack_end_gpa(self.index, vector);
         let mut bytes = [0; 48];
         self.ram.memory().read_slice(&mut bytes, GuestAddress(end.0 - 48)).map_err(memory_error)?;
@@ -101,6 +102,13 @@ impl Ring3 {
     pub(super) fn exception_exit(&mut self, vector: u8, mut general: GeneralRegisters) -> Result<EngineExit> {
         let [error, rip, cs, flags, rsp, ss] = self.frame(vector)?;
         general.rsp = rsp;
+        if self.shim.is_some() {
+            let system = self.vcpu.segment_registers()?;
+            let there = GeneralRegisters { rip, rflags: flags, ..general };
+            if let Some(exit) = self.shim_exit(&there, cs & 3 == 0, &system)? {
+                return Ok(exit);
+            }
+        }
         let from_32 = match rip {
             private::VA_SYSCALL => Some(false),
             private::VA_SYSCALL_32 => Some(true),

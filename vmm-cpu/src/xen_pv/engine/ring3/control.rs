@@ -9,7 +9,7 @@ use super::context::is_canonical;
 use super::{Ring3, msr};
 use crate::error::{Error, Result};
 use crate::xen_pv::engine::descriptors;
-use crate::xen_pv::engine::{Context, Engine, EngineCapabilities, EngineExit, EngineHandle};
+use crate::xen_pv::engine::{Context, Engine, EngineCapabilities, EngineExit, EngineHandle, FastPath};
 
 const CR0_TS: u64 = 1 << 3;
 
@@ -62,6 +62,12 @@ impl Engine for Ring3 {
 
     fn set_task_switched(&mut self, set: bool) {
         self.system.cr0 = if set { self.system.cr0 | CR0_TS } else { self.system.cr0 & !CR0_TS };
+    }
+
+    fn set_fast_path(&mut self, path: &FastPath) {
+        if let Some(shim) = &mut self.shim {
+            shim.set_path(path);
+        }
     }
 
     fn set_xcr0(&mut self, value: u64) -> Result<()> {

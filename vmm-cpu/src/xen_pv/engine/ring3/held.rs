@@ -29,11 +29,17 @@ impl Ring3 {
                     if vector < private::EXCEPTIONS {
                         return Ok(Some((vector, self.vcpu.registers()?)));
                     }
+                    tracing::debug!(
+                        vcpu = self.index,
+                        port,
+                        "xen-pv: a guest without code left by another port"
+                    );
                     break;
                 }
                 Stay::Crashed => break,
             }
         }
+        tracing::debug!(vcpu = self.index, "xen-pv: a guest without code has no end");
         self.crashed = true;
         Ok(None)
     }

@@ -9,6 +9,7 @@ use super::context::canonical;
 use super::{Ring3, memory_error};
 use crate::error::{Error, Result};
 use crate::xen_pv::engine::private::{self, M2P_SLOT, XEN_M2P_SLOT};
+use crate::xen_pv::engine::shim::{SHIM_SLOT, WINDOW_SLOT};
 use crate::xen_pv::engine::{GuestMode, Mmu, PRIVATE_SLOT};
 
 /// Single pages that are flushed one by one; for more all are.
@@ -76,7 +77,7 @@ impl Ring3 {
         Ok(())
     }
 
-    fn check_root(&self, gpa: GuestAddress) -> Result<()> {
+    pub(super) fn check_root(&self, gpa: GuestAddress) -> Result<()> {
         if !gpa.0.is_multiple_of(PAGE_SIZE) {
             return Err(Error::invalid(
                 "page-table root",
@@ -118,7 +119,16 @@ impl Mmu for Ring3 {
         self.write_entry(slot(M2P_SLOT), m2p)?;
         // Who shadows page tables has things of its own in Xen's slot, and shows nothing there.
         let where_xen_has_it = if self.store_in_guest { 0 } else { m2p };
-        self.write_entry(slot(XEN_M2P_SLOT), where_xen_has_it)
+        self.write_entry(slot(XEN_M2P_SLOT), where_xen_has_it)?;
+        if let Some(shim) = self.private.shim() {
+            let (own, window) = match mode {
+                GuestMode::Kernel => (shim.kernel_entry(), shim.window_entry()),
+                GuestMode::User => (shim.user_entry(), 0),
+            };
+            self.write_entry(slot(SHIM_SLOT), own)?;
+            self.write_entry(slot(WINDOW_SLOT), window)?;
+        }
+        Ok(())
     }
 
     fn set_kernel_root(&mut self, gpa: GuestAddress) -> Result<()> {

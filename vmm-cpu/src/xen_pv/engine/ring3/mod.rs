@@ -9,14 +9,16 @@ mod control;
 mod held;
 mod mmu;
 mod probe;
+mod shim;
 
 use std::sync::Arc;
 
 use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::GuestAddress;
 
-use self::context::{PAGE_FAULT, canonical};
+use self::context::{PAGE_FAULT, canonical, low16};
 use self::mmu::Flush;
+use self::shim::Shim;
 use super::descriptors::{Descriptors, FLAT_CS64, FLAT_SS, STUB_CS, STUB_SS, TASK_STATE};
 use super::exits::{Exits, Signals};
 use super::machine::Above;
@@ -39,6 +41,7 @@ mod msr {
 const CR0: u64 = 0x8005_0033;
 /// OSXMMEXCPT, OSFXSR, PAE. Without global pages: a guest kernel's would outlive the change to the user root.
 const CR4: u64 = 0x620;
+const CR4_FSGSBASE: u64 = 1 << 16;
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// NXE, LMA, LME, SCE.
 const EFER: u64 = 0xd01;
@@ -61,6 +64,7 @@ pub struct Ring3 {
     store_in_guest: bool,
     /// Keeps the engine's memory where it is.
     _above: Arc<Above>,
+    shim: Option<Shim>,
     signals: Arc<Signals>,
     context: Context,
     descriptors: Descriptors,
@@ -98,10 +102,13 @@ impl Ring3 {
         capabilities: EngineCapabilities,
         store_in_guest: bool,
         above: Arc<Above>,
+        sets_bases: bool,
     ) -> Result<Self> {
         let index = vcpu.index();
         let (gdt, gdt_limit) = private.gdt(index);
-        let (idt, idt_limit) = private.idt();
+        let (idt, idt_limit) = private.idt(index);
+        let shim = private.shim().map(|pages| Shim::new(*pages, index));
+        let bases = if sets_bases { CR4_FSGSBASE } else { 0 };
         let os_xsave = if capabilities.xcr0 != 0 { CR4_OSXSAVE } else { 0 };
         let at_reset = vcpu.system_registers()?;
         let system = SystemRegisters {
@@ -113,7 +120,7 @@ impl Ring3 {
             ss: Segment::data32(STUB_SS),
             cr0: CR0,
             cr3: private.own_root(),
-            cr4: CR4 | os_xsave,
+            cr4: CR4 | os_xsave | bases,
             efer: EFER,
             ..at_reset
         };
@@ -126,6 +133,7 @@ impl Ring3 {
             capabilities,
             store_in_guest,
             _above: above,
+            shim,
             context: Context {
                 general: GeneralRegisters {
                     rflags: rflags::FIXED | rflags::IF,
@@ -150,7 +158,7 @@ impl Ring3 {
         let star = u64::from(STUB_CS) << 32;
         for (register, value) in [
             (msr::STAR, star),
-            (msr::LSTAR, private::VA_SYSCALL),
+            (msr::LSTAR, private.syscall(index)),
             (msr::CSTAR, private::VA_SYSCALL_32),
             (msr::FMASK, SYSCALL_CLEARS),
         ] {
@@ -178,6 +186,11 @@ impl Ring3 {
         }
     }
 
+    /// What the in-guest fast path did, by kind, as the guest has it.
+    pub fn fast_counts(&self) -> Vec<(&'static str, u64)> {
+        self.shim.as_ref().map_or(Vec::new(), |shim| shim.counts().to_vec())
+    }
+
     /// Exits of the vCPU below by kind, as [`Vcpu::exit_counts`].
     pub fn exit_counts(&self) -> Vec<(&'static str, u64)> {
         self.vcpu.exit_counts()
@@ -201,7 +214,7 @@ impl Ring3 {
             ..self.system
         };
         self.vcpu.set_segment_registers(&system)?;
-        let rsp = Private::stack_end(self.index, 0);
+        let rsp = self.private.stack_end(self.index, 0);
         self.vcpu.set_registers(&GeneralRegisters {
             rip,
             rax,
@@ -214,7 +227,8 @@ impl Ring3 {
     }
 
     fn stay(&mut self) -> Result<Stay> {
-        let mut exits = Exits::new(&self.signals);
+        let doorbell = self.shim.as_ref().map(|shim| shim.pages().doorbell());
+        let mut exits = Exits::new(&self.signals, doorbell);
         let halt = self.vcpu.run(&mut exits);
         let port = exits.port();
         match (halt, port) {
@@ -240,9 +254,21 @@ impl Ring3 {
             match self.stay()? {
                 Stay::Port(private::PORT_OPERATION) => return Ok(()),
                 Stay::Interrupted => {}
-                Stay::Port(_) | Stay::Crashed => break,
+                Stay::Port(port) => {
+                    let frame = self.frame(port.wrapping_sub(private::PORT_EXCEPTION))?;
+                    tracing::debug!(
+                        vcpu = self.index,
+                        rip,
+                        port,
+                        ?frame,
+                        "xen-pv: an operation of the engine went astray"
+                    );
+                    break;
+                }
+                Stay::Crashed => break,
             }
         }
+        tracing::debug!(vcpu = self.index, rip, "xen-pv: an operation of the engine has no end");
         self.crashed = true;
         Ok(())
     }
@@ -267,7 +293,14 @@ impl Ring3 {
             let stay = self.stay()?;
             let general = self.vcpu.registers()?;
             let system = self.vcpu.segment_registers()?;
+            if !self.take_shim(&system)? {
+                return Ok(self.crash("nonsense in the shim's data"));
+            }
             match stay {
+                Stay::Port(private::PORT_SHIM) => {
+                    let exit = self.shim_exit(&general, false, &system)?;
+                    return Ok(exit.unwrap_or_else(|| self.crash("the shim's doorbell rang elsewhere")));
+                }
                 Stay::Port(private::PORT_SYSCALL) => {
                     self.take_segments(&system);
                     let from_32 = general.rip & !0xf == private::VA_SYSCALL_32;
@@ -282,6 +315,21 @@ impl Ring3 {
                     return self.exception_exit(vector, general);
                 }
                 Stay::Crashed => return Ok(self.crash("it cannot go on")),
+                // What was to be delivered goes to the shim, without an exit; so it is looked at as if it had not happened yet.
+                Stay::Interrupted
+                    if self.shim.is_some() && !self.vcpu.cancel_fault()? && stays_in_stub < MAX_STAYS =>
+                {
+                    (in_stub, stays_in_stub) = (true, stays_in_stub + 1);
+                }
+                Stay::Interrupted
+                    if let Some(exit) = self.shim_exit(&general, system.cs.dpl == 0, &system)? =>
+                {
+                    // Where the shim is done it is a kick that was waited for, or one for nothing.
+                    if exit == EngineExit::Interrupted {
+                        self.signals.take_kick();
+                    }
+                    return Ok(exit);
+                }
                 // Between two instructions of a stub, the first of which is its last.
                 Stay::Interrupted if Private::is_entry_page(general.rip) && stays_in_stub < MAX_STAYS => {
                     (in_stub, stays_in_stub) = (true, stays_in_stub + 1);

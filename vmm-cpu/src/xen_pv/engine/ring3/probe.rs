@@ -78,6 +78,8 @@ impl Ring3 {
             es: data,
             fs: Segment::null(),
             gs: Segment::null(),
+            // There every exception leaves the guest.
+            cr3: self.private.own_root(),
             ..self.system
         })?;
         let rflags = rflags::FIXED | rflags::IF;

@@ -147,7 +147,7 @@ fn debug_registers() {
 fn stack_and_fpu() {
     let mut guest = Guest::new();
     assert_eq!(guest.call(STACK_SWITCH, &[0x18, KERNEL]), Ok(0));
-    assert_eq!((guest.vcpu.kernel_ss, guest.vcpu.kernel_sp), (0x1b, KERNEL));
+    assert_eq!((guest.vcpu.kernel_ss, guest.engine.context().kernel_sp), (0x1b, KERNEL));
     assert_eq!(guest.call(FPU_TASKSWITCH, &[1]), Ok(0));
     assert!(guest.engine.task_switched);
     assert_eq!(guest.call(FPU_TASKSWITCH, &[0]), Ok(0));
