@@ -641,6 +641,7 @@ impl Vcpu for KvmVcpu {
         Ok((translation.valid != 0).then_some(GuestAddress(translation.physical_address)))
     }
 
+    /// KVM keeps INT3 and INTO to itself: on processors with virtualization RIP is still at the instruction.
     fn exception_pending(&mut self) -> Result<bool> {
         let exception = self.events()?.exception;
         Ok(exception.injected != 0 || exception.pending != 0)

@@ -47,7 +47,8 @@ impl Guest {
 
     fn new(backend: &dyn crate::Hypervisor, shim: bool) -> Self {
         let shadows = backend.capabilities().shadowed_page_tables;
-        let config = Ring3Config::new(Layout::new(RAM).unwrap()).store_in_guest(shadows).shim(shim);
+        let layout = Layout::new(RAM).unwrap();
+        let config = Ring3Config::new(layout).vcpus(2).store_in_guest(shadows).shim(shim);
         let ram = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), RAM)).build().unwrap();
         let machine = Ring3Machine::new(backend, &config, &ram).unwrap();
         let engine = machine.create_engine(0).unwrap();
@@ -636,6 +637,89 @@ fn a_flush_waits_for_the_guest_to_let_go() {
         assert_eq!(guest.run(), EngineExit::Syscall);
         assert_eq!(guest.general().rax, 2);
         other.join().unwrap();
+    });
+}
+
+/// The same, where only code in the guest may write entries: the other thread runs an engine too.
+#[test]
+fn entries_that_another_engine_writes_take_effect_with_the_flush() {
+    const ROUNDS: u64 = 100;
+    everywhere(|mut guest| {
+        guest.load(|a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.mov(rax, qword_ptr(rbx))?;
+            a.cmp(rax, rcx)?;
+            a.je(again)?;
+            a.syscall()?;
+            a.mov(rcx, rax)?;
+            a.jmp(again)
+        });
+        let mut other = guest.machine.create_engine(1).unwrap();
+        let handle = guest.engine.handle();
+        let frame = |round: u64| DATA + round % 2 * 0x1000;
+        guest.write(frame(0), 10);
+        guest.write(frame(1), 11);
+        let (seen, sees) = std::sync::mpsc::channel();
+        let writer = std::thread::spawn(move || {
+            for round in 1..=ROUNDS {
+                other.write_entry(GuestAddress(LEAF + (DATA >> 12) * 8), frame(round) | PAGE).unwrap();
+                handle.flush();
+                sees.recv().unwrap();
+            }
+        });
+        (guest.general().rbx, guest.general().rcx) = (BASE + DATA, 10);
+        guest.engine.context().switch_mode(GuestMode::User);
+        for round in 1..=ROUNDS {
+            assert_eq!(guest.run(), EngineExit::Syscall);
+            assert_eq!(guest.general().rax, 10 + round % 2);
+            seen.send(()).unwrap();
+        }
+        writer.join().unwrap();
+    });
+}
+
+/// Both roots share tables, as in Linux, whose kernel flushes addresses of programs while the kernel's root is active.
+#[test]
+fn a_flush_in_one_mode_counts_for_the_other() {
+    everywhere(|mut guest| {
+        guest.load(|a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.mov(rax, qword_ptr(rbx))?;
+            a.syscall()?;
+            a.jmp(again)
+        });
+        guest.write(DATA, 0);
+        guest.write(DATA + 0x1000, 1);
+        let entry = GuestAddress(LEAF + (DATA >> 12) * 8);
+        guest.general().rbx = BASE + DATA;
+        let read = |guest: &mut Guest, mode| {
+            guest.engine.context().switch_mode(mode);
+            assert_eq!(guest.run(), EngineExit::Syscall);
+            guest.general().rax
+        };
+        for round in 0..32_u64 {
+            let (new, all, runs_between, kernel_first) =
+                (round % 2, round & 2 != 0, round & 4 != 0, round & 8 != 0);
+            let (here, there) = if kernel_first {
+                (GuestMode::Kernel, GuestMode::User)
+            } else {
+                (GuestMode::User, GuestMode::Kernel)
+            };
+            // Both have it cached.
+            assert_eq!(read(&mut guest, there), read(&mut guest, here));
+            guest.engine.write_entry(entry, (DATA + new * 0x1000) | PAGE).unwrap();
+            if all {
+                guest.engine.flush_all();
+            } else {
+                guest.engine.flush_page(BASE + DATA);
+            }
+            if runs_between {
+                assert_eq!(read(&mut guest, here), new, "round {round}");
+            }
+            assert_eq!(read(&mut guest, there), new, "round {round}");
+        }
     });
 }
 

@@ -382,7 +382,7 @@ fn hypercalls_are_done_as_the_abi_does_them() {
             assert!(matches!(h.call(25, [which, base, 0, 0]), Some(0) | None), "some processors cannot");
         }
         // A virtual processor that is not there: ENOENT.
-        assert_eq!(h.call(24, [3, 1, 0, 0]), Some(2_u64.wrapping_neg()));
+        assert_eq!(h.call(24, [3, 2, 0, 0]), Some(2_u64.wrapping_neg()));
         assert_eq!(h.call(24, [3, u64::from(u32::MAX), 0, 0]), Some(2_u64.wrapping_neg()));
         // Roots.
         h.list(&[5, KERNEL_ROOT >> 12, 0, 15, USER_ROOT >> 12, 0]);
@@ -432,7 +432,8 @@ fn what_is_unusual_is_left_to_the_abi() {
             ("a base that is not canonical", 25, vec![], [2, 1 << 47, 0, 0]),
             ("no such base", 25, vec![], [4, 0, 0, 0]),
             ("a selector", 25, vec![], [3, 0x2b, 0, 0]),
-            ("a virtual processor that is there", 24, vec![], [3, 0, 0, 0]),
+            ("a virtual processor that is there", 24, vec![], [3, 1, 0, 0]),
+            ("a flush elsewhere", 26, vec![11, BASE, 0], [list, 1, 0, own]),
             ("another command of one that is not", 24, vec![], [1, 9, 0, 0]),
         ] {
             h.list(&list_words);
