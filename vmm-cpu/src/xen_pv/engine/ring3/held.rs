@@ -15,7 +15,7 @@ impl Ring3 {
     /// vector and the registers at its stub; `None` if there was none, and the registers of the vCPU are not the guest's any more.
     ///
     /// The engine's own root shows no code to ring 3 but the stubs, so the guest does not execute anything meanwhile: where
-    /// there is no trap, it faults.
+    /// there is no trap, it faults. To look for the INT3 before RIP instead would not do: another processor may have replaced it.
     pub(super) fn held_trap(&mut self, system: &SystemRegisters) -> Result<Option<(u8, GeneralRegisters)>> {
         self.vcpu.set_segment_registers(&SystemRegisters { cr3: self.private.own_root(), ..*system })?;
         for _ in 0..MAX_STAYS {
