@@ -9,18 +9,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 /// Words by which Linux's log tells that something broke (arch/x86/mm/fault.c, arch/x86/kernel/traps.c, kernel/panic.c).
-const TROUBLE: [&str; 12] = [
+const TROUBLE: [&str; 13] = [
     "BUG",
     "Oops",
     "WARNING",
+    "self-detected stall",
+    "detected stalls",
     "Call Trace",
     "general protection",
     "segfault",
     "traps:",
     "invalid opcode",
     "Kernel panic",
-    "rcu_sched self-detected",
-    "soft lockup",
+    "blocked for more than",
     "Out of memory",
 ];
 

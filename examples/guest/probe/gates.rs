@@ -14,6 +14,7 @@ use crate::system;
 
 const ENOSYS: u64 = 38;
 const GETPID: u64 = 39;
+const UNAME: u64 = 63;
 const GETPID_32: u64 = 20;
 
 /// Entries of the descriptor table that programs may load: Linux's (arch/x86/include/asm/segment.h), to those of its kernel
@@ -192,6 +193,14 @@ pub(crate) fn odd_entries(report: &mut Report, code: &mut Code) {
         let outcome = attempt(stub, &registers);
         report.record(is_refusal(outcome), outcome.kind(), name, outcome);
     }
+    // A kernel that is entered with DF set copies backwards, over its own stack.
+    let buffer = code.add(&[0; 512]);
+    let stub = code.add(&[0xfd, 0x0f, 0x05, 0xfc, 0xc3]);
+    let outcome = attempt(stub, &Registers { rax: UNAME, rdi: buffer, ..Registers::default() });
+    // SAFETY: the place is so long, and nobody writes to it now.
+    let system = unsafe { (buffer as *const [u8; 6]).read() };
+    let expected = outcome == Outcome::Returned(0) && system == *b"Linux\0";
+    report.record(expected, outcome.kind(), "uname with DF", outcome);
 }
 
 /// Far CALL, JMP, RET and IRET, and a signal's return, to every selector.
