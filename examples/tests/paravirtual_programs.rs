@@ -7,20 +7,23 @@ use std::process::Command;
 
 use vmm_examples::debian::{self, Series};
 
+/// Engines, and the backend that each needs.
+const ENGINES: [(&str, &str); 2] = [("translate", "translate"), ("kvm", "kvm")];
+
 /// Engines that are to be had here. Says what is skipped, and why.
 fn engines(test: &str) -> Vec<&'static str> {
     if let Err(error) = debian::kernel(Series::V6_1).and_then(|_| debian::busybox()) {
         println!("{test}: skipped: {error:#}");
         return Vec::new();
     }
-    let is_here = |engine: &&str| match vmm_cpu::open_backend(engine) {
-        Ok(_) => true,
+    let engine_over = |(engine, backend)| match vmm_cpu::open_backend(backend) {
+        Ok(_) => Some(engine),
         Err(error) => {
             println!("{test}: skipped on {engine}: {error}");
-            false
+            None
         }
     };
-    ["translate", "kvm"].into_iter().filter(is_here).collect()
+    ENGINES.into_iter().filter_map(engine_over).collect()
 }
 
 fn output(program: &str, arguments: &[&str]) -> (bool, String) {
@@ -37,7 +40,8 @@ fn a_program_reaches_nothing_that_is_not_its_own() {
         let (well, text) = output(env!("CARGO_BIN_EXE_xen_pv_probe"), &arguments);
         assert!(well, "on {engine}: {text}");
         // What is expected is not there by accident: the program did all that it does.
-        for subject in ["memory, execute: ", "INT n: ", "SYSCALL: ", "far CALL: ", "IRET: ", "entry page: "] {
+        for subject in ["memory, execute: ", "INT n: ", "SYSCALL: ", "far CALL: ", "IRET: ", "entry pages: "]
+        {
             assert!(text.contains(subject), "on {engine}: no {subject:?} in {text}");
         }
         let probes = text.lines().last().unwrap().strip_prefix("probes: ").unwrap();

@@ -8,7 +8,7 @@ use crate::catch::{
     normal_selectors,
 };
 use crate::code::Code;
-use crate::memory::ENTRY_PAGE;
+use crate::memory::{ENTRY_PAGE, entry_pages};
 use crate::report::Report;
 use crate::system;
 
@@ -318,37 +318,78 @@ pub(crate) fn segments(report: &mut Report, code: &mut Code, density: u64) {
     }
 }
 
-/// Jumps to every byte of the page by which the engine enters and leaves. That is a signal, or a system call of the number
-/// that is in RAX, which goes on where RCX says.
+/// Jumps to every byte of the pages by which the engine enters and leaves. That is a signal, or a system call of the number
+/// that is in RAX, which goes on where RCX says. The fast path's page also has code that goes on there at once.
 pub(crate) fn entry_page(report: &mut Report, code: &mut Code, density: u64) {
-    report.subject("entry page");
+    report.subject("entry pages");
     let landing = code.landing();
     let scratch = code.add(&[0; 64]);
     let own = u64::from(std::process::id());
     // A stub of an exception among them.
-    let somewhere = [landing, 1 << 62, 0xffff_ffff_8100_0000, ENTRY_PAGE + 0x100, 0];
+    let somewhere = [landing, 0xffff_ffff_8100_0000, 1 << 62, ENTRY_PAGE + 0x100, 0];
     let flags = [0x202, u64::MAX, 0];
-    // The stubs are in the first half.
-    for offset in (0..4096).filter(|offset| density == 1 || *offset < 0x140 || offset % 61 == 0) {
-        for rcx in somewhere {
-            for r11 in flags {
-                for rax in [GETPID, scratch] {
-                    let registers = Registers { rax, rbx: 0, rcx, r11, ..Registers::default() };
-                    let outcome = attempt(ENTRY_PAGE + offset, &registers);
-                    let expected = match outcome {
-                        Outcome::Signal(caught) if caught.rip == landing && rax == GETPID => {
-                            caught.rax == own
-                        }
-                        Outcome::Signal(caught) if caught.rip == landing => {
-                            caught.rax == ENOSYS.wrapping_neg()
-                        }
-                        outcome => is_refusal(outcome),
-                    };
-                    let kind = if landed(outcome, landing) { "system call" } else { outcome.kind() };
-                    let tried = format_args!("offset {offset:#x}, rax {rax:#x}, rcx {rcx:#x}, r11 {r11:#x}");
-                    report.record(expected, kind, tried, outcome);
+    for page in entry_pages() {
+        let is_first = page == ENTRY_PAGE;
+        // The stubs are in the first half of the first one.
+        let step = if density == 1 { 1 } else { 13 };
+        let offsets = (0..4096).filter(|offset| is_first && *offset < 0x140 || offset % step == 0);
+        let combinations = if density == 1 || is_first { somewhere.len() } else { 2 };
+        for offset in offsets {
+            for rcx in somewhere.into_iter().take(combinations) {
+                for r11 in flags {
+                    for rax in [GETPID, scratch] {
+                        let registers = Registers { rax, rbx: 0, rcx, r11, ..Registers::default() };
+                        let outcome = attempt(page + offset, &registers);
+                        let expected = match outcome {
+                            Outcome::Signal(caught) if caught.rip == landing => {
+                                let called = if rax == GETPID { own } else { ENOSYS.wrapping_neg() };
+                                caught.rax == called || !is_first && [rax, r11].contains(&caught.rax)
+                            }
+                            outcome => is_refusal(outcome),
+                        };
+                        let kind = if landed(outcome, landing) { "went on" } else { outcome.kind() };
+                        let tried =
+                            format_args!("{:#x}, rax {rax:#x}, rcx {rcx:#x}, r11 {r11:#x}", page + offset);
+                        report.record(expected, kind, tried, outcome);
+                    }
                 }
             }
+        }
+    }
+}
+
+/// SYSCALL, SYSENTER and INT 128 from 32-bit code.
+pub(crate) fn compatibility_mode(report: &mut Report, code: &mut Code) {
+    report.subject("32-bit code");
+    // MOV RSP, RBX: a stack that 32-bit code has too. JMP [RDI].
+    let jump = code.add(&[0x48, 0x89, 0xdc, 0xff, 0x2f]);
+    let stack = code.add(&[0; 256]) + 128;
+    let far = |target: u64, selector: u16| {
+        let mut pointer = [0; 6];
+        pointer[..4].copy_from_slice(&target.to_le_bytes()[..4]);
+        pointer[4..].copy_from_slice(&selector.to_le_bytes());
+        pointer
+    };
+    let entries: [(&str, &[u8]); 5] = [
+        ("SYSCALL", &[0x0f, 0x05]),
+        ("SYSENTER", &[0x0f, 0x34]),
+        ("INT 128", &[0xcd, 0x80]),
+        // PUSHF; OR [ESP], TF and DF; POPF
+        ("SYSCALL with TF and DF", &[0x9c, 0x81, 0x0c, 0x24, 0, 5, 0, 0, 0x9d, 0x0f, 0x05]),
+        ("SYSENTER with TF and DF", &[0x9c, 0x81, 0x0c, 0x24, 0, 5, 0, 0, 0x9d, 0x0f, 0x34]),
+    ];
+    for selector in [0x23, 0xe023] {
+        for (name, entry) in entries {
+            let target = code.add(&[entry, &[0x0f, 0x0b]].concat());
+            let pointer = code.add(&far(target, selector));
+            let registers = Registers { rax: GETPID_32, rbx: stack, rdi: pointer, ..Registers::default() };
+            let outcome = attempt(jump, &registers);
+            report.record(
+                is_refusal(outcome),
+                outcome.kind(),
+                format_args!("{name}, CS {selector:#x}"),
+                outcome,
+            );
         }
     }
 }

@@ -30,6 +30,7 @@ fn main() -> ExitCode {
     gates::segments(&mut report, &mut code, density);
     gates::far_transfers(&mut report, &mut code, density);
     gates::entry_page(&mut report, &mut code, density);
+    gates::compatibility_mode(&mut report, &mut code);
     if wants("int1") {
         gates::int1(&mut report, &mut code);
     }

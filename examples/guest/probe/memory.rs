@@ -11,8 +11,18 @@ const MIB: u64 = 1 << 20;
 const SLOT: u64 = 1 << 39;
 
 /// The page by which an engine in the processor's ring 3 enters and leaves, which programs may read and execute: see the
-/// docs of `vmm_cpu::xen_pv::engine`. Nothing else in the upper half is a program's.
+/// docs of `vmm_cpu::xen_pv::engine`. With a fast path in the guest each vCPU has another such page, see
+/// [`entry_pages`]. Nothing else in the upper half is a program's.
 pub(crate) const ENTRY_PAGE: u64 = 0xffff_8100_0000_0000;
+
+/// Where the fast path of the first vCPU is, and how far it is to the next one's.
+const FAST_PATH: u64 = 0xffff_8080_0000_0000;
+const FAST_PATH_STRIDE: u64 = 0x1_0000;
+
+/// Pages that programs may read and execute, whether there are so many vCPUs or not.
+pub(crate) fn entry_pages() -> impl Iterator<Item = u64> {
+    std::iter::once(ENTRY_PAGE).chain((0..8).map(|vcpu| FAST_PATH + vcpu * FAST_PATH_STRIDE))
+}
 
 /// Linux lets programs call these three, and with another configuration read the page.
 const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
@@ -49,6 +59,9 @@ fn addresses(density: u64) -> Vec<u64> {
         pages(slot(number), 64, 1);
     }
     pages(ENTRY_PAGE, 256, 1);
+    pages(FAST_PATH, 64, 1);
+    // The domain's memory, where a fast path shows it to the guest kernel.
+    pages(slot(260), 1 << 16, 4 * density);
     pages(slot(259), 256, density);
     // Machine-to-physical table, by large pages, and where Xen's own would be.
     pages(slot(259), 1 << 18, 512);
@@ -107,7 +120,7 @@ fn is_canonical(address: u64) -> bool {
 }
 
 fn is_entry_page(address: u64) -> bool {
-    address & !(PAGE - 1) == ENTRY_PAGE
+    entry_pages().any(|page| page == address & !(PAGE - 1))
 }
 
 /// SIGSEGV that says where.

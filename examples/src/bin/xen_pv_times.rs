@@ -57,6 +57,9 @@ struct Options {
     /// Times what programs do, too.
     #[arg(long)]
     workloads: bool,
+    /// Times nothing but what programs do.
+    #[arg(long)]
+    only_workloads: bool,
     /// The rate of this machine's time-stamp counter in kHz. With it a second QEMU takes part, whose guest is told that rate as a
     /// paravirtual guest is, and need not measure it.
     #[arg(long, value_name = "KHZ")]
@@ -96,8 +99,10 @@ fn run(options: &Options) -> Result<()> {
     }));
     let race = Race { machines, linux: linux()?, kernel: kernel.image.clone(), initrd };
     println!("kernel {}, {} pairs; median (least to most)", kernel.release, options.pairs);
-    race.boots(options.pairs)?;
-    if options.workloads {
+    if !options.only_workloads {
+        race.boots(options.pairs)?;
+    }
+    if options.workloads || options.only_workloads {
         race.work(options.pairs)?;
     }
     Ok(())
