@@ -8,7 +8,7 @@ use std::process::Command;
 use vmm_examples::debian::{self, Series};
 
 /// Engines, and the backend that each needs.
-const ENGINES: [(&str, &str); 2] = [("translate", "translate"), ("kvm", "kvm")];
+const ENGINES: [(&str, &str); 3] = [("translate", "translate"), ("kvm", "kvm"), ("kvm-shim", "kvm")];
 
 /// Engines that are to be had here. Says what is skipped, and why.
 fn engines(test: &str) -> Vec<&'static str> {
