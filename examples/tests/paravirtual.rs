@@ -10,8 +10,8 @@ const VMM_FAILURE: i32 = 125;
 
 /// Runs that kernel on every engine that is there.
 fn on_each_engine(test: &str, arguments: &[&str], look: impl Fn(&Output, &str)) {
-    for engine in ["translate", "kvm"] {
-        if let Err(error) = vmm_cpu::open_backend(engine) {
+    for engine in ["translate", "kvm", "translate-shim", "kvm-shim"] {
+        if let Err(error) = vmm_cpu::open_backend(engine.trim_end_matches("-shim")) {
             println!("{test}: skipped on {engine}: {error}");
             continue;
         }
