@@ -106,7 +106,7 @@ impl Descriptors {
 
     /// Whether the selectors that Linux has for programs are those of flat 64-bit code and of data.
     pub(super) fn has_flat_user(&self) -> bool {
-        self.code(0x33).is_ok_and(|code| code.long) && self.stack(0x2b).is_ok()
+        self.code(0x33).is_ok_and(|code| code.long) && self.stack(0x2b).is_ok_and(|data| data.base == 0)
     }
 
     /// The descriptor that a selector of the guest names, if it can be loaded.

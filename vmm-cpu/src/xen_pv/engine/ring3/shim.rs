@@ -68,7 +68,6 @@ impl Ring3 {
             fault_rip: path.page_fault,
             fault_masks: path.page_fault_masks.into(),
             info: ShimPages::window(path.vcpu_info.0),
-            null_gs: u64::from(c.gs == 0),
             enabled: path.enabled.into(),
             syscall_masks: path.syscall_masks.into(),
             flat_user: u64::from(self.descriptors.has_flat_user()),
@@ -123,7 +122,11 @@ impl Ring3 {
             return Ok(None);
         };
         let (path, to) = (shim.path, shim.data.to);
+        let shim_lost_gs = shim.pages.has_no_gs_base(self.index, general.rip);
         self.take_segments(system);
+        if shim_lost_gs {
+            self.context.gs_base = canonical(to.gs);
+        }
         let c = &mut self.context;
         (c.cs, c.ss) = (FLAT_CS64, FLAT_SS);
         Ok(Some(match outcome {

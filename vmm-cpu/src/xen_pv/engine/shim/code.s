@@ -30,60 +30,59 @@ vmm_cpu_xen_pv_shim_image:
 .set map_frames, DATA + 0x068
 .set m2p, DATA + 0x070
 .set alone, DATA + 0x078
-.set null_gs, DATA + 0x080
-.set enabled, DATA + 0x088
-.set kind, DATA + 0x090
-.set flush, DATA + 0x098
-.set flush_va, DATA + 0x0a0
-.set saved_rax, DATA + 0x0a8
-.set saved_rbx, DATA + 0x0b0
-.set saved_rcx, DATA + 0x0b8
-.set saved_rdx, DATA + 0x0c0
-.set saved_rsi, DATA + 0x0c8
-.set saved_rdi, DATA + 0x0d0
-.set saved_rbp, DATA + 0x0d8
-.set saved_rsp, DATA + 0x0e0
-.set saved_r8, DATA + 0x0e8
-.set saved_r9, DATA + 0x0f0
-.set saved_r10, DATA + 0x0f8
-.set saved_r11, DATA + 0x100
-.set saved_r12, DATA + 0x108
-.set saved_r13, DATA + 0x110
-.set saved_r14, DATA + 0x118
-.set saved_r15, DATA + 0x120
-.set saved_rip, DATA + 0x128
-.set saved_rflags, DATA + 0x130
-.set saved_cs, DATA + 0x138
-.set saved_ss, DATA + 0x140
-.set saved_error, DATA + 0x148
-.set saved_cr2, DATA + 0x150
-.set to_rax, DATA + 0x158
-.set to_rcx, DATA + 0x160
-.set to_r11, DATA + 0x168
+.set enabled, DATA + 0x080
+.set kind, DATA + 0x088
+.set flush, DATA + 0x090
+.set flush_va, DATA + 0x098
+.set saved_rax, DATA + 0x0a0
+.set saved_rbx, DATA + 0x0a8
+.set saved_rcx, DATA + 0x0b0
+.set saved_rdx, DATA + 0x0b8
+.set saved_rsi, DATA + 0x0c0
+.set saved_rdi, DATA + 0x0c8
+.set saved_rbp, DATA + 0x0d0
+.set saved_rsp, DATA + 0x0d8
+.set saved_r8, DATA + 0x0e0
+.set saved_r9, DATA + 0x0e8
+.set saved_r10, DATA + 0x0f0
+.set saved_r11, DATA + 0x0f8
+.set saved_r12, DATA + 0x100
+.set saved_r13, DATA + 0x108
+.set saved_r14, DATA + 0x110
+.set saved_r15, DATA + 0x118
+.set saved_rip, DATA + 0x120
+.set saved_rflags, DATA + 0x128
+.set saved_cs, DATA + 0x130
+.set saved_ss, DATA + 0x138
+.set saved_error, DATA + 0x140
+.set saved_cr2, DATA + 0x148
+.set to_rax, DATA + 0x150
+.set to_rcx, DATA + 0x158
+.set to_r11, DATA + 0x160
 // The next five are a frame for IRETQ.
-.set to_rip, DATA + 0x170
-.set to_cs, DATA + 0x178
-.set to_rflags, DATA + 0x180
-.set to_rsp, DATA + 0x188
-.set to_ss, DATA + 0x190
-.set to_gs, DATA + 0x198
-.set to_other_gs, DATA + 0x1a0
-.set to_mask, DATA + 0x1a8
-.set fast_hypercalls, DATA + 0x1b0
-.set fast_system_calls, DATA + 0x1b8
-.set fast_faults, DATA + 0x1c0
-.set fast_returns, DATA + 0x1c8
+.set to_rip, DATA + 0x168
+.set to_cs, DATA + 0x170
+.set to_rflags, DATA + 0x178
+.set to_rsp, DATA + 0x180
+.set to_ss, DATA + 0x188
+.set to_gs, DATA + 0x190
+.set to_other_gs, DATA + 0x198
+.set to_mask, DATA + 0x1a0
+.set fast_hypercalls, DATA + 0x1a8
+.set fast_system_calls, DATA + 0x1b0
+.set fast_faults, DATA + 0x1b8
+.set fast_returns, DATA + 0x1c0
 // Frames for IRETQ to the shim's own entries: RIP, CS, RFLAGS, RSP, SS.
-.set frame_trap, DATA + 0x1d0
-.set frame_fault, DATA + 0x1f8
-.set frame_hypercall, DATA + 0x220
-.set flat_user, DATA + 0x248
-.set syscall_masks, DATA + 0x250
-.set vcpus, DATA + 0x258
-.set frame_protection, DATA + 0x260
-.set base, DATA + 0x298
-.set protection_rax, DATA + 0x288
-.set zero, DATA + 0x290
+.set frame_trap, DATA + 0x1c8
+.set frame_fault, DATA + 0x1f0
+.set frame_hypercall, DATA + 0x218
+.set flat_user, DATA + 0x240
+.set syscall_masks, DATA + 0x248
+.set vcpus, DATA + 0x250
+.set frame_protection, DATA + 0x258
+.set base, DATA + 0x290
+.set protection_rax, DATA + 0x280
+.set zero, DATA + 0x288
 .set STACK_END, DATA + 0x1000
 .set DOORBELL, DATA + 0x2000
 .set EXCEPTION_FRAME_END, DATA + 0x1800
@@ -332,11 +331,20 @@ set_segment_base:
 1:      wrfsbase rsi
         xor     eax, eax
         ret
-        // A null selector, where the program has one already.
-2:      cmp     dword ptr [rip + null_gs], 0
+        // A selector for programs: null, or that of flat data. Loading it takes the kernel's base away for two instructions.
+2:      test    rsi, rsi
+        jz      4f
+        cmp     rsi, 0x2b
+        jne     slow
+        cmp     dword ptr [rip + flat_user], 0
         je      slow
-        test    rsi, rsi
-        jnz     slow
+4:      rdgsbase rcx
+        mov     [rip + to_gs], rcx
+load_gs:
+        mov     gs, esi
+        wrgsbase rcx
+load_gs_end:
+        xor     esi, esi
 3:      mov     [rip + other_gs], rsi
         xor     eax, eax
         ret
@@ -939,7 +947,7 @@ second_page_end:
 .hidden vmm_cpu_xen_pv_shim_labels
 .balign 4
 vmm_cpu_xen_pv_shim_labels:
-.irp label, user_syscall, user_syscall_end, user_landing, user_landing_end, user_trap, user_trap_swapped, user_fault, user_fault_swapped, kernel_protection, gates_end, kernel_trap, patch_leave_user, patch_leave_user_whole, patch_load_root, patch_flush_page, leave_user, leave_user_end, leave_user_whole, load_root, flush_page, hypercall, hypercall_saved, hypercall_ring3, go_on_user, go_on_entry, go_on_masking, go_on_kernel, go_on_end, fault, fault_swapped, fault_saved, trap, trap_swapped, trap_saved, program_saved, protection, protection_kept, protection_checked, protection_saved, protection_copied, second_page_end
+.irp label, user_syscall, user_syscall_end, user_landing, user_landing_end, user_trap, user_trap_swapped, user_fault, user_fault_swapped, kernel_protection, gates_end, kernel_trap, patch_leave_user, patch_leave_user_whole, patch_load_root, patch_flush_page, leave_user, leave_user_end, leave_user_whole, load_root, flush_page, hypercall, hypercall_saved, hypercall_ring3, load_gs, load_gs_end, go_on_user, go_on_entry, go_on_masking, go_on_kernel, go_on_end, fault, fault_swapped, fault_saved, trap, trap_swapped, trap_saved, program_saved, protection, protection_kept, protection_checked, protection_saved, protection_copied, second_page_end
         .long   \label - .Lshim
 .endr
 .popsection

@@ -381,6 +381,17 @@ fn hypercalls_are_done_as_the_abi_does_them() {
         for (which, base) in [(0, 0x1000), (1, BASE + 8), (2, BASE + 16)] {
             assert!(matches!(h.call(25, [which, base, 0, 0]), Some(0) | None), "some processors cannot");
         }
+        // The selector that programs have, which takes their base away, not the kernel's.
+        assert!(h.0.engine.set_descriptor(5, 0x00cf_f300_0000_ffff));
+        assert!(h.0.engine.set_descriptor(6, 0x00af_fb00_0000_ffff));
+        for selector in [0x2b, 0] {
+            h.0.engine.context().gs_base = BASE + 24;
+            h.0.engine.context().other_gs_base = BASE + 32;
+            if h.call(25, [3, selector, 0, 0]) == Some(0) {
+                let context = h.0.engine.context();
+                assert_eq!((context.gs_base, context.other_gs_base), (BASE + 24, 0), "{selector:#x}");
+            }
+        }
         // A virtual processor that is not there: ENOENT.
         assert_eq!(h.call(24, [3, 2, 0, 0]), Some(2_u64.wrapping_neg()));
         assert_eq!(h.call(24, [3, u64::from(u32::MAX), 0, 0]), Some(2_u64.wrapping_neg()));
@@ -431,7 +442,8 @@ fn what_is_unusual_is_left_to_the_abi() {
             ("an address in Xen's range", 14, vec![], [PRIVATE_VA, 0, 0, 0]),
             ("a base that is not canonical", 25, vec![], [2, 1 << 47, 0, 0]),
             ("no such base", 25, vec![], [4, 0, 0, 0]),
-            ("a selector", 25, vec![], [3, 0x2b, 0, 0]),
+            ("a selector that is none", 25, vec![], [3, 0x2b, 0, 0]),
+            ("another selector", 25, vec![], [3, 0x33, 0, 0]),
             ("a virtual processor that is there", 24, vec![], [3, 1, 0, 0]),
             ("a flush elsewhere", 26, vec![11, BASE, 0], [list, 1, 0, own]),
             ("another command of one that is not", 24, vec![], [1, 9, 0, 0]),
