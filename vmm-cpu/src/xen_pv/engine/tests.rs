@@ -954,3 +954,26 @@ fn selectors_that_64_bit_code_loads_serve_32_bit_programs() {
         }
     });
 }
+
+/// KVM without hardware assistance would enter ring 0 at the lower half of CSTAR, where the program may have code.
+#[test]
+fn a_system_call_of_32_bit_code_runs_nothing_of_the_programs() {
+    everywhere(|mut guest| {
+        guest.write(USER_ROOT, 0x3000 | PAGE);
+        // Page 0: OUT to the port of a breakpoint's stub, all over.
+        let trap = [0xe6, 0x43].repeat(2048);
+        guest.machine.ram().memory().write_slice(&trap, GuestAddress(0)).unwrap();
+        guest.machine.ram().memory().write_slice(&[0x0f, 0x05], GuestAddress(CODE)).unwrap();
+        let context = guest.engine.context();
+        context.switch_mode(GuestMode::User);
+        (context.cs, context.ds, context.es) = (FLAT_CS32, FLAT_SS, FLAT_SS);
+        (context.general.rip, context.general.rsp, context.general.rax) = (CODE, STACK, 41);
+        let exit = guest.run();
+        let context = guest.engine.context();
+        let seen = (exit, context.general.rip, context.cs, context.general.rax);
+        let entered = (EngineExit::Syscall, CODE + 2, FLAT_CS32, 41);
+        // Then it is the ABI that makes a system call of it.
+        let refused = (exception(6, 0), CODE, FLAT_CS32, 41);
+        assert!(seen == entered || seen == refused, "{seen:x?}");
+    });
+}

@@ -45,6 +45,7 @@ const CR4_FSGSBASE: u64 = 1 << 16;
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// NXE, LMA, LME, SCE.
 const EFER: u64 = 0xd01;
+const EFER_SCE: u64 = 1;
 
 /// Flags that SYSCALL clears: TF, IF, DF, IOPL, NT, AC.
 const SYSCALL_CLEARS: u64 = 0x0004_7700;
@@ -121,7 +122,9 @@ impl Ring3 {
             cr0: CR0,
             cr3: private.own_root(),
             cr4: CR4 | os_xsave | bases,
-            efer: EFER,
+            // Who shadows page tables runs 64-bit SYSCALL natively, whatever this says, and emulates that of 32-bit code with
+            // half of CSTAR, which leads ring 0 into the program's pages. Without this bit that one is #UD.
+            efer: if store_in_guest { EFER & !EFER_SCE } else { EFER },
             ..at_reset
         };
         let mut engine = Self {
