@@ -93,11 +93,8 @@ impl VcpuAbi {
         let frames = usize::try_from(entries.div_ceil(PAGE_SIZE / 8)).unwrap_or(usize::MAX);
         let frames = context.gdt_frames.iter().take(frames).copied().collect();
         self.load_gdt(engine, frames, entries)?;
-        for trap in &context.traps {
-            if let Some(entry) = self.traps.get_mut(usize::from(trap.vector)) {
-                *entry = *trap;
-            }
-        }
+        // One for each vector, unlike the list of `set_trap_table`.
+        *self.traps = context.traps;
         let callback = |rip, flag| Callback { rip, masks_events: context.flags & flag != 0 };
         self.event = callback(context.event_callback_eip, 0);
         self.failsafe = callback(context.failsafe_callback_eip, vgcf::FAILSAFE_DISABLES_EVENTS);

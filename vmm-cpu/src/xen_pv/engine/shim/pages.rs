@@ -38,6 +38,9 @@ const INTERRUPTS: u64 = 0x5000;
 /// Pages of a virtual processor in guest-physical memory: three of code, data, stacks, two descriptor tables.
 const PAGES: u64 = 7;
 
+/// INT3.
+const BREAKPOINT: u8 = 0xcc;
+
 /// Vectors that the shim is entered by.
 const DIVIDE_ERROR: u8 = 0;
 const GENERAL_PROTECTION: u8 = 13;
@@ -264,6 +267,11 @@ impl ShimPages {
             if from <= end && end <= gates.len() {
                 gates.copy_within(from..end, to);
             }
+        }
+        // What traps to ring 0 on the kernel root is nothing for programs.
+        let landed = labels.leave_user + (labels.user_landing_end - labels.user_landing);
+        if let Some(rest) = gates.get_mut(usize::try_from(landed).unwrap_or(usize::MAX)..) {
+            rest.fill(BREAKPOINT);
         }
         [code, second, gates]
     }
