@@ -6,7 +6,7 @@
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use vmm_memory::vm_memory::GuestAddress;
 
-use super::abi::{FLAT_CS32, FLAT_CS64, FLAT_SS64, PAGE_SIZE, shared_info};
+use super::abi::{PAGE_SIZE, shared_info};
 use super::engine::{Engine, GuestMode};
 use super::memory::is_canonical;
 use super::trap::{GENERAL_PROTECTION, INVALID_OPCODE};
@@ -18,7 +18,6 @@ use crate::state::GeneralRegisters;
 /// UD2 and the letters "xen": the CPUID that follows is Xen's to answer (public/arch-x86/xen.h).
 const PREFIX: [u8; 5] = [0x0f, 0x0b, b'x', b'e', b'n'];
 const CPUID: [u8; 2] = [0x0f, 0xa2];
-const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const SYSENTER: [u8; 2] = [0x0f, 0x34];
 
 /// Longest instruction.
@@ -100,10 +99,6 @@ impl VcpuAbi {
                 engine.context().general.rip = rip.wrapping_add(7);
                 return Ok(Some(Action::Continue));
             }
-            // Where the engine's processor refuses SYSCALL of 32-bit code.
-            if bytes.starts_with(&SYSCALL) {
-                return self.emulate_syscall(engine).map(Some);
-            }
             // Where the engine's processor refuses INT outright.
             if let [0xcd, number, ..] = bytes {
                 return self.software_interrupt(engine, mode, *number);
@@ -150,20 +145,6 @@ impl VcpuAbi {
         let general = &mut engine.context().general;
         general.rip = general.rip.wrapping_add(2);
         self.inject_software(engine, number).map(Some)
-    }
-
-    /// SYSCALL that came as #UD, as if the engine had said so.
-    fn emulate_syscall(&mut self, engine: &mut dyn Engine) -> Result<Action> {
-        const LONG: u64 = 1 << 53;
-        let cs = engine.context().cs;
-        let is_long = engine.descriptor(cs >> 3) & LONG != 0;
-        let context = engine.context();
-        context.general.rip = context.general.rip.wrapping_add(2);
-        (context.cs, context.ss) = (if is_long { FLAT_CS64 } else { FLAT_CS32 }, FLAT_SS64);
-        match context.mode {
-            GuestMode::Kernel => self.hypercall(engine),
-            GuestMode::User => self.user_syscall(engine),
-        }
     }
 
     fn answer_cpuid(&self, engine: &mut dyn Engine) {

@@ -30,7 +30,7 @@ pub const FLAT_SS: u16 = 0xe02b;
 pub const FLAT_CS64: u16 = 0xe033;
 
 /// The engine's own entries, the task state excepted, with the accessed bit set so that no load has to write it.
-pub(super) const OWN: [(u16, u64); 5] = [
+const OWN: [(u16, u64); 5] = [
     (STUB_CS, 0x00af_9b00_0000_ffff),
     (STUB_SS, 0x00cf_9300_0000_ffff),
     (FLAT_CS32, 0x00cf_fb00_0000_ffff),
@@ -51,6 +51,16 @@ const LONG: u64 = 1 << 53;
 const BIG: u64 = 1 << 54;
 const GRANULARITY: u64 = 1 << 55;
 
+/// [`OWN`], without 32-bit code where there is none.
+pub(super) fn own(compatibility_mode: bool) -> impl Iterator<Item = (u16, u64)> {
+    OWN.into_iter().filter(move |(_, descriptor)| compatibility_mode || !is_compatibility_code(*descriptor))
+}
+
+/// Whether it is a segment of code that is not 64-bit code.
+fn is_compatibility_code(descriptor: u64) -> bool {
+    descriptor & (CODE_OR_DATA | CODE | LONG) == CODE_OR_DATA | CODE
+}
+
 /// The exception that loading a selector ends in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SelectorFault {
@@ -63,14 +73,16 @@ const STACK: u8 = 12;
 const GENERAL_PROTECTION: u8 = 13;
 
 /// The descriptor as a guest may have it: `None` if it may not.
-pub(super) fn admit(descriptor: u64) -> Option<u64> {
+pub(super) fn admit(descriptor: u64, compatibility_mode: bool) -> Option<u64> {
     if descriptor & PRESENT == 0 {
         // Whatever it holds, no load succeeds.
         return Some(descriptor & !(PRESENT | DPL) | DPL);
     }
     let wrong_mode = descriptor & (CODE | LONG | BIG) == CODE | LONG | BIG;
     let conforming = descriptor & (CODE | DOWN_OR_CONFORMING) == CODE | DOWN_OR_CONFORMING;
-    let allowed = descriptor & CODE_OR_DATA != 0 && descriptor & DPL == DPL && !wrong_mode && !conforming;
+    let there = compatibility_mode || !is_compatibility_code(descriptor);
+    let allowed =
+        descriptor & CODE_OR_DATA != 0 && descriptor & DPL == DPL && !wrong_mode && !conforming && there;
     allowed.then_some(descriptor | ACCESSED)
 }
 
@@ -79,9 +91,9 @@ pub(super) fn admit(descriptor: u64) -> Option<u64> {
 pub(super) struct Descriptors(Vec<u64>);
 
 impl Descriptors {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(compatibility_mode: bool) -> Self {
         let mut table = vec![0; usize::from(ENTRIES)];
-        for (selector, descriptor) in OWN {
+        for (selector, descriptor) in own(compatibility_mode) {
             if let Some(entry) = table.get_mut(usize::from(selector >> 3)) {
                 *entry = descriptor;
             }
@@ -194,25 +206,41 @@ mod tests {
             ("conforming code", 0x00af_ff00_0000_ffff),
             ("code both long and big", 0x00ef_fb00_0000_ffff),
         ] {
-            assert_eq!(admit(descriptor), None, "{name}");
+            assert_eq!(admit(descriptor, true), None, "{name}");
         }
         let tls = 0x12cf_f234_5678_ffff;
-        assert_eq!(admit(tls), Some(tls | ACCESSED));
+        assert_eq!(admit(tls, true), Some(tls | ACCESSED));
         // A system descriptor that is not present stays so.
-        assert_eq!(admit(0x0000_6900_0000_0067).unwrap() & PRESENT, 0);
+        assert_eq!(admit(0x0000_6900_0000_0067, true).unwrap() & PRESENT, 0);
+    }
+
+    #[test]
+    fn code_of_other_modes_gets_in_where_they_are() {
+        for (name, descriptor, is_other) in [
+            ("64-bit code", 0x00af_fb00_0000_ffff, false),
+            ("32-bit code", 0x00cf_fb00_0000_ffff, true),
+            ("16-bit code", 0x008f_fb00_0000_ffff, true),
+            ("execute-only", 0x00cf_f900_0000_ffff, true),
+            ("data", 0x00cf_f300_0000_ffff, false),
+        ] {
+            assert!(admit(descriptor, true).is_some(), "{name}");
+            assert_eq!(admit(descriptor, false).is_none(), is_other, "{name}");
+        }
+        assert_eq!(Descriptors::new(false).code(FLAT_CS32).unwrap_err().error_code, 0xe020);
+        assert!(Descriptors::new(false).code(FLAT_CS64).is_ok());
     }
 
     #[test]
     fn base_and_limit_are_put_together() {
-        let mut table = Descriptors::new();
-        assert!(table.set(12, admit(0x12cf_f234_5678_ffff).unwrap()));
+        let mut table = Descriptors::new(true);
+        assert!(table.set(12, admit(0x12cf_f234_5678_ffff, true).unwrap()));
         let tls = table.data(12 << 3 | 3);
         assert_eq!((tls.base, tls.limit, tls.kind, tls.dpl), (0x1234_5678, u32::MAX, 3, 3));
     }
 
     #[test]
     fn selectors_fault_as_iret_says() {
-        let table = Descriptors::new();
+        let table = Descriptors::new(true);
         let fault = |vector, error_code| Err(SelectorFault { vector, error_code });
         assert!(table.code(FLAT_CS64).unwrap().long);
         assert!(table.code(FLAT_CS32).unwrap().big);
@@ -228,7 +256,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_loaded_as_data_becomes_null() {
-        let table = Descriptors::new();
+        let table = Descriptors::new(true);
         for selector in [0, 3, STUB_SS, TASK_STATE, 0x2b, FLAT_SS | 4, u16::MAX] {
             assert!(table.data(selector).unusable, "{selector:#x}");
         }
@@ -237,7 +265,7 @@ mod tests {
 
     #[test]
     fn the_guest_cannot_set_the_engines_entries() {
-        let mut table = Descriptors::new();
+        let mut table = Descriptors::new(true);
         assert!(table.set(FIRST_RESERVED - 1, 0));
         assert!(!table.set(FIRST_RESERVED, 0));
         assert!(!table.set(u16::MAX, 0));

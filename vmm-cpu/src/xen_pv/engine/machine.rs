@@ -154,10 +154,13 @@ impl Ring3Machine {
         let mut above = Above { ram: ram.clone(), regions: Vec::new() };
         above.add(abi.start * PAGE_SIZE, abi.end * PAGE_SIZE)?;
         above.add(layout.m2p().0, end)?;
-        private.write(&ram.memory())?;
+        // KVM that shadows page tables emulates 32-bit code, whose SYSCALL it takes to ring 0 at the lower half of CSTAR,
+        // where a program may have pages. So no segment leads there.
+        let compatibility_mode = !config.store_in_guest;
+        private.write(&ram.memory(), compatibility_mode)?;
         vm.map_ram(ram)?;
         let tsc_khz = vm.clock().map_or(0, |clock| clock.tsc_khz());
-        let capabilities = EngineCapabilities { tsc_khz, xcr0, compatibility_mode: true };
+        let capabilities = EngineCapabilities { tsc_khz, xcr0, compatibility_mode };
         let mut machine = Self {
             vm,
             ram: ram.clone(),

@@ -13,7 +13,7 @@
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress};
 use vmm_memory::{GuestMemoryMap, PAGE_SIZE};
 
-use super::descriptors::{ENTRIES, OWN, STUB_CS, TASK_STATE};
+use super::descriptors::{ENTRIES, STUB_CS, TASK_STATE, own};
 use super::layout::{Layout, PRIVATE_SLOT, PRIVATE_VA};
 use super::shim::{SHIM_SLOT, ShimPages};
 use crate::error::{Error, Result};
@@ -63,13 +63,7 @@ pub(super) const VA_STORE: u64 = PRIVATE_VA + 0x40;
 /// Operation: store RBX at the address in RAX, with those bits of RCX set that were set there.
 pub(super) const VA_STORE_KEEPING: u64 = PRIVATE_VA + 0x50;
 
-/// In ring 3: RCX to DS. The OUT behind it is not allowed there, which ends it.
-pub(super) const VA_LOAD_DS: u64 = PRIVATE_VA + 0xc0;
-
-/// In ring 3: DS to RAX, ES to RCX, FS to RDX, likewise.
-pub(super) const VA_SELECTORS: u64 = PRIVATE_VA + 0xd0;
-
-/// In ring 3: CPUID, likewise.
+/// In ring 3: CPUID. The OUT behind it is not allowed there, which ends it.
 pub(super) const VA_CPUID: u64 = PRIVATE_VA + 0xe0;
 
 /// In ring 3: XGETBV, likewise.
@@ -241,7 +235,7 @@ impl Private {
     }
 
     /// Writes all of it.
-    pub(super) fn write(&self, memory: &GuestMemoryMap) -> Result<()> {
+    pub(super) fn write(&self, memory: &GuestMemoryMap, compatibility_mode: bool) -> Result<()> {
         let put = |gpa: u64, bytes: &[u8]| {
             memory
                 .write_slice(bytes, GuestAddress(gpa))
@@ -252,7 +246,7 @@ impl Private {
         put(self.page(IDT_PAGE), &interrupt_table(EXCEPTIONS, Self::stub))?;
         for vcpu in 0..u32::try_from(self.vcpus).unwrap_or(u32::MAX) {
             put(self.page(Self::vcpu_page(vcpu)), &self.task_state_bytes(vcpu))?;
-            for (selector, descriptor) in OWN {
+            for (selector, descriptor) in own(compatibility_mode) {
                 put(self.descriptor(vcpu, selector >> 3).0, &descriptor.to_le_bytes())?;
             }
             let [low, high] = task_state_descriptor(self.task_state(vcpu));
@@ -350,8 +344,6 @@ fn entry_page() -> Vec<u8> {
     put(VA_STORE, &[0x48, 0x89, 0x18, OUT, PORT_OPERATION]);
     // XCHG [RAX], RBX; AND RBX, RCX; LOCK OR [RAX], RBX: a bit that a processor sets in between stays.
     put(VA_STORE_KEEPING, &[0x48, 0x87, 0x18, 0x48, 0x21, 0xcb, 0xf0, 0x48, 0x09, 0x18, OUT, PORT_OPERATION]);
-    put(VA_LOAD_DS, &[0x8e, 0xd9, OUT, PORT_OPERATION]);
-    put(VA_SELECTORS, &[0x8c, 0xd8, 0x8c, 0xc1, 0x8c, 0xe2, OUT, PORT_OPERATION]);
     put(VA_CPUID, &[0x0f, 0xa2, OUT, PORT_OPERATION]);
     put(VA_XGETBV, &[0x0f, 0x01, 0xd0, OUT, PORT_OPERATION]);
     for vector in 0..EXCEPTIONS {
@@ -407,9 +399,7 @@ mod tests {
         for (va, port) in [(VA_SYSCALL, PORT_SYSCALL), (VA_SYSCALL_32, PORT_SYSCALL)]
             .into_iter()
             .chain(
-                [VA_FLUSH_PAGE, VA_FLUSH_ALL, VA_STORE, VA_STORE_KEEPING]
-                    .into_iter()
-                    .chain([VA_LOAD_DS, VA_SELECTORS, VA_CPUID, VA_XGETBV])
+                [VA_FLUSH_PAGE, VA_FLUSH_ALL, VA_STORE, VA_STORE_KEEPING, VA_CPUID, VA_XGETBV]
                     .map(|va| (va, PORT_OPERATION)),
             )
             .chain((0..EXCEPTIONS).map(|n| (VA_EXCEPTIONS + u64::from(n) * STUB_SIZE, PORT_EXCEPTION + n)))

@@ -204,37 +204,6 @@ fn a_system_call_of_32_bit_code_has_an_entry_of_its_own() {
     }
 }
 
-/// Where the processor refuses SYSCALL of 32-bit code.
-#[test]
-fn a_system_call_that_is_no_instruction_is_one_all_the_same() {
-    for (descriptor, cs) in [(0x00cf_fb00_0000_ffff, FLAT_CS32), (0x00af_fb00_0000_ffff, FLAT_CS64)] {
-        let mut guest = in_user();
-        let code = guest.put_bytes(&[0x0f, 0x05]);
-        guest.engine.descriptors[6] = descriptor;
-        guest.engine.user_root = Some(L4 * PAGE_SIZE);
-        guest.engine.context.general.rip = code;
-        guest.vcpu.syscall = Callback { rip: HANDLER, masks_events: false };
-        guest.vcpu.syscall32 = Callback { rip: HANDLER + 0x1000, masks_events: false };
-        assert_eq!(guest.exception(INVALID_OPCODE, 0, 0), Action::Continue);
-        let expected = if cs == FLAT_CS32 { HANDLER + 0x1000 } else { HANDLER };
-        assert_eq!(guest.engine.context.general.rip, expected);
-        assert_eq!(
-            frame(&guest),
-            [code + 2, 0x246, code + 2, cs.into(), 0x246, 0x7fff_0000, FLAT_SS64.into()]
-        );
-    }
-    // A hypercall, of a kernel.
-    let mut guest = guest();
-    let code = guest.put_bytes(&[0x0f, 0x05]);
-    guest.engine.descriptors[usize::from(FLAT_CS64 >> 3)] = 0x00af_fb00_0000_ffff;
-    guest.engine.context.general.rip = code;
-    guest.engine.context.general.rax = nr::XEN_VERSION;
-    guest.engine.context.general.rdi = 7;
-    assert_eq!(guest.exception(INVALID_OPCODE, 0, 0), Action::Continue);
-    let general = guest.engine.context.general;
-    assert_eq!((general.rax, general.rip), (PAGE_SIZE, code + 2));
-}
-
 #[test]
 fn sysenter_has_an_entry_where_the_guest_wants_one() {
     // It faults as #UD on some processors and as #GP on others.

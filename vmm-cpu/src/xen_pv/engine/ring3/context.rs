@@ -44,10 +44,6 @@ impl Ring3 {
             return Ok(Some(fault(none)));
         };
         general.rflags = general.rflags & GUEST_FLAGS | rflags::FIXED | rflags::IF;
-        if std::mem::replace(&mut self.ran_long, cs.long) && !cs.long && self.selectors_hidden {
-            self.find_selectors()?;
-        }
-        let c = &self.context;
         let system = SystemRegisters {
             cs,
             ss,

@@ -42,7 +42,7 @@ impl Engine for Ring3 {
     }
 
     fn set_descriptor(&mut self, index: u16, descriptor: u64) -> bool {
-        let admitted = descriptors::admit(descriptor);
+        let admitted = descriptors::admit(descriptor, self.capabilities.compatibility_mode);
         let value = admitted.unwrap_or(0);
         if self.descriptors.get(index) == value {
             return admitted.is_some() && index < descriptors::FIRST_RESERVED;

@@ -45,7 +45,6 @@ const CR4_FSGSBASE: u64 = 1 << 16;
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// NXE, LMA, LME, SCE.
 const EFER: u64 = 0xd01;
-const EFER_SCE: u64 = 1;
 
 /// Flags that SYSCALL clears: TF, IF, DF, IOPL, NT, AC.
 const SYSCALL_CLEARS: u64 = 0x0004_7700;
@@ -78,10 +77,6 @@ pub struct Ring3 {
     rare_changed: bool,
     /// XCR0 is what the host has, whatever the engine sets.
     xcr0_fixed: bool,
-    /// Selectors that 64-bit code loads are not told.
-    selectors_hidden: bool,
-    /// What ran last was 64-bit code.
-    ran_long: bool,
     crashed: bool,
 }
 
@@ -122,9 +117,7 @@ impl Ring3 {
             cr0: CR0,
             cr3: private.own_root(),
             cr4: CR4 | os_xsave | bases,
-            // Who shadows page tables runs 64-bit SYSCALL natively, whatever this says, and emulates that of 32-bit code with
-            // half of CSTAR, which leads ring 0 into the program's pages. Without this bit that one is #UD.
-            efer: if store_in_guest { EFER & !EFER_SCE } else { EFER },
+            efer: EFER,
             ..at_reset
         };
         let mut engine = Self {
@@ -146,15 +139,13 @@ impl Ring3 {
                 ss: FLAT_SS,
                 ..Context::default()
             },
-            descriptors: Descriptors::new(),
+            descriptors: Descriptors::new(capabilities.compatibility_mode),
             system,
             kernel_root: GuestAddress(private.own_root()),
             user_root: None,
             flush: Flush::NOTHING,
             rare_changed: false,
             xcr0_fixed: false,
-            selectors_hidden: false,
-            ran_long: false,
             crashed: false,
         };
         engine.vcpu.set_system_registers(&system)?;
@@ -171,7 +162,6 @@ impl Ring3 {
             engine.capabilities.xcr0 = fixed & XCR0_KNOWN;
             engine.xcr0_fixed = true;
         }
-        engine.selectors_hidden = engine.hides_selectors()?;
         Ok(engine)
     }
 

@@ -1,7 +1,6 @@
 //! What code in ring 3 finds of the processor, which is not on every backend what the backend was told: where KVM runs ring
 //! 3 without hardware assistance, CPUID and XCR0 are the host's own there.
 
-use super::context::low16;
 use super::{MAX_STAYS, Ring3, Stay};
 use crate::cpuid::CpuidEntry;
 use crate::error::{Error, Result};
@@ -41,30 +40,6 @@ impl Ring3 {
         };
         let registers = [rax, rbx, rcx, rdx].map(|value| u32::try_from(low(value)).unwrap_or(0));
         Ok(CpuidEntry::new(leaf, Some(subleaf), registers))
-    }
-
-    /// Whether the backend does not tell what selectors 64-bit code loads, which is at liberty to load any: they have no
-    /// effect there. KVM without hardware assistance leaves them in the registers.
-    pub(super) fn hides_selectors(&mut self) -> Result<bool> {
-        self.in_ring_3(private::VA_LOAD_DS, [0; 2])?;
-        Ok(self.vcpu.segment_registers()?.ds.selector != 0)
-    }
-
-    /// Looks for selectors that 64-bit code has loaded, before other code runs, in which they have an effect.
-    pub(super) fn find_selectors(&mut self) -> Result<()> {
-        match self.in_ring_3(private::VA_SELECTORS, [0; 2]) {
-            Ok(Some(GeneralRegisters { rax, rcx, rdx, .. })) => {
-                let c = &mut self.context;
-                (c.ds, c.es, c.fs) = (low16(rax), low16(rcx), low16(rdx));
-                Ok(())
-            }
-            // The guest destroyed the stub.
-            Ok(None) | Err(Error::Unsupported { .. }) => {
-                self.crashed = true;
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
     }
 
     /// Executes one of the stubs for ring 3. `None` if its instruction is not allowed.
