@@ -216,3 +216,127 @@ fn other_numbers_in_place_of_commands_are_refused() {
         assert_eq!(guest.call(nr::VM_ASSIST, &[0, kind]), Err(Errno::EINVAL), "assist {kind}");
     }
 }
+
+/// Hypercalls that read or write a structure, how they are called with its address, and its bytes.
+type Structure = (u64, fn(u64) -> Vec<u64>, u64);
+
+const OWN: u64 = domid::SELF as u64;
+
+const STRUCTURES: &[Structure] = &[
+    (nr::SET_TRAP_TABLE, |at| vec![at], 16),
+    (nr::MMU_UPDATE, |at| vec![at, 1, 0, OWN], 16),
+    (nr::SET_GDT, |at| vec![at, 1], 8),
+    (nr::MEMORY_OP, |at| vec![0, at], 32),
+    (nr::MEMORY_OP, |at| vec![1, at], 32),
+    (nr::MEMORY_OP, |at| vec![3, at], 2),
+    (nr::MEMORY_OP, |at| vec![4, at], 2),
+    (nr::MEMORY_OP, |at| vec![6, at], 32),
+    (nr::MEMORY_OP, |at| vec![9, at], 16),
+    (nr::MEMORY_OP, |at| vec![12, at], 24),
+    (nr::MEMORY_OP, |at| vec![14, at], 2),
+    (nr::MULTICALL, |at| vec![at, 1], 64),
+    (nr::XEN_VERSION, |at| vec![1, at], 16),
+    (nr::XEN_VERSION, |at| vec![2, at], 144),
+    (nr::XEN_VERSION, |at| vec![3, at], 1024),
+    (nr::XEN_VERSION, |at| vec![4, at], 64),
+    (nr::XEN_VERSION, |at| vec![5, at], 8),
+    (nr::XEN_VERSION, |at| vec![6, at], 8),
+    (nr::XEN_VERSION, |at| vec![8, at], 16),
+    (nr::CONSOLE_IO, |at| vec![0, 4, at], 4),
+    (nr::GRANT_TABLE_OP, |at| vec![0, at, 1], 32),
+    (nr::GRANT_TABLE_OP, |at| vec![1, at, 1], 24),
+    (nr::GRANT_TABLE_OP, |at| vec![2, at, 1], 24),
+    (nr::GRANT_TABLE_OP, |at| vec![5, at, 1], 40),
+    (nr::GRANT_TABLE_OP, |at| vec![6, at, 1], 16),
+    (nr::GRANT_TABLE_OP, |at| vec![8, at, 1], 4),
+    (nr::GRANT_TABLE_OP, |at| vec![10, at, 1], 8),
+    (nr::GRANT_TABLE_OP, |at| vec![11, at, 1], 12),
+    (nr::VCPU_OP, |at| vec![0, 1, at], 5168),
+    (nr::VCPU_OP, |at| vec![4, 0, at], 48),
+    (nr::VCPU_OP, |at| vec![5, 0, at], 8),
+    (nr::VCPU_OP, |at| vec![6, 0, at], 8),
+    (nr::VCPU_OP, |at| vec![8, 0, at], 16),
+    (nr::VCPU_OP, |at| vec![10, 0, at], 16),
+    (nr::VCPU_OP, |at| vec![13, 0, at], 8),
+    (nr::MMUEXT_OP, |at| vec![at, 1, 0, OWN], 24),
+    (nr::NMI_OP, |at| vec![0, at], 8),
+    (nr::SCHED_OP, |at| vec![2, at], 4),
+    (nr::SCHED_OP, |at| vec![3, at], 24),
+    (nr::SCHED_OP, |at| vec![5, at], 4),
+    (nr::SCHED_OP, |at| vec![6, at], 8),
+    (nr::CALLBACK_OP, |at| vec![0, at], 16),
+    (nr::CALLBACK_OP, |at| vec![1, at], 2),
+    (nr::EVENT_CHANNEL_OP, |at| vec![0, at], 12),
+    (nr::EVENT_CHANNEL_OP, |at| vec![1, at], 12),
+    (nr::EVENT_CHANNEL_OP, |at| vec![3, at], 4),
+    (nr::EVENT_CHANNEL_OP, |at| vec![4, at], 4),
+    (nr::EVENT_CHANNEL_OP, |at| vec![5, at], 24),
+    (nr::EVENT_CHANNEL_OP, |at| vec![6, at], 8),
+    (nr::EVENT_CHANNEL_OP, |at| vec![7, at], 8),
+    (nr::EVENT_CHANNEL_OP, |at| vec![8, at], 8),
+    (nr::EVENT_CHANNEL_OP, |at| vec![9, at], 4),
+    (nr::EVENT_CHANNEL_OP, |at| vec![10, at], 2),
+    (nr::PHYSDEV_OP, |at| vec![6, at], 4),
+    (nr::PHYSDEV_OP, |at| vec![7, at], 12),
+];
+
+#[test]
+fn structures_in_no_memory_fault() {
+    for (nr, args, size) in STRUCTURES {
+        let mut guest = Guest::new();
+        let end = DIRECT + guest.domain.memory.layout().abi_frames().end * 4096;
+        // Nothing, what no address is, Xen's own range and both its ends, the last bytes that there are, what wraps around,
+        // and what begins in the last page that is mapped: all but the last byte is there.
+        let mut places = vec![0, 8, 1 << 47, 1 << 63, 0xffff_7fff_ffff_ffff, 0xffff_8000_0000_0000];
+        places.extend([
+            0xffff_8180_0000_0000,
+            0xffff_87ff_ffff_ffff,
+            u64::MAX - 7,
+            u64::MAX,
+            end,
+            end - size + 1,
+        ]);
+        for at in places {
+            // No trap table is one, that of all zeros.
+            if (*nr, at) == (nr::SET_TRAP_TABLE, 0) {
+                continue;
+            }
+            let what = format!("hypercall {nr}, {:x?}", args(at));
+            assert_eq!(guest.call(*nr, &args(at)), Err(Errno::EFAULT), "{what}");
+        }
+        assert_eq!(guest.domain.shutdown_reason(), None);
+    }
+}
+
+/// Unaligned and across two pages that are neighbours in virtual memory only: as good as any place.
+#[test]
+fn structures_may_lie_anywhere() {
+    use super::super::test_support::L1;
+    for (nr, args, size) in STRUCTURES.iter().filter(|(.., size)| (2..=4096).contains(size)) {
+        let [aligned, across] = [FREE * 4096, FREE * 4096 + 4096 - size / 2].map(|gpa| {
+            let mut guest = Guest::new();
+            guest.store(L1 + 2, 1, ((FREE + 7) * 4096) | 7);
+            guest.syscall(*nr, &args(DIRECT + gpa))
+        });
+        assert_eq!(aligned, across, "hypercall {nr}, {:x?}", args(0));
+    }
+}
+
+#[test]
+fn counts_of_nothing_and_of_everything_end() {
+    let lists: [(u64, fn(u64, u64) -> Vec<u64>); 4] = [
+        (nr::MMU_UPDATE, |at, count| vec![at, count, 0, OWN]),
+        (nr::MMUEXT_OP, |at, count| vec![at, count, 0, OWN]),
+        (nr::MULTICALL, |at, count| vec![at, count]),
+        (nr::GRANT_TABLE_OP, |at, count| vec![0, at, count]),
+    ];
+    for (nr, args) in lists {
+        let mut guest = Guest::new();
+        assert_eq!(guest.call(nr, &args(8, 0)), Ok(0), "hypercall {nr}");
+        // From here on memory is zero up to its end. The upper bit of two of them says something else.
+        for count in [u64::from(u32::MAX), u64::from(u32::MAX >> 1)] {
+            let result = guest.call(nr, &args(Guest::va(FREE * 4096), count));
+            assert!(matches!(result, Err(Errno::EFAULT | Errno::EINVAL)), "hypercall {nr}: {result:?}");
+        }
+    }
+}
