@@ -1,6 +1,7 @@
 //! 32-bit programs in a paravirtual Debian: Linux has an entry for each of their ways into the kernel.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in functions that it calls")]
+#![allow(clippy::cast_possible_truncation, reason = "texts of a few bytes")]
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
