@@ -345,6 +345,8 @@ pub(crate) fn entry_page(report: &mut Report, code: &mut Code, density: u64) {
                                 let called = if rax == GETPID { own } else { ENOSYS.wrapping_neg() };
                                 caught.rax == called || !is_first && [rax, r11].contains(&caught.rax)
                             }
+                            // By what lies on the stack, as IRET elsewhere.
+                            Outcome::Returned(_) if is_iret(page, offset) => true,
                             outcome => is_refusal(outcome),
                         };
                         let kind = if landed(outcome, landing) { "went on" } else { outcome.kind() };
@@ -356,6 +358,13 @@ pub(crate) fn entry_page(report: &mut Report, code: &mut Code, density: u64) {
             }
         }
     }
+}
+
+/// Whether IRET lies there, in a page that can be read.
+fn is_iret(page: u64, offset: u64) -> bool {
+    // SAFETY: the entry page was executed there, and what may be executed may be read.
+    let byte = |offset: u64| unsafe { ((page + offset) as *const u8).read_volatile() };
+    byte(offset) == 0xcf || offset < 4095 && byte(offset) == 0x48 && byte(offset + 1) == 0xcf
 }
 
 /// SYSCALL, SYSENTER and INT 128 from 32-bit code.

@@ -324,7 +324,8 @@ fn structures_may_lie_anywhere() {
 
 #[test]
 fn counts_of_nothing_and_of_everything_end() {
-    let lists: [(u64, fn(u64, u64) -> Vec<u64>); 4] = [
+    type List = (u64, fn(u64, u64) -> Vec<u64>);
+    let lists: [List; 4] = [
         (nr::MMU_UPDATE, |at, count| vec![at, count, 0, OWN]),
         (nr::MMUEXT_OP, |at, count| vec![at, count, 0, OWN]),
         (nr::MULTICALL, |at, count| vec![at, count]),

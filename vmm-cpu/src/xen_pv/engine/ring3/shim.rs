@@ -68,6 +68,7 @@ impl Ring3 {
             fault_rip: path.page_fault,
             fault_masks: path.page_fault_masks.into(),
             info: ShimPages::window(path.vcpu_info.0),
+            null_gs: u64::from(c.gs & !3 == 0),
             enabled: path.enabled.into(),
             syscall_masks: path.syscall_masks.into(),
             flat_user: u64::from(self.descriptors.has_flat_user()),
@@ -112,7 +113,8 @@ impl Ring3 {
         system: &SystemRegisters,
     ) -> Result<Option<EngineExit>> {
         let Some(shim) = &self.shim else { return Ok(None) };
-        let on_user_root = self.user_root.is_some_and(|root| root.0 == system.cr3);
+        // The guest's; what the processor has may be the engine's own by now.
+        let on_user_root = self.user_root.is_some_and(|root| root.0 == self.system.cr3);
         let place = shim.pages.place(self.index, general.rip, ring0, on_user_root);
         if place == Place::Outside {
             return Ok(None);
@@ -122,11 +124,7 @@ impl Ring3 {
             return Ok(None);
         };
         let (path, to) = (shim.path, shim.data.to);
-        let shim_lost_gs = shim.pages.has_no_gs_base(self.index, general.rip);
         self.take_segments(system);
-        if shim_lost_gs {
-            self.context.gs_base = canonical(to.gs);
-        }
         let c = &mut self.context;
         (c.cs, c.ss) = (FLAT_CS64, FLAT_SS);
         Ok(Some(match outcome {

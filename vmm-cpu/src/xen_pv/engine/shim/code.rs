@@ -31,8 +31,6 @@ pub(crate) struct Labels {
     pub(super) hypercall: u32,
     pub(super) hypercall_saved: u32,
     pub(super) hypercall_ring3: u32,
-    pub(super) load_gs: u32,
-    pub(super) load_gs_end: u32,
     pub(super) go_on_user: u32,
     pub(super) go_on_entry: u32,
     pub(super) go_on_masking: u32,

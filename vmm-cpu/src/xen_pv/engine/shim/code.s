@@ -81,6 +81,7 @@ vmm_cpu_xen_pv_shim_image:
 .set vcpus, DATA + 0x250
 .set frame_protection, DATA + 0x258
 .set base, DATA + 0x290
+.set null_gs, DATA + 0x298
 .set protection_rax, DATA + 0x280
 .set zero, DATA + 0x288
 .set STACK_END, DATA + 0x1000
@@ -331,20 +332,11 @@ set_segment_base:
 1:      wrfsbase rsi
         xor     eax, eax
         ret
-        // A selector for programs: null, or that of flat data. Loading it takes the kernel's base away for two instructions.
+        // A null selector where there is one already. Others are the VMM's to load.
 2:      test    rsi, rsi
-        jz      4f
-        cmp     rsi, 0x2b
-        jne     slow
-        cmp     dword ptr [rip + flat_user], 0
+        jnz     slow
+        cmp     dword ptr [rip + null_gs], 0
         je      slow
-4:      rdgsbase rcx
-        mov     [rip + to_gs], rcx
-load_gs:
-        mov     gs, esi
-        wrgsbase rcx
-load_gs_end:
-        xor     esi, esi
 3:      mov     [rip + other_gs], rsi
         xor     eax, eax
         ret
@@ -947,7 +939,7 @@ second_page_end:
 .hidden vmm_cpu_xen_pv_shim_labels
 .balign 4
 vmm_cpu_xen_pv_shim_labels:
-.irp label, user_syscall, user_syscall_end, user_landing, user_landing_end, user_trap, user_trap_swapped, user_fault, user_fault_swapped, kernel_protection, gates_end, kernel_trap, patch_leave_user, patch_leave_user_whole, patch_load_root, patch_flush_page, leave_user, leave_user_end, leave_user_whole, load_root, flush_page, hypercall, hypercall_saved, hypercall_ring3, load_gs, load_gs_end, go_on_user, go_on_entry, go_on_masking, go_on_kernel, go_on_end, fault, fault_swapped, fault_saved, trap, trap_swapped, trap_saved, program_saved, protection, protection_kept, protection_checked, protection_saved, protection_copied, second_page_end
+.irp label, user_syscall, user_syscall_end, user_landing, user_landing_end, user_trap, user_trap_swapped, user_fault, user_fault_swapped, kernel_protection, gates_end, kernel_trap, patch_leave_user, patch_leave_user_whole, patch_load_root, patch_flush_page, leave_user, leave_user_end, leave_user_whole, load_root, flush_page, hypercall, hypercall_saved, hypercall_ring3, go_on_user, go_on_entry, go_on_masking, go_on_kernel, go_on_end, fault, fault_swapped, fault_saved, trap, trap_swapped, trap_saved, program_saved, protection, protection_kept, protection_checked, protection_saved, protection_copied, second_page_end
         .long   \label - .Lshim
 .endr
 .popsection

@@ -47,6 +47,8 @@ pub(crate) struct Data {
     pub(crate) zero: u64,
     /// Where the shim starts.
     pub(crate) base: u64,
+    /// Whether the engine loads a null selector into GS.
+    pub(crate) null_gs: u64,
 }
 
 /// The registers that the shim began with.
@@ -143,6 +145,7 @@ mod tests {
             ("flat_user", offset_of!(Data, flat_user)),
             ("vcpus", offset_of!(Data, vcpus)),
             ("base", offset_of!(Data, base)),
+            ("null_gs", offset_of!(Data, null_gs)),
             ("zero", offset_of!(Data, zero)),
         ] {
             let line = format!(".set {name}, DATA + {offset:#05x}\n");

@@ -94,13 +94,6 @@ impl ShimPages {
         }
     }
 
-    /// Whether GS has a base there that is nobody's; the guest kernel's is in [`To::gs`](super::data::To::gs).
-    pub(crate) fn has_no_gs_base(&self, vcpu: u32, rip: u64) -> bool {
-        let l = &self.labels;
-        let at = rip.wrapping_sub(Self::entry(vcpu));
-        (u64::from(l.load_gs)..u64::from(l.load_gs_end)).contains(&at)
-    }
-
     fn user_gate(l: &Labels, at: u32) -> Place {
         let (vector, swapped) = match at {
             _ if at < l.user_fault => (0, l.user_trap_swapped),
