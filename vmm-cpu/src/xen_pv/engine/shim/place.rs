@@ -12,7 +12,7 @@ pub(crate) enum Place {
     Outside,
     /// SYSCALL of the guest kernel, no register changed yet.
     Hypercall,
-    /// SYSCALL of a program, which entered ring 0, no register changed yet.
+    /// SYSCALL of a program, no register changed yet.
     SystemCall,
     /// What it began with is saved.
     Begun,
@@ -78,6 +78,8 @@ impl ShimPages {
             return Place::Outside;
         };
         match (ring0, user_root) {
+            // SYSCALL has come so far. The address is this virtual processor's, so the program must not go on there.
+            (false, true) if at == 0 => Place::SystemCall,
             (false, true) => match at.checked_sub(l.leave_user) {
                 Some(0) => Place::Landing,
                 // Behind MOV RAX, R11, and behind MOV R11D.
