@@ -266,6 +266,12 @@ impl Ring3 {
         Ok(())
     }
 
+    /// Whether an exception has to be delivered before RIP may be changed. With a shim, which gets some without an exit, a
+    /// fault is forgotten instead, so that the next stay begins with it.
+    fn is_exception_on_its_way(&mut self) -> Result<bool> {
+        if self.shim.is_some() { Ok(!self.vcpu.cancel_fault()?) } else { self.vcpu.exception_pending() }
+    }
+
     fn crash(&mut self, why: &'static str) -> EngineExit {
         tracing::debug!(vcpu = self.index, why, "xen-pv: the guest crashed");
         self.crashed = true;
@@ -308,10 +314,8 @@ impl Ring3 {
                     return self.exception_exit(vector, general);
                 }
                 Stay::Crashed => return Ok(self.crash("it cannot go on")),
-                // What was to be delivered goes to the shim, without an exit; so it is looked at as if it had not happened yet.
-                Stay::Interrupted
-                    if self.shim.is_some() && !self.vcpu.cancel_fault()? && stays_in_stub < MAX_STAYS =>
-                {
+                // It is delivered first: with another RIP it would come from there.
+                Stay::Interrupted if self.is_exception_on_its_way()? && stays_in_stub < MAX_STAYS => {
                     (in_stub, stays_in_stub) = (true, stays_in_stub + 1);
                 }
                 Stay::Interrupted
@@ -325,10 +329,6 @@ impl Ring3 {
                 }
                 // Between two instructions of a stub, the first of which is its last.
                 Stay::Interrupted if Private::is_entry_page(general.rip) && stays_in_stub < MAX_STAYS => {
-                    (in_stub, stays_in_stub) = (true, stays_in_stub + 1);
-                }
-                // It is delivered first: with another RIP it would come from there.
-                Stay::Interrupted if self.vcpu.exception_pending()? && stays_in_stub < MAX_STAYS => {
                     (in_stub, stays_in_stub) = (true, stays_in_stub + 1);
                 }
                 Stay::Interrupted if system.cs.dpl != 3 => return Ok(self.crash("it is in ring 0")),

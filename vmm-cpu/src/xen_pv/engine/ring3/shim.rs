@@ -3,18 +3,14 @@
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use super::context::canonical;
+use super::context::{PAGE_FAULT, canonical};
 use super::{Ring3, low16, memory_error};
 use crate::error::Result;
 use crate::state::{GeneralRegisters, SystemRegisters};
+use crate::xen_pv::abi::shared_info;
 use crate::xen_pv::engine::descriptors::{FLAT_CS64, FLAT_SS};
 use crate::xen_pv::engine::shim::{Data, Outcome, Place, ShimPages};
 use crate::xen_pv::engine::{EngineExit, FastPath, GuestMode, has_error_code};
-
-const PAGE_FAULT: u8 = 14;
-
-/// Offset of the mask byte in `vcpu_info`.
-const MASK: u64 = 1;
 
 /// The shim of one virtual processor.
 #[derive(Debug)]
@@ -141,8 +137,7 @@ impl Ring3 {
             Outcome::Exception { vector, general, cs, ss, error, address } => {
                 c.general = general;
                 (c.cs, c.ss) = (low16(cs), low16(ss));
-                let address = if address == 0 { system.cr2 } else { address };
-                let address = if vector == PAGE_FAULT { address } else { 0 };
+                let address = if vector == PAGE_FAULT { address.unwrap_or(system.cr2) } else { 0 };
                 let error = if has_error_code(vector) { error & 0xffff_ffff } else { 0 };
                 let error_code = u32::try_from(error).unwrap_or(0);
                 EngineExit::Exception { vector, error_code, address }
@@ -157,7 +152,7 @@ impl Ring3 {
                     (c.gs_base, c.other_gs_base) = (canonical(entered.gs), canonical(entered.other_gs));
                 }
                 if let Some(mask) = mask {
-                    let place = GuestAddress(path.vcpu_info.0 + MASK);
+                    let place = GuestAddress(path.vcpu_info.0 + shared_info::UPCALL_MASK);
                     self.ram.memory().write_obj(u8::from(mask != 0), place).map_err(memory_error)?;
                 }
                 EngineExit::Interrupted

@@ -24,7 +24,6 @@ pub(crate) struct Labels {
     pub(super) patch_load_root: u32,
     pub(super) patch_flush_page: u32,
     pub(super) leave_user: u32,
-    pub(super) leave_user_end: u32,
     pub(super) leave_user_whole: u32,
     pub(super) load_root: u32,
     pub(super) flush_page: u32,
@@ -48,7 +47,6 @@ pub(crate) struct Labels {
     pub(super) protection_checked: u32,
     pub(super) protection_saved: u32,
     pub(super) protection_copied: u32,
-    pub(super) second_page_end: u32,
 }
 
 #[cfg(target_arch = "x86_64")]

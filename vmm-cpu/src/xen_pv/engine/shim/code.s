@@ -2,7 +2,7 @@
 //
 // Two pages of code lie at the start of each virtual processor's part of the shim's slot, its data behind them. The
 // second page, and the kernel view of the first, are in kernel roots; the user view of the first page is in user roots.
-// All addresses are relative to RIP, so the same bytes serve every virtual processor, the low halves of three addresses
+// All addresses are relative to RIP, so the same bytes serve every virtual processor, the low halves of four addresses
 // excepted (`patch_*`), which are filled in.
 
 .pushsection .rodata.vmm_cpu_xen_pv_shim, "a", @progbits
@@ -110,6 +110,38 @@ vmm_cpu_xen_pv_shim_image:
 .set MARK_USER_ROOT, 0x20
 .set MARK_KERNEL_ROOT, 0x40
 
+// Xen's numbers; data.rs looks whether they are those of the ABI.
+.set NR_MMU_UPDATE, 1
+.set NR_STACK_SWITCH, 3
+.set NR_MULTICALL, 13
+.set NR_UPDATE_VA_MAPPING, 14
+.set NR_IRET, 23
+.set NR_VCPU_OP, 24
+.set NR_SET_SEGMENT_BASE, 25
+.set NR_MMUEXT_OP, 26
+.set DOMID_SELF, 0x7ff0
+.set MMU_MACHPHYS_UPDATE, 1
+.set MMU_PT_UPDATE_PRESERVE_AD, 2
+.set MMUEXT_NEW_BASEPTR, 5
+.set MMUEXT_TLB_FLUSH_LOCAL, 6
+.set MMUEXT_INVLPG_LOCAL, 7
+.set MMUEXT_TLB_FLUSH_MULTI, 8
+.set MMUEXT_INVLPG_MULTI, 9
+.set MMUEXT_TLB_FLUSH_ALL, 10
+.set MMUEXT_INVLPG_ALL, 11
+.set MMUEXT_NEW_USER_BASEPTR, 15
+.set SEGBASE_GS_USER, 1
+.set SEGBASE_GS_KERNEL, 2
+.set SEGBASE_GS_USER_SEL, 3
+.set UVMF_INVLPG, 2
+.set VCPUOP_IS_UP, 3
+.set VGCF_IN_SYSCALL, 0x100
+.set INFO_PENDING, 0
+.set INFO_MASK, 1
+.set INFO_CR2, 16
+.set FLAT_CS64, 0xe033
+.set FLAT_SS64, 0xe02b
+
 .set RFLAGS_IF, 0x200
 // TF, IOPL, NT, VM, AC and what does not exist: the fast path leaves them alone.
 .set RFLAGS_SLOW, ~0x210ed7
@@ -158,7 +190,7 @@ kernel_protection:
         iretq
 gates_end:
 
-// Divide errors on the kernel root: three are the shim's own, by which it asks for what ring 3 cannot do.
+// Divide errors on the kernel root: four are the shim's own, by which it asks for what ring 3 cannot do.
 kernel_trap:
         cmp     dword ptr [rsp], 0x11111111
 patch_leave_user:
@@ -194,19 +226,15 @@ patch_flush_page:
 // this address, where the user root has `user_landing`.
 leave_user:
         div     byte ptr [rip + zero]
-leave_user_end:
         .balign 16
 leave_user_whole:
         div     byte ptr [rip + zero]
 load_root:
         div     byte ptr [rip + zero]
-load_root_end:
         ret
 flush_page:
         div     byte ptr [rip + zero]
-flush_page_end:
         ret
-first_page_end:
 
 .org .Lshim + 0x1000, 0xcc
 // ---- Second page, ring 3 on the kernel root.
@@ -246,9 +274,9 @@ hypercall_ring3:
         test    r11, RFLAGS_SLOW
         jnz     slow
         mov     rax, [rip + saved_rax]
-        cmp     rax, 23
+        cmp     rax, NR_IRET
         je      iret
-        cmp     rax, 13
+        cmp     rax, NR_MULTICALL
         je      multicall
         call    one_call
 answer:
@@ -282,21 +310,21 @@ slow:
 
 // One hypercall: number in RAX, arguments in RDI, RSI, RDX and R10; the answer comes in RAX. Changes all but R12 to R15.
 one_call:
-        cmp     rax, 1
+        cmp     rax, NR_MMU_UPDATE
         je      mmu_update
-        cmp     rax, 26
+        cmp     rax, NR_MMUEXT_OP
         je      mmuext_op
-        cmp     rax, 25
+        cmp     rax, NR_SET_SEGMENT_BASE
         je      set_segment_base
-        cmp     rax, 3
+        cmp     rax, NR_STACK_SWITCH
         je      stack_switch
-        cmp     rax, 14
+        cmp     rax, NR_UPDATE_VA_MAPPING
         je      update_va_mapping
-        cmp     rax, 24
+        cmp     rax, NR_VCPU_OP
         jne     slow
 
 // Whether a virtual processor is up that is not there (Linux asks for 8192): ENOENT.
-        cmp     rdi, 3
+        cmp     rdi, VCPUOP_IS_UP
         jne     slow
         mov     eax, esi
         cmp     rax, rsi
@@ -313,7 +341,7 @@ stack_switch:
 
 // which in RDI, base in RSI
 set_segment_base:
-        cmp     rdi, 3
+        cmp     rdi, SEGBASE_GS_USER_SEL
         je      2f
         mov     rax, rsi
         shl     rax, 16
@@ -322,9 +350,9 @@ set_segment_base:
         jne     slow
         test    rdi, rdi
         jz      1f
-        cmp     rdi, 1
+        cmp     rdi, SEGBASE_GS_USER
         je      3f
-        cmp     rdi, 2
+        cmp     rdi, SEGBASE_GS_KERNEL
         jne     slow
         wrgsbase rsi
         xor     eax, eax
@@ -343,7 +371,7 @@ set_segment_base:
 
 // list in RDI, count in RSI, where the number of those done goes in RDX, foreign domain in R10
 mmu_update:
-        cmp     r10d, 0x7ff0
+        cmp     r10d, DOMID_SELF
         jne     slow
         mov     r11d, esi
         cmp     r11d, 512
@@ -356,10 +384,10 @@ mmu_update:
         mov     ecx, r8d
         and     ecx, 3
         and     r8, -8
-        cmp     ecx, 1
+        cmp     ecx, MMU_MACHPHYS_UPDATE
         je      3f
         call    check_entry
-        cmp     ecx, 2
+        cmp     ecx, MMU_PT_UPDATE_PRESERVE_AD
         je      2f
         mov     [r8], r9
         jmp     1b
@@ -451,7 +479,7 @@ update_va_mapping:
         and     eax, 0x1f
         cmp     eax, 0x10
         je      slow
-        cmp     rdx, 2
+        cmp     rdx, UVMF_INVLPG
         ja      slow
         mov     r8, [rip + kernel_root]
         mov     ecx, 39
@@ -481,7 +509,7 @@ update_va_mapping:
         mov     [r8], r9
         test    edx, edx
         jz      3f
-        cmp     edx, 2
+        cmp     edx, UVMF_INVLPG
         je      want_flush_page
         mov     dword ptr [rip + flush], FLUSH_ALL
 3:      xor     eax, eax
@@ -501,7 +529,7 @@ want_flush_page:
 
 // list in RDI, count in RSI, where the number of those done goes in RDX, foreign domain in R10
 mmuext_op:
-        cmp     r10d, 0x7ff0
+        cmp     r10d, DOMID_SELF
         jne     slow
         mov     r11d, esi
         cmp     r11d, 64
@@ -514,24 +542,24 @@ mmuext_op:
         mov     r9, [r8 + 16]
         add     r8, 24
         mov     r10, [rip + marks]
-        cmp     eax, 5
+        cmp     eax, MMUEXT_NEW_BASEPTR
         je      2f
-        cmp     eax, 15
+        cmp     eax, MMUEXT_NEW_USER_BASEPTR
         je      3f
-        cmp     eax, 6
+        cmp     eax, MMUEXT_TLB_FLUSH_LOCAL
         je      5f
-        cmp     eax, 7
+        cmp     eax, MMUEXT_INVLPG_LOCAL
         je      6f
         // Those that reach other virtual processors: none are there, or they are the VMM's.
         cmp     dword ptr [rip + alone], 0
         je      slow
-        cmp     eax, 10
+        cmp     eax, MMUEXT_TLB_FLUSH_ALL
         je      5f
-        cmp     eax, 11
+        cmp     eax, MMUEXT_INVLPG_ALL
         je      6f
-        cmp     eax, 8
+        cmp     eax, MMUEXT_TLB_FLUSH_MULTI
         je      4f
-        cmp     eax, 9
+        cmp     eax, MMUEXT_INVLPG_MULTI
         jne     slow
         test    byte ptr [r9], 1
         jz      1b
@@ -618,13 +646,13 @@ iret:
         test    edx, RFLAGS_IF
         jz      1f
         xor     eax, eax
-        cmp     byte ptr [r10], 0
+        cmp     byte ptr [r10 + INFO_PENDING], 0
         jne     slow
 1:      mov     [rip + to_mask], eax
         or      edx, RFLAGS_IF | 2
         mov     [rip + to_rflags], rdx
         // Of a system call: RCX and R11 are RIP and RFLAGS.
-        test    r8d, 0x100
+        test    r8d, VGCF_IN_SYSCALL
         jz      2f
         mov     rcx, rsi
         mov     r11, rdx
@@ -639,15 +667,15 @@ iret:
         jne     slow
         cmp     dword ptr [rip + flat_user], 0
         je      slow
-        test    r8d, 0x100
+        test    r8d, VGCF_IN_SYSCALL
         jz      4f
         // As SYSRET, which has no choice.
-        mov     edi, 0xe033
-        mov     r9d, 0xe02b
+        mov     edi, FLAT_CS64
+        mov     r9d, FLAT_SS64
         jmp     4f
-3:      cmp     edi, 0xe033
+3:      cmp     edi, FLAT_CS64
         jne     slow
-        cmp     r9d, 0xe02b
+        cmp     r9d, FLAT_SS64
         jne     slow
 4:      cmp     qword ptr [rip + user_root], 0
         je      slow
@@ -667,7 +695,7 @@ iret_kernel:
         cmp     edi, 0xe030
         jne     slow
         or      r9d, 3
-        cmp     r9d, 0xe02b
+        cmp     r9d, FLAT_SS64
         jne     slow
         inc     qword ptr [rip + fast_returns]
         jmp     go_on_masking
@@ -675,17 +703,8 @@ iret_kernel:
 // ---- The ends. Nothing that the guest sees has changed before them but memory, in ways that can be repeated; from their
 // first instruction on, what is to be lies in `saved_*` and `to_*`, and the VMM can take it from there.
 
-// Into mode user. RCX and R11 are not needed by a program that made a system call (its flag is in R8).
-go_on_user:
-        mov     eax, [rip + to_mask]
-        mov     [r10 + 1], al
-        mov     rax, [rip + to_other_gs]
-        mov     [rip + other_gs], rax
-        mov     rax, [rip + to_gs]
-        wrgsbase rax
-        mov     dword ptr [rip + mode], MODE_USER
-        test    r8d, 0x100
-        lea     rsp, [rip + to_rflags]
+// Those registers that the guest finds as they were.
+.macro restore_unchanged
         mov     rbx, [rip + saved_rbx]
         mov     rdx, [rip + saved_rdx]
         mov     rsi, [rip + saved_rsi]
@@ -698,6 +717,20 @@ go_on_user:
         mov     r13, [rip + saved_r13]
         mov     r14, [rip + saved_r14]
         mov     r15, [rip + saved_r15]
+.endm
+
+// Into mode user. RCX and R11 are not needed by a program that made a system call (its flag is in R8).
+go_on_user:
+        mov     eax, [rip + to_mask]
+        mov     [r10 + INFO_MASK], al
+        mov     rax, [rip + to_other_gs]
+        mov     [rip + other_gs], rax
+        mov     rax, [rip + to_gs]
+        wrgsbase rax
+        mov     dword ptr [rip + mode], MODE_USER
+        test    r8d, VGCF_IN_SYSCALL
+        lea     rsp, [rip + to_rflags]
+        restore_unchanged
         mov     rcx, [rip + to_rcx]
         mov     rax, [rip + user_root]
         jz      1f
@@ -718,23 +751,12 @@ go_on_entry:
         mov     dword ptr [rip + mode], 0
 go_on_masking:
         mov     eax, [rip + to_mask]
-        mov     [r10 + 1], al
+        mov     [r10 + INFO_MASK], al
 go_on_kernel:
         mov     rax, [rip + to_rax]
         mov     rcx, [rip + to_rcx]
-        mov     rbx, [rip + saved_rbx]
-        mov     rdx, [rip + saved_rdx]
-        mov     rsi, [rip + saved_rsi]
-        mov     rdi, [rip + saved_rdi]
-        mov     rbp, [rip + saved_rbp]
-        mov     r8, [rip + saved_r8]
-        mov     r9, [rip + saved_r9]
-        mov     r10, [rip + saved_r10]
+        restore_unchanged
         mov     r11, [rip + to_r11]
-        mov     r12, [rip + saved_r12]
-        mov     r13, [rip + saved_r13]
-        mov     r14, [rip + saved_r14]
-        mov     r15, [rip + saved_r15]
         lea     rsp, [rip + to_rflags]
         popfq
         mov     rsp, [rip + to_rsp]
@@ -762,6 +784,20 @@ go_on_end:
         mov     dword ptr [rip + kind], \what
 .endm
 
+// RIP, CS, RFLAGS, RSP and SS of what was interrupted, to RSI, RDI, RDX, R8 and R9 too.
+.macro copy_frame
+        mov     rsi, [rip + EXCEPTION_FRAME_END - 40]
+        mov     rdi, [rip + EXCEPTION_FRAME_END - 32]
+        mov     rdx, [rip + EXCEPTION_FRAME_END - 24]
+        mov     r8, [rip + EXCEPTION_FRAME_END - 16]
+        mov     r9, [rip + EXCEPTION_FRAME_END - 8]
+        mov     [rip + saved_rip], rsi
+        mov     [rip + saved_cs], rdi
+        mov     [rip + saved_rflags], rdx
+        mov     [rip + saved_rsp], r8
+        mov     [rip + saved_ss], r9
+.endm
+
 fault:
         mov     [rip + saved_cr2], rax
         mov     rax, [rip + kernel_root]
@@ -779,22 +815,13 @@ trap_swapped:
         save_program KIND_TRAP
 trap_saved:
         mov     ecx, KIND_TRAP
-1:      mov     rsi, [rip + EXCEPTION_FRAME_END - 40]
-        mov     rdi, [rip + EXCEPTION_FRAME_END - 32]
-        mov     rdx, [rip + EXCEPTION_FRAME_END - 24]
-        mov     r8, [rip + EXCEPTION_FRAME_END - 16]
-        mov     r9, [rip + EXCEPTION_FRAME_END - 8]
-        mov     [rip + saved_rip], rsi
-        mov     [rip + saved_cs], rdi
-        mov     [rip + saved_rflags], rdx
-        mov     [rip + saved_rsp], r8
-        mov     [rip + saved_ss], r9
+1:      copy_frame
 program_saved:
         lea     rsp, [rip + STACK_END]
         mov     r10, [rip + info]
         mov     rbx, [rip + kernel_sp]
         and     rbx, -16
-        movzx   eax, byte ptr [r10 + 1]
+        movzx   eax, byte ptr [r10 + INFO_MASK]
         cmp     ecx, KIND_FAULT
         je      page_fault
         lea     rcx, [rip + .Lshim]
@@ -808,8 +835,8 @@ program_saved:
         mov     r11, [rip + saved_r11]
         test    r11, RFLAGS_SLOW
         jnz     slow
-        mov     edi, 0xe033
-        mov     r9d, 0xe02b
+        mov     edi, FLAT_CS64
+        mov     r9d, FLAT_SS64
         mov     r10d, [rip + syscall_masks]
         or      r10d, eax
         mov     [rip + to_mask], r10d
@@ -832,7 +859,7 @@ page_fault:
         je      slow
         movzx   edi, di
         movzx   r9d, r9w
-        cmp     edi, 0xe033
+        cmp     edi, FLAT_CS64
         je      2f
         cmp     edi, 0x33
         jne     slow
@@ -844,7 +871,7 @@ page_fault:
         or      ecx, eax
         mov     [rip + to_mask], ecx
         mov     rcx, [rip + saved_cr2]
-        mov     [r10 + 16], rcx
+        mov     [r10 + INFO_CR2], rcx
         sub     rbx, 64
         mov     rcx, [rip + saved_rcx]
         mov     [rbx], rcx
@@ -895,17 +922,8 @@ protection_checked:
         save_program KIND_PROTECTION
 protection_saved:
         mov     rbx, [rip + EXCEPTION_FRAME_END - 48]
-        mov     rsi, [rip + EXCEPTION_FRAME_END - 40]
-        mov     rdi, [rip + EXCEPTION_FRAME_END - 32]
-        mov     rdx, [rip + EXCEPTION_FRAME_END - 24]
-        mov     r8, [rip + EXCEPTION_FRAME_END - 16]
-        mov     r9, [rip + EXCEPTION_FRAME_END - 8]
         mov     [rip + saved_error], rbx
-        mov     [rip + saved_rip], rsi
-        mov     [rip + saved_cs], rdi
-        mov     [rip + saved_rflags], rdx
-        mov     [rip + saved_rsp], r8
-        mov     [rip + saved_ss], r9
+        copy_frame
 protection_copied:
         lea     rsp, [rip + STACK_END]
         cmp     dword ptr [rip + enabled], 0
@@ -914,7 +932,7 @@ protection_copied:
         jnz     slow
         test    ebx, ebx
         jnz     slow
-        cmp     di, 0xe033
+        cmp     di, FLAT_CS64
         jne     slow
         movzx   eax, byte ptr [rsi]
         and     eax, 0xfe
@@ -931,15 +949,14 @@ protection_copied:
         mov     r11, [rip + saved_r11]
         mov     [rip + to_r11], r11
         jmp     go_on_kernel
-second_page_end:
 .org .Lshim + 0x2000, 0xcc
 
-// ---- Where things are, for the VMM; mod.rs has the same names in the same order.
+// ---- Where things are, for the VMM; code.rs has the same names in the same order.
 .globl vmm_cpu_xen_pv_shim_labels
 .hidden vmm_cpu_xen_pv_shim_labels
 .balign 4
 vmm_cpu_xen_pv_shim_labels:
-.irp label, user_syscall, user_syscall_end, user_landing, user_landing_end, user_trap, user_trap_swapped, user_fault, user_fault_swapped, kernel_protection, gates_end, kernel_trap, patch_leave_user, patch_leave_user_whole, patch_load_root, patch_flush_page, leave_user, leave_user_end, leave_user_whole, load_root, flush_page, hypercall, hypercall_saved, hypercall_ring3, go_on_user, go_on_entry, go_on_masking, go_on_kernel, go_on_end, fault, fault_swapped, fault_saved, trap, trap_swapped, trap_saved, program_saved, protection, protection_kept, protection_checked, protection_saved, protection_copied, second_page_end
+.irp label, user_syscall, user_syscall_end, user_landing, user_landing_end, user_trap, user_trap_swapped, user_fault, user_fault_swapped, kernel_protection, gates_end, kernel_trap, patch_leave_user, patch_leave_user_whole, patch_load_root, patch_flush_page, leave_user, leave_user_whole, load_root, flush_page, hypercall, hypercall_saved, hypercall_ring3, go_on_user, go_on_entry, go_on_masking, go_on_kernel, go_on_end, fault, fault_swapped, fault_saved, trap, trap_swapped, trap_saved, program_saved, protection, protection_kept, protection_checked, protection_saved, protection_copied
         .long   \label - .Lshim
 .endr
 .popsection

@@ -107,6 +107,52 @@ mod tests {
     use std::mem::offset_of;
 
     use super::*;
+    use crate::xen_pv::abi::mmu::{self, mmuext, uvmf};
+    use crate::xen_pv::abi::vcpu::{VGCF_IN_SYSCALL, segbase, vcpuop};
+    use crate::xen_pv::abi::{FLAT_CS64, FLAT_SS64, domid, nr, shared_info};
+
+    #[test]
+    fn numbers_are_those_of_the_abi() {
+        let source = include_str!("code.s");
+        for (name, number) in [
+            ("NR_MMU_UPDATE", nr::MMU_UPDATE),
+            ("NR_STACK_SWITCH", nr::STACK_SWITCH),
+            ("NR_MULTICALL", nr::MULTICALL),
+            ("NR_UPDATE_VA_MAPPING", nr::UPDATE_VA_MAPPING),
+            ("NR_IRET", nr::IRET),
+            ("NR_VCPU_OP", nr::VCPU_OP),
+            ("NR_SET_SEGMENT_BASE", nr::SET_SEGMENT_BASE),
+            ("NR_MMUEXT_OP", nr::MMUEXT_OP),
+            ("MMU_MACHPHYS_UPDATE", mmu::MACHPHYS_UPDATE),
+            ("MMU_PT_UPDATE_PRESERVE_AD", mmu::PT_UPDATE_PRESERVE_AD),
+            ("MMUEXT_NEW_BASEPTR", mmuext::NEW_BASEPTR.into()),
+            ("MMUEXT_TLB_FLUSH_LOCAL", mmuext::TLB_FLUSH_LOCAL.into()),
+            ("MMUEXT_INVLPG_LOCAL", mmuext::INVLPG_LOCAL.into()),
+            ("MMUEXT_TLB_FLUSH_MULTI", mmuext::TLB_FLUSH_MULTI.into()),
+            ("MMUEXT_INVLPG_MULTI", mmuext::INVLPG_MULTI.into()),
+            ("MMUEXT_TLB_FLUSH_ALL", mmuext::TLB_FLUSH_ALL.into()),
+            ("MMUEXT_INVLPG_ALL", mmuext::INVLPG_ALL.into()),
+            ("MMUEXT_NEW_USER_BASEPTR", mmuext::NEW_USER_BASEPTR.into()),
+            ("SEGBASE_GS_USER", segbase::GS_USER),
+            ("SEGBASE_GS_KERNEL", segbase::GS_KERNEL),
+            ("SEGBASE_GS_USER_SEL", segbase::GS_USER_SEL),
+            ("UVMF_INVLPG", uvmf::INVLPG),
+            ("VCPUOP_IS_UP", vcpuop::IS_UP),
+            ("INFO_PENDING", shared_info::UPCALL_PENDING),
+            ("INFO_MASK", shared_info::UPCALL_MASK),
+            ("INFO_CR2", shared_info::CR2),
+        ] {
+            assert!(source.contains(&format!(".set {name}, {number}\n")), "{name} is {number}");
+        }
+        for (name, number) in [
+            ("DOMID_SELF", u64::from(domid::SELF)),
+            ("VGCF_IN_SYSCALL", VGCF_IN_SYSCALL),
+            ("FLAT_CS64", FLAT_CS64.into()),
+            ("FLAT_SS64", FLAT_SS64.into()),
+        ] {
+            assert!(source.contains(&format!(".set {name}, {number:#x}\n")), "{name} is {number:#x}");
+        }
+    }
 
     #[test]
     fn fields_are_where_the_code_has_them() {

@@ -55,8 +55,8 @@ pub(crate) enum Outcome {
     Hypercall(GeneralRegisters),
     /// A system call of a program, likewise.
     SystemCall(GeneralRegisters),
-    /// An exception, likewise.
-    Exception { vector: u8, general: GeneralRegisters, cs: u64, ss: u64, error: u64, address: u64 },
+    /// An exception, likewise; without an address, it is the one that the processor has.
+    Exception { vector: u8, general: GeneralRegisters, cs: u64, ss: u64, error: u64, address: Option<u64> },
     /// The shim is done: the guest goes on with these registers, and with these changes if they are there.
     Done { general: GeneralRegisters, mask: Option<u64>, entered: Option<Entered> },
 }
@@ -108,7 +108,6 @@ impl ShimPages {
     fn body(l: &Labels, at: u32) -> Place {
         match at {
             _ if at == l.leave_user || at == l.leave_user_whole => Place::ToUser,
-            _ if at < l.hypercall => Place::Begun,
             _ if at < l.go_on_user => Place::Begun,
             _ if at < l.go_on_entry => Place::ToUser,
             _ if at < l.go_on_masking => Place::ToKernelEntry,
@@ -151,7 +150,7 @@ impl ShimPages {
                 return Some(Outcome::SystemCall(as_syscall(general)));
             }
             let general = GeneralRegisters { rip, rflags, ..general };
-            Some(Outcome::Exception { vector, general, cs, ss, error, address: 0 })
+            Some(Outcome::Exception { vector, general, cs, ss, error, address: None })
         };
         // One of the shim's own instructions, which used an address of the guest's.
         let inside = |vector: u8| {
@@ -188,7 +187,7 @@ impl ShimPages {
                     cs: data.saved.cs,
                     ss: data.saved.ss,
                     error: data.saved.error,
-                    address: data.saved.cr2,
+                    address: Some(data.saved.cr2),
                 }),
                 _ => None,
             },
@@ -248,5 +247,74 @@ fn saved(data: &Data) -> GeneralRegisters {
         r15: s.r15,
         rip: s.rip,
         rflags: s.rflags,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xen_pv::engine::Layout;
+
+    fn pages() -> ShimPages {
+        ShimPages::new(Layout::new(8 << 20).unwrap(), 1 << 30, 2).unwrap()
+    }
+
+    /// A program that was on its way into its kernel may go on elsewhere, so it must not be left at an address that is one virtual
+    /// processor's.
+    #[test]
+    fn a_program_at_the_entry_has_made_a_system_call() {
+        let pages = pages();
+        for vcpu in [0, 1] {
+            let rip = ShimPages::entry(vcpu);
+            let general = GeneralRegisters { rip, rcx: 0x1000, r11: 0x246, rax: 39, ..Default::default() };
+            for ring0 in [false, true] {
+                let place = pages.place(vcpu, rip, ring0, true);
+                let outcome = pages.outcome(vcpu, place, &general, &Data::default(), &|_| None);
+                let Some(Outcome::SystemCall(general)) = outcome else { panic!("{outcome:?}") };
+                assert_eq!((general.rip, general.rflags, general.rax), (0x1000, 0x246, 39));
+            }
+            // The other one's is a page that it may execute, and no more.
+            assert_eq!(pages.place(1 - vcpu, rip, false, true), Place::Outside);
+        }
+    }
+
+    #[test]
+    fn programs_are_nowhere_else_in_the_shim_but_where_they_land() {
+        let pages = pages();
+        let landing = u64::from(pages.labels.leave_user);
+        for offset in 1..code::SIZE as u64 {
+            let expected = match offset.checked_sub(landing) {
+                Some(0) => Place::Landing,
+                Some(3 | 9) => Place::Landed,
+                _ => Place::Outside,
+            };
+            assert_eq!(pages.place(0, ShimPages::entry(0) + offset, false, true), expected, "{offset:#x}");
+        }
+        for rip in [0, ShimPages::entry(0) - 1, ShimPages::entry(0) + code::SIZE as u64, u64::MAX] {
+            for (ring0, user_root) in [(false, false), (false, true), (true, false), (true, true)] {
+                assert_eq!(pages.place(0, rip, ring0, user_root), Place::Outside, "{rip:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_shim_that_began_with_nothing_has_no_outcome() {
+        let pages = pages();
+        let (general, data) = (GeneralRegisters::default(), Data::default());
+        assert!(pages.outcome(0, Place::Begun, &general, &data, &|_| None).is_none());
+        assert!(pages.outcome(0, Place::Gate, &general, &data, &|_| None).is_none());
+    }
+
+    /// The address of a fault may be 0, and is that one then.
+    #[test]
+    fn an_address_of_0_is_one() {
+        let pages = pages();
+        let mut data = Data { kind: KIND_FAULT, ..Data::default() };
+        data.saved.error = 4;
+        let outcome = pages.outcome(0, Place::Begun, &GeneralRegisters::default(), &data, &|_| None);
+        let Some(Outcome::Exception { vector: 14, error: 4, address, .. }) = outcome else {
+            panic!("{outcome:?}")
+        };
+        assert_eq!(address, Some(0));
     }
 }
