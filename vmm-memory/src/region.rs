@@ -14,6 +14,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, Gu
 use crate::MemoryError;
 use crate::backing::{Backing, SIZE_SEALS, create_memfd};
 use crate::layout::{GPA_LIMIT, MAX_RAM};
+use crate::prefault::advise_huge_pages;
 
 /// Guest page size in bytes: the granule of mapping and of dirty tracking (Intel SDM 3A 5.1).
 pub const PAGE_SIZE: u64 = 4096;
@@ -58,12 +59,13 @@ pub struct RegionConfig {
     backing: Backing,
     track_dirty: Option<bool>,
     read_only: bool,
+    huge_pages: bool,
 }
 
 impl RegionConfig {
     /// A writable region of `size` bytes of anonymous memory at `gpa`; both multiples of [`PAGE_SIZE`].
     pub fn new(gpa: GuestAddress, size: u64) -> Self {
-        Self { gpa, size, backing: Backing::Anonymous, track_dirty: None, read_only: false }
+        Self { gpa, size, backing: Backing::Anonymous, track_dirty: None, read_only: false, huge_pages: true }
     }
 
     /// What the region is made of.
@@ -89,6 +91,14 @@ impl RegionConfig {
         self
     }
 
+    /// Whether the host is asked to back anonymous memory with transparent huge pages (`MADV_HUGEPAGE`), which it is unless
+    /// said here: fewer faults and a better use of TLBs, for memory that becomes resident 2 MiB at a time. With `false` it
+    /// is asked not to (`MADV_NOHUGEPAGE`). It is advice; the host's own setting may rule both out.
+    pub fn huge_pages(mut self, wanted: bool) -> Self {
+        self.huge_pages = wanted;
+        self
+    }
+
     /// Checks the configuration and maps the region.
     pub(crate) fn map(&self, track_by_default: bool) -> Result<Arc<GuestRegion>, MemoryError> {
         check_range(self.gpa, self.size)?;
@@ -104,7 +114,16 @@ impl RegionConfig {
             }
         };
         let track = !self.read_only && self.track_dirty.unwrap_or(track_by_default);
-        map_region(self.gpa, self.size, file, self.read_only, track)
+        let anonymous = file.is_none();
+        let region = map_region(self.gpa, self.size, file, self.read_only, track)?;
+        if anonymous {
+            advise_huge_pages(&region, self.huge_pages).map_err(|error| MemoryError::Map {
+                gpa: self.gpa.0,
+                size: self.size,
+                source: MmapRegionError::Mmap(error),
+            })?;
+        }
+        Ok(region)
     }
 
     fn check_file(&self, file: &std::fs::File, offset: u64) -> Result<(), MemoryError> {
