@@ -16,6 +16,7 @@ use crate::suite::program::Program;
 cases![
     rate_is_known_before_the_first_vcpu,
     time_passes_at_the_rate_that_is_told,
+    counter_is_told_as_the_guest_reads_it,
     clock_stands_still_while_paused,
     counter_stands_still_while_paused,
     pauses_add_up,
@@ -73,6 +74,25 @@ fn time_passes_at_the_rate_that_is_told(backend: &Backend) -> Outcome {
             passed >= least.mul_f64(0.99) && passed <= most.mul_f64(1.01),
             "{least:?} {passed:?} {most:?}"
         );
+    }
+    Ok(())
+}
+
+fn counter_is_told_as_the_guest_reads_it(backend: &Backend) -> Outcome {
+    const TSC: u32 = 0x10;
+    let (mut machine, _) = machine(backend, ClockConfig::default())?;
+    let mut last = 0;
+    for round in 0..150 {
+        machine.run_to_end()?;
+        let before = machine.word(layout::DATA)?;
+        let told = [machine.vcpu.msr(TSC)?, machine.vcpu.msr(TSC)?];
+        machine.run_to_end()?;
+        let order = [last, before, told[0], told[1], machine.word(layout::DATA)?];
+        assert!(order.is_sorted(), "round {round}: {order:?}");
+        last = order[4];
+        if round % 50 == 49 {
+            thread::sleep(PAUSE / 2);
+        }
     }
     Ok(())
 }

@@ -2,6 +2,8 @@
 
 use iced_x86::code_asm::{al, ax, byte_ptr, cl, dword_ptr, eax, ptr, qword_ptr, rax, rbx, word_ptr};
 
+use vmm_cpu::Halt;
+
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, cases};
 use crate::suite::machine::{Machine, layout};
@@ -19,6 +21,7 @@ cases![
     store_to_memory_and_device,
     read_modify_write,
     bytes_of_a_narrow_load_only,
+    kick_from_a_store_ends_the_run_behind_it,
 ];
 
 const VALUE: u64 = 0x1122_3344_5566_7788;
@@ -221,4 +224,47 @@ fn joined_loads(log: &[Access]) -> Vec<(u64, usize)> {
         }
     }
     joined
+}
+
+/// The whole store was made, once, and the guest goes on where it is sent.
+fn kick_from_a_store_ends_the_run_behind_it(backend: &Backend) -> Outcome {
+    for (size, offset) in
+        [(1, 0), (2, 0), (4, 0), (8, 0), (1, 0xfff), (8, 0xff8), (2, 0xfff), (4, 0xffe), (8, 0xffc)]
+    {
+        let mut p = Program::new()?;
+        p.mov(rax, VALUE)?;
+        store(&mut p, size, layout::MMIO + offset)?;
+        let behind = p.here()?;
+        p.report(0x10, 1)?;
+        p.end()?;
+        let elsewhere = p.here()?;
+        p.report(0x10, 2)?;
+        p.end()?;
+        let image = p.assemble()?;
+        for jumps in [false, true] {
+            let mut machine = Machine::new(backend, &image)?;
+            let handle = machine.vcpu.handle();
+            machine.bus.hook = Some(Box::new(move |access| {
+                if matches!(access, Access::Store { .. }) {
+                    handle.kick();
+                }
+            }));
+            machine.run_until(&Halt::Interrupted)?;
+            let mut registers = machine.vcpu.registers()?;
+            assert_eq!(registers.rip, image.address_of(behind)?, "{size} bytes at {offset:#x}");
+            if jumps {
+                registers.rip = image.address_of(elsewhere)?;
+                machine.vcpu.set_registers(&registers)?;
+            }
+            machine.run_to_end()?;
+            assert_eq!(machine.bus.output(0x10), [if jumps { 2 } else { 1 }], "{size} bytes at {offset:#x}");
+            let stored = machine.bus.log.iter().filter_map(|access| match access {
+                Access::Store { data, .. } => Some(data.as_slice()),
+                _ => None,
+            });
+            let stored: Vec<u8> = stored.flatten().copied().collect();
+            assert_eq!(stored, VALUE.to_le_bytes()[..size], "at {offset:#x}");
+        }
+    }
+    Ok(())
 }
