@@ -62,6 +62,8 @@ pub(crate) struct TestEngine {
     pub(crate) user_root: Option<u64>,
     pub(crate) prepared: Vec<(u64, GuestMode)>,
     pub(crate) live_stores: Vec<(u64, u64)>,
+    /// How many of them are published.
+    pub(crate) published: usize,
     pub(crate) flushed: Vec<Option<u64>>,
     pub(crate) descriptors: Vec<u64>,
     pub(crate) debug: [u64; 8],
@@ -92,6 +94,11 @@ impl Mmu for TestEngine {
             .memory()
             .store(value, gpa, Ordering::Relaxed)
             .map_err(|_| Error::invalid("entry", gpa.0, "RAM"))
+    }
+
+    fn publish_entries(&mut self) -> Result<()> {
+        self.published = self.live_stores.len();
+        Ok(())
     }
 
     fn prepare_root(&mut self, gpa: GuestAddress, mode: GuestMode) -> Result<()> {
@@ -240,6 +247,7 @@ impl Guest {
             user_root: None,
             prepared: Vec::new(),
             live_stores: Vec::new(),
+            published: 0,
             flushed: Vec::new(),
             descriptors: vec![0; 8192],
             debug: [0; 8],

@@ -279,6 +279,7 @@ impl VcpuAbi {
     /// # Errors
     /// Only what the engine's host refuses.
     pub fn wait(&mut self, engine: &mut dyn Engine) -> Result<Wake> {
+        engine.publish_entries()?;
         let start = self.now(engine)?;
         let state = if self.online { runstate::BLOCKED } else { runstate::OFFLINE };
         if let Some(processor) = self.processor() {

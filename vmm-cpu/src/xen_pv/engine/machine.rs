@@ -175,8 +175,15 @@ impl Ring3Machine {
         let mut first = machine.new_engine(0)?;
         if first.is_xcr0_fixed() {
             machine.capabilities = first.capabilities();
+            // Hypervisors hide it where a guest may move to a processor that does not. A guest kernel then loads each
+            // selector twice, GS by hypercalls; a domain of this backend ends with its machine.
+            let clears_base = first.null_selectors_clear_bases()?;
             let found = |leaf, subleaf| first.cpuid_in_ring_3(leaf, subleaf);
-            machine.in_ring_3 = Some(native::with_instructions(&table, machine.capabilities.xcr0, found)?);
+            let mut table = native::with_instructions(&table, machine.capabilities.xcr0, found)?;
+            if clears_base {
+                native::tell(&mut table, Feature::NULL_SEL_CLR_BASE);
+            }
+            machine.in_ring_3 = Some(table);
         }
         machine.first = Mutex::new(Some(first));
         Ok(machine)

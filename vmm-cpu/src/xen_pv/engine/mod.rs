@@ -147,7 +147,8 @@ pub struct FastPath {
 /// Methods act on this virtual processor; [`EngineHandle::flush`] reaches another one.
 pub trait Mmu {
     /// Stores a page-table entry that may be live, aligned to 8 bytes, as one access. A change that takes away rights takes
-    /// effect with the flush that the guest asks for.
+    /// effect with the flush that the guest asks for; any change, on other virtual processors, with
+    /// [`Mmu::publish_entries`].
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if there is no RAM or the address is not aligned.
@@ -159,6 +160,16 @@ pub trait Mmu {
     /// # Errors
     /// As [`Mmu::write_entry`].
     fn write_entry_keeping(&mut self, gpa: GuestAddress, value: u64, keep: u64) -> Result<()>;
+
+    /// Lets entries that were written take effect on all virtual processors, those that are in the guest too.
+    /// [`Engine::run`] begins with it, so it is for who tells another one of an entry before that: by a flush, by an event.
+    /// An engine whose entries take effect as they are written has nothing to do.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    fn publish_entries(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Writes the engine's own entries, and the machine-to-physical table, into a top-level table that is to become
     /// a root, kernel or user. Call it once a table is pinned, and after the guest wrote to reserved slots. An engine

@@ -76,16 +76,25 @@ pub(super) fn with_instructions(
         if (found.leaf, found.subleaf) != place {
             found = find(feature.leaf(), feature.subleaf())?;
         }
-        let subleaf = (feature.leaf() == 7 || feature.leaf() == STATE_LEAF).then_some(feature.subleaf());
-        let mut entry = table
-            .get(feature.leaf(), feature.subleaf())
-            .unwrap_or_else(|| CpuidEntry::new(feature.leaf(), subleaf, [0; 4]));
-        let register = entry.register_mut(feature.register());
-        *register = *register & !feature.mask() | found.register(feature.register()) & feature.mask();
-        table.set(entry);
-        table.reach(feature.leaf());
+        set(&mut table, *feature, found.register(feature.register()) & feature.mask());
     }
     Ok(table)
+}
+
+/// Adds a feature that was found in another way.
+pub(super) fn tell(table: &mut CpuidTable, feature: Feature) {
+    set(table, feature, feature.mask());
+}
+
+fn set(table: &mut CpuidTable, feature: Feature, bit: u32) {
+    let subleaf = (feature.leaf() == 7 || feature.leaf() == STATE_LEAF).then_some(feature.subleaf());
+    let mut entry = table
+        .get(feature.leaf(), feature.subleaf())
+        .unwrap_or_else(|| CpuidEntry::new(feature.leaf(), subleaf, [0; 4]));
+    let register = entry.register_mut(feature.register());
+    *register = *register & !feature.mask() | bit;
+    table.set(entry);
+    table.reach(feature.leaf());
 }
 
 /// Leaf 0xd for those components, in the standard format: what the processor says of its compacted one counts components

@@ -17,6 +17,7 @@ use super::descriptors::{ENTRIES, STUB_CS, TASK_STATE, own};
 use super::layout::{Layout, PRIVATE_SLOT, PRIVATE_VA};
 use super::shim::{SHIM_SLOT, ShimPages};
 use crate::error::{Error, Result};
+use crate::state::GeneralRegisters;
 
 /// Slot of the machine-to-physical table in kernel roots.
 pub const M2P_SLOT: usize = 259;
@@ -54,14 +55,31 @@ pub(super) const VA_SYSCALL_32: u64 = PRIVATE_VA + 0x10;
 /// Operation: forget the translation of the address in RAX.
 pub(super) const VA_FLUSH_PAGE: u64 = PRIVATE_VA + 0x20;
 
-/// Operation: forget all translations.
-pub(super) const VA_FLUSH_ALL: u64 = PRIVATE_VA + 0x30;
+/// Operation: for each of the addresses in [`touched`] registers, a store that changes nothing; then as [`VA_LOAD_ROOT`].
+const VA_TOUCH: u64 = PRIVATE_VA + 0x30;
 
-/// Operation: store RBX at the address in RAX.
-pub(super) const VA_STORE: u64 = PRIVATE_VA + 0x40;
+/// Operation: load the root in RBP, which forgets all translations.
+pub(super) const VA_LOAD_ROOT: u64 = VA_TOUCH + MAX_TOUCHED as u64 * TOUCH_SIZE;
 
-/// Operation: store RBX at the address in RAX, with those bits of RCX set that were set there.
-pub(super) const VA_STORE_KEEPING: u64 = PRIVATE_VA + 0x50;
+/// Addresses that one operation touches.
+pub(super) const MAX_TOUCHED: usize = 12;
+
+/// LOCK OR QWORD PTR [register], 0
+const TOUCH_SIZE: u64 = 5;
+
+/// The operation that touches the last `count` of [`MAX_TOUCHED`] registers.
+pub(super) fn touch(count: usize) -> u64 {
+    VA_LOAD_ROOT - count.min(MAX_TOUCHED) as u64 * TOUCH_SIZE
+}
+
+/// The registers that it takes addresses from, in that order.
+pub(super) fn touched(registers: &mut GeneralRegisters) -> [&mut u64; MAX_TOUCHED] {
+    let GeneralRegisters { rax, rcx, rdx, rbx, rsi, rdi, r8, r9, r10, r11, r14, r15, .. } = registers;
+    [rax, rcx, rdx, rbx, rsi, rdi, r8, r9, r10, r11, r14, r15]
+}
+
+/// In ring 3: loads FS with the selector in RCX, gives it the base in RAX, loads it with a null selector, and reads the base.
+pub(super) const VA_NULL_SELECTOR: u64 = PRIVATE_VA + 0x80;
 
 /// In ring 3: CPUID. The OUT behind it is not allowed there, which ends it.
 pub(super) const VA_CPUID: u64 = PRIVATE_VA + 0xe0;
@@ -338,12 +356,17 @@ fn entry_page() -> Vec<u8> {
     put(VA_SYSCALL_32, &[OUT, PORT_SYSCALL]);
     // INVLPG [RAX]
     put(VA_FLUSH_PAGE, &[0x0f, 0x01, 0x38, OUT, PORT_OPERATION]);
-    // MOV RAX, CR3; MOV CR3, RAX
-    put(VA_FLUSH_ALL, &[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8, OUT, PORT_OPERATION]);
-    // MOV [RAX], RBX
-    put(VA_STORE, &[0x48, 0x89, 0x18, OUT, PORT_OPERATION]);
-    // XCHG [RAX], RBX; AND RBX, RCX; LOCK OR [RAX], RBX: a bit that a processor sets in between stays.
-    put(VA_STORE_KEEPING, &[0x48, 0x87, 0x18, 0x48, 0x21, 0xcb, 0xf0, 0x48, 0x09, 0x18, OUT, PORT_OPERATION]);
+    // LOCK OR QWORD PTR [register], 0, which shows an entry to who shadows tables, and keeps what a processor sets in it
+    // meanwhile.
+    for (at, register) in (0..).zip([0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 14, 15]) {
+        let rex = if register < 8 { 0x48 } else { 0x49 };
+        put(VA_TOUCH + at * TOUCH_SIZE, &[0xf0, rex, 0x83, 0x08 | register & 7, 0]);
+    }
+    // MOV CR3, RBP
+    put(VA_LOAD_ROOT, &[0x0f, 0x22, 0xdd, OUT, PORT_OPERATION]);
+    // MOV FS, ECX; WRFSBASE RAX; XOR ECX, ECX; MOV FS, ECX; RDFSBASE RAX
+    put(VA_NULL_SELECTOR, &[0x8e, 0xe1, 0xf3, 0x48, 0x0f, 0xae, 0xd0, 0x31, 0xc9, 0x8e, 0xe1]);
+    put(VA_NULL_SELECTOR + 11, &[0xf3, 0x48, 0x0f, 0xae, 0xc0, OUT, PORT_OPERATION]);
     put(VA_CPUID, &[0x0f, 0xa2, OUT, PORT_OPERATION]);
     put(VA_XGETBV, &[0x0f, 0x01, 0xd0, OUT, PORT_OPERATION]);
     for vector in 0..EXCEPTIONS {
@@ -378,7 +401,7 @@ fn task_state_descriptor(base: u64) -> [u64; 2] {
 
 #[cfg(test)]
 mod tests {
-    use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+    use iced_x86::{Decoder, DecoderOptions, Mnemonic, Register};
 
     use super::*;
 
@@ -399,7 +422,7 @@ mod tests {
         for (va, port) in [(VA_SYSCALL, PORT_SYSCALL), (VA_SYSCALL_32, PORT_SYSCALL)]
             .into_iter()
             .chain(
-                [VA_FLUSH_PAGE, VA_FLUSH_ALL, VA_STORE, VA_STORE_KEEPING, VA_CPUID, VA_XGETBV]
+                [VA_FLUSH_PAGE, VA_LOAD_ROOT, VA_NULL_SELECTOR, VA_CPUID, VA_XGETBV]
                     .map(|va| (va, PORT_OPERATION)),
             )
             .chain((0..EXCEPTIONS).map(|n| (VA_EXCEPTIONS + u64::from(n) * STUB_SIZE, PORT_EXCEPTION + n)))
@@ -408,8 +431,45 @@ mod tests {
             let mut decoder = Decoder::with_ip(64, code, va, DecoderOptions::NONE);
             let out = decoder.iter().find(|i| i.mnemonic() == Mnemonic::Out).unwrap();
             let length = out.ip() - va;
-            assert!(length <= 10, "the stub ends before the next one: {length}");
+            let room = if va == VA_NULL_SELECTOR { VA_CPUID - va } else { 12 };
+            assert!(length + 2 <= room, "the stub ends before the next one: {length}");
             assert_eq!((out.mnemonic(), out.immediate8()), (Mnemonic::Out, port));
+        }
+    }
+
+    #[test]
+    fn touching_names_each_register_once() {
+        let page = entry_page();
+        for count in 0..=MAX_TOUCHED {
+            let start = touch(count);
+            let code = &page[usize::try_from(start - PRIVATE_VA).unwrap()..];
+            let touches = Decoder::with_ip(64, code, start, DecoderOptions::NONE)
+                .into_iter()
+                .take_while(|i| i.mnemonic() == Mnemonic::Or)
+                .inspect(|i| assert!(i.has_lock_prefix() && i.immediate(1) == 0 && i.len() == 5, "{i}"))
+                .map(|i| i.memory_base());
+            let mut registers = GeneralRegisters::default();
+            (0..).zip(touched(&mut registers)).for_each(|(number, register)| *register = number);
+            let numbers: Vec<_> = touches.map(|base| number_of(&registers, base)).collect();
+            assert_eq!(numbers, Vec::from_iter((MAX_TOUCHED - count) as u64..MAX_TOUCHED as u64));
+        }
+    }
+
+    fn number_of(registers: &GeneralRegisters, base: Register) -> u64 {
+        match base {
+            Register::RAX => registers.rax,
+            Register::RCX => registers.rcx,
+            Register::RDX => registers.rdx,
+            Register::RBX => registers.rbx,
+            Register::RSI => registers.rsi,
+            Register::RDI => registers.rdi,
+            Register::R8 => registers.r8,
+            Register::R9 => registers.r9,
+            Register::R10 => registers.r10,
+            Register::R11 => registers.r11,
+            Register::R14 => registers.r14,
+            Register::R15 => registers.r15,
+            other => panic!("{other:?}"),
         }
     }
 

@@ -640,6 +640,50 @@ fn a_flush_waits_for_the_guest_to_let_go() {
     });
 }
 
+/// However many there are, and with what order of numbers.
+#[test]
+fn all_entries_that_were_written_take_effect() {
+    const FIRST: u64 = DATA >> 12;
+    everywhere(|mut guest| {
+        guest.load(|a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.mov(rax, qword_ptr(rbx))?;
+            a.syscall()?;
+            a.jmp(again)
+        });
+        let at = |guest: &mut Guest, page: u64| {
+            (guest.general().rbx, guest.general().rip) = (BASE + page * 0x1000, BASE + CODE);
+            assert_eq!(guest.run(), EngineExit::Syscall);
+            guest.general().rax
+        };
+        let room = (RAM >> 12) - FIRST;
+        for page in FIRST..FIRST + room {
+            guest.write(page * 0x1000, page);
+        }
+        for count in [1, 2, 11, 12, 13, 24, 95, 96, 97, 150].into_iter().filter(|count| *count <= room) {
+            // Each page's entry is used, so that it may be cached, before it changes; then all change places.
+            for page in FIRST..FIRST + count {
+                assert_eq!(at(&mut guest, page), page, "of {count}");
+            }
+            let turned = |page: u64| FIRST + count - 1 - (page - FIRST);
+            for page in FIRST..FIRST + count {
+                guest.engine.write_entry(GuestAddress(LEAF + page * 8), turned(page) << 12 | PAGE).unwrap();
+            }
+            guest.engine.flush_all();
+            for page in FIRST..FIRST + count {
+                assert_eq!(at(&mut guest, page), turned(page), "of {count}");
+            }
+            for page in FIRST..FIRST + count {
+                let gpa = GuestAddress(LEAF + page * 8);
+                guest.engine.write_entry_keeping(gpa, page << 12 | 7, 0x60).unwrap();
+            }
+            guest.engine.flush_all();
+            assert_eq!(guest.read(LEAF + FIRST * 8) & 0x60, 0x60, "kept");
+        }
+    });
+}
+
 /// The same, where only code in the guest may write entries: the other thread runs an engine too.
 #[test]
 fn entries_that_another_engine_writes_take_effect_with_the_flush() {
@@ -664,6 +708,7 @@ fn entries_that_another_engine_writes_take_effect_with_the_flush() {
         let writer = std::thread::spawn(move || {
             for round in 1..=ROUNDS {
                 other.write_entry(GuestAddress(LEAF + (DATA >> 12) * 8), frame(round) | PAGE).unwrap();
+                other.publish_entries().unwrap();
                 handle.flush();
                 sees.recv().unwrap();
             }
@@ -911,6 +956,33 @@ fn programs_find_no_registers_that_the_engine_does_not_tell_of() {
             guest.engine.set_xcr0(told).unwrap();
             assert_eq!(guest.run(), EngineExit::Syscall);
             assert_eq!(guest.general().rbx & XCR0_KNOWN, told);
+        }
+    });
+}
+
+/// A kernel that is told so does not clear bases itself.
+#[test]
+fn null_selectors_clear_bases_where_that_is_told() {
+    everywhere(|mut guest| {
+        let Some(table) = guest.machine.cpuid_in_ring_3() else {
+            println!("skipped: CPUID is what the backend was told");
+            return;
+        };
+        let told = table.has(Feature::NULL_SEL_CLR_BASE);
+        guest.load(|a| {
+            a.mov(eax, u32::from(FLAT_SS))?;
+            a.mov(fs, eax)?;
+            a.mov(rax, 0x5000_u64)?;
+            a.wrfsbase(rax)?;
+            a.xor(ecx, ecx)?;
+            a.mov(fs, ecx)?;
+            a.rdfsbase(rbx)?;
+            a.syscall()
+        });
+        guest.engine.context().switch_mode(GuestMode::User);
+        match guest.run() {
+            EngineExit::Syscall => assert_eq!(guest.general().rbx == 0, told),
+            exit => assert_eq!((exit, told), (exception(6, 0), false)),
         }
     });
 }

@@ -230,10 +230,9 @@ impl Call<'_> {
             uvmf::ALL => self.flush_mask(u64::MAX, one),
             bitmap => {
                 let mask = self.read_vcpu_mask(bitmap)?;
-                self.flush_mask(mask, one);
+                self.flush_mask(mask, one)
             }
         }
-        Ok(())
     }
 
     /// A bitmap of virtual processors: as many bytes as they need.
@@ -245,14 +244,19 @@ impl Call<'_> {
     }
 
     /// Flushes one address or all, on the virtual processors of a mask.
-    pub(super) fn flush_mask(&mut self, mask: u64, va: Option<u64>) {
-        if mask & (1_u64 << self.vcpu.index) != 0 {
+    pub(super) fn flush_mask(&mut self, mask: u64, va: Option<u64>) -> Result<(), Failure> {
+        let own = 1 << self.vcpu.index;
+        if mask & own != 0 {
             match va {
                 Some(va) => self.engine.flush_page(va),
                 None => self.engine.flush_all(),
             }
         }
-        self.domain.flush(mask, self.vcpu.index);
+        if mask & !own != 0 {
+            self.engine.publish_entries()?;
+            self.domain.flush(mask, self.vcpu.index);
+        }
+        Ok(())
     }
 }
 

@@ -61,18 +61,18 @@ impl Call<'_> {
             mmuext::NEW_BASEPTR => self.new_root(op.arg1, GuestMode::Kernel)?,
             mmuext::NEW_USER_BASEPTR if op.arg1 == 0 => self.engine.set_user_root(None)?,
             mmuext::NEW_USER_BASEPTR => self.new_root(op.arg1, GuestMode::User)?,
-            mmuext::TLB_FLUSH_LOCAL => self.flush_mask(1 << self.vcpu.index, None),
-            mmuext::INVLPG_LOCAL => self.flush_mask(1 << self.vcpu.index, checked(op.arg1)),
+            mmuext::TLB_FLUSH_LOCAL => self.flush_mask(1 << self.vcpu.index, None)?,
+            mmuext::INVLPG_LOCAL => self.flush_mask(1 << self.vcpu.index, checked(op.arg1))?,
             mmuext::TLB_FLUSH_MULTI => {
                 let mask = self.read_vcpu_mask(op.arg2)?;
-                self.flush_mask(mask, None);
+                self.flush_mask(mask, None)?;
             }
             mmuext::INVLPG_MULTI => {
                 let mask = self.read_vcpu_mask(op.arg2)?;
-                self.flush_mask(mask, checked(op.arg1));
+                self.flush_mask(mask, checked(op.arg1))?;
             }
-            mmuext::TLB_FLUSH_ALL => self.flush_mask(u64::MAX, None),
-            mmuext::INVLPG_ALL => self.flush_mask(u64::MAX, checked(op.arg1)),
+            mmuext::TLB_FLUSH_ALL => self.flush_mask(u64::MAX, None)?,
+            mmuext::INVLPG_ALL => self.flush_mask(u64::MAX, checked(op.arg1))?,
             // Only domains with devices of their own may.
             mmuext::FLUSH_CACHE | mmuext::FLUSH_CACHE_GLOBAL => {
                 self.refused(nr::MMUEXT_OP, Errno::EACCES)?;

@@ -24,7 +24,13 @@ impl Call<'_> {
                 nr::MULTICALL => Err(Errno::EINVAL.into()),
                 // It has no meaning for a call that returns.
                 nr::IRET => Err(Errno::ENOSYS.into()),
-                op => self.dispatch(op, &mut entry.args),
+                op => {
+                    // Whom it tells of an entry before is to find that.
+                    if !changes_tables(op) {
+                        self.engine.publish_entries()?;
+                    }
+                    self.dispatch(op, &mut entry.args)
+                }
             };
             let (result, then) = match outcome {
                 Ok(Done::Value(value)) => (value, None),
@@ -53,6 +59,11 @@ impl Call<'_> {
         }
         Ok(Done::OK)
     }
+}
+
+/// Hypercalls that reach other virtual processors by flushes alone.
+fn changes_tables(op: u64) -> bool {
+    matches!(op, nr::MMU_UPDATE | nr::MMUEXT_OP | nr::UPDATE_VA_MAPPING | nr::UPDATE_VA_MAPPING_OTHERDOMAIN)
 }
 
 #[cfg(test)]

@@ -8,12 +8,16 @@ use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, V
 use super::context::canonical;
 use super::{Ring3, memory_error};
 use crate::error::{Error, Result};
+use crate::state::GeneralRegisters;
 use crate::xen_pv::engine::private::{self, M2P_SLOT, XEN_M2P_SLOT};
 use crate::xen_pv::engine::shim::{SHIM_SLOT, WINDOW_SLOT};
 use crate::xen_pv::engine::{GuestMode, Mmu, PRIVATE_SLOT};
 
 /// Single pages that are flushed one by one; for more all are.
 const MAX_PAGES: usize = 8;
+
+/// Entries that wait to be shown.
+const MAX_STORED: usize = 8 * private::MAX_TOUCHED;
 
 /// Translations that are to be forgotten.
 #[derive(Debug)]
@@ -30,25 +34,18 @@ impl Ring3 {
     /// Makes the root that the mode wants the processor's, and forgets translations.
     pub(super) fn load_root(&mut self, root: GuestAddress) -> Result<()> {
         let wanted = self.signals.flush_wanted();
-        let other = wanted.is_some();
-        if self.system.cr3 != root.0 {
-            // The load forgets everything, since there are no global pages.
-            self.system.cr3 = root.0;
-            self.flush = Flush::NOTHING;
-            if self.store_in_guest {
-                // Not so where tables are shadowed and the VMM loads the register.
-                self.operate(private::VA_FLUSH_ALL, [0; 3])?;
-            }
-        } else {
-            match std::mem::replace(&mut self.flush, Flush::NOTHING) {
-                Flush::All => self.operate(private::VA_FLUSH_ALL, [0; 3])?,
-                Flush::Pages(_) if other => self.operate(private::VA_FLUSH_ALL, [0; 3])?,
-                Flush::Pages(pages) => {
-                    for page in pages {
-                        self.operate(private::VA_FLUSH_PAGE, [page, 0, 0])?;
-                    }
-                }
-            }
+        let moves = self.system.cr3 != root.0;
+        let pages = match std::mem::replace(&mut self.flush, Flush::NOTHING) {
+            Flush::Pages(pages) if !moves && wanted.is_none() => Some(pages),
+            _ => None,
+        };
+        // A load forgets everything, since there are no global pages; not so where tables are shadowed and the VMM loads
+        // the register.
+        let reload = pages.is_none() && (self.store_in_guest || !moves);
+        self.show_stored(reload.then_some(root.0))?;
+        self.system.cr3 = root.0;
+        for rax in pages.into_iter().flatten() {
+            self.operate(private::VA_FLUSH_PAGE, GeneralRegisters { rax, ..GeneralRegisters::default() })?;
         }
         if let Some(wanted) = wanted {
             self.signals.flushed(wanted);
@@ -56,12 +53,46 @@ impl Ring3 {
         Ok(())
     }
 
-    /// Executes an operation on the domain's RAM, which the engine's own root shows at its guest-physical address.
-    fn operate_on_ram(&mut self, rip: u64, arguments: [u64; 3]) -> Result<()> {
-        let loaded = std::mem::replace(&mut self.system.cr3, self.private.own_root());
-        let done = self.operate(rip, arguments);
+    /// Forgets all translations of the root that is loaded.
+    pub(super) fn reload_root(&mut self) -> Result<()> {
+        self.show_stored(Some(self.system.cr3))
+    }
+
+    /// Shows entries that were stored to who shadows tables, by way of the engine's own root, where the domain's RAM is at its
+    /// guest-physical address. Then loads `root` if there is one.
+    fn show_stored(&mut self, root: Option<u64>) -> Result<()> {
+        let loaded = self.system.cr3;
+        let stored = std::mem::take(&mut self.stored);
+        let mut left = stored.chunks(private::MAX_TOUCHED).peekable();
+        if let Some(root) = root
+            && stored.is_empty()
+        {
+            self.system.cr3 = root;
+            self.operate(
+                private::VA_LOAD_ROOT,
+                GeneralRegisters { rbp: root, ..GeneralRegisters::default() },
+            )?;
+        }
+        while let Some(entries) = left.next() {
+            let own = self.private.own_root();
+            self.system.cr3 = own;
+            let rbp = root.filter(|_| left.peek().is_none()).unwrap_or(own);
+            let mut registers = GeneralRegisters { rbp, ..GeneralRegisters::default() };
+            for (register, gpa) in private::touched(&mut registers).into_iter().rev().zip(entries) {
+                *register = *gpa;
+            }
+            self.operate(private::touch(entries.len()), registers)?;
+        }
         self.system.cr3 = loaded;
-        done
+        Ok(())
+    }
+
+    fn note_stored(&mut self, gpa: GuestAddress) -> Result<()> {
+        if !self.store_in_guest || self.stored.last() == Some(&gpa.0) {
+            return Ok(());
+        }
+        self.stored.push(gpa.0);
+        if self.stored.len() < MAX_STORED { Ok(()) } else { self.show_stored(None) }
     }
 
     fn check_entry(&self, gpa: GuestAddress) -> Result<()> {
@@ -92,23 +123,22 @@ impl Ring3 {
 impl Mmu for Ring3 {
     fn write_entry(&mut self, gpa: GuestAddress, value: u64) -> Result<()> {
         self.check_entry(gpa)?;
-        if self.store_in_guest {
-            return self.operate_on_ram(private::VA_STORE, [gpa.0, value, 0]);
-        }
-        self.ram.memory().store(value, gpa, Ordering::SeqCst).map_err(memory_error)
+        self.ram.memory().store(value, gpa, Ordering::SeqCst).map_err(memory_error)?;
+        self.note_stored(gpa)
     }
 
     fn write_entry_keeping(&mut self, gpa: GuestAddress, value: u64, keep: u64) -> Result<()> {
         self.check_entry(gpa)?;
-        if self.store_in_guest {
-            return self.operate_on_ram(private::VA_STORE_KEEPING, [gpa.0, value, keep]);
-        }
         let memory = self.ram.memory();
         let slice = memory.get_slice(gpa, size_of::<u64>()).map_err(memory_error)?;
         let entry = slice.get_atomic_ref::<AtomicU64>(0).map_err(|error| memory_error(error.into()))?;
         let old = entry.swap(value, Ordering::SeqCst);
         entry.fetch_or(old & keep, Ordering::SeqCst);
-        Ok(())
+        self.note_stored(gpa)
+    }
+
+    fn publish_entries(&mut self) -> Result<()> {
+        self.show_stored(None)
     }
 
     fn prepare_root(&mut self, gpa: GuestAddress, mode: GuestMode) -> Result<()> {

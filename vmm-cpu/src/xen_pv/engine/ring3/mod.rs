@@ -73,6 +73,8 @@ pub struct Ring3 {
     kernel_root: GuestAddress,
     user_root: Option<GuestAddress>,
     flush: Flush,
+    /// Entries of page tables that were stored since the guest ran, where that is to be shown to who shadows them.
+    stored: Vec<u64>,
     /// Debug registers or XCR0 are other than the processor's.
     rare_changed: bool,
     /// XCR0 is what the host has, whatever the engine sets.
@@ -144,6 +146,7 @@ impl Ring3 {
             kernel_root: GuestAddress(private.own_root()),
             user_root: None,
             flush: Flush::NOTHING,
+            stored: Vec::new(),
             rare_changed: false,
             xcr0_fixed: false,
             crashed: false,
@@ -195,7 +198,7 @@ impl Ring3 {
     }
 
     /// Lets the next stay begin at `rip` in ring 0 on the tables that are loaded.
-    fn set_stub_registers(&mut self, rip: u64, [rax, rbx, rcx]: [u64; 3]) -> Result<()> {
+    fn set_stub_registers(&mut self, rip: u64, arguments: GeneralRegisters) -> Result<()> {
         let data = Segment::data32(STUB_SS);
         let system = SystemRegisters {
             cs: Segment::code64(STUB_CS),
@@ -208,15 +211,7 @@ impl Ring3 {
         };
         self.vcpu.set_segment_registers(&system)?;
         let rsp = self.private.stack_end(self.index, 0);
-        self.vcpu.set_registers(&GeneralRegisters {
-            rip,
-            rax,
-            rbx,
-            rcx,
-            rsp,
-            rflags: rflags::FIXED,
-            ..GeneralRegisters::default()
-        })
+        self.vcpu.set_registers(&GeneralRegisters { rip, rsp, rflags: rflags::FIXED, ..arguments })
     }
 
     fn stay(&mut self) -> Result<Stay> {
@@ -241,7 +236,7 @@ impl Ring3 {
     }
 
     /// Executes one of the engine's operations in the guest; a guest that does not come back from it has crashed.
-    fn operate(&mut self, rip: u64, arguments: [u64; 3]) -> Result<()> {
+    fn operate(&mut self, rip: u64, arguments: GeneralRegisters) -> Result<()> {
         self.set_stub_registers(rip, arguments)?;
         for _ in 0..MAX_STAYS {
             match self.stay()? {
@@ -352,7 +347,7 @@ impl Ring3 {
                         return Ok(EngineExit::Interrupted);
                     }
                     if let Some(wanted) = self.signals.flush_wanted() {
-                        self.operate(private::VA_FLUSH_ALL, [0; 3])?;
+                        self.reload_root()?;
                         self.signals.flushed(wanted);
                         self.vcpu.set_segment_registers(&system)?;
                         self.vcpu.set_registers(&general)?;

@@ -8,7 +8,7 @@ use crate::state::{GeneralRegisters, Segment, SystemRegisters, rflags};
 use crate::xen_pv::engine::descriptors::{FLAT_CS64, FLAT_SS};
 use crate::xen_pv::engine::private::{self, PORT_EXCEPTION};
 
-/// XGETBV without CR4.OSXSAVE.
+/// XGETBV without CR4.OSXSAVE, RDFSBASE without CR4.FSGSBASE.
 const INVALID_OPCODE: u8 = PORT_EXCEPTION + 6;
 /// OUT in ring 3.
 const GENERAL_PROTECTION: u8 = PORT_EXCEPTION + 13;
@@ -40,6 +40,15 @@ impl Ring3 {
         };
         let registers = [rax, rbx, rcx, rdx].map(|value| u32::try_from(low(value)).unwrap_or(0));
         Ok(CpuidEntry::new(leaf, Some(subleaf), registers))
+    }
+
+    /// Whether a null selector in FS or GS clears its base, which processors do that say so with
+    /// [`NULL_SEL_CLR_BASE`](crate::cpuid::Feature::NULL_SEL_CLR_BASE), and others do without saying it. `false` if that
+    /// cannot be found out. For an engine that did not run yet.
+    pub(in crate::xen_pv::engine) fn null_selectors_clear_bases(&mut self) -> Result<bool> {
+        const BASE: u64 = 0x1000;
+        let found = self.in_ring_3(private::VA_NULL_SELECTOR, [BASE, FLAT_SS.into()])?;
+        Ok(found.is_some_and(|found| found.rax == 0))
     }
 
     /// Executes one of the stubs for ring 3. `None` if its instruction is not allowed.

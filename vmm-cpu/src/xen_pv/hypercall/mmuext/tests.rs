@@ -134,6 +134,23 @@ fn flushes() {
     assert_eq!(op(&mut guest, mmuext::TLB_FLUSH_MULTI, 0, 8), Err(Errno::EFAULT));
 }
 
+/// Other virtual processors find an entry that was written before they are told to forget the old one.
+#[test]
+fn entries_are_published_before_others_flush() {
+    let mut guest = Guest::new();
+    let other = guest.put(&2_u64);
+    for (cmd, arg2, published) in [
+        (mmuext::TLB_FLUSH_LOCAL, 0, false),
+        (mmuext::TLB_FLUSH_ALL, 0, true),
+        (mmuext::TLB_FLUSH_MULTI, other, true),
+        (mmuext::INVLPG_MULTI, other, true),
+    ] {
+        (guest.engine.live_stores, guest.engine.published) = (vec![(0, 0)], 0);
+        assert_eq!(op(&mut guest, cmd, DIRECT, arg2), Ok(0));
+        assert_eq!(guest.engine.published == 1, published, "command {cmd}");
+    }
+}
+
 #[test]
 fn pages_are_cleared_and_copied() {
     let mut guest = Guest::new();

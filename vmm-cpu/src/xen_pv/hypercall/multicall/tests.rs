@@ -48,6 +48,19 @@ fn lists_in_no_memory_fault() {
     assert_eq!(guest.call(nr::MULTICALL, &[0, 1 << 32]), Ok(0));
 }
 
+/// Whom a call tells of an entry that the one before has written finds it.
+#[test]
+fn entries_are_published_before_anything_else_is_called() {
+    let mut guest = Guest::new();
+    let none = entry(nr::MMU_UPDATE, [0; 3]);
+    for (op, published) in [(nr::MMU_UPDATE, 0), (nr::XEN_VERSION, 1), (nr::EVENT_CHANNEL_OP, 1)] {
+        (guest.engine.live_stores, guest.engine.published) = (vec![(0, 0)], 0);
+        let list = guest.put(&[none, entry(op, [0; 3])]);
+        guest.syscall(nr::MULTICALL, &[list, 2]);
+        assert_eq!(guest.engine.published, published, "call {op}");
+    }
+}
+
 #[test]
 fn long_lists_are_taken_in_parts() {
     let mut guest = Guest::new();
