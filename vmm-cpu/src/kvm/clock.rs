@@ -58,12 +58,6 @@ impl ClockAccount {
         u64::try_from(scaled).unwrap_or(u64::MAX)
     }
 
-    /// Whether the guest's counter counts as the host's does.
-    pub(super) fn runs_at_host_rate(&self) -> bool {
-        let host = self.host_khz.load(Ordering::Relaxed);
-        host != 0 && host == self.tsc_khz()
-    }
-
     /// The rates of the guest's counter and of the host's.
     pub(super) fn set_rates(&self, guest_khz: u32, host_khz: u32) {
         self.tsc_khz.store(guest_khz, Ordering::Relaxed);

@@ -198,34 +198,24 @@ pub(super) fn ioeventfd(vm: &VmFd, argument: &kvm_ioeventfd) -> errno::Result<()
     }
 }
 
-/// Guest ticks that KVM_VCPU_TSC_OFFSET says the guest's TSC is ahead of the host's.
-pub(super) fn tsc_offset(vcpu: &VcpuFd) -> errno::Result<u64> {
-    let offset = Cell::new(0_u64);
-    let attribute = tsc_offset_attribute(&offset);
-    // SAFETY: the descriptor is a vCPU's; the attribute points to a u64 that lives across the call.
-    match unsafe { ioctl_with_ref(vcpu, request::KVM_GET_DEVICE_ATTR(), &attribute) } {
-        0 => Ok(offset.get()),
-        _ => errno::errno_result(),
-    }
-}
-
 /// Adds `delta` guest ticks to the vCPU's KVM_VCPU_TSC_OFFSET.
 pub(super) fn adjust_tsc_offset(vcpu: &VcpuFd, delta: u64) -> errno::Result<()> {
-    let offset = Cell::new(tsc_offset(vcpu)?.wrapping_add(delta));
-    let attribute = tsc_offset_attribute(&offset);
-    // SAFETY: as in `tsc_offset`.
-    match unsafe { ioctl_with_ref(vcpu, request::KVM_SET_DEVICE_ATTR(), &attribute) } {
-        0 => Ok(()),
-        _ => errno::errno_result(),
-    }
-}
-
-fn tsc_offset_attribute(offset: &Cell<u64>) -> kvm_device_attr {
-    kvm_device_attr {
+    let offset = Cell::new(0_u64);
+    let attribute = kvm_device_attr {
         flags: 0,
         group: KVM_VCPU_TSC_CTRL,
         attr: u64::from(KVM_VCPU_TSC_OFFSET),
         addr: offset.as_ptr().expose_provenance() as u64,
+    };
+    // SAFETY: the descriptor is a vCPU's; the attribute points to a u64 that lives across the call.
+    if unsafe { ioctl_with_ref(vcpu, request::KVM_GET_DEVICE_ATTR(), &attribute) } != 0 {
+        return errno::errno_result();
+    }
+    offset.set(offset.get().wrapping_add(delta));
+    // SAFETY: as above.
+    match unsafe { ioctl_with_ref(vcpu, request::KVM_SET_DEVICE_ATTR(), &attribute) } {
+        0 => Ok(()),
+        _ => errno::errno_result(),
     }
 }
 

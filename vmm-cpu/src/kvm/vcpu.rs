@@ -40,8 +40,6 @@ pub(super) struct KvmVcpu {
     unsettled: bool,
     /// That instruction is a store whose last piece was handed over, of which KVM_RUN completes nothing that anybody sees.
     stored: bool,
-    /// How the guest's TSC is told without an ioctl.
-    tsc: Option<TscRelation>,
     /// How much of the VM's paused time is in this vCPU's TSC offset.
     applied_pause: u64,
     /// The registers are newer than what the `kvm_run` page says of them.
@@ -78,16 +76,6 @@ struct Sync {
     system_dirty: bool,
 }
 
-/// How far the guest's TSC is ahead of the host's, as was found out at `since` by the host's.
-#[derive(Clone, Copy, Debug)]
-struct TscRelation {
-    ahead: u64,
-    since: u64,
-}
-
-/// Milliseconds after which the relation is found out again: a host that was suspended may have changed it.
-const TSC_RELATION_MS: u64 = 100;
-
 /// Why one stay in KVM_RUN and its callback ended.
 enum Step {
     /// Enter again.
@@ -110,7 +98,6 @@ impl KvmVcpu {
             halted: false,
             unsettled: false,
             stored: false,
-            tsc: None,
             applied_pause,
             page_stale: true,
             sync,
@@ -271,7 +258,6 @@ impl KvmVcpu {
             sys::adjust_tsc_offset(&self.fd, delta.wrapping_neg())
                 .map_err(|errno| host("KVM_SET_DEVICE_ATTR(KVM_VCPU_TSC_OFFSET)", errno))?;
             self.applied_pause = paused;
-            self.tsc = None;
         }
         Ok(())
     }
@@ -285,31 +271,6 @@ impl KvmVcpu {
     /// The TSC was written: what was paused before does not count for the new value.
     pub(super) fn forget_pauses(&mut self) {
         self.applied_pause = self.vm.clock.paused_ticks_now();
-        self.tsc = None;
-    }
-
-    /// The TSC as KVM_GET_MSRS would tell it, where it is known how it follows from the host's.
-    fn tsc_by_host(&mut self) -> Option<u64> {
-        let TscRelation { ahead, since } = self.tsc?;
-        let now = sys::host_tsc();
-        if now.wrapping_sub(since) > u64::from(self.vm.clock.tsc_khz()) * TSC_RELATION_MS {
-            self.tsc = None;
-            return None;
-        }
-        Some(now.wrapping_add(ahead))
-    }
-
-    /// Learns from a `value` of the TSC that was read between two of the host's.
-    fn relate_tsc(&mut self, before: u64, value: u64, after: u64) {
-        if !self.vm.clock.runs_at_host_rate() {
-            return;
-        }
-        let fits =
-            |ahead: &u64| value.wrapping_sub(before.wrapping_add(*ahead)) <= after.wrapping_sub(before);
-        // KVM without hardware assistance tells an offset that its guests do not see.
-        let told = sys::tsc_offset(&self.fd).ok().filter(fits);
-        let ahead = told.or_else(|| Some(0).filter(fits));
-        self.tsc = ahead.map(|ahead| TscRelation { ahead, since: after });
     }
 
     /// One KVM_RUN and the callback that its exit asks for.
@@ -319,6 +280,7 @@ impl KvmVcpu {
     #[inline(always)]
     fn step(&mut self, io: &mut dyn VcpuIo) -> Result<Step> {
         self.expect_registers();
+        self.stored = false;
         let (vcpu, counts) = (self.index, &mut self.counts);
         let exit = match self.fd.run() {
             Ok(exit) => exit,
@@ -334,7 +296,7 @@ impl KvmVcpu {
                 };
             }
         };
-        (self.unsettled, self.stored) = (true, false);
+        self.unsettled = true;
         match exit {
             VcpuExit::IoOut(port, data) => {
                 counts.pio_out += 1;
@@ -648,22 +610,16 @@ impl Vcpu for KvmVcpu {
     }
 
     fn msr(&mut self, index: u32) -> Result<u64> {
-        let is_tsc = index == state::IA32_TSC;
-        if is_tsc && let Some(value) = self.tsc_by_host() {
-            return Ok(value.wrapping_sub(self.outstanding_pause()));
-        }
         self.flush_registers()?;
         let mut msrs = one_msr(index, 0)?;
-        let before = sys::host_tsc();
-        if self.fd.get_msrs(&mut msrs).map_err(|errno| host("KVM_GET_MSRS", errno))? == 0 {
-            return Err(Error::invalid("MSR", format_args!("{index:#x}"), "a register that this vCPU has"));
+        match self.fd.get_msrs(&mut msrs).map_err(|errno| host("KVM_GET_MSRS", errno))? {
+            0 => Err(Error::invalid("MSR", format_args!("{index:#x}"), "a register that this vCPU has")),
+            _ => {
+                let value = msrs.as_slice().first().map_or(0, |entry| entry.data);
+                let paused = if index == state::IA32_TSC { self.outstanding_pause() } else { 0 };
+                Ok(value.wrapping_sub(paused))
+            }
         }
-        let value = msrs.as_slice().first().map_or(0, |entry| entry.data);
-        if !is_tsc {
-            return Ok(value);
-        }
-        self.relate_tsc(before, value, sys::host_tsc());
-        Ok(value.wrapping_sub(self.outstanding_pause()))
     }
 
     fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
@@ -764,7 +720,7 @@ fn element_size(page: &RunPage, data: &[u8]) -> usize {
 
 /// Whether KVM has no further piece of the store: it hands over 8 bytes at a time, and never across a page.
 fn is_whole_store(gpa: u64, len: usize) -> bool {
-    len < 8 && !(gpa + len as u64).is_multiple_of(PAGE_SIZE)
+    len < 8 && !gpa.wrapping_add(len as u64).is_multiple_of(PAGE_SIZE)
 }
 
 fn one_msr(index: u32, data: u64) -> Result<Msrs> {

@@ -355,6 +355,13 @@ impl Guest {
         self.vcpu.before_entry(&mut self.engine).unwrap()
     }
 
+    /// A kick ends a stay in the guest, and another begins.
+    pub(crate) fn interrupt(&mut self) {
+        let action = self.vcpu.handle_exit(&mut self.engine, EngineExit::Interrupted).unwrap();
+        assert_eq!(action, Action::Continue);
+        self.before_entry();
+    }
+
     /// A byte of the `vcpu_info`.
     pub(crate) fn info_byte(&self, offset: u64) -> u8 {
         self.domain.memory.load_byte(self.vcpu.info() + offset).unwrap()

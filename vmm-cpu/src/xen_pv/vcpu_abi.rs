@@ -87,6 +87,8 @@ pub struct VcpuAbi {
     /// System times.
     pub(crate) singleshot: Option<u64>,
     pub(crate) periodic: Option<(u64, u64)>,
+    /// A timer was set, or may have run out.
+    pub(crate) timers_due: bool,
     pub(crate) polling: Option<Polling>,
     time_published: bool,
     /// It goes on by itself; else [`VcpuAbi::start`] comes before anything.
@@ -124,6 +126,7 @@ impl VcpuAbi {
             control: Control { task_switched: false, cr2: 0, cr4: CR4_AT_START, iopl: 0 },
             singleshot: None,
             periodic: None,
+            timers_due: false,
             polling: None,
             time_published: false,
             online: index == 0,
@@ -167,7 +170,11 @@ impl VcpuAbi {
             processor.leave();
         }
         let action = match exit {
-            EngineExit::Interrupted => Action::Continue,
+            EngineExit::Interrupted => {
+                // Maybe for the deadline.
+                self.timers_due = true;
+                Action::Continue
+            }
             EngineExit::Crashed => Action::Crash("the guest destroyed what it runs on".to_owned()),
             EngineExit::Syscall if engine.context().mode == GuestMode::Kernel => self.hypercall(engine)?,
             EngineExit::Syscall => self.user_syscall(engine)?,
@@ -202,7 +209,7 @@ impl VcpuAbi {
         if !self.time_published {
             self.publish_time(engine)?;
         }
-        if self.singleshot.is_some() || self.periodic.is_some() {
+        if std::mem::take(&mut self.timers_due) {
             self.expire_timers(engine)?;
         }
         if let Some(processor) = self.processor() {
@@ -248,7 +255,8 @@ impl VcpuAbi {
             && memory.load_byte(info + shared_info::UPCALL_MASK).is_ok_and(|mask| mask == 0)
     }
 
-    /// When a timer runs out next, in system time.
+    /// When a timer runs out next, in system time. The engine is to be kicked then: timers are looked at when they are set,
+    /// after [`EngineExit::Interrupted`], and while [`VcpuAbi::wait`] waits.
     pub fn deadline(&self) -> Option<u64> {
         self.singleshot.into_iter().chain(self.periodic.map(|(_, next)| next)).min()
     }

@@ -82,6 +82,7 @@ impl Call<'_> {
     pub(super) fn set_timer_op(&mut self, args: &mut [u64; 6]) -> Outcome {
         let [at, ..] = *args;
         self.vcpu.singleshot = (at != 0).then_some(at);
+        self.vcpu.timers_due = true;
         Ok(Done::OK)
     }
 }

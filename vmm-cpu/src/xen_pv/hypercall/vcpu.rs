@@ -95,6 +95,7 @@ impl Call<'_> {
                 }
                 let now = self.vcpu.now(self.engine)?;
                 self.vcpu.periodic = Some((period, now.saturating_add(period)));
+                self.vcpu.timers_due = true;
             }
             vcpuop::STOP_PERIODIC_TIMER => self.vcpu.periodic = None,
             vcpuop::SET_SINGLESHOT_TIMER => {
@@ -105,6 +106,7 @@ impl Call<'_> {
                     return Err(Errno::ETIME.into());
                 }
                 self.vcpu.singleshot = Some(timer.timeout_abs_ns);
+                self.vcpu.timers_due = true;
             }
             vcpuop::STOP_SINGLESHOT_TIMER => self.vcpu.singleshot = None,
             _ => return self.unknown(nr::VCPU_OP),

@@ -132,13 +132,16 @@ fn the_singleshot_timer_fires_once() {
     assert_eq!(op(&mut guest, vcpuop::SET_SINGLESHOT_TIMER, 0, at), Ok(0));
     assert_eq!(guest.vcpu.deadline(), Some(1000));
     guest.pass(999);
-    guest.before_entry();
+    guest.interrupt();
     assert!(!guest.domain.is_pending(port).unwrap());
     guest.pass(2);
-    guest.before_entry();
+    guest.interrupt();
     assert!(guest.domain.is_pending(port).unwrap());
     assert_eq!(guest.vcpu.deadline(), None);
     assert_eq!(op(&mut guest, vcpuop::SET_SINGLESHOT_TIMER, 0, at), Ok(0), "a past time fires at once");
+    guest.domain.clear_pending(port);
+    guest.before_entry();
+    assert!(guest.domain.is_pending(port).unwrap(), "without a kick");
     let at = guest.put(&SingleshotTimer { timeout_abs_ns: 900, flags: SINGLESHOT_FUTURE, pad: 0 });
     assert_eq!(op(&mut guest, vcpuop::SET_SINGLESHOT_TIMER, 0, at), Err(Errno::ETIME));
     assert_eq!(op(&mut guest, vcpuop::STOP_SINGLESHOT_TIMER, 0, 0), Ok(0));
@@ -157,7 +160,7 @@ fn the_periodic_timer_goes_on() {
     assert_eq!(op(&mut guest, vcpuop::SET_PERIODIC_TIMER, 0, at), Ok(0));
     for _ in 0..3 {
         guest.pass(MIN_PERIOD);
-        guest.before_entry();
+        guest.interrupt();
         assert!(guest.domain.is_pending(port).unwrap());
         guest.domain.clear_pending(port);
     }
