@@ -8,7 +8,10 @@ pub mod clock;
 mod error;
 pub mod interrupt;
 pub mod platform;
+#[cfg(any(test, feature = "testkit"))]
+pub mod testkit;
 mod timed;
+pub mod virtio;
 
 pub use bus::{BusDevice, BusDeviceMut, BusRange, MmioBus, PioBus};
 pub use clock::{Clock, ManualClock};

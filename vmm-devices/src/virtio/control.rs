@@ -1,0 +1,321 @@
+//! What all transports have in common: device status, features, queues before they are started, start and reset.
+//!
+//! A transport maps its registers to these methods, on the vCPU's thread, with the device locked. Nothing here trusts the
+//! order in which the driver calls.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use virtio_queue::{Queue, QueueT};
+
+use super::device::{Activation, DeviceMemory, DriverLink, VirtioDevice, feature};
+use super::doorbell::Doorbells;
+use super::executor::{Executor, Running};
+use super::queue::{QueueError, Virtqueue};
+
+/// Device status bits (Virtio 1.3, 2.1).
+pub(crate) mod status {
+    pub(crate) const DRIVER_OK: u8 = 4;
+    pub(crate) const FEATURES_OK: u8 = 8;
+    pub(crate) const NEEDS_RESET: u8 = 64;
+    /// ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, FAILED: the driver's.
+    pub(crate) const OF_DRIVER: u8 = 0x8f;
+}
+
+/// How a transport interrupts.
+pub(crate) trait Signal: Send + Sync {
+    /// Buffers of `queue` were used.
+    fn used(&self, queue: u16);
+
+    /// The configuration changed, or the status did.
+    fn config(&self);
+}
+
+/// Told when a device gives up.
+pub(crate) type Failed = Box<dyn Fn(&dyn Error) + Send + Sync>;
+
+/// What workers reach of the transport: nothing that is behind its lock.
+pub(crate) struct Link<S> {
+    status: AtomicU8,
+    pub(crate) signal: S,
+    failed: Option<Failed>,
+}
+
+impl<S: Signal> DriverLink for Link<S> {
+    fn used(&self, queue: u16) {
+        self.signal.used(queue);
+    }
+
+    fn config_changed(&self) {
+        if self.status() & status::DRIVER_OK != 0 {
+            self.signal.config();
+        }
+    }
+
+    fn needs_reset(&self, why: &dyn Error) {
+        let before = self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
+        if before & status::NEEDS_RESET != 0 {
+            return;
+        }
+        if let Some(failed) = &self.failed {
+            failed(why);
+        }
+        // A driver that is not there yet reads it (2.1.2).
+        if before & status::DRIVER_OK != 0 {
+            self.signal.config();
+        }
+    }
+}
+
+impl<S> Link<S> {
+    fn status(&self) -> u8 {
+        self.status.load(Ordering::SeqCst)
+    }
+}
+
+/// A queue register that a driver writes, half by half.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ring {
+    Descriptors,
+    Available,
+    Used,
+}
+
+/// A device with its driver's half of the bargain.
+pub(crate) struct Control<M: DeviceMemory, S> {
+    device: Box<dyn VirtioDevice<M>>,
+    memory: M,
+    executor: Arc<dyn Executor>,
+    pub(crate) link: Arc<Link<S>>,
+    queues: Vec<Queue>,
+    /// Which half of the features the driver looks at, and writes.
+    pub(crate) device_features_select: u32,
+    pub(crate) driver_features_select: u32,
+    driver_features: u64,
+    pub(crate) queue_select: u16,
+    doorbells: Option<Arc<Doorbells>>,
+    running: Option<Box<dyn Running>>,
+}
+
+impl<M: DeviceMemory, S> fmt::Debug for Control<M, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control")
+            .field("type", &self.device.device_type())
+            .field("status", &self.link.status())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
+    /// # Errors
+    /// If the device has a queue of a size that queues cannot have.
+    pub(crate) fn new(
+        device: Box<dyn VirtioDevice<M>>,
+        memory: M,
+        executor: Arc<dyn Executor>,
+        signal: S,
+        failed: Option<Failed>,
+    ) -> Result<Self, QueueError> {
+        let sizes = (0..).zip(device.queue_sizes());
+        let queues =
+            sizes.map(|(index, size)| Queue::new(*size).map_err(|source| QueueError::Ring { index, source }));
+        let queues = queues.collect::<Result<_, _>>()?;
+        Ok(Self {
+            device,
+            memory,
+            executor,
+            link: Arc::new(Link { status: AtomicU8::new(0), signal, failed }),
+            queues,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            doorbells: None,
+            running: None,
+        })
+    }
+
+    pub(crate) fn device(&self) -> &dyn VirtioDevice<M> {
+        &*self.device
+    }
+
+    /// Features that a driver may choose from.
+    pub(crate) fn features(&self) -> u64 {
+        self.device.features() | feature::OFFERED
+    }
+
+    /// The half of the features that the driver selected; other halves are empty.
+    pub(crate) fn device_features(&self) -> u32 {
+        half(self.features(), self.device_features_select)
+    }
+
+    /// Only before the features were agreed upon (3.1.1).
+    pub(crate) fn set_driver_features(&mut self, value: u32) {
+        if self.status() & (status::FEATURES_OK | status::DRIVER_OK) != 0 {
+            return;
+        }
+        let value = u64::from(value);
+        match self.driver_features_select {
+            0 => self.driver_features = self.driver_features & !0xffff_ffff | value,
+            1 => self.driver_features = self.driver_features & 0xffff_ffff | value << 32,
+            // Bits that are offered nowhere.
+            _ => {}
+        }
+    }
+
+    pub(crate) fn status(&self) -> u8 {
+        self.link.status()
+    }
+
+    /// The driver writes the status: 0 resets, other bits are added to those that are there.
+    pub(crate) fn set_status(&mut self, value: u8) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        let new = value & status::OF_DRIVER & !self.status();
+        let mut granted = new & !(status::FEATURES_OK | status::DRIVER_OK);
+        if new & status::FEATURES_OK != 0 && self.features_are_acceptable() {
+            granted |= status::FEATURES_OK;
+        }
+        self.link.status.fetch_or(granted, Ordering::SeqCst);
+        if new & status::DRIVER_OK == 0 {
+            return;
+        }
+        if self.status() & (status::FEATURES_OK | status::NEEDS_RESET) != status::FEATURES_OK {
+            self.link.needs_reset(&NotReady);
+            return;
+        }
+        // Before anything is served, so that nothing that is used meanwhile goes without its interrupt.
+        self.link.status.fetch_or(status::DRIVER_OK, Ordering::SeqCst);
+        if let Err(error) = self.start() {
+            self.link.needs_reset(&*error);
+        }
+    }
+
+    fn features_are_acceptable(&self) -> bool {
+        let wanted = self.driver_features;
+        wanted & !self.features() == 0
+            && wanted & feature::VERSION_1 != 0
+            && self.device.accepts(wanted & !feature::OFFERED)
+    }
+
+    fn start(&mut self) -> Result<(), Box<dyn Error>> {
+        let features = self.driver_features;
+        let doorbells = Arc::new(Doorbells::new(self.queues.len()));
+        let link: Arc<dyn DriverLink> = Arc::<Link<S>>::clone(&self.link);
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (index, queue) in (0..).zip(&mut self.queues) {
+            queue.set_event_idx(features & feature::EVENT_IDX != 0);
+            if !queue.ready() {
+                queues.push(None);
+                continue;
+            }
+            let own = Queue::try_from(queue.state()).map_err(|source| QueueError::Ring { index, source })?;
+            queues.push(Some(Virtqueue::new(own, index, self.memory.clone(), Arc::clone(&link))?));
+        }
+        let activation =
+            Activation { features, queues, link: Arc::clone(&link), doorbells: Arc::clone(&doorbells) };
+        let workers = self.device.activate(activation)?;
+        self.running = Some(self.executor.start(link, &doorbells, workers)?);
+        self.doorbells = Some(doorbells);
+        Ok(())
+    }
+
+    /// Back to the beginning. Nothing of the device is at work when this returns.
+    pub(crate) fn reset(&mut self) {
+        let workers = self.running.take().map(Running::stop).unwrap_or_default();
+        self.doorbells = None;
+        self.device.reset(workers);
+        self.queues.iter_mut().for_each(QueueT::reset);
+        self.driver_features = 0;
+        (self.device_features_select, self.driver_features_select, self.queue_select) = (0, 0, 0);
+        self.link.status.store(0, Ordering::SeqCst);
+    }
+
+    /// The driver rings for a queue.
+    pub(crate) fn notify(&self, queue: u16) {
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.ring(queue);
+        }
+    }
+
+    /// The selected queue, if there is one.
+    pub(crate) fn queue(&self) -> Option<&Queue> {
+        self.queues.get(usize::from(self.queue_select))
+    }
+
+    /// The selected queue, as long as it can be set up.
+    fn queue_to_set_up(&mut self) -> Option<&mut Queue> {
+        let started = self.status() & status::DRIVER_OK != 0;
+        self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !started && !queue.ready())
+    }
+
+    /// A size that the queue cannot have is forgotten.
+    pub(crate) fn set_queue_size(&mut self, size: u16) {
+        if let Some(queue) = self.queue_to_set_up() {
+            // One that is no power of two, or too large, leaves the size as it was.
+            let (Ok(()) | Err(_)) = queue.try_set_size(size);
+        }
+    }
+
+    /// Sets halves of an address. What is not aligned is found when the device starts.
+    pub(crate) fn set_queue_address(&mut self, ring: Ring, low: Option<u32>, high: Option<u32>) {
+        if let Some(queue) = self.queue_to_set_up() {
+            match ring {
+                Ring::Descriptors => queue.set_desc_table_address(low, high),
+                Ring::Available => queue.set_avail_ring_address(low, high),
+                Ring::Used => queue.set_used_ring_address(low, high),
+            }
+        }
+    }
+
+    pub(crate) fn enable_queue(&mut self) {
+        if let Some(queue) = self.queue_to_set_up() {
+            queue.set_ready(true);
+        }
+    }
+
+    /// The driver takes a queue back before the device has started; afterwards it is the device's until reset.
+    pub(crate) fn disable_queue(&mut self) {
+        let started = self.status() & status::DRIVER_OK != 0;
+        if let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)).filter(|_| !started) {
+            queue.set_ready(false);
+        }
+    }
+
+    /// The configuration at `offset`; zeros beyond its end.
+    pub(crate) fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        self.device.read_config(offset, data);
+    }
+
+    pub(crate) fn write_config(&mut self, offset: u64, data: &[u8]) {
+        self.device.write_config(offset, data);
+    }
+}
+
+impl<M: DeviceMemory, S> Drop for Control<M, S> {
+    fn drop(&mut self) {
+        // What is in flight belongs to memory that may go now.
+        if let Some(running) = self.running.take() {
+            drop(running.stop());
+        }
+    }
+}
+
+fn half(features: u64, select: u32) -> u32 {
+    let [a, b, c, d, e, f, g, h] = features.to_le_bytes();
+    match select {
+        0 => u32::from_le_bytes([a, b, c, d]),
+        1 => u32::from_le_bytes([e, f, g, h]),
+        _ => 0,
+    }
+}
+
+/// A driver that says DRIVER_OK before its time (3.1.1).
+#[derive(Debug, thiserror::Error)]
+#[error("the driver set DRIVER_OK without features that were agreed upon")]
+struct NotReady;

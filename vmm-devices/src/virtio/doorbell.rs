@@ -1,0 +1,93 @@
+//! Doorbells: a driver, or another part of the monitor, says that a queue has something to be looked at.
+
+use std::fmt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+type Waker = Box<dyn Fn(u16) + Send + Sync>;
+
+/// The doorbells of one device, for one activation. Whoever rings early is not forgotten.
+pub struct Doorbells {
+    rung: Box<[AtomicBool]>,
+    waker: OnceLock<Waker>,
+}
+
+impl fmt::Debug for Doorbells {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Doorbells").field("queues", &self.rung.len()).finish_non_exhaustive()
+    }
+}
+
+impl Doorbells {
+    /// Of `queues` queues. Nobody hears them yet.
+    pub fn new(queues: usize) -> Self {
+        Self { rung: (0..queues).map(|_| AtomicBool::new(false)).collect(), waker: OnceLock::new() }
+    }
+
+    /// Says that `queue` is to be looked at. One that there is not does nothing.
+    pub fn ring(&self, queue: u16) {
+        let Some(rung) = self.rung.get(usize::from(queue)) else { return };
+        if let Some(waker) = self.waker.get() {
+            waker(queue);
+            return;
+        }
+        rung.store(true, Ordering::SeqCst);
+        // It may have been connected meanwhile, and have looked already.
+        if let Some(waker) = self.waker.get()
+            && rung.swap(false, Ordering::SeqCst)
+        {
+            waker(queue);
+        }
+    }
+
+    /// Lets `waker` hear them, those that were rung before as well. For the first executor that comes; later ones hear
+    /// nothing.
+    pub fn connect(&self, waker: impl Fn(u16) + Send + Sync + 'static) {
+        if self.waker.set(Box::new(waker)).is_err() {
+            return;
+        }
+        for (queue, rung) in (0..=u16::MAX).zip(&self.rung) {
+            if let Some(waker) = self.waker.get()
+                && rung.swap(false, Ordering::SeqCst)
+            {
+                waker(queue);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn whoever_rings_early_is_heard_once() {
+        let bells = Doorbells::new(3);
+        bells.ring(2);
+        bells.ring(2);
+        bells.ring(3);
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let ears = Arc::clone(&heard);
+        bells.connect(move |queue| ears.lock().unwrap().push(queue));
+        bells.ring(0);
+        bells.ring(u16::MAX);
+        bells.connect(|_| panic!("the first one hears"));
+        bells.ring(1);
+        assert_eq!(*heard.lock().unwrap(), [2, 0, 1]);
+    }
+
+    #[test]
+    fn no_ring_is_lost_while_the_waker_is_connected() {
+        for _ in 0..2000 {
+            let bells = Arc::new(Doorbells::new(1));
+            let heard = Arc::new(AtomicBool::new(false));
+            let (theirs, ears) = (Arc::clone(&bells), Arc::clone(&heard));
+            let ringer = std::thread::spawn(move || theirs.ring(0));
+            bells.connect(move |_| ears.store(true, Ordering::SeqCst));
+            ringer.join().unwrap();
+            assert!(heard.load(Ordering::SeqCst));
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Virtio over MMIO (Virtio 1.3, 4.2), register layout version 2.
+//!
+//! A [`BusDeviceMut`]: put a `Mutex` around it on an [`MmioBus`](crate::MmioBus), [`VirtioMmio::SIZE`] bytes from any address on
+//! that suits. The driver finds it by ACPI ([`AcpiDevice::virtio_mmio`](crate::acpi::AcpiDevice::virtio_mmio)), a device tree, or the
+//! kernel's command line.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use virtio_queue::QueueT;
+
+use super::control::{Control, Ring, Signal};
+use super::device::{DeviceMemory, VirtioDevice};
+use super::executor::{Executor, Inline};
+use super::queue::QueueError;
+use crate::bus::BusDeviceMut;
+use crate::interrupt::{InterruptLine, lock};
+
+/// Registers (4.2.2).
+mod register {
+    pub(super) const MAGIC: u64 = 0x0;
+    pub(super) const VERSION: u64 = 0x4;
+    pub(super) const DEVICE_ID: u64 = 0x8;
+    pub(super) const VENDOR_ID: u64 = 0xc;
+    pub(super) const DEVICE_FEATURES: u64 = 0x10;
+    pub(super) const DEVICE_FEATURES_SELECT: u64 = 0x14;
+    pub(super) const DRIVER_FEATURES: u64 = 0x20;
+    pub(super) const DRIVER_FEATURES_SELECT: u64 = 0x24;
+    pub(super) const QUEUE_SELECT: u64 = 0x30;
+    pub(super) const QUEUE_SIZE_MAX: u64 = 0x34;
+    pub(super) const QUEUE_SIZE: u64 = 0x38;
+    pub(super) const QUEUE_READY: u64 = 0x44;
+    pub(super) const QUEUE_NOTIFY: u64 = 0x50;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
+    pub(super) const INTERRUPT_ACK: u64 = 0x64;
+    pub(super) const STATUS: u64 = 0x70;
+    pub(super) const QUEUE_DESC_LOW: u64 = 0x80;
+    pub(super) const QUEUE_DESC_HIGH: u64 = 0x84;
+    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x90;
+    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x94;
+    pub(super) const QUEUE_DEVICE_LOW: u64 = 0xa0;
+    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub(super) const SHM_LEN_LOW: u64 = 0xb0;
+    pub(super) const SHM_BASE_HIGH: u64 = 0xbc;
+    pub(super) const CONFIG_GENERATION: u64 = 0xfc;
+    pub(super) const CONFIG: u64 = 0x100;
+}
+
+/// "virt"
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// "VMMD": no vendor has it.
+const VENDOR: u32 = 0x444d_4d56;
+
+/// Causes in the interrupt status.
+const USED: u32 = 1;
+const CONFIG: u32 = 2;
+
+/// The interrupt: a status, and a line that is asserted while the status is not 0.
+struct Line {
+    status: AtomicU32,
+    line: Mutex<Box<dyn InterruptLine>>,
+}
+
+impl Line {
+    fn change(&self, change: impl FnOnce(&AtomicU32)) {
+        // The level follows the status in the order of its changes.
+        let line = lock(&self.line);
+        let before = self.status.load(Ordering::SeqCst);
+        change(&self.status);
+        let after = self.status.load(Ordering::SeqCst);
+        if (before == 0) != (after == 0) {
+            line.set_level(after != 0);
+        }
+    }
+
+    fn raise(&self, cause: u32) {
+        self.change(|status| {
+            status.fetch_or(cause, Ordering::SeqCst);
+        });
+    }
+}
+
+impl Signal for Line {
+    fn used(&self, _queue: u16) {
+        self.raise(USED);
+    }
+
+    fn config(&self) {
+        self.raise(CONFIG);
+    }
+}
+
+/// A virtio device with registers in memory.
+pub struct VirtioMmio<M: DeviceMemory> {
+    control: Control<M, Line>,
+}
+
+impl<M: DeviceMemory> fmt::Debug for VirtioMmio<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("VirtioMmio").field(&self.control).finish()
+    }
+}
+
+impl<M: DeviceMemory> VirtioMmio<M> {
+    /// Bytes that its registers occupy, 256 of them for the device's own configuration beside those of the transport.
+    pub const SIZE: u64 = 0x200;
+
+    /// Puts `device` there. Its buffers lie in `memory`; it drives `line`, which is level-triggered. Queues are served
+    /// [`Inline`].
+    ///
+    /// # Errors
+    /// If the device has a queue of a size that is no power of two up to 32768.
+    pub fn new(
+        device: impl VirtioDevice<M> + 'static,
+        memory: M,
+        line: impl InterruptLine + 'static,
+    ) -> Result<Self, QueueError> {
+        Self::builder(device, memory, line).build()
+    }
+
+    /// The same with more to say.
+    pub fn builder(
+        device: impl VirtioDevice<M> + 'static,
+        memory: M,
+        line: impl InterruptLine + 'static,
+    ) -> VirtioMmioBuilder<M> {
+        VirtioMmioBuilder {
+            device: Box::new(device),
+            memory,
+            line: Box::new(line),
+            executor: Arc::new(Inline),
+            failed: None,
+        }
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let c = &self.control;
+        match offset {
+            register::MAGIC => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => u32::from(c.device().device_type().0),
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => c.device_features(),
+            register::QUEUE_SIZE_MAX => c.queue().map_or(0, |queue| u32::from(queue.max_size())),
+            register::QUEUE_READY => c.queue().map_or(0, |queue| u32::from(queue.ready())),
+            register::INTERRUPT_STATUS => c.link.signal.status.load(Ordering::SeqCst),
+            register::STATUS => u32::from(c.status()),
+            // No shared memory: a length of all ones (4.2.2).
+            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
+            register::CONFIG_GENERATION => c.device().config_generation(),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        let c = &mut self.control;
+        let [low, ..] = value.to_le_bytes();
+        // Numbers of queues have 16 bits; a larger one names none.
+        let queue = u16::try_from(value).unwrap_or(u16::MAX);
+        match offset {
+            register::DEVICE_FEATURES_SELECT => c.device_features_select = value,
+            register::DRIVER_FEATURES => c.set_driver_features(value),
+            register::DRIVER_FEATURES_SELECT => c.driver_features_select = value,
+            register::QUEUE_SELECT => c.queue_select = queue,
+            // One that does not fit is no power of two either.
+            register::QUEUE_SIZE => c.set_queue_size(u16::try_from(value).unwrap_or(0)),
+            register::QUEUE_READY if value & 1 != 0 => c.enable_queue(),
+            register::QUEUE_READY => c.disable_queue(),
+            register::QUEUE_NOTIFY => c.notify(queue),
+            register::INTERRUPT_ACK => c.link.signal.change(|status| {
+                status.fetch_and(!value, Ordering::SeqCst);
+            }),
+            register::STATUS => {
+                c.set_status(low);
+                if c.status() == 0 {
+                    c.link.signal.change(|status| status.store(0, Ordering::SeqCst));
+                }
+            }
+            register::QUEUE_DESC_LOW => c.set_queue_address(Ring::Descriptors, Some(value), None),
+            register::QUEUE_DESC_HIGH => c.set_queue_address(Ring::Descriptors, None, Some(value)),
+            register::QUEUE_DRIVER_LOW => c.set_queue_address(Ring::Available, Some(value), None),
+            register::QUEUE_DRIVER_HIGH => c.set_queue_address(Ring::Available, None, Some(value)),
+            register::QUEUE_DEVICE_LOW => c.set_queue_address(Ring::Used, Some(value), None),
+            register::QUEUE_DEVICE_HIGH => c.set_queue_address(Ring::Used, None, Some(value)),
+            _ => {}
+        }
+    }
+}
+
+impl<M: DeviceMemory> BusDeviceMut for VirtioMmio<M> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            self.control.read_config(offset, data);
+            return;
+        }
+        // Registers are 32 bits wide and aligned; another access is the driver's mistake (4.2.2.2).
+        match <&mut [u8; 4]>::try_from(&mut *data) {
+            Ok(word) if offset.is_multiple_of(4) => *word = self.read_register(offset).to_le_bytes(),
+            _ => data.fill(0),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            self.control.write_config(offset, data);
+            return;
+        }
+        if let Ok(word) = <[u8; 4]>::try_from(data)
+            && offset.is_multiple_of(4)
+        {
+            self.write_register(offset, u32::from_le_bytes(word));
+        }
+    }
+}
+
+/// See [`VirtioMmio::builder`].
+pub struct VirtioMmioBuilder<M: DeviceMemory> {
+    device: Box<dyn VirtioDevice<M>>,
+    memory: M,
+    line: Box<dyn InterruptLine>,
+    executor: Arc<dyn Executor>,
+    failed: Option<super::control::Failed>,
+}
+
+impl<M: DeviceMemory> fmt::Debug for VirtioMmioBuilder<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioMmioBuilder").field("type", &self.device.device_type()).finish_non_exhaustive()
+    }
+}
+
+impl<M: DeviceMemory> VirtioMmioBuilder<M> {
+    /// What serves the queues.
+    #[must_use]
+    pub fn executor(mut self, executor: Arc<dyn Executor>) -> Self {
+        self.executor = executor;
+        self
+    }
+
+    /// Called when the device gives up until it is reset, and why; maybe by a worker.
+    #[must_use]
+    pub fn on_failure(mut self, failed: impl Fn(&dyn Error) + Send + Sync + 'static) -> Self {
+        self.failed = Some(Box::new(failed));
+        self
+    }
+
+    /// # Errors
+    /// As [`VirtioMmio::new`].
+    pub fn build(self) -> Result<VirtioMmio<M>, QueueError> {
+        let signal = Line { status: AtomicU32::new(0), line: Mutex::new(self.line) };
+        let control = Control::new(self.device, self.memory, self.executor, signal, self.failed)?;
+        Ok(VirtioMmio { control })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,35 @@
+//! Virtio devices (Virtio 1.3): what a device is, how its queues are served, and the transports a driver finds it by.
+//!
+//! A device is state plus methods. It knows neither transport nor event loop nor hypervisor:
+//!
+//! | part | what |
+//! |---|---|
+//! | [`VirtioDevice`] | features, configuration, and what begins when the driver is ready |
+//! | [`Worker`] | serves queues of a device that the driver has started; what it needs comes in an [`Activation`] |
+//! | [`Virtqueue`], [`Chain`] | a split queue whose driver is not believed anything |
+//! | [`Executor`] | decides which thread calls a worker, and when: [`Inline`] does it at the doorbell |
+//! | [`VirtioMmio`] | the device on an MMIO bus (4.2) |
+//!
+//! # Threat model
+//! The driver is hostile: registers are written in any order, at any moment and width; queues lie anywhere, change while they
+//! are read, and hold chains that loop, overlap, name memory that is not there, or are submitted twice. Of all that
+//! nothing makes a device panic, loop, allocate without bound, or touch what is not guest RAM. A queue that breaks the rules
+//! stops its device, which tells so with DEVICE_NEEDS_RESET (2.1.1), until the driver resets it. Nothing of a queue's
+//! set-up can be changed between DRIVER_OK and reset.
+
+mod control;
+mod device;
+mod doorbell;
+mod executor;
+mod mmio;
+mod queue;
+pub mod rng;
+
+pub use device::{
+    ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,
+};
+pub use doorbell::Doorbells;
+pub use executor::{Executor, Inline, Running};
+pub use mmio::VirtioMmio;
+pub use queue::{Chain, QueueError, Virtqueue};
+pub use rng::Rng;

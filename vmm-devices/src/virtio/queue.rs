@@ -1,0 +1,352 @@
+//! A split virtqueue from the device's side (Virtio 1.3, 2.7), on `virtio-queue`, which keeps the rings.
+//!
+//! The rings, descriptors and buffers lie in the driver's memory and may change at any moment. Each descriptor is read once,
+//! when its chain is taken; what was read is checked, and nothing else is believed later. A chain that breaks the rules ends
+//! its queue; a buffer that lies in no RAM fails the one request that it belongs to.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use smallvec::SmallVec;
+use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
+use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemory, GuestMemoryError};
+
+use super::device::{DeviceMemory, DriverLink};
+
+/// VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.6).
+const NO_INTERRUPT: u16 = 1;
+
+/// How a driver has broken the rules of its queue. There is no going on but by a reset.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QueueError {
+    /// The rings are not where rings can be, or the driver announced more chains than there are descriptors.
+    #[error("queue {index}: {source}")]
+    Ring {
+        /// Which queue.
+        index: u16,
+        /// What is wrong.
+        source: virtio_queue::Error,
+    },
+    /// The queue is not ready, or its rings do not lie in RAM.
+    #[error(
+        "queue {index}: its rings ({descriptors:#x}, {available:#x}, {used:#x}) are not aligned, or not in RAM"
+    )]
+    Place {
+        /// Which queue.
+        index: u16,
+        /// Address of the descriptor table.
+        descriptors: u64,
+        /// Address of the available ring.
+        available: u64,
+        /// Address of the used ring.
+        used: u64,
+    },
+    /// A chain has no end, an index beyond the table, a table within a table, more than 4 GiB, or is longer than the queue.
+    #[error("queue {index}: the chain at descriptor {head} does not end as chains do")]
+    Chain {
+        /// Which queue.
+        index: u16,
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// A buffer for the device to read comes after one to write (2.7.4.2.1).
+    #[error("queue {index}: the chain at descriptor {head} has readable buffers behind writable ones")]
+    Order {
+        /// Which queue.
+        index: u16,
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// A chain was made available again before it was used.
+    #[error("queue {index}: descriptor {head} is made available twice")]
+    InFlight {
+        /// Which queue.
+        index: u16,
+        /// Its first descriptor.
+        head: u16,
+    },
+}
+
+/// A queue that the driver has set up. It belongs to the one worker that serves it.
+pub struct Virtqueue<M: DeviceMemory> {
+    queue: Queue,
+    memory: M,
+    index: u16,
+    /// Heads that were taken and not completed, one bit each.
+    in_flight: Vec<u64>,
+    /// Something was completed since the driver was last thought of.
+    completed: bool,
+    link: Arc<dyn DriverLink>,
+}
+
+impl<M: DeviceMemory> fmt::Debug for Virtqueue<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Virtqueue")
+            .field("index", &self.index)
+            .field("queue", &self.queue)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M: DeviceMemory> Virtqueue<M> {
+    /// Queue `index` of a device, as its driver has configured `queue`.
+    ///
+    /// # Errors
+    /// [`QueueError::Place`] if the rings cannot be used.
+    pub fn new(queue: Queue, index: u16, memory: M, link: Arc<dyn DriverLink>) -> Result<Self, QueueError> {
+        if !queue.is_valid(&*memory.memory()) {
+            return Err(QueueError::Place {
+                index,
+                descriptors: queue.desc_table(),
+                available: queue.avail_ring(),
+                used: queue.used_ring(),
+            });
+        }
+        let in_flight = vec![0; usize::from(queue.size()).div_ceil(64)];
+        Ok(Self { queue, memory, index, in_flight, completed: false, link })
+    }
+
+    /// Its number.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// How many descriptors it has.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// The guest's memory as it is now: what [`Virtqueue::pop`] is given, once for many chains.
+    pub fn memory(&self) -> M::T {
+        self.memory.memory()
+    }
+
+    /// Takes the next chain that the driver has made available. It is the device's until [`Virtqueue::complete`].
+    ///
+    /// `memory` is where its buffers are looked for: a reference to what [`Virtqueue::memory`] gave, or, for a chain that
+    /// stays in flight, that itself.
+    ///
+    /// # Errors
+    /// The driver has broken the rules; so it will be again.
+    pub fn pop<T: Deref<Target = M::M> + Clone>(
+        &mut self,
+        memory: T,
+    ) -> Result<Option<Chain<T>>, QueueError> {
+        let index = self.index;
+        let ring = |source| QueueError::Ring { index, source };
+        let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else { return Ok(None) };
+        let head = raw.head_index();
+        let mut chain = Chain { head, memory: memory.clone(), segments: SmallVec::new(), readable: 0 };
+        let mut ended = false;
+        for descriptor in raw {
+            if ended || chain.segments.len() >= usize::from(self.queue.size()) {
+                return Err(QueueError::Chain { index, head });
+            }
+            let segment = Segment { gpa: descriptor.addr(), len: descriptor.len() };
+            if descriptor.is_write_only() {
+                chain.segments.push(segment);
+            } else if chain.readable == chain.segments.len() {
+                chain.segments.push(segment);
+                chain.readable += 1;
+            } else {
+                return Err(QueueError::Order { index, head });
+            }
+            ended = !descriptor.has_next();
+        }
+        if !ended {
+            return Err(QueueError::Chain { index, head });
+        }
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        match self.in_flight.get_mut(word) {
+            Some(word) if *word & bit == 0 => *word |= bit,
+            _ => return Err(QueueError::InFlight { index, head }),
+        }
+        Ok(Some(chain))
+    }
+
+    /// Gives a chain back: the device has written the first `written` bytes of its writable buffers (2.7.8), and no more.
+    ///
+    /// # Errors
+    /// If the used ring is in RAM no more.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
+            *word &= !(1 << (head % 64));
+        }
+        let index = self.index;
+        let memory = self.memory.memory();
+        self.completed = true;
+        self.queue.add_used(&*memory, head, written).map_err(|source| QueueError::Ring { index, source })
+    }
+
+    /// Interrupts the driver for what was completed since the last time, if it wants to hear of it (2.7.7).
+    ///
+    /// # Errors
+    /// If the rings are in RAM no more.
+    pub fn interrupt(&mut self) -> Result<(), QueueError> {
+        if !std::mem::take(&mut self.completed) {
+            return Ok(());
+        }
+        let index = self.index;
+        let memory = self.memory.memory();
+        let ring = |source| QueueError::Ring { index, source };
+        // What was completed is visible before this looks whether the driver wants to hear of it.
+        let mut wanted = self.queue.needs_notification(&*memory).map_err(ring)?;
+        if !self.queue.event_idx_enabled() {
+            let flags: u16 = memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                .map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
+            wanted = u16::from_le(flags) & NO_INTERRUPT == 0;
+        }
+        if wanted {
+            self.link.used(index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver to ring for the next chain, or not to (2.7.10). `true` if chains are there already, for which it will
+    /// not ring.
+    ///
+    /// # Errors
+    /// If the rings are in RAM no more.
+    pub fn want_doorbell(&mut self, wanted: bool) -> Result<bool, QueueError> {
+        let index = self.index;
+        let memory = self.memory.memory();
+        let more = if wanted {
+            self.queue.enable_notification(&*memory)
+        } else {
+            self.queue.disable_notification(&*memory).map(|()| true)
+        };
+        more.map_err(|source| QueueError::Ring { index, source })
+    }
+
+    /// How many chains are available, as far as the ring says.
+    ///
+    /// # Errors
+    /// If the ring is in RAM no more.
+    pub fn available(&self) -> Result<u16, QueueError> {
+        let index = self.index;
+        let available = self.queue.avail_idx(&*self.memory.memory(), Ordering::Acquire);
+        let available = available.map_err(|source| QueueError::Ring { index, source })?;
+        Ok(available.0.wrapping_sub(self.queue.next_avail()))
+    }
+
+    /// Reaches the driver.
+    pub fn link(&self) -> &Arc<dyn DriverLink> {
+        &self.link
+    }
+}
+
+/// A buffer of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Segment {
+    gpa: GuestAddress,
+    len: u32,
+}
+
+/// The buffers of one request: those that the device reads, then those that it writes. Both are seen as one run of bytes
+/// each, whatever pieces they come in.
+#[derive(Clone)]
+pub struct Chain<T> {
+    head: u16,
+    memory: T,
+    /// The first `readable` of them are for the device to read.
+    segments: SmallVec<[Segment; 6]>,
+    readable: usize,
+}
+
+impl<T> fmt::Debug for Chain<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chain")
+            .field("head", &self.head)
+            .field("segments", &self.segments)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Deref<Target: GuestMemory>> Chain<T> {
+    /// Its first descriptor, by which [`Virtqueue::complete`] knows it.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The memory in which its buffers lie.
+    pub fn memory(&self) -> &T::Target {
+        &self.memory
+    }
+
+    /// The buffers to read: guest-physical address and length of each.
+    pub fn readable(&self) -> impl ExactSizeIterator<Item = (GuestAddress, u32)> + '_ {
+        self.segments.get(..self.readable).unwrap_or_default().iter().map(|s| (s.gpa, s.len))
+    }
+
+    /// The buffers to write.
+    pub fn writable(&self) -> impl ExactSizeIterator<Item = (GuestAddress, u32)> + '_ {
+        self.segments.get(self.readable..).unwrap_or_default().iter().map(|s| (s.gpa, s.len))
+    }
+
+    /// Bytes to read, all in all.
+    pub fn readable_len(&self) -> u64 {
+        self.readable().map(|(_, len)| u64::from(len)).sum()
+    }
+
+    /// Bytes that may be written, all in all.
+    pub fn writable_len(&self) -> u64 {
+        self.writable().map(|(_, len)| u64::from(len)).sum()
+    }
+
+    /// Reads from byte `offset` of what is to be read on; how many bytes there were, `data.len()` at most.
+    ///
+    /// # Errors
+    /// If a buffer does not lie in RAM.
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<usize, GuestMemoryError> {
+        let mut done = 0;
+        for (gpa, len) in pieces(self.readable(), offset, data.len()) {
+            let Some(part) = data.get_mut(done..done + len) else { break };
+            self.memory.read_slice(part, gpa)?;
+            done += len;
+        }
+        Ok(done)
+    }
+
+    /// Writes from byte `offset` of what may be written on; how many bytes found room.
+    ///
+    /// # Errors
+    /// If a buffer does not lie in RAM. What lies before it was written.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<usize, GuestMemoryError> {
+        let mut done = 0;
+        for (gpa, len) in pieces(self.writable(), offset, data.len()) {
+            let Some(part) = data.get(done..done + len) else { break };
+            self.memory.write_slice(part, gpa)?;
+            done += len;
+        }
+        Ok(done)
+    }
+}
+
+/// The parts of buffers that hold `len` bytes from byte `offset` on, as many as there are.
+fn pieces(
+    buffers: impl Iterator<Item = (GuestAddress, u32)>,
+    offset: u64,
+    len: usize,
+) -> impl Iterator<Item = (GuestAddress, usize)> {
+    let (mut skip, mut left) = (offset, len);
+    buffers.map_while(move |(gpa, size)| {
+        if left == 0 {
+            return None;
+        }
+        let size = u64::from(size);
+        let within = skip.min(size);
+        skip -= within;
+        // Below 4 GiB, which a usize holds on the hosts that this crate is for.
+        let part = usize::try_from(size - within).unwrap_or(usize::MAX).min(left);
+        left -= part;
+        // An address that wraps lies in no RAM.
+        Some((GuestAddress(gpa.0.saturating_add(within)), part))
+    })
+}
+
+#[cfg(test)]
+mod tests;
