@@ -11,6 +11,7 @@ use vmm_examples::guest_command::{Screen, Session};
 use vmm_examples::initramfs::AddedFile;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
+use vmm_examples::virtio::{Transport, VirtioDevices};
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
@@ -53,6 +54,9 @@ pub(crate) struct Options {
     /// Adds a file of this machine to the guest's, at PATH or in /root. Repeatable.
     #[arg(long, value_name = "FILE[:PATH]", conflicts_with = "initrd")]
     pub(crate) add: Vec<AddedFile>,
+    /// Gives the guest virtio devices (an entropy device), found by that transport.
+    #[arg(long, value_enum)]
+    pub(crate) transport: Option<Transport>,
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
@@ -63,6 +67,14 @@ pub(crate) struct Options {
     /// Times, exits by kind, instructions and memory, on standard error at the end.
     #[arg(long)]
     pub(crate) timings: bool,
+}
+
+impl Options {
+    /// The virtio devices that are asked for. A run that can be had again has the same random numbers each time.
+    pub(crate) fn virtio(&self) -> Result<Option<VirtioDevices>> {
+        let seed: Option<&[u8]> = self.rerun.is_deterministic().then_some(b"entropy device");
+        self.transport.map(|transport| VirtioDevices::new(transport, seed)).transpose()
+    }
 }
 
 /// What the guest is to do.

@@ -42,7 +42,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     let engine: Arc<dyn Hypervisor> = Arc::from(choose(below)?);
     let hypervisor = XenPvHypervisor::new(Arc::clone(&engine))?.shim(shim);
     let session = session(options)?;
-    let guest = Guest::get(options, &session, Wiring::PvConsole)?;
+    let guest = Guest::get(options, &session, Wiring::PvConsole, &[])?;
 
     // Without the hole that a PC has below 4 GiB.
     let whole = RegionConfig::new(GuestAddress(0), options.memory << 20);
