@@ -136,9 +136,9 @@ fn tables_within_tables_and_tables_that_are_too_long() {
     assert!(matches!(pop(&mut device), Err(QueueError::Chain { .. })), "a table within a table");
 }
 
-/// CVE-2026-45782: the same chain twice, before it was given back.
+/// The same chain twice, before it was given back.
 #[test]
-fn a_chain_in_flight_is_not_taken_again() {
+fn cve_2026_45782_a_chain_in_flight_is_not_taken_again() {
     let memory = guest_memory(1 << 20).unwrap();
     let (mut driver, mut device, _) = queue(&memory, 128);
     let head = driver.chain().writable(0x8000, 1).submit().unwrap();
@@ -188,9 +188,9 @@ fn rings_outside_of_the_ram_are_refused() {
     }
 }
 
-/// CVE-2019-18960: a buffer that lies in two regions is one buffer; one that ends in no region is an error.
+/// A buffer that lies in two regions is one buffer; one that ends in no region is an error.
 #[test]
-fn buffers_may_lie_across_regions() {
+fn cve_2019_18960_buffers_may_lie_across_regions() {
     let memory = guest_memory_of(&[(0, 0x10000), (0x10000, 0x1000)]).unwrap();
     let (mut driver, mut device, _) = queue(&memory, 8);
     driver.chain().readable(0xfffe, 4).writable(0xfffc, 8).submit().unwrap();

@@ -72,9 +72,9 @@ fn one_request_takes_no_more_than_its_share() {
     assert_eq!(queue.take_used().unwrap(), Some((head.into(), share)));
 }
 
-/// CVE-2024-8612: what is said to be written is what was written.
+/// What is said to be written is what was written.
 #[test]
-fn the_used_length_is_what_was_written() {
+fn cve_2024_8612_the_used_length_is_what_was_written() {
     let memory = guest_memory_of(&[(0, 0x10000), (0x10000, 0x10000)]).unwrap();
     let (driver, _) = device(io::repeat(7), &memory);
     let mut queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
