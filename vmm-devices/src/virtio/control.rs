@@ -76,7 +76,7 @@ impl<S> Link<S> {
 }
 
 /// A queue register that a driver writes, half by half.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ring {
     Descriptors,
     Available,
@@ -149,6 +149,14 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
     /// The half of the features that the driver selected; other halves are empty.
     pub(crate) fn device_features(&self) -> u32 {
         half(self.features(), self.device_features_select)
+    }
+
+    pub(crate) fn driver_features(&self) -> u32 {
+        half(self.driver_features, self.driver_features_select)
+    }
+
+    pub(crate) fn queue_count(&self) -> usize {
+        self.queues.len()
     }
 
     /// Only before the features were agreed upon (3.1.1).

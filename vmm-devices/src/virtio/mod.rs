@@ -22,6 +22,7 @@ mod device;
 mod doorbell;
 mod executor;
 mod mmio;
+mod pci;
 mod queue;
 pub mod rng;
 
