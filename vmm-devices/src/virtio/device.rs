@@ -90,6 +90,44 @@ pub trait VirtioDevice<M: DeviceMemory>: Send {
     }
 }
 
+impl<M: DeviceMemory, D: VirtioDevice<M> + ?Sized> VirtioDevice<M> for Box<D> {
+    fn device_type(&self) -> DeviceType {
+        (**self).device_type()
+    }
+
+    fn features(&self) -> u64 {
+        (**self).features()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        (**self).queue_sizes()
+    }
+
+    fn accepts(&self, features: u64) -> bool {
+        (**self).accepts(features)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        (**self).read_config(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        (**self).write_config(offset, data);
+    }
+
+    fn config_generation(&self) -> u32 {
+        (**self).config_generation()
+    }
+
+    fn activate(&mut self, activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
+        (**self).activate(activation)
+    }
+
+    fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
+        (**self).reset(workers);
+    }
+}
+
 /// What a device gets to work with while the driver is there.
 pub struct Activation<M: DeviceMemory> {
     /// Features that the driver has accepted, those of the ring too.

@@ -89,7 +89,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     if let Some(initrd) = &guest.initrd {
         boot = boot.initrd(initrd);
     }
-    let further = virtio.as_ref().map(VirtioDevices::described).transpose()?.unwrap_or_default();
+    let further = virtio.as_ref().map(VirtioDevices::described).unwrap_or_default();
     let tables = Pc::write_tables(&ram, options.cpus, further)?;
     if is_linux {
         // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS

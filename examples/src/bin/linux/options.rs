@@ -73,7 +73,7 @@ impl Options {
     /// The virtio devices that are asked for. A run that can be had again has the same random numbers each time.
     pub(crate) fn virtio(&self) -> Result<Option<VirtioDevices>> {
         let seed: Option<&[u8]> = self.rerun.is_deterministic().then_some(b"entropy device");
-        self.transport.map(|transport| VirtioDevices::new(transport, seed)).transpose()
+        self.transport.map(|transport| VirtioDevices::new(transport).entropy(seed)).transpose()
     }
 }
 
