@@ -36,6 +36,11 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
          would be in its way",
         xen_pv::NAME
     );
+    ensure!(
+        options.transport.is_none(),
+        "--transport does not go with --backend {}: its guest has no PC whose buses the devices could be on",
+        xen_pv::NAME
+    );
     // With the in-guest fast path behind the name of the backend below.
     let (below, shim) =
         options.engine.strip_suffix("-shim").map_or((&*options.engine, false), |name| (name, true));
