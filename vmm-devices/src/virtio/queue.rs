@@ -277,6 +277,13 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
         &self.memory
     }
 
+    /// The same buffers, looked for by way of `memory`: what [`Virtqueue::memory`] gave, for a chain that was taken by
+    /// reference and is now to stay in flight.
+    pub fn with_memory<U: Deref<Target: GuestMemory>>(self, memory: U) -> Chain<U> {
+        let Self { head, segments, readable, .. } = self;
+        Chain { head, memory, segments, readable }
+    }
+
     /// The buffers to read: guest-physical address and length of each.
     pub fn readable(&self) -> impl ExactSizeIterator<Item = (GuestAddress, u32)> + '_ {
         self.segments.get(..self.readable).unwrap_or_default().iter().map(|s| (s.gpa, s.len))
@@ -327,7 +334,7 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
 }
 
 /// The parts of buffers that hold `len` bytes from byte `offset` on, as many as there are.
-fn pieces(
+pub(super) fn pieces(
     buffers: impl Iterator<Item = (GuestAddress, u32)>,
     offset: u64,
     len: usize,
