@@ -17,6 +17,7 @@
 //! stops its device, which tells so with DEVICE_NEEDS_RESET (2.1.1), until the driver resets it. Nothing of a queue's
 //! set-up can be changed between DRIVER_OK and reset.
 
+pub mod balloon;
 pub mod block;
 mod control;
 mod device;
@@ -24,11 +25,11 @@ mod doorbell;
 mod executor;
 pub mod metrics;
 mod mmio;
-mod pci;
 mod queue;
 pub mod rate;
 pub mod rng;
 
+pub use balloon::Balloon;
 pub use block::Block;
 pub use device::{
     ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,

@@ -266,6 +266,14 @@ impl<T> fmt::Debug for Chain<T> {
     }
 }
 
+impl<T> Chain<T> {
+    /// The same buffers, looked for in `memory`: for a chain that stays in flight and holds no snapshot meanwhile (`()`).
+    pub fn in_memory<U>(self, memory: U) -> Chain<U> {
+        let Self { head, segments, readable, .. } = self;
+        Chain { head, memory, segments, readable }
+    }
+}
+
 impl<T: Deref<Target: GuestMemory>> Chain<T> {
     /// Its first descriptor, by which [`Virtqueue::complete`] knows it.
     pub fn head(&self) -> u16 {
