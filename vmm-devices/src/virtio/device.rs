@@ -10,9 +10,10 @@ use super::doorbell::Doorbells;
 use super::queue::{QueueError, Virtqueue};
 
 /// Guest memory as devices take it: `GuestRam::address_space` of `vmm-memory`, or any other address space of `vm-memory`.
-pub trait DeviceMemory: GuestAddressSpace + Clone + Send + Sync + 'static {}
+/// What keeps it mapped goes with requests to other threads.
+pub trait DeviceMemory: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static {}
 
-impl<M: GuestAddressSpace + Clone + Send + Sync + 'static> DeviceMemory for M {}
+impl<M: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static> DeviceMemory for M {}
 
 /// Which kind of device it is (Virtio 1.3, 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -17,6 +17,7 @@
 //! stops its device, which tells so with DEVICE_NEEDS_RESET (2.1.1), until the driver resets it. Nothing of a queue's
 //! set-up can be changed between DRIVER_OK and reset.
 
+pub mod console;
 mod control;
 mod device;
 mod doorbell;
@@ -25,6 +26,7 @@ mod mmio;
 mod queue;
 pub mod rng;
 
+pub use console::Console;
 pub use device::{
     ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,
 };

@@ -78,10 +78,10 @@ pub enum WhenFull {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResizeOrder {
-    /// Columns first, as the specification says (5.3.6.2), and Linux from 6.15 on.
+    /// Columns first, as the specification says (5.3.6.2).
     #[default]
     ColumnsFirst,
-    /// Rows first, as Linux before that has it, that of Debian 12 among them.
+    /// Rows first, as Linux had it for long; 6.1, which is Debian 12's, is one of those.
     RowsFirst,
 }
 
