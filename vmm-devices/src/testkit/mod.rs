@@ -6,10 +6,12 @@
 
 mod driver;
 mod memory;
+mod output;
 mod queue;
 mod recorder;
 
 pub use driver::{Driver, MmioDriver, StartError};
 pub use memory::{Memory, guest_memory, guest_memory_of};
+pub use output::OutputRecorder;
 pub use queue::{ChainBuilder, DriverQueue};
 pub use recorder::{LineRecorder, LinkRecorder};

@@ -19,6 +19,7 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 mod control;
 mod device;
 mod doorbell;
@@ -31,6 +32,7 @@ pub mod rng;
 
 pub use balloon::Balloon;
 pub use block::Block;
+pub use console::Console;
 pub use device::{
     ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,
 };

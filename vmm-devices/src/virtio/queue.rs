@@ -339,6 +339,34 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
         }
         Ok(done)
     }
+
+    /// As [`Chain::read`], up to the first byte that lies in no RAM: for a stream, of which a part is worth something.
+    pub fn read_some(&self, offset: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        for (gpa, len) in pieces(self.readable(), offset, data.len()) {
+            let Some(part) = data.get_mut(done..done + len) else { break };
+            let read = self.memory.read(part, gpa).unwrap_or(0);
+            done += read;
+            if read < len {
+                break;
+            }
+        }
+        done
+    }
+
+    /// As [`Chain::write`], up to the first byte that lies in no RAM. What it returns is what was written, to the byte.
+    pub fn write_some(&self, offset: u64, data: &[u8]) -> usize {
+        let mut done = 0;
+        for (gpa, len) in pieces(self.writable(), offset, data.len()) {
+            let Some(part) = data.get(done..done + len) else { break };
+            let written = self.memory.write(part, gpa).unwrap_or(0);
+            done += written;
+            if written < len {
+                break;
+            }
+        }
+        done
+    }
 }
 
 /// The parts of buffers that hold `len` bytes from byte `offset` on, as many as there are.

@@ -205,6 +205,36 @@ fn cve_2019_18960_buffers_may_lie_across_regions() {
     chain.write(0, &[1; 4]).unwrap_err();
 }
 
+/// A stream keeps what lies before the end of the RAM.
+#[test]
+fn what_lies_in_ram_can_be_had_to_the_byte() {
+    let memory = guest_memory_of(&[(0, 0x10000), (0x10000, 0x1000)]).unwrap();
+    let (mut driver, mut device, _) = queue(&memory, 8);
+    driver
+        .chain()
+        .readable(0xffff, 2)
+        .readable(0x10ffe, 4)
+        .readable(0x8000, 2)
+        .writable(0x8000, 3)
+        .writable(0x10fff, 4)
+        .writable(0x9000, 2)
+        .submit()
+        .unwrap();
+    memory.memory().write_slice(b"ab", GuestAddress(0xffff)).unwrap();
+    memory.memory().write_slice(b"cd", GuestAddress(0x10ffe)).unwrap();
+    let chain = pop(&mut device).unwrap().unwrap();
+    let mut bytes = [0; 8];
+    assert_eq!((chain.read_some(0, &mut bytes), &bytes), (4, b"abcd\0\0\0\0"));
+    assert_eq!((chain.read_some(1, &mut bytes[..2]), &bytes[..2]), (2, &b"bc"[..]));
+    assert_eq!(chain.read_some(4, &mut bytes), 0);
+    assert_eq!(chain.read_some(6, &mut bytes), 2, "what lies behind is still there for who asks for it");
+    assert_eq!(chain.write_some(0, b"123456789"), 4);
+    let mut written = [0; 4];
+    memory.memory().read_slice(&mut written[..3], GuestAddress(0x8000)).unwrap();
+    memory.memory().read_slice(&mut written[3..], GuestAddress(0x10fff)).unwrap();
+    assert_eq!(&written, b"1234");
+}
+
 proptest! {
     /// Whatever stands in rings and descriptors: no panic, no endless chain, and what comes out keeps the rules.
     #[test]

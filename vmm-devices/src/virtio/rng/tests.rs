@@ -87,6 +87,8 @@ fn cve_2024_8612_the_used_length_is_what_was_written() {
         (queue.chain().writable(0x4000_0000, 16).submit(), 0),
         (queue.chain().readable(0x9000, 16).submit(), 0),
         (queue.chain().writable(u64::MAX - 3, 16).submit(), 0),
+        // As far as there is RAM.
+        (queue.chain().writable(0x1fff0, 8).writable(0x1fffc, 16).writable(0x9000, 16).submit(), 12),
     ] {
         let head = chain.unwrap();
         driver.notify(0);
