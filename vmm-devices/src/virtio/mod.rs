@@ -30,6 +30,6 @@ pub use device::{
 };
 pub use doorbell::Doorbells;
 pub use executor::{Executor, Inline, Running};
-pub use mmio::VirtioMmio;
+pub use mmio::{QueueNotifier, VirtioMmio, VirtioMmioBuilder};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;
