@@ -20,6 +20,8 @@
 mod control;
 mod device;
 mod doorbell;
+#[cfg(feature = "event-loop")]
+mod event_loop;
 mod executor;
 mod mmio;
 mod queue;
@@ -29,6 +31,8 @@ pub use device::{
     ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,
 };
 pub use doorbell::Doorbells;
+#[cfg(feature = "event-loop")]
+pub use event_loop::{EventLoop, LoopExecutor, LoopThread, ThreadPerQueue};
 pub use executor::{Executor, Inline, Running};
 pub use mmio::{QueueNotifier, VirtioMmio, VirtioMmioBuilder};
 pub use queue::{Chain, QueueError, Virtqueue};
