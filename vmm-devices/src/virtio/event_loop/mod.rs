@@ -215,20 +215,20 @@ impl EventLoop {
         let now = self.shared.clock.now_ns();
         alarm.stood_still = if expired_early && now == alarm.seen { alarm.stood_still + 1 } else { 0 };
         alarm.seen = now;
-        let wait = deadline.saturating_sub(now);
-        // A clock that stands still is no reason to spin.
-        let at_least = match alarm.stood_still {
-            0 => 0,
-            times => MILLISECOND << (times - 1).min(7),
-        };
-        self.shared.poller.set_timer(Some(wait.max(at_least).min(MAX_SLEEP)))
+        self.shared.poller.set_timer(Some(nap(deadline.saturating_sub(now), alarm.stood_still)))
     }
 }
 
 const MILLISECOND: u64 = 1_000_000;
 
 /// An hour. A clock that runs faster than the host's is looked at so often at least.
-const MAX_SLEEP: u64 = 3_600_000_000_000;
+const MAX_NAP: u64 = 3_600_000_000_000;
+
+/// How long to sleep, in nanoseconds, for a deadline that is `left` away on a clock that stood still so many times.
+fn nap(left: u64, stood_still: u32) -> u64 {
+    let at_least = stood_still.checked_sub(1).map_or(0, |times| MILLISECOND << times.min(7));
+    left.max(at_least).min(MAX_NAP)
+}
 
 impl Drop for EventLoop {
     fn drop(&mut self) {
