@@ -204,14 +204,17 @@ pub trait Worker: Send {
     fn queues(&self) -> Vec<u16>;
 
     /// Something happened: a doorbell rang, or what else it waits for came. Looks at everything that it serves, and comes
-    /// back within a bounded time, whatever the driver does meanwhile.
+    /// back within a bounded time, whatever the driver does meanwhile. It may be called though nothing happened.
     ///
     /// # Errors
     /// The driver has broken the rules. The executor tells it that the device needs a reset, and does not call again.
     fn process(&mut self) -> Result<Progress, QueueError>;
 
-    /// What it waits for beside doorbells: each is polled for input (`EPOLLIN`), and readiness leads to
-    /// [`Worker::process`]. Asked for once, when the executor starts it.
+    /// What it waits for beside doorbells: input there (`EPOLLIN`), or its end, leads to [`Worker::process`]. Asked for
+    /// once, when the executor starts it.
+    ///
+    /// Each arrival is told once (`EPOLLET`): a worker that leaves input unread, because its driver has no room, is called
+    /// at the driver's doorbell, and nobody spins meanwhile. One that could go on says [`Progress::More`].
     ///
     /// [`Inline`](super::Inline) waits for nothing: there a worker with sources is called at its doorbells alone.
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

@@ -23,6 +23,8 @@ pub mod console;
 mod control;
 mod device;
 mod doorbell;
+#[cfg(feature = "event-loop")]
+mod event_loop;
 mod executor;
 pub mod metrics;
 mod mmio;
@@ -37,7 +39,9 @@ pub use device::{
     ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,
 };
 pub use doorbell::Doorbells;
+#[cfg(feature = "event-loop")]
+pub use event_loop::{EventLoop, LoopExecutor, LoopThread, ThreadPerQueue};
 pub use executor::{Executor, Inline, Running};
-pub use mmio::VirtioMmio;
+pub use mmio::{QueueNotifier, VirtioMmio, VirtioMmioBuilder};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;
