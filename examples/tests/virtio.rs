@@ -24,6 +24,25 @@ fn in_guest(test: &str, arguments: &[&str], line: &str) -> Option<String> {
     Some(text.into_owned())
 }
 
+/// What one guest has written, the next one reads, and so does the host.
+#[test]
+fn a_disk_keeps_what_was_written_across_reboots() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    std::fs::File::create(&path).unwrap().set_len(2 << 20).unwrap();
+    let disk = path.to_str().unwrap();
+    let write = "dd if=/dev/urandom of=/dev/vda bs=64k count=25 2>/dev/null; sync; cat /sys/block/vda/serial; echo; sha256sum </dev/vda";
+    let Some(text) = in_guest("disk", &["--disk", disk], write) else { return };
+    let (name, sum) = text.trim().split_once('\n').unwrap();
+    assert_eq!((name, sum.len()), ("disk", 67), "{text}");
+    let here = Command::new("sha256sum").stdin(std::fs::File::open(&path).unwrap()).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&here.stdout).trim(), sum);
+    // Read-only, so that the guest cannot write if it tries.
+    let read = "dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null; cat /sys/block/vda/ro; sha256sum </dev/vda";
+    let text = in_guest("disk", &["--disk", &format!("{disk},ro")], read).unwrap();
+    assert_eq!(text.trim(), format!("1\n{sum}"));
+}
+
 #[test]
 fn the_entropy_device_gives_its_numbers_to_the_kernel() {
     let line = "cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=64 count=2 2>/dev/null | hexdump -v -e '64/1 \"%02x\" \"\\n\"'";

@@ -78,11 +78,11 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         Some(session) => session,
         None => session(options)?,
     };
-    let virtio = options.virtio()?;
+    let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
+    let virtio = options.virtio(&ram)?;
     let modules = virtio.as_ref().map(VirtioDevices::modules).unwrap_or_default();
     let guest = Guest::get(options, &session, Wiring::SerialPorts, &modules)?;
 
-    let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
     let is_linux = kernel.setup_header().is_some();
     let mut boot = Boot::new(&kernel).command_line(guest.command_line.trim());
@@ -115,9 +115,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let output = |port| Watch::port(&watch, port);
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
-    if let Some(virtio) = virtio {
-        virtio.attach(&pc, &ram)?;
-    }
+    let _served = virtio.map(|virtio| virtio.attach(&pc, &ram)).transpose()?;
     if options.rerun.is_deterministic() {
         let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
         stop.reaches(move || bootstrap.kick());

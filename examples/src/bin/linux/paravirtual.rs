@@ -37,8 +37,8 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
         xen_pv::NAME
     );
     ensure!(
-        options.transport.is_none(),
-        "--transport does not go with --backend {}: its guest has no PC whose buses the devices could be on",
+        options.wanted_transport().is_none(),
+        "--transport, --disk and --balloon do not go with --backend {}: its guest has no PC whose buses the devices could be on",
         xen_pv::NAME
     );
     // With the in-guest fast path behind the name of the backend below.

@@ -39,7 +39,7 @@ pub(super) fn read_at(file: BorrowedFd<'_>, buffers: &[VolatileSlice<'_>], offse
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
-/// pwritev2(2), with RWF_DSYNC if `durable`.
+/// pwritev(2); pwritev2(2) with RWF_DSYNC if `durable`.
 pub(super) fn write_at(
     file: BorrowedFd<'_>,
     buffers: &[VolatileSlice<'_>],
@@ -48,8 +48,12 @@ pub(super) fn write_at(
 ) -> io::Result<usize> {
     let vectors = vectors(buffers);
     let (count, offset) = arguments(&vectors, offset)?;
-    let flags = if durable { libc::RWF_DSYNC } else { 0 };
-    // SAFETY: each vector is a slice of memory that may be read as long as `buffers` is borrowed.
-    let written = unsafe { libc::pwritev2(file.as_raw_fd(), vectors.as_ptr(), count, offset, flags) };
+    let written = if durable {
+        // SAFETY: each vector is a slice of memory that may be read as long as `buffers` is borrowed.
+        unsafe { libc::pwritev2(file.as_raw_fd(), vectors.as_ptr(), count, offset, libc::RWF_DSYNC) }
+    } else {
+        // SAFETY: as above.
+        unsafe { libc::pwritev(file.as_raw_fd(), vectors.as_ptr(), count, offset) }
+    };
     usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
