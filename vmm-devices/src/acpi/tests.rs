@@ -187,7 +187,7 @@ fn the_dsdt_disassembles() {
         "0x0000004000000000, // Range Minimum",
         "Method (_OSC, 4, Serialized)",
         "ToUUID (\"33db4d5b-1ff7-401c-9657-7441c03dd766\") /* PCI Host Bridge Device */",
-        "CDW3 &= Local0",
+        "Local0 = (CDW3 & 0x10)",
     ] {
         assert!(source.contains(expected), "{expected} is not in\n{source}");
     }
