@@ -7,6 +7,7 @@ pub mod bus;
 pub mod clock;
 mod error;
 pub mod interrupt;
+pub mod pci;
 pub mod platform;
 #[cfg(any(test, feature = "testkit"))]
 pub mod testkit;

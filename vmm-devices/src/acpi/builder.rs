@@ -7,6 +7,7 @@ use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -16,6 +17,7 @@ use vmm_memory::vm_memory::{Bytes, GuestAddress};
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::dsdt::PM_NAME;
 use crate::acpi::madt::{Controllers, Override};
+use crate::acpi::pci::{AcpiPci, ECAM_NAME, ROOT_NAME};
 use crate::acpi::{AcpiError, dsdt};
 use crate::bus::BusRange;
 use crate::platform::{acpi_pm, ports, rtc};
@@ -56,6 +58,7 @@ pub struct AcpiBuilder {
     power_management: Option<(u16, u8)>,
     overrides: Vec<Override>,
     devices: Vec<AcpiDevice>,
+    pci: Option<AcpiPci>,
 }
 
 impl AcpiBuilder {
@@ -75,6 +78,7 @@ impl AcpiBuilder {
                 Override { irq: 9, gsi: ports::ACPI_SCI, level: true },
             ],
             devices: Vec::new(),
+            pci: None,
         }
     }
 
@@ -127,6 +131,12 @@ impl AcpiBuilder {
         self
     }
 
+    /// There is a PCI host bridge.
+    pub fn pci(mut self, bridge: AcpiPci) -> Self {
+        self.pci = Some(bridge);
+        self
+    }
+
     /// Makes the tables, to be at the beginning of `area`, the RSDP first.
     ///
     /// # Errors
@@ -142,6 +152,9 @@ impl AcpiBuilder {
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(fadt.into());
         xsdt.add_entry(madt.into());
+        if let Some(pci) = &self.pci {
+            xsdt.add_entry(image.append(&Self::mcfg(pci)).into());
+        }
         let xsdt = image.append(&xsdt);
         let mut rsdp = Vec::new();
         Rsdp::new(OEM_ID, xsdt.into()).to_aml_bytes(&mut rsdp);
@@ -179,6 +192,10 @@ impl AcpiBuilder {
                 return Err(AcpiError::Resource { name, base: base.into(), size: 16, last: 0xffff });
             }
         }
+        if let Some(pci) = &self.pci {
+            pci.check()?;
+            names.extend([ROOT_NAME, ECAM_NAME]);
+        }
         // This many devices make tables larger than any area, before they are made.
         let room = end - start;
         let least = u64::try_from(self.devices.len()).unwrap_or(u64::MAX).saturating_mul(32);
@@ -195,7 +212,7 @@ impl AcpiBuilder {
     }
 
     fn dsdt(&self) -> Sdt {
-        let body = dsdt::body(&self.devices, self.power_management.map(|(base, _)| base));
+        let body = dsdt::body(&self.devices, self.power_management.map(|(base, _)| base), self.pci.as_ref());
         // Revision 2: integers have 64 bits.
         let mut table = Sdt::new(*b"DSDT", HEADER, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         table.append_slice(&body);
@@ -213,6 +230,13 @@ impl AcpiBuilder {
             overrides: &self.overrides,
         };
         controllers.append_to(&mut table);
+        table
+    }
+
+    /// Where configuration space is in memory (PCI Firmware 3.3, 4.1.2): bus 0 of segment 0.
+    fn mcfg(pci: &AcpiPci) -> MCFG {
+        let mut table = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+        table.add_ecam(pci.layout.ecam.0, 0, 0, 0);
         table
     }
 

@@ -7,10 +7,11 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 
 use crate::acpi::device::{AcpiDevice, InterruptTrigger, Resource};
+use crate::acpi::pci::{AcpiPci, ecam_resource};
 use crate::platform::acpi_pm::SLEEP_TYPE_S5;
 
-/// All devices must have passed [`AcpiDevice::check`].
-pub(super) fn body(devices: &[AcpiDevice], power_management: Option<u16>) -> Vec<u8> {
+/// All devices must have passed [`AcpiDevice::check`], and the bridge [`AcpiPci::check`].
+pub(super) fn body(devices: &[AcpiDevice], power_management: Option<u16>, pci: Option<&AcpiPci>) -> Vec<u8> {
     let mut aml = Vec::new();
     if power_management.is_some() {
         // Sleep types for PM1a and PM1b; the rest is reserved (ACPI 6.5, 7.4.2).
@@ -22,8 +23,12 @@ pub(super) fn body(devices: &[AcpiDevice], power_management: Option<u16>) -> Vec
         // Motherboard resources, so that nothing else is put there.
         all.push(AcpiDevice::new(PM_NAME, "PNP0C02", 0).resource(Resource::Io { base, size: PM_SIZE }));
     }
+    all.extend(pci.map(ecam_resource));
     let all: Vec<Encoded<&AcpiDevice>> = all.iter().map(Encoded).collect();
-    Scope::new("_SB_".into(), as_aml(&all)).to_aml_bytes(&mut aml);
+    let bridge = pci.map(|pci| Encoded(pci));
+    let mut children = as_aml(&all);
+    children.extend(bridge.as_ref().map(|bridge| bridge as &dyn Aml));
+    Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
     aml
 }
 
@@ -33,9 +38,9 @@ pub(super) const PM_NAME: &str = "PMR0";
 const PM_SIZE: u8 = 16;
 
 /// AML of what was checked. Not the device itself, so that nobody encodes one that was not.
-struct Encoded<T>(T);
+pub(super) struct Encoded<T>(pub(super) T);
 
-fn as_aml<T: Aml>(all: &[T]) -> Vec<&dyn Aml> {
+pub(super) fn as_aml<T: Aml>(all: &[T]) -> Vec<&dyn Aml> {
     all.iter().map(|one| one as &dyn Aml).collect()
 }
 

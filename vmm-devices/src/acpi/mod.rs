@@ -1,4 +1,4 @@
-//! The ACPI tables that tell a guest what the machine has (ACPI 6.5): RSDP, XSDT, FADT, FACS, MADT and a DSDT.
+//! The ACPI tables that tell a guest what the machine has (ACPI 6.5): RSDP, XSDT, FADT, FACS, MADT, MCFG and a DSDT.
 //!
 //! [`AcpiBuilder`] takes the description and gives [`AcpiTables`], which are written into guest memory where the
 //! kernel looks for them or is told that they are. Everything in them is the monitor's own; the guest
@@ -24,9 +24,11 @@ mod builder;
 mod device;
 mod dsdt;
 mod madt;
+mod pci;
 
 pub use builder::{AcpiBuilder, AcpiTables, BIOS_AREA};
 pub use device::{AcpiDevice, InterruptTrigger, Resource};
+pub use pci::AcpiPci;
 
 /// Why tables cannot be made or written.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +103,12 @@ pub enum AcpiError {
         size: u64,
         /// Last address that there may be.
         last: u64,
+    },
+    /// A PCI host bridge whose addresses cannot be.
+    #[error("PCI host bridge")]
+    Pci {
+        /// Why.
+        source: crate::pci::PciError,
     },
     /// The tables could not be written into guest memory.
     #[error("ACPI tables at {gpa:#x}")]

@@ -5,6 +5,7 @@ use vmm_memory::{GuestRam, RegionConfig};
 
 use super::*;
 use crate::bus::BusRange;
+use crate::pci::PciLayout;
 use crate::platform::ports;
 
 fn machine() -> AcpiBuilder {
@@ -13,6 +14,11 @@ fn machine() -> AcpiBuilder {
         .device(AcpiDevice::rtc())
         .device(AcpiDevice::virtio_mmio(0, 0xd000_0000, 0x200, 5))
         .device(AcpiDevice::virtio_mmio(0xabc, 0x12_0000_0000, 0x1000, 30))
+}
+
+fn machine_with_pci() -> AcpiBuilder {
+    let layout = PciLayout::default().memory64(Some(BusRange::new(0x40_0000_0000, 0x20_0000_0000)));
+    machine().pci(AcpiPci::new(layout, [16, 17, 18, 19]))
 }
 
 /// The tables of an image, found as a kernel finds them, by signature.
@@ -147,7 +153,7 @@ fn the_dsdt_disassembles() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let parsed = Parsed::new(&machine().build(BIOS_AREA).unwrap());
+    let parsed = Parsed::new(&machine_with_pci().build(BIOS_AREA).unwrap());
     for (signature, data) in &parsed.0 {
         std::fs::write(directory.path().join(format!("{signature}.aml")), data).unwrap();
     }
@@ -158,7 +164,7 @@ fn the_dsdt_disassembles() {
         assert!(output.status.success(), "{text}");
         text
     };
-    for signature in ["FACP", "APIC", "DSDT"] {
+    for signature in ["FACP", "APIC", "MCFG", "DSDT"] {
         let text = iasl(&["-d", &format!("{signature}.aml")]);
         assert!(!text.contains("rror") && !text.contains("arning"), "{text}");
     }
@@ -172,11 +178,61 @@ fn the_dsdt_disassembles() {
         "0x0000001200000FFF",
         "Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive",
         "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive",
+        "Device (PCI0)",
+        "EisaId (\"PNP0A08\")",
+        "EisaId (\"PNP0A03\")",
+        "0x0CF8,             // Range Minimum",
+        "0xE8000000,         // Range Minimum",
+        "0xFDFFFFFF,         // Range Maximum",
+        "0x0000004000000000, // Range Minimum",
+        "Method (_OSC, 4, Serialized)",
+        "ToUUID (\"33db4d5b-1ff7-401c-9657-7441c03dd766\") /* PCI Host Bridge Device */",
+        "Local0 = (CDW3 & 0x10)",
     ] {
         assert!(source.contains(expected), "{expected} is not in\n{source}");
     }
     // And what it means compiles.
     assert!(iasl(&["-tc", "DSDT.dsl"]).contains(" 0 Errors"));
+}
+
+/// The routes of the tables are the wires of the bridge: Linux believes the former.
+#[test]
+fn pins_are_routed_as_the_bridge_wires_them() {
+    let parsed = Parsed::new(&machine_with_pci().build(BIOS_AREA).unwrap());
+    let dsdt = parsed.get("DSDT");
+    let at = dsdt.windows(4).position(|name| name == b"_PRT").unwrap() + 4;
+    // A package with a length of two bytes, then its number of elements.
+    assert_eq!((dsdt[at], dsdt[at + 1] >> 6, dsdt[at + 3]), (0x12, 1, 128));
+    let mut rest = &dsdt[at + 4..];
+    for device in 0..32_u8 {
+        for pin in 0..4_u8 {
+            let (entry, after) = rest.split_at(1 + usize::from(rest[1]));
+            rest = after;
+            let mut expected = vec![0x12, entry[1], 4];
+            match device {
+                0 => expected.extend([0x0b, 0xff, 0xff]),
+                _ => expected.extend([0x0c, 0xff, 0xff, device, 0]),
+            }
+            match pin {
+                0 | 1 => expected.push(pin),
+                _ => expected.extend([0x0a, pin]),
+            }
+            expected.extend([0, 0x0a, 16 + (device + pin) % 4]);
+            assert_eq!(entry, expected, "device {device}, pin {pin}");
+        }
+    }
+}
+
+#[test]
+fn configuration_space_is_in_the_mcfg_and_reserved() {
+    let layout = PciLayout::default().ecam(GuestAddress(0xd000_0000));
+    let builder = AcpiBuilder::new([0]).pci(AcpiPci::new(layout, [5, 6, 10, 11]));
+    let parsed = Parsed::new(&builder.build(BIOS_AREA).unwrap());
+    let entry = [0, 0, 0, 0xd0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(parsed.get("MCFG")[44..], entry, "bus 0 of segment 0");
+    // Memory32Fixed, read and write.
+    let reserved = [0x86, 9, 0, 1, 0, 0, 0, 0xd0, 0, 0, 0x10, 0];
+    assert!(parsed.get("DSDT").windows(reserved.len()).any(|bytes| bytes == reserved));
 }
 
 #[test]
@@ -223,6 +279,12 @@ fn what_cannot_be_is_refused() {
         ),
         (build(machine().device(AcpiDevice::serial("COM2", 1, BusRange::new(0, 256), 3))), "are none"),
         (build(machine().power_management(0xfff1, 9)), "go beyond"),
+        (build(machine_with_pci().device(AcpiDevice::new("PCI0", "PNP0501", 0))), "\"PCI0\" is used twice"),
+        (build(machine_with_pci().device(AcpiDevice::new("PCIM", "PNP0501", 0))), "\"PCIM\" is used twice"),
+        (
+            build(machine().pci(AcpiPci::new(PciLayout::default().ecam(GuestAddress(1)), [0; 4]))),
+            "PCI host bridge",
+        ),
         (build(machine().power_management(0x600, 16)), "ISA interrupt 16"),
     ] {
         assert!(error.contains(expected), "{error:?} does not have {expected:?}");
