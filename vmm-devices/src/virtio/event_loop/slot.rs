@@ -29,7 +29,7 @@ pub(super) struct Slot {
     pub(super) queues: Vec<u16>,
     link: Arc<dyn DriverLink>,
     worker: Mutex<Option<Box<dyn Worker>>>,
-    /// No call begins any more.
+    /// It was stopped: no call begins any more, though one that waits for its turn again and again may be quicker than who stops it.
     over: AtomicBool,
     /// The worker was stopped in a call of its own, at whose end it goes.
     orphaned: AtomicBool,
@@ -103,8 +103,6 @@ impl Slot {
 
     /// Under the worker's lock, so that the link hears nothing of it after a stop, when it may be another driver's.
     fn give_up(&self, why: &dyn std::error::Error) -> Outcome {
-        self.over.store(true, Ordering::SeqCst);
-        self.bell.silence();
         // The monitor hears of it as well, in a callback of its own, which is no reason to end the loop either.
         let (Ok(()) | Err(_)) = catch_unwind(AssertUnwindSafe(|| self.link.needs_reset(why)));
         Outcome::Over
@@ -113,7 +111,7 @@ impl Slot {
     /// The loop itself has failed.
     pub(super) fn abandon(&self, why: &dyn std::error::Error) {
         let place = lock(&self.worker);
-        if place.is_some() && !self.over.load(Ordering::SeqCst) {
+        if place.is_some() {
             self.give_up(why);
         }
     }

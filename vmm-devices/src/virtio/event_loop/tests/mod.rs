@@ -130,6 +130,18 @@ impl Driven {
         calls
     }
 
+    /// How often the loop was woken since this was asked last: what rings have cost.
+    fn kicks(&self) -> u64 {
+        let mut count = [0; 8];
+        match rustix::io::read(&self.event_loop.shared.inbox.kick, &mut count) {
+            Err(rustix::io::Errno::AGAIN) => 0,
+            read => {
+                assert_eq!(read.unwrap(), 8);
+                u64::from_ne_bytes(count)
+            }
+        }
+    }
+
     /// As the monitor's own loop sees it.
     fn is_readable(&self) -> bool {
         let mut polled = [PollFd::new(&self.event_loop, PollFlags::IN)];
@@ -144,12 +156,14 @@ fn workers_are_called_at_the_doorbells_of_their_queues() {
     let ((a, of_a), (b, of_b)) = (Probe::idle(&[0, 2]), Probe::idle(&[1]));
     let (doorbells, running) = driven.start(vec![a, b]);
     driven.settle();
+    driven.kicks();
     let (at_start_a, at_start_b) = (of_a.calls(), of_b.calls());
     for queue in [0, 2, 2, 2, 3, 4, u16::MAX] {
         doorbells.ring(queue);
     }
     assert!(driven.is_readable());
     assert_eq!(driven.event_loop.run_once(None).unwrap(), 1, "rings before the call are as one");
+    assert_eq!(driven.kicks(), 1);
     doorbells.ring(1);
     doorbells.ring(0);
     assert_eq!(driven.settle(), 2);
@@ -196,7 +210,9 @@ fn who_has_more_to_do_starves_nobody() {
 fn a_worker_that_fails_is_not_called_again() {
     let mut driven = Driven::new();
     let fail = || Err(QueueError::InFlight { index: 0, head: 7 });
-    let ((bad, of_bad), (good, of_good)) = (Probe::new(&[0], fail), Probe::idle(&[1]));
+    let ((mut bad, of_bad), (good, of_good)) = (Probe::new(&[0], fail), Probe::idle(&[1]));
+    let (reader, writer) = pipe();
+    bad.sources.push(reader);
     let (doorbells, running) = driven.start(vec![bad, good]);
     driven.settle();
     assert_eq!(driven.link.failures(), ["queue 0: descriptor 7 is made available twice"]);
@@ -208,6 +224,8 @@ fn a_worker_that_fails_is_not_called_again() {
     }
     assert_eq!((of_bad.calls(), of_good.calls() - before), (1, 3));
     assert_eq!(driven.link.failures().len(), 1);
+    rustix::io::write(&writer, &[1]).unwrap();
+    assert!(!driven.is_readable(), "its sources wake nobody");
     assert_eq!((running.stop().len(), of_bad.stops(), of_good.stops()), (2, 1, 1));
 }
 
@@ -284,6 +302,26 @@ fn deadlines_are_those_of_the_clock() {
     assert_eq!((told.calls() - before, of_other.calls() - other_before), (1, 1));
     drop(running.stop());
     assert_eq!(driven.event_loop.shared.earliest(), None, "resets leave nothing behind");
+}
+
+/// The timer is set anew, or this waits for an hour.
+#[test]
+fn a_clock_that_was_set_is_slept_by() {
+    const HOUR: u64 = 3_600_000_000_000;
+    let mut driven = Driven::new();
+    let (worker, told) = Probe::idle(&[0]);
+    *lock(&told.deadline) = Some(HOUR);
+    let (_doorbells, _running) = driven.start(vec![worker]);
+    driven.settle();
+    driven.clock.set(HOUR - 1);
+    driven.event_loop.executor().wake();
+    driven.event_loop.run_once(NOW).unwrap();
+    let before = told.calls();
+    poll(&mut [PollFd::new(&driven.event_loop, PollFlags::IN)], None).unwrap();
+    assert_eq!(driven.event_loop.run_once(None).unwrap(), 0, "the clock has stopped before");
+    driven.clock.set(HOUR);
+    assert_eq!(driven.event_loop.run_once(None).unwrap(), 1, "it is looked at again");
+    assert_eq!(told.calls() - before, 1);
 }
 
 /// The timer makes the descriptor readable, and the loop comes by itself.

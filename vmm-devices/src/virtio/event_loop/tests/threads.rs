@@ -88,6 +88,52 @@ fn a_clock_that_is_set_is_told_to_all() {
     executor.wake();
 }
 
+thread_local! {
+    static LAST: std::cell::RefCell<Option<Last>> = const { std::cell::RefCell::new(None) };
+}
+
+/// Goes with its thread.
+struct Last(Arc<AtomicBool>);
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn threads_have_ended_when_what_they_served_is_stopped() {
+    for round in 0..100 {
+        let ended = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&ended);
+        let remember = move || LAST.set(Some(Last(Arc::clone(&theirs))));
+        let doorbells = Arc::new(Doorbells::new(1));
+        if round % 2 == 0 {
+            let (worker, _) = Probe::idle(&[0]);
+            let executor = ThreadPerQueue::new(|| 0).on_start(move |_| {
+                remember();
+                Ok(())
+            });
+            let link = Arc::new(LinkRecorder::default());
+            drop(executor.start(link, &doorbells, vec![worker]).unwrap().stop());
+        } else {
+            let (tell, told) = channel();
+            let (worker, _) = Probe::new(&[0], move || {
+                remember();
+                tell.send(()).unwrap();
+                Ok(Progress::Idle)
+            });
+            let thread = EventLoop::new(|| 0).unwrap().spawn("last").unwrap();
+            let link = Arc::new(LinkRecorder::default());
+            let running = thread.executor().start(link, &doorbells, vec![worker]).unwrap();
+            told.recv().unwrap();
+            drop(thread);
+            drop(running);
+        }
+        assert!(ended.load(Ordering::SeqCst));
+    }
+}
+
 /// The thread cannot wait for its own end either.
 #[test]
 fn a_worker_that_stops_its_own_device_ends_its_thread() {
