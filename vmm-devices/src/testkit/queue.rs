@@ -119,6 +119,14 @@ impl<M: DeviceMemory> DriverQueue<M> {
         self.memory.memory().store(index.to_le(), GuestAddress(self.available + 2), Ordering::Release)
     }
 
+    /// How many chains there were so far, as the available ring says.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    pub fn available_index(&self) -> Result<u16> {
+        self.memory.memory().load(GuestAddress(self.available + 2), Ordering::Acquire).map(u16::from_le)
+    }
+
     /// Flags of the available ring (2.7.7): 1 for no interrupts, without VIRTIO_F_EVENT_IDX.
     ///
     /// # Errors

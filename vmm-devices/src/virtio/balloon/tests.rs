@@ -14,6 +14,7 @@ use crate::testkit::{
 };
 use crate::virtio::{Doorbells, Progress, VirtioMmio, Virtqueue};
 
+mod race;
 mod statistics;
 
 const MIB: u64 = 1 << 20;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
-use crate::testkit::{Driver, DriverQueue, LineRecorder, MmioDriver, guest_memory, guest_memory_of};
+use crate::testkit::{Driver, DriverQueue, LineRecorder, MmioDriver, Racer, guest_memory, guest_memory_of};
 use crate::virtio::VirtioMmio;
 
 /// Counts, and ends after so many bytes.
@@ -98,4 +98,31 @@ fn cve_2024_8612_the_used_length_is_what_was_written() {
     memory.memory().read_slice(&mut bytes, GuestAddress(0x8000)).unwrap();
     assert_eq!(bytes.iter().filter(|byte| **byte != 0xee).count(), 16);
     assert_eq!(driver.status() & 0x40, 0, "the device still works");
+}
+
+/// CVE-2015-8550: descriptors and rings change while the device looks at them.
+#[test]
+fn a_driver_that_races() {
+    let memory = guest_memory(1 << 20).unwrap();
+    let (driver, _) = device(io::repeat(7), &memory);
+    let mut queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
+    let racer = Racer::start(&memory, &[(0x1000, 0x100)]).unwrap();
+    for round in 0..400 {
+        if round % 8 == 0 || driver.status() & 0x40 != 0 {
+            queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
+            driver.set_status(0);
+            let (Ok(()) | Err(_)) = driver.start(0, &[(0, &queue)]);
+        }
+        racer.wait_for(racer.flips() + 1);
+        queue.chain().writable(0x8000, 3).writable(0x9000, 20).submit().unwrap();
+        driver.notify(0);
+        assert_eq!(driver.status() & !0x40, 0xf);
+    }
+    assert!(racer.stop() >= 400);
+    // What it did meanwhile is forgotten.
+    let mut queue = DriverQueue::new(memory, 0x1000, 8).unwrap();
+    driver.start(0, &[(0, &queue)]).unwrap();
+    let head = queue.chain().writable(0x8000, 3).submit().unwrap();
+    driver.notify(0);
+    assert_eq!(queue.take_used().unwrap(), Some((head.into(), 3)));
 }
