@@ -93,6 +93,16 @@ impl<M: DeviceMemory> DriverQueue<M> {
         )
     }
 
+    /// The first descriptor of the chain that comes next.
+    pub fn next_head(&self) -> u16 {
+        self.next_descriptor
+    }
+
+    /// How many chains were made available so far.
+    pub fn available_index(&self) -> u16 {
+        self.next_available
+    }
+
     /// Begins a chain.
     pub fn chain(&mut self) -> ChainBuilder<'_, M> {
         ChainBuilder { queue: self, buffers: Vec::new() }

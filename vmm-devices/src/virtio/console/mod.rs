@@ -156,7 +156,8 @@ impl Console {
             return Err(ConsoleError::Ports { ports });
         }
         let shared = Shared::new(ports, order);
-        let queue_sizes = vec![QUEUE_SIZE; usize::from(tx_queue(ports.max(2) - 1)) + 1];
+        // Each port's, and those for control.
+        let queue_sizes = (0..2 * ports + 2).map(|_| QUEUE_SIZE).collect();
         Ok((Self { shared: Arc::clone(&shared), multiport: true, queue_sizes }, Ports { shared }))
     }
 }
@@ -284,3 +285,6 @@ impl Ports {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
