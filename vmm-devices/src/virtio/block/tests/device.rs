@@ -2,8 +2,6 @@
 
 use super::*;
 use crate::ManualClock;
-use crate::testkit::LinkRecorder;
-use crate::virtio::Virtqueue;
 use crate::virtio::metrics::{DeviceMetrics, Totals};
 use crate::virtio::rate::{Limits, Rate};
 
@@ -200,21 +198,6 @@ fn mistakes_of_the_operator_are_named() {
     ));
 }
 
-/// A worker without a transport.
-fn worker(
-    builder: BlockBuilder,
-    features: u64,
-) -> (Memory, DriverQueue<Memory>, Box<dyn Worker>, BlockHandle) {
-    let (memory, link) = (memory(), Arc::new(LinkRecorder::default()));
-    let queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
-    let own = Virtqueue::new(queue.device_side().unwrap(), 0, memory.clone(), link.clone()).unwrap();
-    let mut block = builder.build().unwrap();
-    let activation =
-        Activation { features, queues: vec![Some(own)], link, doorbells: Arc::new(Doorbells::new(1)) };
-    let mut workers = block.activate(activation).unwrap();
-    (memory, queue, workers.pop().unwrap(), block.handle())
-}
-
 #[test]
 fn limits_hold_requests_back_until_their_time() {
     let (clock, probe, metrics) =
@@ -222,7 +205,7 @@ fn limits_hold_requests_back_until_their_time() {
     let limits = Limits { bytes: Rate::new(512_000, 1024), operations: None };
     let rate = RateLimiter::new(clock.clone(), limits);
     let builder = Block::builder(probe.clone()).rate(rate).metrics(metrics.clone(), clock.clone());
-    let (memory, mut queue, mut worker, handle) = worker(builder, ALL);
+    let (memory, mut queue, mut worker, handle) = bare(builder, ALL);
     memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
     for _ in 0..4 {
         queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
@@ -256,7 +239,7 @@ fn what_waits_for_a_limit_is_given_up_at_a_stop() {
     let probe = Probe::new(1 << 20);
     let limits = Limits { bytes: None, operations: Rate::new(1, 1) };
     let builder = Block::builder(probe.clone()).rate(RateLimiter::new(clock.clone(), limits));
-    let (memory, mut queue, mut worker, _) = worker(builder, ALL);
+    let (memory, mut queue, mut worker, _) = bare(builder, ALL);
     memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
     for _ in 0..2 {
         queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();

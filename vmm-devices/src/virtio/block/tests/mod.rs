@@ -6,6 +6,8 @@ mod flaws;
 mod model;
 mod requests;
 mod threads;
+#[cfg(feature = "io-uring")]
+mod uring;
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
@@ -14,8 +16,10 @@ use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _, Vo
 
 use super::request::kind;
 use super::*;
-use crate::testkit::{Driver as _, DriverQueue, LineRecorder, Memory, MmioDriver, guest_memory_of};
-use crate::virtio::VirtioMmio;
+use crate::testkit::{
+    Driver as _, DriverQueue, LineRecorder, LinkRecorder, Memory, MmioDriver, guest_memory_of,
+};
+use crate::virtio::{VirtioMmio, Virtqueue};
 
 const HEADER: u64 = 0x8000;
 const STATUS: u64 = 0x9000;
@@ -36,6 +40,10 @@ struct Rig {
     queue: DriverQueue<Memory>,
     handle: BlockHandle,
     line: LineRecorder,
+    /// Requests end when they want to.
+    patient: bool,
+    /// So many did.
+    taken: u16,
 }
 
 /// Two regions that touch at 0x20000.
@@ -51,7 +59,7 @@ impl Rig {
         let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
         let queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
         driver.start(features, &[(0, &queue)]).unwrap();
-        Self { memory, driver, queue, handle, line }
+        Self { memory, driver, queue, handle, line, patient: false, taken: 0 }
     }
 
     fn put(&self, gpa: u64, bytes: &[u8]) {
@@ -97,6 +105,11 @@ impl Rig {
 
     fn ended(&mut self, head: u16) -> (u8, u32) {
         self.driver.notify(0);
+        while self.patient && self.queue.used_index().unwrap() == self.taken {
+            std::thread::yield_now();
+            self.driver.notify(0);
+        }
+        self.taken = self.taken.wrapping_add(1);
         let (id, used) = self.queue.take_used().unwrap().expect("the request has ended");
         assert_eq!(id, u32::from(head));
         (self.get(STATUS, 1)[0], used)
@@ -263,4 +276,16 @@ const SECTORS: usize = 64;
 fn probed(features: u64) -> (Rig, Arc<Probe>) {
     let probe = Probe::new(SECTORS as u64 * 512);
     (Rig::new(Block::builder(probe.clone()), features), probe)
+}
+
+/// A worker without a transport.
+fn bare(builder: BlockBuilder, features: u64) -> (Memory, DriverQueue<Memory>, Box<dyn Worker>, BlockHandle) {
+    let (memory, link) = (memory(), Arc::new(LinkRecorder::default()));
+    let queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
+    let own = Virtqueue::new(queue.device_side().unwrap(), 0, memory.clone(), link.clone()).unwrap();
+    let mut block = builder.build().unwrap();
+    let activation =
+        Activation { features, queues: vec![Some(own)], link, doorbells: Arc::new(Doorbells::new(1)) };
+    let mut workers = block.activate(activation).unwrap();
+    (memory, queue, workers.pop().unwrap(), block.handle())
 }

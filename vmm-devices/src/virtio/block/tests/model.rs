@@ -148,6 +148,16 @@ fn check(mut rig: Rig, steps: Vec<Step>) {
     assert_eq!(rig.driver.status() & 0x40, 0);
 }
 
+fn file() -> RawFile {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(SECTORS as u64 * 512).unwrap();
+    RawFile::new(file, false).unwrap()
+}
+
+fn patient(disk: Arc<dyn Backend>) -> Rig {
+    Rig { patient: true, ..Rig::new(Block::builder(disk), ALL) }
+}
+
 proptest! {
     #[test]
     fn a_disk_is_a_vec(steps in prop::collection::vec(step(), 1..40), short in prop::option::of(1usize..1500)) {
@@ -155,12 +165,29 @@ proptest! {
         probe.set(|state| state.short = short);
         check(rig, steps);
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn so_is_a_file(steps in prop::collection::vec(step(), 1..40)) {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(SECTORS as u64 * 512).unwrap();
-        let disk = RawFile::new(file, false).unwrap();
-        check(Rig::new(Block::builder(Arc::new(disk)), ALL), steps);
+        check(Rig::new(Block::builder(Arc::new(file())), ALL), steps);
+    }
+
+    #[test]
+    fn so_is_one_that_threads_serve(steps in prop::collection::vec(step(), 1..40), short in prop::option::of(1usize..1500)) {
+        let pool = ThreadPool::new(std::num::NonZeroUsize::MIN).unwrap();
+        let probe = Probe::new(SECTORS as u64 * 512);
+        probe.set(|state| state.short = short);
+        check(patient(Arc::new(Pooled::new(probe, pool))), steps);
+    }
+
+    #[cfg(feature = "io-uring")]
+    #[test]
+    fn so_is_one_that_the_kernel_serves(steps in prop::collection::vec(step(), 1..40), forbidden: bool) {
+        let pool = ThreadPool::new(std::num::NonZeroUsize::MIN).unwrap();
+        let disk = UringFile::new(file(), pool);
+        check(patient(Arc::new(if forbidden { disk.forbidden() } else { disk })), steps);
     }
 }
