@@ -254,7 +254,8 @@ pub trait IoQueue: Send + fmt::Debug {
     /// All that was submitted is to begin.
     fn kick(&mut self) {}
 
-    /// Adds the requests that have ended since the last call to `ended`. Nothing of theirs is touched any more.
+    /// Adds the requests that have ended since the last call to `ended`. Nothing of theirs is touched any more. It is called after
+    /// each [`IoQueue::kick`], and when there is news.
     fn reap(&mut self, ended: &mut Vec<JobEnd>);
 
     /// Ends what goes on: what has not begun does not begin, what has is waited for. When it returns no buffer is touched any more,

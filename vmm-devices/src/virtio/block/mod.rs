@@ -5,7 +5,7 @@
 //! | [`Block`], [`BlockBuilder`] | the device |
 //! | [`BlockHandle`] | resizes it and changes its limits while a driver uses it |
 //! | [`Backend`] | what a disk is to it; [`MemoryDisk`] and [`RawFile`] are there |
-//! | [`IoQueue`] | a backend's asynchronous way: [`Pooled`] has one for every backend, by threads; |
+//! | [`IoQueue`] | a backend's asynchronous way: [`Pooled`] has one for every backend, by threads; `UringFile` for files, by io_uring |
 //!
 //! Without an asynchronous way requests are done one after the other by the thread that serves the queue, which suits memory
 //! and files that are cached.
@@ -24,6 +24,8 @@ mod memory;
 mod pool;
 mod raw;
 mod request;
+#[cfg(feature = "io-uring")]
+mod uring;
 mod vectored;
 mod worker;
 
@@ -39,6 +41,8 @@ pub use handle::{BlockHandle, ResizeError};
 pub use memory::MemoryDisk;
 pub use pool::{Pooled, ThreadPool};
 pub use raw::{RawFile, RawFileError};
+#[cfg(feature = "io-uring")]
+pub use uring::UringFile;
 
 use self::config::{Config, WRITEBACK_AT};
 use self::worker::{Agreed, BlockWorker};

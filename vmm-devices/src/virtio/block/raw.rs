@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use vmm_memory::vm_memory::VolatileSlice;
 
 use super::backend::{Backend, BlockSizes, write_zeroes_by_hand};
@@ -56,6 +56,9 @@ impl RawFile {
             let access = if read_only { "reading" } else { "reading and writing" };
             RawFileError::Open { path: path.to_owned(), access, source }
         })?;
+        // It was for pipes; io_uring would heed it at files too.
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?;
+        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(io::Error::from)?;
         Self::new(file, read_only)
     }
 

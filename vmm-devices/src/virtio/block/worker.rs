@@ -226,6 +226,8 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
             io.kick();
         }
         let next = next?;
+        // What the host had at hand has ended already.
+        self.reap()?;
         self.queue.interrupt()?;
         Ok(match next {
             Next::Empty if self.queue.want_doorbell(true)? => Progress::More,
