@@ -99,7 +99,7 @@ impl<M: DeviceMemory> DriverQueue<M> {
     }
 
     /// How many chains were made available so far.
-    pub fn available_index(&self) -> u16 {
+    pub fn submitted(&self) -> u16 {
         self.next_available
     }
 

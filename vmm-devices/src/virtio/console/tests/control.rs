@@ -119,7 +119,7 @@ fn the_host_opens_and_closes_in_any_order() {
     port.open();
     assert_eq!(guest.heard(), [open(1)]);
     // No buffer for a while.
-    while guest.queues[2].used_index().unwrap() != guest.queues[2].available_index() {
+    while guest.queues[2].used_index().unwrap() != guest.queues[2].submitted() {
         port.close();
         port.open();
         guest.heard();
@@ -132,7 +132,7 @@ fn the_host_opens_and_closes_in_any_order() {
     port.close();
     guest.listen(8);
     assert_eq!(guest.heard().last(), Some(&open(0)));
-    while guest.queues[2].used_index().unwrap() != guest.queues[2].available_index() {
+    while guest.queues[2].used_index().unwrap() != guest.queues[2].submitted() {
         port.open();
         port.close();
         guest.heard();

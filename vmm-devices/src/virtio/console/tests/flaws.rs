@@ -84,7 +84,10 @@ fn cve_2024_3446_an_echo_does_not_enter_the_device_again() {
         fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
             let port = self.0.lock().unwrap().clone().unwrap();
             // All that a handle can do that is allowed to a writer.
-            (port.resume(), port.resize(3, 4), port.close(), port.open());
+            port.resume();
+            port.resize(3, 4);
+            port.close();
+            port.open();
             match port.enqueue(data) {
                 0 => Err(std::io::ErrorKind::WouldBlock.into()),
                 taken => Ok(taken),

@@ -178,7 +178,7 @@ fn handles_work_from_any_thread() {
             bytes.iter().for_each(|byte| received[usize::from(byte >> 6)].push(byte & 63));
         }
         // At most one buffer is with the device where it has nothing for it.
-        while guest.queues[0].used_index().unwrap() != guest.queues[0].available_index() {
+        while guest.queues[0].used_index().unwrap() != guest.queues[0].submitted() {
             match guest.taken(0) {
                 Some(bytes) => {
                     bytes.iter().for_each(|byte| received[usize::from(byte >> 6)].push(byte & 63));
