@@ -58,7 +58,7 @@ mod queue;
 mod racer;
 mod recorder;
 
-pub use driver::{Driver, MmioDriver, StartError};
+pub use driver::{Driver, MmioDriver, PciDriver, StartError};
 pub use hostile::{Action, Buffer, Entry, MIN_MEMORY, Place, Replayed, Violation, hostile_queue, replay};
 pub use memory::{Memory, guest_memory, guest_memory_of};
 pub use output::OutputRecorder;

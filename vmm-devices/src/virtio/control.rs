@@ -154,6 +154,14 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
         half(self.features(), self.device_features_select)
     }
 
+    pub(crate) fn driver_features(&self) -> u32 {
+        half(self.driver_features, self.driver_features_select)
+    }
+
+    pub(crate) fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+
     /// Only before the features were agreed upon (3.1.1).
     pub(crate) fn set_driver_features(&mut self, value: u32) {
         if self.status() & (status::FEATURES_OK | status::DRIVER_OK) != 0 {

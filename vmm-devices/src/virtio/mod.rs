@@ -9,6 +9,7 @@
 //! | [`Virtqueue`], [`Chain`] | a split queue whose driver is not believed anything |
 //! | [`Executor`] | decides which thread calls a worker, and when: [`Inline`] does it at the doorbell |
 //! | [`VirtioMmio`] | the device on an MMIO bus (4.2) |
+//! | [`VirtioPci`] | the device as a PCI function (4.1) |
 //!
 //! # Threat model
 //! The driver is hostile: registers are written in any order, at any moment and width; queues lie anywhere, change while they
@@ -28,6 +29,7 @@ mod event_loop;
 mod executor;
 pub mod metrics;
 mod mmio;
+mod pci;
 mod queue;
 pub mod rate;
 pub mod rng;
@@ -43,5 +45,6 @@ pub use doorbell::Doorbells;
 pub use event_loop::{EventLoop, LoopExecutor, LoopThread, ThreadPerQueue};
 pub use executor::{Executor, Inline, Running};
 pub use mmio::{QueueNotifier, VirtioMmio, VirtioMmioBuilder};
+pub use pci::{VirtioPci, VirtioPciBuilder, VirtioPciError};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;

@@ -1,0 +1,327 @@
+//! Virtio over PCI (Virtio 1.3, 4.1): a function for any device, without the transitional interface.
+//!
+//! A [`PciFunction`]: in a `Mutex` it goes to a [`HostBridge`](crate::pci::HostBridge). All structures are in one BAR, where the
+//! capabilities say; queues interrupt by MSI-X, or by INTA# where the driver does not turn it on.
+
+mod common;
+mod vectors;
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+use self::vectors::{Messages, Vectors};
+use super::control::{Control, Failed};
+use super::device::{DeviceMemory, DeviceType, VirtioDevice};
+use super::executor::{Executor, Inline};
+use super::queue::QueueError;
+use crate::interrupt::MsiSink;
+use crate::pci::{
+    Bar, Capability, CapabilityOffset, ConfigBuilder, ConfigSpace, Identity, InterruptPin, Msix, MsixPlace,
+    PciError, PciFunction, capability,
+};
+
+/// Under which virtio devices are known (4.1.2).
+const VENDOR: u16 = 0x1af4;
+/// Device type 0.
+const FIRST_DEVICE: u16 = 0x1040;
+/// From 0x40 on, as devices without the transitional interface have it (4.1.2.1).
+const SUBSYSTEM: u16 = 0x1100;
+
+/// The BAR with everything.
+const BAR: usize = 0;
+const BAR_SIZE: u64 = 0x8000;
+
+/// What is in the BAR, and where; a page for each but the vectors.
+mod place {
+    pub(super) const COMMON: u64 = 0;
+    pub(super) const ISR: u64 = 0x1000;
+    pub(super) const DEVICE: u64 = 0x2000;
+    pub(super) const NOTIFY: u64 = 0x3000;
+    pub(super) const MSIX_TABLE: u64 = 0x4000;
+    pub(super) const MSIX_PENDING: u64 = 0x7000;
+    pub(super) const PAGE: u64 = 0x1000;
+}
+
+/// Bytes from one doorbell to the next (4.1.4.4).
+const DOORBELL: u64 = 4;
+
+/// Queues that have a doorbell and a vector each.
+const MAX_QUEUES: usize = 512;
+
+/// Types of capabilities (4.1.4).
+mod kind {
+    pub(super) const COMMON: u8 = 1;
+    pub(super) const NOTIFY: u8 = 2;
+    pub(super) const ISR: u8 = 3;
+    pub(super) const DEVICE: u8 = 4;
+    pub(super) const PCI: u8 = 5;
+}
+
+/// Registers of the capability by which a driver reaches the BAR through configuration space (4.1.4.9).
+mod window {
+    pub(super) const BAR: u16 = 4;
+    pub(super) const OFFSET: u16 = 8;
+    pub(super) const LENGTH: u16 = 12;
+    pub(super) const DATA: u16 = 16;
+}
+
+/// Why a device cannot be a PCI function.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VirtioPciError {
+    /// It has a queue of a size that queues cannot have.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// It has more queues than there is room for.
+    #[error("a device with {queues} queues; {max} at most have a doorbell each")]
+    Queues {
+        /// How many.
+        queues: usize,
+        /// How many there may be.
+        max: usize,
+    },
+    /// Its configuration space cannot be.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+}
+
+/// A virtio device as a PCI function.
+pub struct VirtioPci<M: DeviceMemory> {
+    config: ConfigSpace,
+    /// The capability that is a window on the BAR.
+    window: CapabilityOffset,
+    msix: Msix,
+    vectors: Arc<Vectors>,
+    control: Control<M, Arc<Vectors>>,
+}
+
+impl<M: DeviceMemory> fmt::Debug for VirtioPci<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioPci")
+            .field("control", &self.control)
+            .field("vectors", &self.vectors)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M: DeviceMemory> VirtioPci<M> {
+    /// A function for `device`, whose buffers lie in `memory`. Its messages go to `sink`; queues are served [`Inline`].
+    ///
+    /// # Errors
+    /// If the device has too many queues, or one of a size that is no power of two up to 32768.
+    pub fn new(
+        device: impl VirtioDevice<M> + 'static,
+        memory: M,
+        sink: impl MsiSink + 'static,
+    ) -> Result<Self, VirtioPciError> {
+        Self::builder(device, memory, sink).build()
+    }
+
+    /// The same with more to say.
+    pub fn builder(
+        device: impl VirtioDevice<M> + 'static,
+        memory: M,
+        sink: impl MsiSink + 'static,
+    ) -> VirtioPciBuilder<M> {
+        VirtioPciBuilder {
+            device: Box::new(device),
+            memory,
+            sink: Arc::new(sink),
+            executor: Arc::new(Inline),
+            failed: None,
+        }
+    }
+
+    /// What the window of configuration space looks at: BAR and offset, if the driver set it up for `len` bytes.
+    fn window_target(&self, len: usize) -> Option<(usize, u64)> {
+        let register = |offset| self.config.register(self.window.get() + offset);
+        let [bar, ..] = register(window::BAR).to_le_bytes();
+        let (offset, length) = (register(window::OFFSET), register(window::LENGTH));
+        let fits = usize::try_from(length).is_ok_and(|length| length == len) && matches!(len, 1 | 2 | 4);
+        (fits && offset.is_multiple_of(length)).then_some((bar.into(), offset.into()))
+    }
+
+    /// Whether an access of configuration space is one to the window's data.
+    fn is_window(&self, offset: u16) -> bool {
+        offset == self.window.get() + window::DATA
+    }
+}
+
+impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn config_mut(&mut self) -> &mut ConfigSpace {
+        &mut self.config
+    }
+
+    fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
+        if self.msix.read(bar, offset, data) {
+            return;
+        }
+        data.fill(0);
+        let into = offset % place::PAGE;
+        match (bar, offset - into) {
+            (BAR, place::COMMON) => common::read(&self.control, &self.vectors, into, data),
+            // Reading it is what acknowledges (4.1.4.5).
+            (BAR, place::ISR) if into == 0 => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.vectors.take_isr();
+                }
+            }
+            (BAR, place::DEVICE) => self.control.read_config(into, data),
+            _ => {}
+        }
+    }
+
+    fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8]) {
+        if self.msix.write(bar, offset, data) {
+            return;
+        }
+        let into = offset % place::PAGE;
+        match (bar, offset - into) {
+            (BAR, place::COMMON) => common::write(&mut self.control, &self.vectors, into, data),
+            (BAR, place::DEVICE) => self.control.write_config(into, data),
+            // Each queue has an address of its own, so what is written says nothing more.
+            (BAR, place::NOTIFY) if into.is_multiple_of(DOORBELL) => {
+                if let Ok(queue) = u16::try_from(into / DOORBELL) {
+                    self.control.notify(queue);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn read_config(&mut self, offset: u16, data: &mut [u8]) {
+        if self.is_window(offset)
+            && let Some((bar, at)) = self.window_target(data.len())
+        {
+            self.bar_read(bar, at, data);
+            return;
+        }
+        self.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+        self.msix.config_written(&self.config);
+        if self.is_window(offset)
+            && let Some((bar, at)) = self.window_target(data.len())
+        {
+            self.bar_write(bar, at, data);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.control.reset();
+        self.vectors.reset();
+        self.msix.reset();
+    }
+}
+
+impl Messages for Msix {
+    fn is_enabled(&self) -> bool {
+        Msix::is_enabled(self)
+    }
+
+    fn count(&self) -> u16 {
+        self.vectors()
+    }
+
+    fn send(&self, vector: u16) {
+        self.notify(vector);
+    }
+}
+
+/// See [`VirtioPci::builder`].
+pub struct VirtioPciBuilder<M: DeviceMemory> {
+    device: Box<dyn VirtioDevice<M>>,
+    memory: M,
+    sink: Arc<dyn MsiSink>,
+    executor: Arc<dyn Executor>,
+    failed: Option<Failed>,
+}
+
+impl<M: DeviceMemory> fmt::Debug for VirtioPciBuilder<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioPciBuilder").field("type", &self.device.device_type()).finish_non_exhaustive()
+    }
+}
+
+impl<M: DeviceMemory> VirtioPciBuilder<M> {
+    /// What serves the queues.
+    #[must_use]
+    pub fn executor(mut self, executor: Arc<dyn Executor>) -> Self {
+        self.executor = executor;
+        self
+    }
+
+    /// Called when the device gives up until it is reset, and why; maybe by a worker. It must not call the device.
+    #[must_use]
+    pub fn on_failure(mut self, failed: impl Fn(&dyn Error) + Send + Sync + 'static) -> Self {
+        self.failed = Some(Box::new(failed));
+        self
+    }
+
+    /// # Errors
+    /// As [`VirtioPci::new`].
+    pub fn build(self) -> Result<VirtioPci<M>, VirtioPciError> {
+        let kind = self.device.device_type();
+        let queues = self.device.queue_sizes().len();
+        if queues > MAX_QUEUES {
+            return Err(VirtioPciError::Queues { queues, max: MAX_QUEUES });
+        }
+        let device = FIRST_DEVICE.saturating_add(kind.0);
+        let identity = Identity::new(VENDOR, device, class(kind)).revision(1).subsystem(VENDOR, SUBSYSTEM);
+        let mut config = ConfigBuilder::new(identity);
+        config.bar(BAR, Bar::memory32(BAR_SIZE))?;
+        config.interrupt_pin(InterruptPin::A);
+        for (kind, at, length) in [
+            (kind::COMMON, place::COMMON, common::SIZE),
+            (kind::ISR, place::ISR, 1),
+            (kind::DEVICE, place::DEVICE, place::PAGE),
+        ] {
+            config.capability(structure(kind, at, length, &[]))?;
+        }
+        let doorbells = (queues.max(1) as u64) * DOORBELL;
+        let multiplier = u32::try_from(DOORBELL).unwrap_or(0).to_le_bytes();
+        config.capability(structure(kind::NOTIFY, place::NOTIFY, doorbells, &multiplier))?;
+        // BAR, offset, length and data are the driver's.
+        let mask = [&[0, 0, 0xff, 0, 0, 0][..], &[0xff; 12]].concat();
+        let window = config.capability(structure(kind::PCI, 0, 0, &[0; 4]).writable(mask))?;
+        let place = MsixPlace { bar: BAR, table: place::MSIX_TABLE, pending: place::MSIX_PENDING };
+        // One for each queue, and one for the configuration.
+        let vectors = u16::try_from(queues + 1).unwrap_or(u16::MAX);
+        let msix = Msix::new(&mut config, vectors, place, self.sink)?;
+        let config = config.build();
+        let pin = config.intx().cloned().unwrap_or_default();
+        let vectors = Arc::new(Vectors::new(queues, Arc::new(msix.clone()), Box::new(pin)));
+        let control =
+            Control::new(self.device, self.memory, self.executor, Arc::clone(&vectors), self.failed)?;
+        Ok(VirtioPci { config, window, msix, vectors, control })
+    }
+}
+
+/// A capability that says where a structure is (4.1.4).
+fn structure(kind: u8, offset: u64, length: u64, further: &[u8]) -> Capability {
+    // Identifier and pointer come before.
+    let size = u8::try_from(16 + further.len()).unwrap_or(u8::MAX);
+    let word = |value: u64| u32::try_from(value).unwrap_or(u32::MAX).to_le_bytes();
+    let bar = u8::try_from(BAR).unwrap_or(0);
+    let body = [&[size, kind, bar, 0, 0, 0][..], &word(offset), &word(length), further].concat();
+    Capability::new(capability::id::VENDOR, body)
+}
+
+/// Base class, sub-class and interface of a device (PCI 3.0, appendix D), which drivers do not look at.
+fn class(kind: DeviceType) -> [u8; 3] {
+    match kind {
+        DeviceType::BLOCK => [0x01, 0x80, 0],
+        DeviceType::CONSOLE => [0x07, 0x80, 0],
+        _ => [0xff, 0, 0],
+    }
+}
+
+#[cfg(test)]
+mod tests;
