@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use vmm_cpu::{MsiMessage, MsiSink, VcpuHandle, VcpuIo};
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, BIOS_AREA};
+use vmm_devices::pci::{HostBridge, PciLayout};
 use vmm_devices::platform::{
     AcpiPm, DebugExit, I8042, IoApic, Pic, Pit, PlatformEvent, Rtc, Uart16550, ports,
 };
@@ -26,8 +27,10 @@ pub type End = PlatformEvent;
 
 /// The devices of a machine.
 pub struct Pc {
-    pio: PioBus,
-    mmio: MmioBus,
+    pio: Arc<PioBus>,
+    mmio: Arc<MmioBus>,
+    /// Where messages of devices go.
+    messages: Arc<dyn MsiSink>,
     io_apic: Arc<IoApic>,
     pic: Arc<Pic>,
     keyboard: Arc<Mutex<I8042>>,
@@ -183,11 +186,7 @@ impl Pc {
         ended: impl Fn() + Clone + Send + Sync + 'static,
     ) -> Result<Self> {
         let state = Arc::new(State::default());
-        let io_apic = Arc::new(IoApic::new(move |address, data| {
-            if let Err(error) = messages.send(MsiMessage { address, data }) {
-                tracing::warn!(%error, "an interrupt message went nowhere");
-            }
-        }));
+        let io_apic = Arc::new(IoApic::new(sender(Arc::clone(&messages))));
         let intr = Arc::clone(&state);
         let pic = Arc::new(Pic::new(move |asserted: bool| {
             if let Some(vcpu) = intr.bootstrap.get()
@@ -222,7 +221,7 @@ impl Pc {
         let keyboard = Arc::new(Mutex::new(I8042::new(ended(&state))));
         let debug_exit = Arc::new(DebugExit::new(ended(&state)));
 
-        let (pio, mmio) = (PioBus::new(), MmioBus::new());
+        let (pio, mmio) = (Arc::new(PioBus::new()), Arc::new(MmioBus::new()));
         let attach = |name: &str, ranges: &[BusRange], device: Arc<dyn BusDevice>| -> Result<()> {
             for range in ranges {
                 pio.insert(name, *range, Arc::clone(&device))?;
@@ -260,7 +259,7 @@ impl Pc {
         }
         let console = console.context("a PC has a console")?;
         let timed: Vec<(Arc<dyn Service>, u64)> = vec![(pit, 0), (rtc, boot), (acpi, 0)];
-        Ok(Self { pio, mmio, io_apic, pic, keyboard, serial, console, drained, state, timed })
+        Ok(Self { pio, mmio, messages, io_apic, pic, keyboard, serial, console, drained, state, timed })
     }
 
     /// An input of the I/O APIC, for a device that is added.
@@ -279,17 +278,35 @@ impl Pc {
         Ok(self.mmio.insert(name, range, device)?)
     }
 
-    /// Writes the ACPI tables that describe the machine, with `further` devices; where the root pointer is.
+    /// Where messages of devices go.
+    pub fn message_sink(&self) -> impl vmm_devices::MsiSink + Clone + 'static {
+        sender(Arc::clone(&self.messages))
+    }
+
+    /// Adds a PCI host bridge, whose lines lead to those inputs of the I/O APIC.
+    ///
+    /// # Errors
+    /// If a range is taken, or there is no such input.
+    pub fn add_pci(&self, layout: PciLayout, [a, b, c, d]: [u32; 4]) -> Result<HostBridge> {
+        let line = |input| self.io_apic.line(input);
+        let lines = [line(a)?, line(b)?, line(c)?, line(d)?];
+        Ok(HostBridge::builder(layout, &self.mmio, &self.pio).interrupts(lines).build()?)
+    }
+
+    /// Writes the ACPI tables that describe the machine, with what `further` adds; where the root pointer is.
     ///
     /// # Errors
     /// If `ram` has no memory where the tables go.
-    pub fn write_tables(ram: &GuestRam, vcpus: u32, further: Vec<AcpiDevice>) -> Result<GuestAddress> {
+    pub fn write_tables(
+        ram: &GuestRam,
+        vcpus: u32,
+        further: impl FnOnce(AcpiBuilder) -> AcpiBuilder,
+    ) -> Result<GuestAddress> {
         let builder = AcpiBuilder::new(0..vcpus)
             .device(AcpiDevice::serial("COM1", 0, ports::COM1, ports::COM1_IRQ))
             .device(AcpiDevice::serial("COM2", 1, ports::COM2, ports::COM2_IRQ))
             .device(AcpiDevice::rtc());
-        let tables = further.into_iter().fold(builder, AcpiBuilder::device);
-        let tables = tables.build(BIOS_AREA).context("ACPI tables")?;
+        let tables = further(builder).build(BIOS_AREA).context("ACPI tables")?;
         tables.write_to(ram)?;
         Ok(tables.rsdp())
     }
@@ -399,6 +416,15 @@ impl Pc {
     /// How the guest ended the machine, if it has.
     pub fn end(&self) -> Option<End> {
         self.state.end.get().copied()
+    }
+}
+
+/// What sends a device's messages.
+fn sender(messages: Arc<dyn MsiSink>) -> impl Fn(u64, u32) + Clone + Send + Sync + 'static {
+    move |address, data| {
+        if let Err(error) = messages.send(MsiMessage { address, data }) {
+            tracing::warn!(%error, "an interrupt message went nowhere");
+        }
     }
 }
 

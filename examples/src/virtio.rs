@@ -2,6 +2,7 @@
 //!
 //! Over MMIO each device has registers of its own and an input of the I/O APIC, and the guest learns of both from the DSDT.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
@@ -12,11 +13,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use vmm_devices::BusRange;
-use vmm_devices::acpi::AcpiDevice;
+use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
+use vmm_devices::pci::{HostBridge, PciLayout};
 use vmm_devices::virtio::block::{self, RawFile};
 
 use vmm_devices::virtio::{
-    Balloon, Block, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio,
+    Balloon, Block, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio, VirtioPci,
 };
 use vmm_memory::vm_memory::GuestMemoryAtomic;
 use vmm_memory::{GuestMemoryMap, GuestRam};
@@ -28,6 +30,8 @@ use crate::pc::Pc;
 pub enum Transport {
     /// Registers in memory, told by ACPI.
     Mmio,
+    /// Functions of a PCI bus, which interrupt by MSI-X.
+    Pci,
 }
 
 /// Where the registers of the first device are; a page for each, in the hole below 4 GiB.
@@ -37,6 +41,8 @@ const PAGE: u64 = 0x1000;
 /// Inputs of the I/O APIC above those of the ISA bus.
 const FIRST_INPUT: u32 = 16;
 const INPUTS: usize = 8;
+/// Inputs of the four lines of the PCI bus.
+const PCI_INPUTS: [u32; 4] = [16, 17, 18, 19];
 
 /// The RAM of a machine as its devices have it.
 type Ram = GuestMemoryAtomic<GuestMemoryMap>;
@@ -78,7 +84,8 @@ pub struct VirtioDevices {
 
 /// What goes on as long as the machine does.
 #[must_use]
-pub struct Served(#[expect(dead_code, reason = "its thread ends when it is dropped")] Option<LoopThread>);
+#[expect(dead_code, reason = "its thread ends when it is dropped")]
+pub struct Served(Option<LoopThread>, Option<HostBridge>);
 
 impl VirtioDevices {
     /// None yet. A thread of their own serves them, or, for runs that can be had again, the vCPU's.
@@ -145,8 +152,10 @@ impl VirtioDevices {
     /// Modules of the guest's kernel that are to be loaded.
     #[must_use]
     pub fn modules(&self) -> Vec<&'static str> {
-        let Transport::Mmio = self.transport;
-        let mut modules = vec!["virtio_mmio"];
+        let mut modules = match self.transport {
+            Transport::Mmio => vec!["virtio_mmio"],
+            Transport::Pci => vec!["virtio_pci"],
+        };
         for device in &self.devices {
             if !modules.contains(&device.module) {
                 modules.push(device.module);
@@ -157,12 +166,19 @@ impl VirtioDevices {
 
     /// What the ACPI tables say of them.
     #[must_use]
-    pub fn described(&self) -> Vec<AcpiDevice> {
-        let places = places().take(self.devices.len());
-        places.map(|(index, base, input)| AcpiDevice::virtio_mmio(index, base, PAGE, input)).collect()
+    pub fn describe(&self, tables: AcpiBuilder) -> AcpiBuilder {
+        match self.transport {
+            Transport::Mmio => {
+                let places = places().take(self.devices.len());
+                let devices =
+                    places.map(|(index, base, input)| AcpiDevice::virtio_mmio(index, base, PAGE, input));
+                devices.fold(tables, AcpiBuilder::device)
+            }
+            Transport::Pci => tables.pci(AcpiPci::new(PciLayout::default(), PCI_INPUTS)),
+        }
     }
 
-    /// Puts them on the machine's bus.
+    /// Puts them on the machine's buses.
     ///
     /// # Errors
     /// If a place is taken.
@@ -171,15 +187,25 @@ impl VirtioDevices {
             Some(thread) => thread.executor(),
             None => Arc::new(Inline),
         };
+        let bridge = match self.transport {
+            Transport::Mmio => None,
+            Transport::Pci => Some(pc.add_pci(PciLayout::default(), PCI_INPUTS)?),
+        };
         for (Device { name, device, .. }, (_, base, input)) in self.devices.into_iter().zip(places()) {
-            let failed = name.clone();
-            let transport = VirtioMmio::builder(device, ram.address_space(), pc.io_apic_line(input)?)
-                .executor(Arc::clone(&executor))
-                .on_failure(move |error| tracing::warn!(device = failed, %error, "a virtio device gave up"))
-                .build()?;
-            pc.attach_mmio(&name, BusRange::new(base, PAGE), Arc::new(Mutex::new(transport)))?;
+            let shown = name.clone();
+            let failed =
+                move |error: &dyn Error| tracing::warn!(device = shown, %error, "a virtio device gave up");
+            let (memory, executor) = (ram.address_space(), Arc::clone(&executor));
+            if let Some(bridge) = &bridge {
+                let function = VirtioPci::builder(device, memory, pc.message_sink());
+                bridge.add(Arc::new(Mutex::new(function.executor(executor).on_failure(failed).build()?)))?;
+            } else {
+                let transport = VirtioMmio::builder(device, memory, pc.io_apic_line(input)?);
+                let transport = transport.executor(executor).on_failure(failed).build()?;
+                pc.attach_mmio(&name, BusRange::new(base, PAGE), Arc::new(Mutex::new(transport)))?;
+            }
         }
-        Ok(Served(self.served_by))
+        Ok(Served(self.served_by, bridge))
     }
 }
 

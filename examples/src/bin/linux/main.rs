@@ -89,8 +89,10 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     if let Some(initrd) = &guest.initrd {
         boot = boot.initrd(initrd);
     }
-    let further = virtio.as_ref().map(VirtioDevices::described).unwrap_or_default();
-    let tables = Pc::write_tables(&ram, options.cpus, further)?;
+    let tables = Pc::write_tables(&ram, options.cpus, |tables| match &virtio {
+        Some(virtio) => virtio.describe(tables),
+        None => tables,
+    })?;
     if is_linux {
         // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS
         // leaves them.
