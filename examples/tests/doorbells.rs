@@ -15,8 +15,8 @@ use vmm_cpu::{
 use vmm_devices::testkit::{Driver as _, DriverQueue, MmioDriver};
 use vmm_devices::virtio::{EventLoop, Rng, VirtioMmio};
 use vmm_devices::{BusDevice, BusRange, MmioBus};
-use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
+use vmm_memory::{GuestRam, RegionConfig};
 
 /// Where the device is, within reach of real mode.
 const DEVICE: u64 = 0xd_0000;
@@ -51,7 +51,7 @@ fn stores(backend: &str, rings: u32) -> Option<u32> {
             return None;
         }
     };
-    let ram = GuestRam::builder().ram(0x8_0000).build().unwrap();
+    let ram = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), 0x8_0000)).build().unwrap();
     ram.memory().write_slice(&RING, GuestAddress(CODE)).unwrap();
     let vm = hypervisor.create_vm(&VmConfig::new(CpuModel::Host)).unwrap();
     vm.map_ram(&ram).unwrap();
