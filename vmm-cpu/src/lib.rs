@@ -5,6 +5,7 @@ mod debug;
 mod decode;
 pub mod entry;
 mod error;
+mod eventfd;
 mod exact;
 #[cfg(feature = "gdb")]
 pub mod gdb;

@@ -7,7 +7,7 @@
 //! | [`VirtioDevice`] | features, configuration, and what begins when the driver is ready |
 //! | [`Worker`] | serves queues of a device that the driver has started; what it needs comes in an [`Activation`] |
 //! | [`Virtqueue`], [`Chain`] | a split queue whose driver is not believed anything |
-//! | [`Executor`] | decides which thread calls a worker, and when: [`Inline`] does it at the doorbell |
+//! | [`Executor`] | decides which thread calls a worker, and when: [`Inline`] at the doorbell, `EventLoop` and `ThreadPerQueue` on theirs |
 //! | [`VirtioMmio`] | the device on an MMIO bus (4.2) |
 //! | [`VirtioPci`] | the device as a PCI function (4.1) |
 //!

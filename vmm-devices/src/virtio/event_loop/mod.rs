@@ -83,8 +83,9 @@ use crate::clock::Clock;
 /// * **Time.** Deadlines are those of the clock that the loop was made with, which is the devices' as well. The loop sleeps by the
 ///   host's and looks again: at a clock that stands still after 1 ms, and ever less often down to 10 times a second.
 ///   [`LoopExecutor::wake`] tells of a clock that was set.
-/// * **Cost.** A wake-up is a `write` of who rings and an `epoll_wait`; rings that come before the call are free. System calls:
-///   `epoll_pwait`, `epoll_ctl`, `eventfd2`, `timerfd_create`, `timerfd_settime`, `write`, `fcntl`, `close`, `futex`.
+/// * **Cost.** A wake-up is a `write` of who rings and an `epoll_wait` of the loop; rings that come before the call are free.
+/// * **System calls**, for a filter: `epoll_create1`, `eventfd2` and `timerfd_create` here, `fcntl` and `epoll_ctl` by who starts or resets
+///   a device, `write` by who rings, `epoll_pwait`, `timerfd_settime` and `futex` by the loop.
 pub struct EventLoop {
     shared: Arc<Shared>,
     found: Found,

@@ -398,6 +398,20 @@ fn a_loop_that_has_ended_starts_nothing_and_gives_back_what_it_has() {
     assert_eq!((running.stop().len(), told.stops()), (1, 1));
 }
 
+/// As after an epoll that a seccomp filter forbids.
+#[test]
+fn a_loop_that_fails_tells_every_device() {
+    let mut driven = Driven::new();
+    let ((a, _), (b, of_b)) = (Probe::idle(&[0]), Probe::idle(&[1]));
+    let (_, running_a) = driven.start(vec![a]);
+    let (_, running_b) = driven.start(vec![b]);
+    driven.settle();
+    drop(running_a.stop());
+    driven.event_loop.shared.fail(&io::Error::from(io::ErrorKind::PermissionDenied));
+    assert_eq!(driven.link.failures(), ["permission denied"]);
+    assert_eq!((running_b.stop().len(), of_b.stops()), (1, 1));
+}
+
 #[test]
 fn a_source_that_cannot_be_polled_refuses_to_start() {
     let mut driven = Driven::new();
