@@ -35,7 +35,9 @@ impl MemoryRelease for Host {
     }
 }
 
-fuzz_target!(|actions: Vec<Action>| {
+fuzz_target!(|input: (u64, Vec<Action>)| {
+    let (features, mut actions) = input;
+    actions.insert(0, Action::Start { features, size: 4 });
     let memory = guest_memory_of(&REGIONS).expect("so little memory there is");
     let host = Host::default();
     let balloon = Balloon::builder(host.clone()).must_tell_host(true).build();
