@@ -4,6 +4,7 @@
 //! | part | what |
 //! |---|---|
 //! | [`guest_memory`], [`guest_memory_of`] | guest memory; of regions that touch, and with holes between them |
+//! | [`FaultyMemory`] | guest memory in small pieces, and that fails where it said that it would not |
 //! | [`Driver`], [`MmioDriver`] | the driver's side of a transport, step by step or [all at once](Driver::start) |
 //! | [`DriverQueue`] | the driver's side of a queue: good chains, and everything else |
 //! | [`LineRecorder`], [`LinkRecorder`] | who was interrupted, and how often |
@@ -51,6 +52,7 @@
 //! ```
 
 mod driver;
+mod faulty;
 mod hostile;
 mod memory;
 mod output;
@@ -59,6 +61,7 @@ mod racer;
 mod recorder;
 
 pub use driver::{Driver, MmioDriver, PciDriver, StartError};
+pub use faulty::{FaultyMap, FaultyMemory};
 pub use hostile::{Action, Buffer, Entry, MIN_MEMORY, Place, Replayed, Violation, hostile_queue, replay};
 pub use memory::{Memory, guest_memory, guest_memory_of};
 pub use output::OutputRecorder;

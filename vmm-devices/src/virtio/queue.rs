@@ -137,7 +137,10 @@ impl<M: DeviceMemory> Virtqueue<M> {
     ) -> Result<Option<Chain<T>>, QueueError> {
         let index = self.index;
         let ring = |source| QueueError::Ring { index, source };
-        let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else { return Ok(None) };
+        let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
+            self.check_next_entry(&*memory).map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
+            return Ok(None);
+        };
         let head = raw.head_index();
         let mut chain = Chain { head, memory: memory.clone(), segments: SmallVec::new(), readable: 0 };
         let mut ended = false;
@@ -165,6 +168,18 @@ impl<M: DeviceMemory> Virtqueue<M> {
             _ => return Err(QueueError::InFlight { index, head }),
         }
         Ok(Some(chain))
+    }
+
+    /// Whether the entry can be read that comes next, if there is one. `virtio-queue` takes one that cannot for none, and a worker would
+    /// look for it for ever.
+    fn check_next_entry(&self, memory: &M::M) -> Result<(), GuestMemoryError> {
+        let next = self.queue.next_avail();
+        let index: u16 = memory.load(GuestAddress(self.queue.avail_ring() + 2), Ordering::Acquire)?;
+        if u16::from_le(index) == next {
+            return Ok(());
+        }
+        let place = self.queue.avail_ring() + 4 + 2 * u64::from(next % self.queue.size().max(1));
+        memory.load::<u16>(GuestAddress(place), Ordering::Relaxed).map(drop)
     }
 
     /// Gives a chain back: the device has written the first `written` bytes of its writable buffers (2.7.8), and no more.

@@ -56,8 +56,6 @@ impl BalloonHandle {
     /// Asks the guest for statistics; they come to the callback of the device and to
     /// [`statistics`](Self::statistics), when the guest likes. Requests that come before it has answered are one request.
     /// Whether there is a driver that tells them; otherwise nothing is asked.
-    ///
-    /// Not called by the callback: with [`Inline`](crate::virtio::Inline), the answer comes on this very thread.
     pub fn request_statistics(&self) -> bool {
         let active = lock(&self.0.active);
         let bell =

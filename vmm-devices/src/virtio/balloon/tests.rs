@@ -3,7 +3,6 @@ use std::num::NonZeroUsize;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use proptest::prelude::*;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 use vmm_memory::{Backing, GuestRam, RegionConfig};
 
@@ -14,6 +13,8 @@ use crate::testkit::{
 };
 use crate::virtio::{Doorbells, Progress, VirtioMmio, Virtqueue};
 
+mod hostile;
+mod model;
 mod race;
 mod statistics;
 
@@ -187,54 +188,6 @@ fn numbers_may_lie_in_pieces() {
     assert_eq!(t.handle.counters().skipped, 1);
 }
 
-/// CVE-2021-3929: numbers that are no RAM, those of the device's own registers among them.
-#[test]
-fn what_is_no_ram_is_left_out() {
-    let memory = guest_memory_of(&[(0, MIB), (2 * MIB, 0x2000), (2 * MIB + 0x2000, 0x1000)]).unwrap();
-    let (mut t, ledger) = test(memory);
-    t.start(0, &[0, 1]);
-    t.send(0, &[0xff, 0x100, 0xd_0000, u32::MAX, 0x1ff, 0x200, 0x201, 0x202, 0x203, u32::MAX - 1]);
-    assert_eq!(ledger.take(), [(0xff, 1), (0x200, 2), (0x202, 1)], "one call for each region");
-    let counters = t.handle.counters();
-    assert_eq!((counters.inflated, counters.skipped), (4, 6));
-    // Numbers that cannot be read.
-    for (gpa, len) in [(MIB - 4, 8), (0xd000_0000, 4), (u64::MAX - 1, 4)] {
-        let head = t.queues[0].chain().readable(gpa, len).submit().unwrap();
-        t.driver.notify(0);
-        assert_eq!(t.queues[0].take_used().unwrap(), Some((head.into(), 0)));
-    }
-    assert_eq!((t.handle.counters().unreadable, ledger.take()), (3, vec![]));
-    assert_eq!(t.driver.status(), 0xf);
-}
-
-/// CVE-2019-18960: reported ranges that lie in two regions, or partly in none.
-#[test]
-fn reports_are_cut_to_whole_pages_of_ram() {
-    let memory = guest_memory_of(&[(0, MIB), (MIB, 0x4000), (4 * MIB, 0x4000)]).unwrap();
-    let (mut t, ledger) = test(memory);
-    t.start(feature::PAGE_REPORTING, &[0, 1, 4]);
-    t.report(&[(0x2_0000, 0x3000), (0x3_0000, 0x1000)]);
-    assert_eq!(ledger.take(), [(0x20, 3), (0x30, 1)]);
-    t.report(&[(MIB - 0x2000, 0x4000)]);
-    assert_eq!(ledger.take(), [(0xfe, 2), (0x100, 2)]);
-    assert_eq!(t.handle.counters().skipped, 0);
-    t.report(&[(MIB + 0x3000, 0x40_0000)]);
-    assert_eq!(ledger.take(), [(0x103, 1), (0x400, 4)]);
-    let skipped = t.handle.counters().skipped;
-    assert_eq!(skipped, 0x400 - 5);
-    // Half pages, less than a page, nothing, the end of addresses.
-    t.report(&[
-        (0x2_0800, 0x1800),
-        (0x3_0001, 0xfff),
-        (0x4_0800, 0x10),
-        (0x5_0800, 0),
-        (u64::MAX - 8, 0x1000),
-    ]);
-    assert_eq!(ledger.take(), [(0x21, 1)]);
-    assert_eq!(t.handle.counters().skipped, skipped + 4);
-    assert_eq!(t.handle.counters().reported, 4 + 4 + 5 + 1);
-}
-
 #[test]
 fn poisoned_pages_are_kept() {
     let (mut t, ledger) = test(guest_memory(MIB).unwrap());
@@ -321,89 +274,6 @@ fn a_release_that_fails_is_counted_and_the_guest_goes_on() {
     assert_eq!(t.driver.status(), 0xf);
 }
 
-/// Four gigabytes of page numbers in one chain: each call does its share, and what is left is given up at a reset.
-#[test]
-fn a_chain_without_end_is_served_in_shares() {
-    let memory = guest_memory(64 * MIB).unwrap();
-    let ledger = Ledger::default();
-    let mut balloon = Balloon::new(ledger.clone());
-    let handle = balloon.handle();
-    let mut queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
-    let other = DriverQueue::new(memory.clone(), 0x4000, 64).unwrap();
-    let link = Arc::new(LinkRecorder::default());
-    let side = |queue: &DriverQueue<Memory>, index| {
-        let side = queue.device_side().unwrap();
-        Some(Virtqueue::new(side, index, memory.clone(), link.clone()).unwrap())
-    };
-    let activation = Activation {
-        features: 0,
-        queues: vec![side(&queue, 0), side(&other, 1)],
-        link: link.clone(),
-        doorbells: Arc::new(Doorbells::new(5)),
-    };
-    let mut workers = balloon.activate(activation).unwrap();
-    // Every second page, so that no two make a run, over and over.
-    let numbers: Vec<u8> = (0..2048_u32).flat_map(|n| (1024 + 2 * (n % 1024)).to_le_bytes()).collect();
-    for start in (8 * MIB..16 * MIB).step_by(numbers.len()) {
-        memory.memory().write_slice(&numbers, GuestAddress(start)).unwrap();
-    }
-    let chain = queue.chain().readable(8 * MIB, 8 << 20);
-    let chain = (0..63).fold(chain, |chain, _| chain.readable(0, 64 << 20));
-    chain.submit().unwrap();
-    let mut calls = 0;
-    for _ in 0..20 {
-        assert_eq!(workers[0].process().unwrap(), Progress::More);
-        calls += ledger.take().len();
-        assert!(calls > 0);
-    }
-    assert!(calls <= 20 * 16384 / 32, "{calls} releases in 20 calls");
-    assert_eq!(queue.take_used().unwrap(), None);
-    assert_eq!(handle.counters().requests, 0);
-    // The other queue has its turn meanwhile.
-    assert_eq!(workers[1].process().unwrap(), Progress::Idle);
-    workers[0].stop();
-    let before = handle.counters();
-    VirtioDevice::<Memory>::reset(&mut balloon, workers);
-    assert_eq!((ledger.take(), handle.counters()), (vec![], before));
-}
-
-/// One buffer of nearly 4 GiB, of which little is RAM.
-#[test]
-fn a_report_of_everything() {
-    let memory = guest_memory(256 * MIB).unwrap();
-    let (mut t, ledger) = test(memory);
-    t.start(feature::PAGE_REPORTING, &[0, 1, 4]);
-    t.report(&[(0x10_0000, 0xfff0_0000)]);
-    let released = ledger.take();
-    assert!(released.iter().all(|(_, pages)| *pages <= 16384), "{released:?}");
-    assert_eq!(released.iter().map(|(_, pages)| pages).sum::<u64>(), 255 * MIB / PAGE);
-    let counters = t.handle.counters();
-    assert_eq!((counters.reported, counters.skipped), (0xff00, 0xf_0000));
-}
-
-/// A guest that gives its own rings away finds zeros there, and no more comes of it.
-#[test]
-fn rings_in_the_balloon_are_the_guests_own_affair() {
-    let ram = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), MIB)).build().unwrap();
-    let mut t = Test::new(Balloon::new(ram.clone()), ram.address_space());
-    for _ in 0..3 {
-        t.queues =
-            (0..5).map(|i| DriverQueue::new(t.memory.clone(), 0x1000 * (i + 1), 64).unwrap()).collect();
-        t.start(feature::PAGE_REPORTING, &[0, 1, 4]);
-        for numbers in [[1, 2, 5, 8], [1, 1, 1, 1]] {
-            t.write_numbers(&numbers);
-            t.queues[0].chain().readable(NUMBERS, 16).submit().unwrap();
-            t.driver.notify(0);
-        }
-        t.queues[4].chain().writable(0, u32::MAX).submit().unwrap();
-        t.driver.notify(4);
-        t.driver.notify(0);
-        assert_eq!(t.driver.status() & 0xf, 0xf);
-        t.driver.set_status(0);
-        assert_eq!(t.driver.status(), 0);
-    }
-}
-
 /// Resident pages of the regions, by their memfd.
 fn blocks(ram: &GuestRam) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
@@ -452,95 +322,4 @@ fn memory_that_is_not_to_be_given_back_stays() {
     let counters = t.handle.counters();
     assert_eq!((counters.inflated, counters.failed, counters.skipped), (1, 1, 1));
     assert_eq!(t.memory.memory().read_obj::<u8>(GuestAddress(MIB)).unwrap(), 7);
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    Inflate(Vec<u32>),
-    Deflate(Vec<u32>),
-    Report(Vec<(u32, u32)>),
-    Poison(u32),
-    Refuse(bool),
-    Reset,
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let numbers = || prop::collection::vec(prop_oneof![4 => 0x1f0..0x220_u32, 1 => any::<u32>()], 0..40);
-    let buffers = prop::collection::vec((0x1f_0000..0x22_0000_u32, 0..0x6000_u32), 1..8);
-    prop_oneof![
-        4 => numbers().prop_map(Step::Inflate),
-        2 => numbers().prop_map(Step::Deflate),
-        4 => buffers.prop_map(Step::Report),
-        1 => (0..2_u32).prop_map(Step::Poison),
-        1 => any::<bool>().prop_map(Step::Refuse),
-        1 => Just(Step::Reset),
-    ]
-}
-
-proptest! {
-    /// Released is what is RAM of what was said, page by page; counted is all of it.
-    #[test]
-    fn agrees_with_a_model(steps in prop::collection::vec(step(), 1..24)) {
-        let (mut t, ledger) =
-            test(guest_memory_of(&[(0, 2 * MIB), (2 * MIB, 0x8000), (2 * MIB + 0x9000, 0x8000)]).unwrap());
-        let is_ram = |page: &u64| *page < 0x208 || (0x209..0x211).contains(page);
-        let (mut refuse, mut poison, mut model) = (false, 0, BalloonCounters::default());
-        t.start(feature::PAGE_REPORTING | feature::PAGE_POISON, &[0, 1, 4]);
-        for step in steps {
-            let mut pages: Vec<u64> = Vec::new();
-            let (mut kept, mut counter) = (false, &mut model.inflated);
-            match &step {
-                Step::Inflate(numbers) | Step::Deflate(numbers) => {
-                    t.send(u16::from(matches!(step, Step::Deflate(_))), numbers);
-                    pages.extend(numbers.iter().map(|number| u64::from(*number)));
-                    pages.sort_unstable();
-                    pages.dedup();
-                    if matches!(step, Step::Deflate(_)) {
-                        counter = &mut model.deflated;
-                    }
-                    model.requests += 1;
-                }
-                Step::Report(buffers) => {
-                    t.report(&buffers.iter().map(|(gpa, len)| (u64::from(*gpa), *len)).collect::<Vec<_>>());
-                    for (start, len) in buffers.iter().filter(|(_, len)| *len > 0) {
-                        let (start, end) = (u64::from(*start), u64::from(start + len));
-                        for page in start / PAGE..end.div_ceil(PAGE) {
-                            if page * PAGE < start || (page + 1) * PAGE > end {
-                                model.skipped += 1;
-                            } else {
-                                pages.push(page);
-                            }
-                        }
-                    }
-                    kept = poison != 0;
-                    counter = if kept { &mut model.poisoned } else { &mut model.reported };
-                    model.requests += 1;
-                }
-                Step::Poison(value) => {
-                    t.driver.write_config(12, &value.to_le_bytes());
-                    poison = *value;
-                }
-                Step::Refuse(value) => {
-                    ledger.0.refuse.store(*value, Ordering::SeqCst);
-                    refuse = *value;
-                }
-                Step::Reset => {
-                    t.queues = queues(&t.memory);
-                    t.start(feature::PAGE_REPORTING | feature::PAGE_POISON, &[0, 1, 4]);
-                    poison = 0;
-                }
-            }
-            let ram = pages.iter().filter(|page| is_ram(page)).count() as u64;
-            model.skipped += pages.len() as u64 - ram;
-            *(if refuse && !kept { &mut model.failed } else { counter }) += ram;
-            pages.retain(is_ram);
-            let reclaimed = std::mem::take(&mut *lock(&ledger.0.reclaimed));
-            let mut done: Vec<u64> =
-                [ledger.take(), reclaimed].concat().iter().flat_map(|(page, pages)| *page..page + pages).collect();
-            done.sort_unstable();
-            pages.sort_unstable();
-            prop_assert_eq!(done, if refuse || kept { vec![] } else { pages });
-            prop_assert_eq!(t.handle.counters(), model);
-        }
-    }
 }

@@ -113,3 +113,24 @@ fn names_are_those_of_the_specification() {
     assert_eq!(Statistic(16).name(), None);
     assert_eq!(format!("{:?} {:?}", Statistic(3), Statistic(99)), "MINFLT 99");
 }
+
+/// A monitor that asks again at each answer, and for another size, in the callback: the guest answers in its own time.
+#[test]
+fn the_callback_may_use_the_handle() {
+    let handle = Arc::new(std::sync::OnceLock::<BalloonHandle>::new());
+    let own = Arc::clone(&handle);
+    let balloon = Balloon::builder(Ledger::default()).on_statistics(move |statistics| {
+        let handle = own.get().unwrap();
+        handle.set_target(u32::try_from(statistics.get(Statistic::MEMFREE).unwrap()).unwrap());
+        assert!(handle.request_statistics());
+    });
+    let balloon = balloon.build();
+    handle.get_or_init(|| balloon.handle());
+    let mut t = Test::new(balloon, guest_memory(MIB).unwrap());
+    t.start(feature::STATS_VQ, &[0, 1, 2]);
+    for free in 1..20 {
+        let head = t.tell(&[(4, free)], &[]);
+        assert_eq!(t.queues[2].take_used().unwrap(), Some((head.into(), 0)), "it is asked again");
+        assert_eq!(u64::from(t.handle.target()), free);
+    }
+}
