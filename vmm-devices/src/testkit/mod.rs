@@ -8,6 +8,7 @@
 //! | [`Driver`], [`MmioDriver`] | the driver's side of a transport, step by step or [all at once](Driver::start) |
 //! | [`DriverQueue`] | the driver's side of a queue: good chains, and everything else |
 //! | [`LineRecorder`], [`LinkRecorder`] | who was interrupted, and how often |
+//! | [`OutputRecorder`] | a writer that remembers, takes a part, blocks, or fails, as it is told |
 //! | [`hostile_queue`], [`replay`] | what a hostile driver does, drawn at random, and the rules that hold for every device |
 //! | [`Racer`] | a driver that changes its memory while the device works |
 //!

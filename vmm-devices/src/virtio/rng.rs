@@ -5,7 +5,10 @@ use std::io::Read;
 use std::sync::{Arc, Mutex};
 
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, Progress, VirtioDevice, Worker};
-use super::queue::{QueueError, Virtqueue};
+use super::metrics::{Activity, Ended, Metrics};
+use super::queue::{Chain, QueueError, Virtqueue};
+use super::rate::{RateLimiter, Throttled};
+use crate::clock::Clock;
 use crate::interrupt::lock;
 
 const QUEUE: u16 = 0;
@@ -22,18 +25,44 @@ type Source = Arc<Mutex<dyn Read + Send>>;
 /// to be had again. One that ends or fails leaves requests with fewer bytes, or none, as the specification has it.
 pub struct Rng {
     source: Source,
+    limiter: Option<RateLimiter>,
+    metrics: Option<Measured>,
+}
+
+/// Where figures go, and what time it is.
+#[derive(Clone)]
+struct Measured {
+    sink: Arc<dyn Metrics>,
+    clock: Arc<dyn Clock>,
 }
 
 impl fmt::Debug for Rng {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rng").finish_non_exhaustive()
+        f.debug_struct("Rng").field("limiter", &self.limiter).finish_non_exhaustive()
     }
 }
 
 impl Rng {
     /// A device whose bytes come from `source`, which must not block for long.
     pub fn new(source: impl Read + Send + 'static) -> Self {
-        Self { source: Arc::new(Mutex::new(source)) }
+        Self { source: Arc::new(Mutex::new(source)), limiter: None, metrics: None }
+    }
+
+    /// Limits requests, and the bytes that they ask for up to [`MAX_REQUEST`]: whatever the guest does, the host's generator
+    /// works no harder. Needs an executor that knows deadlines, which [`Inline`](super::Inline) does not: there a request
+    /// that has to wait waits for the next doorbell.
+    #[must_use]
+    pub fn rate(mut self, limiter: RateLimiter) -> Self {
+        self.limiter = Some(limiter);
+        self
+    }
+
+    /// Tells `metrics` of each request, as an [`Activity::Read`], which is an error if it got less than it asked for;
+    /// latencies are by `clock`.
+    #[must_use]
+    pub fn metrics(mut self, metrics: Arc<dyn Metrics>, clock: impl Clock + 'static) -> Self {
+        self.metrics = Some(Measured { sink: metrics, clock: Arc::new(clock) });
+        self
     }
 }
 
@@ -52,14 +81,30 @@ impl<M: DeviceMemory> VirtioDevice<M> for Rng {
 
     fn activate(&mut self, mut activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
         let queue = activation.take_queue(QUEUE)?;
-        Ok(vec![Box::new(RngWorker { queue, source: Arc::clone(&self.source), bytes: Vec::new() })])
+        Ok(vec![Box::new(RngWorker {
+            queue,
+            source: Arc::clone(&self.source),
+            limiter: self.limiter.clone(),
+            metrics: self.metrics.clone(),
+            bytes: Vec::new(),
+            waiting: None,
+        })])
     }
 }
 
 struct RngWorker<M: DeviceMemory> {
     queue: Virtqueue<M>,
     source: Source,
+    limiter: Option<RateLimiter>,
+    metrics: Option<Measured>,
     bytes: Vec<u8>,
+    /// A request that the limit holds up, and until when.
+    waiting: Option<(Request<M::T>, u64)>,
+}
+
+struct Request<T> {
+    chain: Chain<T>,
+    begun_ns: u64,
 }
 
 impl<M: DeviceMemory> RngWorker<M> {
@@ -78,6 +123,31 @@ impl<M: DeviceMemory> RngWorker<M> {
         }
         self.bytes.get(..filled).unwrap_or_default()
     }
+
+    /// The request whose turn it is; of one that waits it is its turn.
+    fn next(&mut self) -> Result<Option<Request<M::T>>, QueueError> {
+        if let Some((request, _)) = self.waiting.take() {
+            return Ok(Some(request));
+        }
+        let begun_ns = self.metrics.as_ref().map_or(0, |metrics| metrics.clock.now_ns());
+        let chain = self.queue.pop(self.queue.memory())?;
+        Ok(chain.map(|chain| Request { chain, begun_ns }))
+    }
+
+    fn fill(&mut self, request: &Request<M::T>, room: usize) -> Result<(), QueueError> {
+        let bytes = self.gather(room);
+        // What lies behind a buffer that is not in RAM gets nothing, and is told so.
+        let written = request.chain.write_some(0, bytes);
+        if let Some(Measured { sink, clock }) = &self.metrics {
+            sink.ended(Ended {
+                activity: Activity::Read,
+                bytes: written as u64,
+                succeeded: written == room,
+                latency_ns: clock.now_ns().saturating_sub(request.begun_ns),
+            });
+        }
+        self.queue.complete(request.chain.head(), u32::try_from(written).unwrap_or(0))
+    }
 }
 
 impl<M: DeviceMemory> Worker for RngWorker<M> {
@@ -86,22 +156,38 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
-        let memory = self.queue.memory();
         self.queue.want_doorbell(false)?;
+        let mut held = self.waiting.is_some();
         for _ in 0..self.queue.size() {
-            let Some(chain) = self.queue.pop(&*memory)? else {
+            let Some(request) = self.next()? else {
                 self.queue.interrupt()?;
                 let more = self.queue.want_doorbell(true)?;
                 return Ok(if more { Progress::More } else { Progress::Idle });
             };
-            let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX).min(MAX_REQUEST);
-            let bytes = self.gather(room);
-            // What lies behind a buffer that is not in RAM gets nothing, and is told so.
-            let written = chain.write_some(0, bytes);
-            self.queue.complete(chain.head(), u32::try_from(written).unwrap_or(0))?;
+            let room = usize::try_from(request.chain.writable_len()).unwrap_or(usize::MAX).min(MAX_REQUEST);
+            let admitted = self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(room as u64));
+            if let Err(Throttled { until_ns }) = admitted {
+                if let Some(metrics) = self.metrics.as_ref().filter(|_| !held) {
+                    metrics.sink.throttled();
+                }
+                self.waiting = Some((request, until_ns));
+                self.queue.interrupt()?;
+                return Ok(Progress::Idle);
+            }
+            held = false;
+            self.fill(&request, room)?;
         }
         self.queue.interrupt()?;
         Ok(Progress::More)
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.waiting.as_ref().map(|(_, until_ns)| *until_ns)
+    }
+
+    fn stop(&mut self) {
+        // Its memory may go.
+        self.waiting = None;
     }
 }
 

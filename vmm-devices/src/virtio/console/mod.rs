@@ -208,7 +208,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console {
         if multiport {
             let (rx, tx) = (activation.take_queue(CONTROL_RX)?, activation.take_queue(CONTROL_TX)?);
             let shared = Arc::clone(shared);
-            workers.push(Box::new(ControlWorker { rx, tx, shared, last: 0, spare: None }));
+            let last = shared.ports() - 1;
+            workers.push(Box::new(ControlWorker { rx, tx, shared, last, spare: None }));
         }
         for id in 0..if multiport { shared.ports() } else { 1 } {
             let queues = (activation.take_queue(rx_queue(id)), activation.take_queue(tx_queue(id)));

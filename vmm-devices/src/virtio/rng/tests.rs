@@ -4,8 +4,13 @@ use std::sync::{Arc, Mutex};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
-use crate::testkit::{Driver, DriverQueue, LineRecorder, MmioDriver, Racer, guest_memory, guest_memory_of};
+use crate::ManualClock;
+use crate::testkit::{
+    Driver, DriverQueue, LineRecorder, LinkRecorder, MmioDriver, Racer, guest_memory, guest_memory_of,
+};
 use crate::virtio::VirtioMmio;
+use crate::virtio::metrics::DeviceMetrics;
+use crate::virtio::rate::{Limits, Rate};
 
 /// Counts, and ends after so many bytes.
 struct Counting(u8, usize);
@@ -125,4 +130,79 @@ fn a_driver_that_races() {
     let head = queue.chain().writable(0x8000, 3).submit().unwrap();
     driver.notify(0);
     assert_eq!(queue.take_used().unwrap(), Some((head.into(), 3)));
+}
+
+/// A worker alone, with a clock that goes as far as it is told.
+fn limited(
+    limits: Limits,
+) -> (Box<dyn Worker>, DriverQueue<crate::testkit::Memory>, Arc<ManualClock>, Arc<DeviceMetrics>, LinkRecorder)
+{
+    let memory = guest_memory(1 << 20).unwrap();
+    let (clock, metrics) = (Arc::new(ManualClock::new(5000)), Arc::new(DeviceMetrics::default()));
+    let link = LinkRecorder::default();
+    let mut device = Rng::new(io::repeat(7))
+        .rate(RateLimiter::new(Arc::clone(&clock), limits))
+        .metrics(Arc::clone(&metrics) as Arc<_>, Arc::clone(&clock));
+    let driver = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
+    let queue = Virtqueue::new(driver.device_side().unwrap(), 0, memory, Arc::new(link.clone())).unwrap();
+    let activation = Activation {
+        features: 0,
+        queues: vec![Some(queue)],
+        link: Arc::new(link.clone()),
+        doorbells: Arc::new(crate::virtio::Doorbells::new(1)),
+    };
+    let worker = device.activate(activation).unwrap().pop().unwrap();
+    (worker, driver, clock, metrics, link)
+}
+
+/// A request that the limit holds up is done at the deadline, and those behind it after it.
+#[test]
+fn requests_wait_for_the_limit() {
+    // A byte a microsecond, 100 at once.
+    let limits = Limits { bytes: Rate::new(1_000_000, 100), ..Limits::default() };
+    let (mut worker, mut driver, clock, metrics, link) = limited(limits);
+    let heads: Vec<_> =
+        [100, 30, 40].map(|len| driver.chain().writable(0x8000, len).submit().unwrap()).into_iter().collect();
+    assert_eq!(worker.process().unwrap(), Progress::Idle);
+    assert_eq!(driver.take_used().unwrap(), Some((heads[0].into(), 100)));
+    assert_eq!((driver.take_used().unwrap(), link.take_used()), (None, vec![0]));
+    assert_eq!(worker.deadline(), Some(5000 + 30_000));
+    // A driver that rings meanwhile changes nothing.
+    clock.advance(29_999);
+    assert_eq!(worker.process().unwrap(), Progress::Idle);
+    assert_eq!((driver.take_used().unwrap(), link.take_used()), (None, vec![]));
+    clock.advance(1);
+    assert_eq!(worker.process().unwrap(), Progress::Idle);
+    assert_eq!(driver.take_used().unwrap(), Some((heads[1].into(), 30)));
+    assert_eq!(worker.deadline(), Some(5000 + 70_000));
+    clock.advance(40_000);
+    assert_eq!(worker.process().unwrap(), Progress::Idle);
+    assert_eq!(driver.take_used().unwrap(), Some((heads[2].into(), 40)));
+    assert_eq!(worker.deadline(), None);
+    let counted = metrics.snapshot();
+    assert_eq!((counted.read.requests, counted.read.bytes, counted.read.errors), (3, 170, 0));
+    assert_eq!((counted.throttled, counted.latency_total_ns), (2, 30_000 + 40_000));
+    assert_eq!(driver.used_flags().unwrap(), 0, "the device wants to hear of the next");
+}
+
+/// A buffer is charged for what it can get; one larger than the burst is paid for later rather than never.
+#[test]
+fn large_requests_are_charged_and_not_refused() {
+    let limits = Limits { bytes: Rate::new(1_000_000, 100), ..Limits::default() };
+    let (mut worker, mut driver, clock, metrics, _) = limited(limits);
+    driver.chain().writable(0x8000, 0xf_0000).submit().unwrap();
+    driver.chain().writable(0x4000_0000, 1).submit().unwrap();
+    assert_eq!(worker.process().unwrap(), Progress::Idle);
+    assert_eq!(driver.take_used().unwrap().unwrap().1, 0x1_0000);
+    let debt = 0x1_0000 - 100 + 1;
+    assert_eq!(worker.deadline(), Some(5000 + debt * 1000));
+    // It is in flight when the worker stops, and is not touched again.
+    worker.stop();
+    assert_eq!(worker.deadline(), None);
+    clock.advance(debt * 1000);
+    assert_eq!(worker.process().unwrap(), Progress::Idle);
+    assert_eq!(driver.take_used().unwrap(), None);
+    driver.chain().writable(0x4000_0000, 1).submit().unwrap();
+    assert_eq!(worker.process().unwrap(), Progress::Idle);
+    assert_eq!(metrics.snapshot().read.errors, 1);
 }
