@@ -130,7 +130,7 @@ impl BlockGuest {
 
     fn put(&self, gpa: u64, bytes: &[u8]) {
         // What is beyond is not there.
-        let _ = self.memory.memory().write_slice(bytes, GuestAddress(gpa)).is_ok();
+        let (Ok(()) | Err(_)) = self.memory.memory().write_slice(bytes, GuestAddress(gpa));
     }
 
     pub fn perform(&mut self, action: &Action) {
@@ -148,7 +148,7 @@ impl BlockGuest {
             Action::Start { features, size } => {
                 let features = features & self.driver.device_features();
                 self.queue = DriverQueue::new(self.memory.clone(), RINGS, 4 << (size % 5)).unwrap();
-                let _ = self.driver.start(features, &[(0, &self.queue)]).is_ok();
+                let (Ok(()) | Err(_)) = self.driver.start(features, &[(0, &self.queue)]);
             }
             Action::Status { status } => self.driver.set_status(*status),
             Action::Memory { at, bytes } => self.put(u64::from(*at), bytes),

@@ -120,7 +120,7 @@ impl Backend for MemoryDisk {
 
     fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
         Ok(self.each_run(buffers, offset, |chunk, at, buffer| {
-            const ZEROS: [u8; CHUNK] = [0; CHUNK];
+            static ZEROS: [u8; CHUNK] = [0; CHUNK];
             let chunk = read(chunk);
             let bytes = chunk.as_deref().unwrap_or(&ZEROS);
             buffer.copy_from(bytes.get(at..at + buffer.len()).unwrap_or_default());

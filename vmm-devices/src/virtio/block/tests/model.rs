@@ -58,7 +58,7 @@ fn expected(step: &Step, disk: &mut [u8]) -> (u8, Option<Vec<u8>>) {
     let range = |sector: u64, len: usize| {
         let start = usize::try_from(sector.checked_mul(512)?).ok()?;
         let range = start..start.checked_add(len)?;
-        (range.end <= SECTORS * 512 && len % 512 == 0).then_some(range)
+        (range.end <= SECTORS * 512 && len.is_multiple_of(512)).then_some(range)
     };
     if step.cut > 16 {
         // The header ends early.
