@@ -187,13 +187,20 @@ impl<M: DeviceMemory> Virtqueue<M> {
     /// # Errors
     /// If the used ring is in RAM no more.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.complete_in(&self.memory(), head, written)
+    }
+
+    /// The same for who has the guest's memory at hand: a [`Chain::memory`], as a rule.
+    ///
+    /// # Errors
+    /// As [`Virtqueue::complete`].
+    pub fn complete_in(&mut self, memory: &M::M, head: u16, written: u32) -> Result<(), QueueError> {
         if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
             *word &= !(1 << (head % 64));
         }
         let index = self.index;
-        let memory = self.memory.memory();
         self.completed = true;
-        self.queue.add_used(&*memory, head, written).map_err(|source| QueueError::Ring { index, source })
+        self.queue.add_used(memory, head, written).map_err(|source| QueueError::Ring { index, source })
     }
 
     /// Interrupts the driver for what was completed since the last time, if it wants to hear of it (2.7.7).

@@ -47,7 +47,25 @@ pub(super) fn slices<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area
     complete.then_some(all)
 }
 
-/// Tells the dirty bitmaps that the data was written.
+/// Calls `f` with the data, and tells the dirty bitmaps what it has written; `None` if not all of it is in RAM.
+pub(super) fn with_slices<T: Deref<Target: GuestMemory>, R>(
+    chain: &Chain<T>,
+    area: Area,
+    f: impl FnOnce(&[VolatileSlice<'_>]) -> R,
+) -> Option<R> {
+    let Area::Writable { len } = area else { return slices(chain, area).map(|slices| f(&slices)) };
+    // Kept, for looking them up again takes as long as a short request.
+    let mut own: SmallVec<[_; 4]> = SmallVec::new();
+    let pieces = pieces(chain.writable(), 0, len);
+    if each_slice(chain.memory(), pieces, Permissions::Write, |s| own.push(s)) != Some(len) {
+        return None;
+    }
+    let result = f(&own.iter().map(erase).collect::<Slices<'_>>());
+    own.iter().for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
+    Some(result)
+}
+
+/// Tells the dirty bitmaps that the data was written, by who had it since [`slices`].
 pub(super) fn mark_written<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area) {
     if let Area::Writable { len } = area {
         let pieces = pieces(chain.writable(), 0, len);

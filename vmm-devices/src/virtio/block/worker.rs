@@ -6,11 +6,11 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vmm_memory::vm_memory::{GuestAddressSpace, GuestMemory};
+use vmm_memory::vm_memory::GuestAddressSpace;
 
 use super::Shared;
 use super::backend::{IoQueue, Job, JobEnd};
-use super::buffers::{Buffers, mark_written, slices};
+use super::buffers::{Buffers, mark_written, slices, with_slices};
 use super::config::{ID_BYTES, SECTOR};
 use super::request::{Request, Status, Task, Terms};
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
@@ -118,15 +118,11 @@ impl<M: DeviceMemory> BlockWorker<M> {
                     }
                     return Ok(());
                 }
-                None => match slices(&chain, request.area) {
-                    // Not in RAM.
-                    None => Status::IoError,
-                    Some(buffers) => {
-                        let result = operation.run(&*self.shared.disk, &buffers);
-                        mark_written(&chain, request.area);
-                        status(result)
-                    }
-                },
+                None => {
+                    // Nothing is done with buffers that are not in RAM.
+                    with_slices(&chain, request.area, |slices| operation.run(&*self.shared.disk, slices))
+                        .map_or(Status::IoError, status)
+                }
             },
         };
         finish(&mut self.queue, &self.shared, &chain, &request, status, begun_ns)
@@ -191,7 +187,7 @@ fn status(result: io::Result<()>) -> Status {
 }
 
 /// Tells the driver how a request has ended.
-fn finish<M: DeviceMemory, T: Deref<Target: GuestMemory>>(
+fn finish<M: DeviceMemory, T: Deref<Target = M::M>>(
     queue: &mut Virtqueue<M>,
     shared: &Shared,
     chain: &Chain<T>,
@@ -210,7 +206,7 @@ fn finish<M: DeviceMemory, T: Deref<Target: GuestMemory>>(
             latency_ns: metrics.clock.now_ns().saturating_sub(begun_ns),
         });
     }
-    queue.complete(chain.head(), written)
+    queue.complete_in(chain.memory(), chain.head(), written)
 }
 
 impl<M: DeviceMemory> Worker for BlockWorker<M> {
