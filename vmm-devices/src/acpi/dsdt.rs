@@ -25,7 +25,7 @@ pub(super) fn body(devices: &[AcpiDevice], power_management: Option<u16>, pci: O
     }
     all.extend(pci.map(ecam_resource));
     let all: Vec<Encoded<&AcpiDevice>> = all.iter().map(Encoded).collect();
-    let bridge = pci.map(|pci| Encoded(pci));
+    let bridge = pci.map(Encoded);
     let mut children = as_aml(&all);
     children.extend(bridge.as_ref().map(|bridge| bridge as &dyn Aml));
     Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
