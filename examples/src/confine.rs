@@ -47,6 +47,7 @@ const DESCRIPTOR_CALLS: &[libc::c_long] = &[
     libc::SYS_pwrite64,
     libc::SYS_preadv,
     libc::SYS_pwritev,
+    libc::SYS_pwritev2,
     libc::SYS_recvmsg,
     libc::SYS_recvfrom,
     libc::SYS_sendto,

@@ -12,3 +12,4 @@ pub mod race;
 pub mod replay;
 pub mod terminal;
 pub mod trial;
+pub mod virtio;

@@ -15,7 +15,7 @@ use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, BIOS_AREA};
 use vmm_devices::platform::{
     AcpiPm, DebugExit, I8042, IoApic, Pic, Pit, PlatformEvent, Rtc, Uart16550, ports,
 };
-use vmm_devices::{BusDevice, BusRange, Clock, MmioBus, PioBus, Timed};
+use vmm_devices::{BusDevice, BusRange, Clock, InterruptLine, MmioBus, PioBus, Timed};
 use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::GuestAddress;
 
@@ -263,17 +263,33 @@ impl Pc {
         Ok(Self { pio, mmio, io_apic, pic, keyboard, serial, console, drained, state, timed })
     }
 
-    /// Writes the ACPI tables that describe the machine; where the root pointer is.
+    /// An input of the I/O APIC, for a device that is added.
+    ///
+    /// # Errors
+    /// If there is no such input.
+    pub fn io_apic_line(&self, input: u32) -> Result<impl InterruptLine + 'static> {
+        Ok(self.io_apic.line(input)?)
+    }
+
+    /// Adds a device with registers in memory.
+    ///
+    /// # Errors
+    /// If the range is taken.
+    pub fn attach_mmio(&self, name: &str, range: BusRange, device: Arc<dyn BusDevice>) -> Result<()> {
+        Ok(self.mmio.insert(name, range, device)?)
+    }
+
+    /// Writes the ACPI tables that describe the machine, with `further` devices; where the root pointer is.
     ///
     /// # Errors
     /// If `ram` has no memory where the tables go.
-    pub fn write_tables(ram: &GuestRam, vcpus: u32) -> Result<GuestAddress> {
-        let tables = AcpiBuilder::new(0..vcpus)
+    pub fn write_tables(ram: &GuestRam, vcpus: u32, further: Vec<AcpiDevice>) -> Result<GuestAddress> {
+        let builder = AcpiBuilder::new(0..vcpus)
             .device(AcpiDevice::serial("COM1", 0, ports::COM1, ports::COM1_IRQ))
             .device(AcpiDevice::serial("COM2", 1, ports::COM2, ports::COM2_IRQ))
-            .device(AcpiDevice::rtc())
-            .build(BIOS_AREA)
-            .context("ACPI tables")?;
+            .device(AcpiDevice::rtc());
+        let tables = further.into_iter().fold(builder, AcpiBuilder::device);
+        let tables = tables.build(BIOS_AREA).context("ACPI tables")?;
         tables.write_to(ram)?;
         Ok(tables.rsdp())
     }

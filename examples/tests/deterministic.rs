@@ -252,7 +252,7 @@ fn hashes(list: &Path, kicks: Option<u64>) -> String {
     let image = kernel();
     let ram = GuestRam::builder().ram(16 << 20).track_dirty(true).build().unwrap();
     let image = KernelImage::parse(&image).unwrap();
-    Pc::write_tables(&ram, 1).unwrap();
+    Pc::write_tables(&ram, 1, Vec::new()).unwrap();
     let entry = Boot::new(&image).load(&*ram.memory()).unwrap();
     let mut config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic);
     config.clock.source = ClockSource::Deterministic;

@@ -2,7 +2,8 @@
 //! snapshots.
 //!
 //! Two kinds of writers are recorded. Devices write through `vm-memory`, which marks the region's own
-//! bitmap ([`GuestRamBuilder::track_dirty`](crate::GuestRamBuilder::track_dirty)). Guest code is
+//! bitmap ([`GuestRamBuilder::track_dirty`](crate::GuestRamBuilder::track_dirty)), as
+//! [`GuestRam::discard`](crate::GuestRam::discard) does for what it makes zero. Guest code is
 //! recorded by the backend that runs it, which offers a [`DirtyLog`]. A [`DirtyTracker`] joins them.
 //!
 //! # Order of writing, marking, harvesting and copying

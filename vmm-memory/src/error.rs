@@ -174,6 +174,41 @@ pub enum MemoryError {
         source: io::Error,
     },
 
+    /// A range of which a part lies in no region.
+    #[error("{size:#x} bytes at {gpa:#x}: there is no RAM at {hole:#x}")]
+    NoRam {
+        /// First address of the range.
+        gpa: u64,
+        /// Size of the range.
+        size: u64,
+        /// First address where there is none.
+        hole: u64,
+    },
+
+    /// Memory that is not this guest's to give back.
+    #[error("cannot discard {size:#x} bytes at {gpa:#x}: the region at {region:#x} {kept}")]
+    NotDiscardable {
+        /// First address of the range.
+        gpa: u64,
+        /// Size of the range.
+        size: u64,
+        /// Base address of the region that keeps its contents.
+        region: u64,
+        /// Why it does.
+        kept: Kept,
+    },
+
+    /// The host did not take memory back. Some of it may be discarded.
+    #[error("cannot discard {size:#x} bytes at {gpa:#x}")]
+    Discard {
+        /// First address of the part that failed.
+        gpa: u64,
+        /// Size of that part.
+        size: u64,
+        /// What the host answered.
+        source: io::Error,
+    },
+
     /// A backend could not report its dirty pages. Nothing is lost: what had been collected comes
     /// with the next harvest that succeeds.
     #[error("dirty log failed for the region at {gpa:#x}")]
@@ -220,6 +255,18 @@ pub enum MemoryError {
     /// `vm-memory` does, so this reports a disagreement between the two.
     #[error("vm-memory refused the regions")]
     Collection(#[from] GuestRegionCollectionError),
+}
+
+/// Why memory of a region cannot be discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum Kept {
+    /// The region is read-only: its contents are what it is there for.
+    #[error("is read-only")]
+    ReadOnly,
+    /// Behind it is a file, or memory that others share: discarding would take it from them.
+    #[error("is backed by a file that others may use")]
+    File,
 }
 
 /// A seal of a memfd (fcntl(2), File Sealing).

@@ -3,10 +3,12 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("vmm-memory needs Linux: it is built on memfd seals and MADV_POPULATE_WRITE");
 
+mod advice;
 mod backing;
 #[cfg(feature = "boot")]
 pub mod boot;
 pub mod dirty;
+mod discard;
 mod error;
 pub mod layout;
 mod page_bitmap;
@@ -17,7 +19,7 @@ pub mod shared;
 
 pub use backing::Backing;
 pub use dirty::{DirtyLog, DirtyPages, DirtyTracker};
-pub use error::{MemoryError, Seal};
+pub use error::{Kept, MemoryError, Seal};
 pub use page_bitmap::{PageBitmap, PageRanges};
 pub use ram::{GuestRam, GuestRamBuilder};
 pub use region::{DirtyBitmap, GuestMemoryMap, GuestRegion, PAGE_SIZE, RegionConfig, is_read_only};

@@ -3,8 +3,6 @@
 //! The kernel prefaults best (`MADV_POPULATE_WRITE`, Linux 5.14). Where it cannot, every page is touched with
 //! an atomic operation that keeps its value, since guest and devices may be writing meanwhile.
 
-#![allow(unsafe_code)] // madvise(2) takes an address
-
 use std::hint::black_box;
 use std::io;
 use std::num::NonZeroUsize;
@@ -13,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use rustix::io::Errno;
-use rustix::mm::Advice;
 use vm_memory::{GuestMemoryRegion, MmapRegion, VolatileMemory};
 
+use crate::advice::{Advice, advise};
 use crate::region::{GuestRegion, is_read_only};
 use crate::{MemoryError, PAGE_SIZE};
 
@@ -28,10 +26,8 @@ const CHUNK: u64 = 32 << 20;
 
 /// Asks for transparent huge pages, or for none. A kernel that was built without them has no need to be asked.
 pub(crate) fn advise_huge_pages(region: &GuestRegion, wanted: bool) -> io::Result<()> {
-    let advice = if wanted { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
-    let mapping: &MmapRegion<_> = region;
-    // SAFETY: the range is the mapping that `region` keeps alive; the advice changes neither it nor its contents.
-    match unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), mapping.size(), advice) } {
+    let advice = if wanted { Advice::HugePages } else { Advice::SmallPages };
+    match advise(region, 0, region.len(), advice) {
         Ok(()) | Err(Errno::INVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -105,18 +101,9 @@ fn make_resident(chunk: &Chunk<'_>) -> io::Result<()> {
 
 /// Lets the kernel populate the page tables.
 fn populate(chunk: &Chunk<'_>) -> Result<(), Errno> {
-    let advice =
-        if is_read_only(chunk.region) { Advice::LinuxPopulateRead } else { Advice::LinuxPopulateWrite };
-    let (Ok(offset), Ok(size)) = (usize::try_from(chunk.offset), usize::try_from(chunk.size)) else {
-        return Err(Errno::OVERFLOW);
-    };
-    // Checks that the chunk lies within the mapping.
-    let slice = MmapRegion::get_slice(chunk.region, offset, size).map_err(|_| Errno::FAULT)?;
-    let address = slice.ptr_guard().as_ptr().cast_mut();
+    let advice = if is_read_only(chunk.region) { Advice::PopulateRead } else { Advice::PopulateWrite };
     loop {
-        // SAFETY: the range lies within a mapping that `chunk.region` keeps alive, and populating it changes
-        // neither the mapping nor a byte of its contents.
-        match unsafe { rustix::mm::madvise(address.cast(), size, advice) } {
+        match advise(chunk.region, chunk.offset, chunk.size, advice) {
             Err(Errno::INTR | Errno::AGAIN) => {}
             other => return other,
         }
@@ -144,24 +131,11 @@ fn touch(chunk: &Chunk<'_>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::os::unix::fs::FileExt;
-
     use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
     use super::*;
+    use crate::advice::resident;
     use crate::{Backing, GuestRam, RegionConfig};
-
-    /// Number of pages that have host memory of their own. The shared zero page, which a read maps,
-    /// does not count (Linux admin-guide/mm/pagemap: bit 63 present, bit 56 exclusively mapped).
-    fn resident(region: &GuestRegion) -> u64 {
-        const OWN: u64 = 1 << 63 | 1 << 56;
-        let pagemap = File::open("/proc/self/pagemap").unwrap();
-        let mut entries = vec![0; region.size() / 4096 * 8];
-        pagemap.read_exact_at(&mut entries, region.as_ptr().addr() as u64 / PAGE_SIZE * 8).unwrap();
-        let entries = entries.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry));
-        entries.filter(|entry| entry & OWN == OWN).count() as u64
-    }
 
     fn mapped(size: u64, backing: Backing) -> Arc<GuestRegion> {
         let region = RegionConfig::new(GuestAddress(1 << 32), size).backing(backing).map(true).unwrap();

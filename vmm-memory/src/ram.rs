@@ -14,7 +14,7 @@ use vm_memory::{
 use crate::backing::Backing;
 use crate::layout::{MAX_RAM, x86_ram_ranges};
 use crate::region::{GuestMemoryMap, GuestRegion, RegionConfig, check_region, is_read_only};
-use crate::{MemoryError, prefault};
+use crate::{MemoryError, discard, prefault};
 
 /// A guest's RAM. A clone is another handle to the same RAM.
 ///
@@ -83,7 +83,7 @@ impl GuestRam {
     /// Those of a configuration that cannot be mapped, and those of [`insert`](Self::insert).
     pub fn add_region(&self, config: RegionConfig) -> Result<Arc<GuestRegion>, MemoryError> {
         let region = config.map(self.inner.track_dirty)?;
-        self.insert(Arc::clone(&region))?;
+        self.insert_with(Arc::clone(&region), config.has_own_memfd())?;
         Ok(region)
     }
 
@@ -98,8 +98,12 @@ impl GuestRam {
     /// [`MemoryError::Unaligned`], [`MemoryError::BeyondAddressSpace`] and
     /// [`MemoryError::BitmapGranule`] are about the region itself.
     pub fn insert(&self, region: Arc<GuestRegion>) -> Result<(), MemoryError> {
+        self.insert_with(region, false)
+    }
+
+    fn insert_with(&self, region: Arc<GuestRegion>, own_memfd: bool) -> Result<(), MemoryError> {
         let mut table = self.table();
-        let at = table.insert(region)?;
+        let at = table.insert(region, own_memfd)?;
         self.publish(&table).inspect_err(|_| {
             table.entries.remove(at);
         })
@@ -137,6 +141,27 @@ impl GuestRam {
         prefault::prefault(&self.regions(), threads)
     }
 
+    /// Gives the host memory of `len` bytes at `gpa` back, both multiples of [`PAGE_SIZE`](crate::PAGE_SIZE): for balloons, and
+    /// for whatever else knows that nobody needs the contents. The range then reads as zero and takes host memory again
+    /// page by page, as it is touched. It may span regions that touch.
+    ///
+    /// Works on anonymous memory (`MADV_DONTNEED`) and on the memfd of a region of this RAM's own
+    /// ([`Backing::Memfd`], `FALLOC_FL_PUNCH_HOLE`, for all who map it). Discarded pages are dirty, since their contents are
+    /// other ones: marked afterwards, as [`dirty`](crate::dirty) has it. Virtual machines see it at once.
+    ///
+    /// A part of a transparent huge page leaves the guest at once; the host has the memory when it splits the huge page, and
+    /// `khugepaged` may fill the gap again. Whole 2 MiB that are aligned do not have that. A host device that has pinned the
+    /// pages keeps them, and sees other ones than the guest from then on: do not combine the two.
+    ///
+    /// # Errors
+    /// [`MemoryError::Unaligned`], [`MemoryError::NoRam`], and [`MemoryError::NotDiscardable`] for read-only regions, for files,
+    /// and for shared memory that was [inserted](Self::insert): nothing was discarded then. [`MemoryError::Discard`] if the host
+    /// refuses.
+    pub fn discard(&self, gpa: GuestAddress, len: u64) -> Result<(), MemoryError> {
+        let parts = discard::parts(gpa.0, len, self.table().entries.iter().map(Entry::as_discardable))?;
+        parts.iter().try_for_each(discard::Part::discard)
+    }
+
     /// All regions with the number of their insertion: a region removed and inserted again has another.
     pub(crate) fn numbered_regions(&self) -> Vec<(u64, Arc<GuestRegion>)> {
         self.table().entries.iter().map(|entry| (entry.id, Arc::clone(&entry.region))).collect()
@@ -168,6 +193,14 @@ struct RegionTable {
 struct Entry {
     id: u64,
     region: Arc<GuestRegion>,
+    /// Behind it is a memfd that was made for it. Nobody else maps it but to share the guest's memory with it.
+    own_memfd: bool,
+}
+
+impl Entry {
+    fn as_discardable(&self) -> (&Arc<GuestRegion>, bool) {
+        (&self.region, self.own_memfd)
+    }
 }
 
 impl RegionTable {
@@ -176,7 +209,7 @@ impl RegionTable {
     }
 
     /// Adds a region and returns its index.
-    fn insert(&mut self, region: Arc<GuestRegion>) -> Result<usize, MemoryError> {
+    fn insert(&mut self, region: Arc<GuestRegion>, own_memfd: bool) -> Result<usize, MemoryError> {
         check_region(&region)?;
         let (gpa, size) = (region.start_addr().0, region.len());
         let present = self.size();
@@ -194,7 +227,7 @@ impl RegionTable {
         if let Some(other) = self.entries.iter().find(|other| share_host_memory(&other.region, &region)) {
             return Err(MemoryError::SharedHostMapping { gpa, other_gpa: other.region.start_addr().0 });
         }
-        self.entries.insert(at, Entry { id: self.next_id, region });
+        self.entries.insert(at, Entry { id: self.next_id, region, own_memfd });
         self.next_id += 1;
         Ok(at)
     }
@@ -270,7 +303,7 @@ impl GuestRamBuilder {
     pub fn build(self) -> Result<GuestRam, MemoryError> {
         let mut table = RegionTable::default();
         for config in self.layout()?.iter().chain(&self.regions) {
-            table.insert(config.map(self.track_dirty)?)?;
+            table.insert(config.map(self.track_dirty)?, config.has_own_memfd())?;
         }
         let space = GuestMemoryAtomic::new(table.writable_map()?);
         let inner = Inner { space, table: Mutex::new(table), track_dirty: self.track_dirty };

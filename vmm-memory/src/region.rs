@@ -99,6 +99,11 @@ impl RegionConfig {
         self
     }
 
+    /// Whether mapping it makes a memfd for it.
+    pub(crate) fn has_own_memfd(&self) -> bool {
+        matches!(self.backing, Backing::Memfd)
+    }
+
     /// Checks the configuration and maps the region.
     pub(crate) fn map(&self, track_by_default: bool) -> Result<Arc<GuestRegion>, MemoryError> {
         check_range(self.gpa, self.size)?;

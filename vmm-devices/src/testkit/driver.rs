@@ -77,7 +77,10 @@ pub trait Driver {
         &self,
         features: u64,
         queues: &[(u16, &DriverQueue<M>)],
-    ) -> Result<(), StartError> {
+    ) -> Result<(), StartError>
+    where
+        Self: Sized,
+    {
         let wanted = features | feature::VERSION_1;
         self.set_status(0);
         self.set_status(ACKNOWLEDGE);

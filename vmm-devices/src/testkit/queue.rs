@@ -93,6 +93,16 @@ impl<M: DeviceMemory> DriverQueue<M> {
         )
     }
 
+    /// The first descriptor of the chain that comes next.
+    pub fn next_head(&self) -> u16 {
+        self.next_descriptor
+    }
+
+    /// How many chains were made available so far.
+    pub fn submitted(&self) -> u16 {
+        self.next_available
+    }
+
     /// Begins a chain.
     pub fn chain(&mut self) -> ChainBuilder<'_, M> {
         ChainBuilder { queue: self, buffers: Vec::new() }
@@ -117,6 +127,14 @@ impl<M: DeviceMemory> DriverQueue<M> {
     /// If there is no memory.
     pub fn write_available_index(&self, index: u16) -> Result<()> {
         self.memory.memory().store(index.to_le(), GuestAddress(self.available + 2), Ordering::Release)
+    }
+
+    /// How many chains there were so far, as the available ring says.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    pub fn available_index(&self) -> Result<u16> {
+        self.memory.memory().load(GuestAddress(self.available + 2), Ordering::Acquire).map(u16::from_le)
     }
 
     /// Flags of the available ring (2.7.7): 1 for no interrupts, without VIRTIO_F_EVENT_IDX.

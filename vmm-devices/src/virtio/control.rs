@@ -5,13 +5,14 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use virtio_queue::{Queue, QueueT};
 
 use super::device::{Activation, DeviceMemory, DriverLink, VirtioDevice, feature};
-use super::doorbell::Doorbells;
+use super::doorbell::{Doorbells, Notifiers};
 use super::executor::{Executor, Running};
 use super::queue::{QueueError, Virtqueue};
 
@@ -76,7 +77,7 @@ impl<S> Link<S> {
 }
 
 /// A queue register that a driver writes, half by half.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ring {
     Descriptors,
     Available,
@@ -97,6 +98,7 @@ pub(crate) struct Control<M: DeviceMemory, S> {
     pub(crate) queue_select: u16,
     doorbells: Option<Arc<Doorbells>>,
     running: Option<Box<dyn Running>>,
+    notifiers: Option<Notifiers>,
 }
 
 impl<M: DeviceMemory, S> fmt::Debug for Control<M, S> {
@@ -134,6 +136,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
             queue_select: 0,
             doorbells: None,
             running: None,
+            notifiers: None,
         })
     }
 
@@ -204,7 +207,8 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
 
     fn start(&mut self) -> Result<(), Box<dyn Error>> {
         let features = self.driver_features;
-        let doorbells = Arc::new(Doorbells::new(self.queues.len()));
+        let notifiers = self.notifiers.clone().unwrap_or_default();
+        let doorbells = Arc::new(Doorbells::with_notifiers(self.queues.len(), notifiers));
         let link: Arc<dyn DriverLink> = Arc::<Link<S>>::clone(&self.link);
         let mut queues = Vec::with_capacity(self.queues.len());
         for (index, queue) in (0..).zip(&mut self.queues) {
@@ -240,6 +244,22 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
         if let Some(doorbells) = &self.doorbells {
             doorbells.ring(queue);
         }
+    }
+
+    /// The eventfds of all queues, which stay the same from the first call on; none if the executor polls none.
+    ///
+    /// # Errors
+    /// If the host has no more descriptors, or the device runs and does not poll them.
+    pub(crate) fn notifiers(&mut self) -> io::Result<Notifiers> {
+        if let Some(notifiers) = &self.notifiers {
+            return Ok(Arc::clone(notifiers));
+        }
+        if self.running.is_some() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, Late));
+        }
+        let notifiers: Notifiers = self.executor.notifiers(self.queues.len())?.into();
+        self.notifiers = Some(Arc::clone(&notifiers));
+        Ok(notifiers)
     }
 
     /// The selected queue, if there is one.
@@ -319,3 +339,7 @@ fn half(features: u64, select: u32) -> u32 {
 #[derive(Debug, thiserror::Error)]
 #[error("the driver set DRIVER_OK without features that were agreed upon")]
 struct NotReady;
+
+#[derive(Debug, thiserror::Error)]
+#[error("the driver has started the device: notifiers must be asked for before the guest runs")]
+struct Late;

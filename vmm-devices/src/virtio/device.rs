@@ -10,9 +10,10 @@ use super::doorbell::Doorbells;
 use super::queue::{QueueError, Virtqueue};
 
 /// Guest memory as devices take it: `GuestRam::address_space` of `vmm-memory`, or any other address space of `vm-memory`.
-pub trait DeviceMemory: GuestAddressSpace + Clone + Send + Sync + 'static {}
+/// What keeps it mapped goes with requests to other threads.
+pub trait DeviceMemory: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static {}
 
-impl<M: GuestAddressSpace + Clone + Send + Sync + 'static> DeviceMemory for M {}
+impl<M: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static> DeviceMemory for M {}
 
 /// Which kind of device it is (Virtio 1.3, 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,6 +88,44 @@ pub trait VirtioDevice<M: DeviceMemory>: Send {
     /// activation, stopped.
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         let _ = workers;
+    }
+}
+
+impl<M: DeviceMemory, D: VirtioDevice<M> + ?Sized> VirtioDevice<M> for Box<D> {
+    fn device_type(&self) -> DeviceType {
+        (**self).device_type()
+    }
+
+    fn features(&self) -> u64 {
+        (**self).features()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        (**self).queue_sizes()
+    }
+
+    fn accepts(&self, features: u64) -> bool {
+        (**self).accepts(features)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        (**self).read_config(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        (**self).write_config(offset, data);
+    }
+
+    fn config_generation(&self) -> u32 {
+        (**self).config_generation()
+    }
+
+    fn activate(&mut self, activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
+        (**self).activate(activation)
+    }
+
+    fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
+        (**self).reset(workers);
     }
 }
 
@@ -165,14 +204,17 @@ pub trait Worker: Send {
     fn queues(&self) -> Vec<u16>;
 
     /// Something happened: a doorbell rang, or what else it waits for came. Looks at everything that it serves, and comes
-    /// back within a bounded time, whatever the driver does meanwhile.
+    /// back within a bounded time, whatever the driver does meanwhile. It may be called though nothing happened.
     ///
     /// # Errors
     /// The driver has broken the rules. The executor tells it that the device needs a reset, and does not call again.
     fn process(&mut self) -> Result<Progress, QueueError>;
 
-    /// What it waits for beside doorbells: each is polled for input (`EPOLLIN`), and readiness leads to
-    /// [`Worker::process`]. Asked for once, when the executor starts it.
+    /// What it waits for beside doorbells: input there (`EPOLLIN`), or its end, leads to [`Worker::process`]. Asked for
+    /// once, when the executor starts it.
+    ///
+    /// Each arrival is told once (`EPOLLET`): a worker that leaves input unread, because its driver has no room, is called
+    /// at the driver's doorbell, and nobody spins meanwhile. One that could go on says [`Progress::More`].
     ///
     /// [`Inline`](super::Inline) waits for nothing: there a worker with sources is called at its doorbells alone.
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

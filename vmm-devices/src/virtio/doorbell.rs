@@ -1,8 +1,9 @@
 //! Doorbells: a driver, or another part of the monitor, says that a queue has something to be looked at.
 
 use std::fmt;
-use std::sync::OnceLock;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 type Waker = Box<dyn Fn(u16) + Send + Sync>;
 
@@ -10,7 +11,11 @@ type Waker = Box<dyn Fn(u16) + Send + Sync>;
 pub struct Doorbells {
     rung: Box<[AtomicBool]>,
     waker: OnceLock<Waker>,
+    notifiers: Notifiers,
 }
+
+/// An eventfd for each queue of a device, or none at all.
+pub(crate) type Notifiers = Arc<[Arc<OwnedFd>]>;
 
 impl fmt::Debug for Doorbells {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -21,7 +26,21 @@ impl fmt::Debug for Doorbells {
 impl Doorbells {
     /// Of `queues` queues. Nobody hears them yet.
     pub fn new(queues: usize) -> Self {
-        Self { rung: (0..queues).map(|_| AtomicBool::new(false)).collect(), waker: OnceLock::new() }
+        Self::with_notifiers(queues, Notifiers::default())
+    }
+
+    /// The same, where the kernel rings by eventfds: those of [`Executor::notifiers`](super::Executor::notifiers).
+    pub fn with_notifiers(queues: usize, notifiers: Arc<[Arc<OwnedFd>]>) -> Self {
+        Self {
+            rung: (0..queues).map(|_| AtomicBool::new(false)).collect(),
+            waker: OnceLock::new(),
+            notifiers,
+        }
+    }
+
+    /// The eventfd by which `queue` is rung as well, if there is one. Who hears the doorbells polls it, and does not read it.
+    pub fn notifier(&self, queue: u16) -> Option<&Arc<OwnedFd>> {
+        self.notifiers.get(usize::from(queue))
     }
 
     /// Says that `queue` is to be looked at. One that there is not does nothing.

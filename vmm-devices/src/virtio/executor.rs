@@ -1,6 +1,7 @@
 //! Which thread serves queues, and when.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, TryLockError, Weak};
 
@@ -10,6 +11,14 @@ use crate::interrupt::lock;
 
 /// Serves the queues of devices. A transport hands it the workers when a driver starts its device, and takes them back when
 /// the driver resets it.
+///
+/// | executor | for whom |
+/// |---|---|
+/// | [`Inline`] | machines of one thread, deterministic ones, and tests. No sources, no deadlines, no in-kernel doorbells |
+/// | `EventLoop` | most machines: one thread serves all devices, or the monitor's own loop does |
+/// | `ThreadPerQueue` | queues that keep a processor busy each, and threads that are pinned or confined one by one |
+///
+/// The last two come with the feature `event-loop`. Each device of a machine may have another one.
 pub trait Executor: Send + Sync {
     /// Connects `doorbells`, and from now on calls each of `workers` when one of its queues' rings, or when what else it
     /// waits for comes; again at once while it says [`Progress::More`], in turn with others. A worker that fails is not
@@ -23,6 +32,17 @@ pub trait Executor: Send + Sync {
         doorbells: &Arc<Doorbells>,
         workers: Vec<Box<dyn Worker>>,
     ) -> std::io::Result<Box<dyn Running>>;
+
+    /// Eventfds by which a device with that many queues can be rung, one for each, for kernels that ring without an exit to
+    /// the monitor (KVM's ioeventfd). A transport asks once, and gives them to all
+    /// [`Doorbells`] that it makes, which is where [`Executor::start`] finds them. Empty if this executor polls none.
+    ///
+    /// # Errors
+    /// If the host has no more descriptors.
+    fn notifiers(&self, queues: usize) -> std::io::Result<Vec<Arc<OwnedFd>>> {
+        let _ = queues;
+        Ok(Vec::new())
+    }
 }
 
 /// Workers that an [`Executor`] has started.

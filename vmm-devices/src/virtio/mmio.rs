@@ -6,6 +6,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -136,6 +137,42 @@ impl<M: DeviceMemory> VirtioMmio<M> {
         }
     }
 
+    /// The doorbells of its queues as eventfds. With them a kernel rings at the guest's write itself, and the vCPU does not
+    /// leave the guest: KVM's ioeventfd, which is `attach_doorbell` of `vmm-cpu`.
+    ///
+    /// Ask, and attach what comes, once before the guest runs: the eventfds outlive resets of the device, and a write while
+    /// nobody serves it does nothing. Empty if the executor polls none, as [`Inline`]: attach nothing then, and the guest's
+    /// writes come by the bus.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use std::os::fd::OwnedFd;
+    /// # use vmm_devices::virtio::{DeviceMemory, VirtioMmio};
+    /// # struct Vm;
+    /// # impl Vm { fn attach(&self, _: u64, _: u8, _: u64, _: OwnedFd) -> std::io::Result<()> { Ok(()) } }
+    /// fn attach<M: DeviceMemory>(vm: &Vm, base: u64, device: &mut VirtioMmio<M>) -> std::io::Result<()> {
+    ///     for doorbell in device.notifiers()? {
+    ///         let at = base + doorbell.offset;
+    ///         vm.attach(at, doorbell.width, doorbell.value, doorbell.fd.try_clone()?)?;
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// If the host has no more descriptors; `ResourceBusy` if the driver has started the device before the first call.
+    pub fn notifiers(&mut self) -> std::io::Result<Vec<QueueNotifier>> {
+        let notifiers = self.control.notifiers()?;
+        let of_queue = |(queue, fd): (u16, &Arc<OwnedFd>)| QueueNotifier {
+            queue,
+            offset: register::QUEUE_NOTIFY,
+            width: 4,
+            value: queue.into(),
+            fd: Arc::clone(fd),
+        };
+        Ok((0..=u16::MAX).zip(notifiers.iter()).map(of_queue).collect())
+    }
+
     fn read_register(&self, offset: u64) -> u32 {
         let c = &self.control;
         match offset {
@@ -188,6 +225,22 @@ impl<M: DeviceMemory> VirtioMmio<M> {
             _ => {}
         }
     }
+}
+
+/// A write by which a driver rings for a queue, and the eventfd that a kernel may signal instead.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct QueueNotifier {
+    /// Which queue.
+    pub queue: u16,
+    /// Where the driver writes: bytes from the beginning of the device's registers.
+    pub offset: u64,
+    /// Bytes that it writes.
+    pub width: u8,
+    /// What it writes. Other values are other queues'.
+    pub value: u64,
+    /// Signalled instead of the write.
+    pub fd: Arc<OwnedFd>,
 }
 
 impl<M: DeviceMemory> BusDeviceMut for VirtioMmio<M> {

@@ -17,19 +17,31 @@
 //! stops its device, which tells so with DEVICE_NEEDS_RESET (2.1.1), until the driver resets it. Nothing of a queue's
 //! set-up can be changed between DRIVER_OK and reset.
 
+pub mod balloon;
+pub mod block;
+pub mod console;
 mod control;
 mod device;
 mod doorbell;
+#[cfg(feature = "event-loop")]
+mod event_loop;
 mod executor;
+pub mod metrics;
 mod mmio;
 mod queue;
+pub mod rate;
 pub mod rng;
 
+pub use balloon::Balloon;
+pub use block::Block;
+pub use console::Console;
 pub use device::{
     ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,
 };
 pub use doorbell::Doorbells;
+#[cfg(feature = "event-loop")]
+pub use event_loop::{EventLoop, LoopExecutor, LoopThread, ThreadPerQueue};
 pub use executor::{Executor, Inline, Running};
-pub use mmio::VirtioMmio;
+pub use mmio::{QueueNotifier, VirtioMmio, VirtioMmioBuilder};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;

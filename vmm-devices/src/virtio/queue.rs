@@ -266,6 +266,14 @@ impl<T> fmt::Debug for Chain<T> {
     }
 }
 
+impl<T> Chain<T> {
+    /// The same buffers, looked for in `memory`: for a chain that stays in flight and holds no snapshot meanwhile (`()`).
+    pub fn in_memory<U>(self, memory: U) -> Chain<U> {
+        let Self { head, segments, readable, .. } = self;
+        Chain { head, memory, segments, readable }
+    }
+}
+
 impl<T: Deref<Target: GuestMemory>> Chain<T> {
     /// Its first descriptor, by which [`Virtqueue::complete`] knows it.
     pub fn head(&self) -> u16 {
@@ -275,6 +283,13 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
     /// The memory in which its buffers lie.
     pub fn memory(&self) -> &T::Target {
         &self.memory
+    }
+
+    /// The same buffers, looked for by way of `memory`: what [`Virtqueue::memory`] gave, for a chain that was taken by
+    /// reference and is now to stay in flight.
+    pub fn with_memory<U: Deref<Target: GuestMemory>>(self, memory: U) -> Chain<U> {
+        let Self { head, segments, readable, .. } = self;
+        Chain { head, memory, segments, readable }
     }
 
     /// The buffers to read: guest-physical address and length of each.
@@ -324,10 +339,38 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
         }
         Ok(done)
     }
+
+    /// As [`Chain::read`], up to the first byte that lies in no RAM: for a stream, of which a part is worth something.
+    pub fn read_some(&self, offset: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        for (gpa, len) in pieces(self.readable(), offset, data.len()) {
+            let Some(part) = data.get_mut(done..done + len) else { break };
+            let read = self.memory.read(part, gpa).unwrap_or(0);
+            done += read;
+            if read < len {
+                break;
+            }
+        }
+        done
+    }
+
+    /// As [`Chain::write`], up to the first byte that lies in no RAM. What it returns is what was written, to the byte.
+    pub fn write_some(&self, offset: u64, data: &[u8]) -> usize {
+        let mut done = 0;
+        for (gpa, len) in pieces(self.writable(), offset, data.len()) {
+            let Some(part) = data.get(done..done + len) else { break };
+            let written = self.memory.write(part, gpa).unwrap_or(0);
+            done += written;
+            if written < len {
+                break;
+            }
+        }
+        done
+    }
 }
 
 /// The parts of buffers that hold `len` bytes from byte `offset` on, as many as there are.
-fn pieces(
+pub(super) fn pieces(
     buffers: impl Iterator<Item = (GuestAddress, u32)>,
     offset: u64,
     len: usize,

@@ -96,8 +96,8 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
             };
             let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX).min(MAX_REQUEST);
             let bytes = self.gather(room);
-            // A buffer that is not in RAM gets nothing, and is told so.
-            let written = chain.write(0, bytes).unwrap_or(0);
+            // What lies behind a buffer that is not in RAM gets nothing, and is told so.
+            let written = chain.write_some(0, bytes);
             self.queue.complete(chain.head(), u32::try_from(written).unwrap_or(0))?;
         }
         self.queue.interrupt()?;

@@ -20,7 +20,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn get(options: &Options, session: &Session, wiring: Wiring) -> Result<Self> {
+    /// `load` are modules of the kernel that init loads before anything else.
+    pub(crate) fn get(options: &Options, session: &Session, wiring: Wiring, load: &[&str]) -> Result<Self> {
         let debian = if options.kernel.is_none() { Some(debian::kernel(options.series)?) } else { None };
         let kernel = match (&options.kernel, &debian) {
             (Some(path), _) => path.clone(),
@@ -56,7 +57,7 @@ impl Guest {
         if let Some(packages) = &packages {
             tree = tree.packages(packages);
         }
-        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, wiring, &[], &append)?;
+        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, wiring, load, &append)?;
         Ok(Self { kernel, image, initrd: Some(run.initrd), command_line: run.command_line })
     }
 

@@ -35,6 +35,7 @@ use vmm_examples::guest_command::{Session, Wiring};
 use vmm_examples::pc::{Buses, Clocks, Pc};
 use vmm_examples::replay::{Finish, Machine, Rerun};
 use vmm_examples::terminal::{self, RawMode};
+use vmm_examples::virtio::VirtioDevices;
 use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
 
@@ -77,16 +78,19 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         Some(session) => session,
         None => session(options)?,
     };
-    let guest = Guest::get(options, &session, Wiring::SerialPorts)?;
-
     let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
+    let virtio = options.virtio(&ram)?;
+    let modules = virtio.as_ref().map(VirtioDevices::modules).unwrap_or_default();
+    let guest = Guest::get(options, &session, Wiring::SerialPorts, &modules)?;
+
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
     let is_linux = kernel.setup_header().is_some();
     let mut boot = Boot::new(&kernel).command_line(guest.command_line.trim());
     if let Some(initrd) = &guest.initrd {
         boot = boot.initrd(initrd);
     }
-    let tables = Pc::write_tables(&ram, options.cpus)?;
+    let further = virtio.as_ref().map(VirtioDevices::described).unwrap_or_default();
+    let tables = Pc::write_tables(&ram, options.cpus, further)?;
     if is_linux {
         // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS
         // leaves them.
@@ -111,6 +115,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let output = |port| Watch::port(&watch, port);
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
+    let _served = virtio.map(|virtio| virtio.attach(&pc, &ram)).transpose()?;
     if options.rerun.is_deterministic() {
         let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
         stop.reaches(move || bootstrap.kick());

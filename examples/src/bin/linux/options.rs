@@ -3,7 +3,7 @@
 use std::io::{self, Read as _};
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use vmm_examples::debian::Series;
 use vmm_examples::debug::DebugOptions;
@@ -11,6 +11,8 @@ use vmm_examples::guest_command::{Screen, Session};
 use vmm_examples::initramfs::AddedFile;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
+use vmm_examples::virtio::{Disk, Transport, VirtioDevices};
+use vmm_memory::GuestRam;
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
@@ -53,6 +55,16 @@ pub(crate) struct Options {
     /// Adds a file of this machine to the guest's, at PATH or in /root. Repeatable.
     #[arg(long, value_name = "FILE[:PATH]", conflicts_with = "initrd")]
     pub(crate) add: Vec<AddedFile>,
+    /// How the guest finds its virtio devices, of which an entropy device is always one. `mmio` where other options want
+    /// devices.
+    #[arg(long, value_enum)]
+    pub(crate) transport: Option<Transport>,
+    /// Gives the guest a disk: a file or block device, taken for the disk's bytes as they are. Repeatable.
+    #[arg(long, value_name = "FILE[,ro]")]
+    pub(crate) disk: Vec<Disk>,
+    /// Gives the guest a memory balloon, and has it fill that with so many MiB.
+    #[arg(long, value_name = "MIB")]
+    pub(crate) balloon: Option<u64>,
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
@@ -63,6 +75,33 @@ pub(crate) struct Options {
     /// Times, exits by kind, instructions and memory, on standard error at the end.
     #[arg(long)]
     pub(crate) timings: bool,
+}
+
+impl Options {
+    /// The transport of virtio devices, if any are wanted.
+    pub(crate) fn wanted_transport(&self) -> Option<Transport> {
+        let wanted = !self.disk.is_empty() || self.balloon.is_some();
+        self.transport.or(wanted.then_some(Transport::Mmio))
+    }
+
+    /// The virtio devices that are asked for. A run that can be had again has the same random numbers each time.
+    pub(crate) fn virtio(&self, ram: &GuestRam) -> Result<Option<VirtioDevices>> {
+        let Some(transport) = self.wanted_transport() else { return Ok(None) };
+        let deterministic = self.rerun.is_deterministic();
+        ensure!(
+            !deterministic || (self.disk.is_empty() && self.balloon.is_none()),
+            "--disk and --balloon do not go with --deterministic: what they do to a run is not recorded"
+        );
+        let seed: Option<&[u8]> = deterministic.then_some(b"entropy device");
+        let mut devices = VirtioDevices::new(transport, deterministic)?.entropy(seed)?;
+        for disk in &self.disk {
+            devices = devices.disk(disk)?;
+        }
+        if let Some(mib) = self.balloon {
+            devices = devices.balloon(ram, mib)?;
+        }
+        Ok(Some(devices))
+    }
 }
 
 /// What the guest is to do.

@@ -36,13 +36,18 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
          would be in its way",
         xen_pv::NAME
     );
+    ensure!(
+        options.wanted_transport().is_none(),
+        "--transport, --disk and --balloon do not go with --backend {}: its guest has no PC whose buses the devices could be on",
+        xen_pv::NAME
+    );
     // With the in-guest fast path behind the name of the backend below.
     let (below, shim) =
         options.engine.strip_suffix("-shim").map_or((&*options.engine, false), |name| (name, true));
     let engine: Arc<dyn Hypervisor> = Arc::from(choose(below)?);
     let hypervisor = XenPvHypervisor::new(Arc::clone(&engine))?.shim(shim);
     let session = session(options)?;
-    let guest = Guest::get(options, &session, Wiring::PvConsole)?;
+    let guest = Guest::get(options, &session, Wiring::PvConsole, &[])?;
 
     // Without the hole that a PC has below 4 GiB.
     let whole = RegionConfig::new(GuestAddress(0), options.memory << 20);

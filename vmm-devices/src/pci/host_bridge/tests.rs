@@ -27,7 +27,7 @@ impl PciFunction for Probe {
 
     fn bar_read(&mut self, bar: usize, _: u64, data: &mut [u8]) {
         assert!(data.iter().all(|&byte| byte == 0xff));
-        data.fill(self.number << 4 | bar as u8);
+        data.fill(self.number << 4 | u8::try_from(bar).unwrap());
     }
 
     fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8]) {

@@ -161,9 +161,9 @@ fn features_are_agreed_upon() {
     assert_eq!(lock(&t.device.0).features & 0b11, 0b11);
 }
 
-/// CVE-2026-5747: nothing of a queue changes once the device runs.
+/// Nothing of a queue changes once the device runs.
 #[test]
-fn queues_cannot_be_changed_after_driver_ok() {
+fn cve_2026_5747_queues_cannot_be_changed_after_driver_ok() {
     let t = test();
     let queue = t.queue(0x1000, 8);
     t.driver.start(0, &[(0, &queue)]).unwrap();
@@ -182,9 +182,9 @@ fn queues_cannot_be_changed_after_driver_ok() {
     assert_eq!(t.driver.read(0x44), 1);
 }
 
-/// Cloud Hypervisor #7917: a queue that there is not.
+/// A queue that there is not.
 #[test]
-fn any_queue_can_be_selected() {
+fn cloud_hypervisor_7917_any_queue_can_be_selected() {
     let t = test();
     for queue in [2, 3, 0xff, 0xffff, 0x1_0000, u32::MAX] {
         t.driver.write(0x30, queue);

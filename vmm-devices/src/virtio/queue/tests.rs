@@ -136,9 +136,9 @@ fn tables_within_tables_and_tables_that_are_too_long() {
     assert!(matches!(pop(&mut device), Err(QueueError::Chain { .. })), "a table within a table");
 }
 
-/// CVE-2026-45782: the same chain twice, before it was given back.
+/// The same chain twice, before it was given back.
 #[test]
-fn a_chain_in_flight_is_not_taken_again() {
+fn cve_2026_45782_a_chain_in_flight_is_not_taken_again() {
     let memory = guest_memory(1 << 20).unwrap();
     let (mut driver, mut device, _) = queue(&memory, 128);
     let head = driver.chain().writable(0x8000, 1).submit().unwrap();
@@ -188,9 +188,9 @@ fn rings_outside_of_the_ram_are_refused() {
     }
 }
 
-/// CVE-2019-18960: a buffer that lies in two regions is one buffer; one that ends in no region is an error.
+/// A buffer that lies in two regions is one buffer; one that ends in no region is an error.
 #[test]
-fn buffers_may_lie_across_regions() {
+fn cve_2019_18960_buffers_may_lie_across_regions() {
     let memory = guest_memory_of(&[(0, 0x10000), (0x10000, 0x1000)]).unwrap();
     let (mut driver, mut device, _) = queue(&memory, 8);
     driver.chain().readable(0xfffe, 4).writable(0xfffc, 8).submit().unwrap();
@@ -203,6 +203,36 @@ fn buffers_may_lie_across_regions() {
     let chain = pop(&mut device).unwrap().unwrap();
     chain.read(0, &mut bytes).unwrap_err();
     chain.write(0, &[1; 4]).unwrap_err();
+}
+
+/// A stream keeps what lies before the end of the RAM.
+#[test]
+fn what_lies_in_ram_can_be_had_to_the_byte() {
+    let memory = guest_memory_of(&[(0, 0x10000), (0x10000, 0x1000)]).unwrap();
+    let (mut driver, mut device, _) = queue(&memory, 8);
+    driver
+        .chain()
+        .readable(0xffff, 2)
+        .readable(0x10ffe, 4)
+        .readable(0x8000, 2)
+        .writable(0x8000, 3)
+        .writable(0x10fff, 4)
+        .writable(0x9000, 2)
+        .submit()
+        .unwrap();
+    memory.memory().write_slice(b"ab", GuestAddress(0xffff)).unwrap();
+    memory.memory().write_slice(b"cd", GuestAddress(0x10ffe)).unwrap();
+    let chain = pop(&mut device).unwrap().unwrap();
+    let mut bytes = [0; 8];
+    assert_eq!((chain.read_some(0, &mut bytes), &bytes), (4, b"abcd\0\0\0\0"));
+    assert_eq!((chain.read_some(1, &mut bytes[..2]), &bytes[..2]), (2, &b"bc"[..]));
+    assert_eq!(chain.read_some(4, &mut bytes), 0);
+    assert_eq!(chain.read_some(6, &mut bytes), 2, "what lies behind is still there for who asks for it");
+    assert_eq!(chain.write_some(0, b"123456789"), 4);
+    let mut written = [0; 4];
+    memory.memory().read_slice(&mut written[..3], GuestAddress(0x8000)).unwrap();
+    memory.memory().read_slice(&mut written[3..], GuestAddress(0x10fff)).unwrap();
+    assert_eq!(&written, b"1234");
 }
 
 proptest! {

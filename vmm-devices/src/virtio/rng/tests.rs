@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
-use crate::testkit::{Driver, DriverQueue, LineRecorder, MmioDriver, guest_memory, guest_memory_of};
+use crate::testkit::{Driver, DriverQueue, LineRecorder, MmioDriver, Racer, guest_memory, guest_memory_of};
 use crate::virtio::VirtioMmio;
 
 /// Counts, and ends after so many bytes.
@@ -72,9 +72,9 @@ fn one_request_takes_no_more_than_its_share() {
     assert_eq!(queue.take_used().unwrap(), Some((head.into(), share)));
 }
 
-/// CVE-2024-8612: what is said to be written is what was written.
+/// What is said to be written is what was written.
 #[test]
-fn the_used_length_is_what_was_written() {
+fn cve_2024_8612_the_used_length_is_what_was_written() {
     let memory = guest_memory_of(&[(0, 0x10000), (0x10000, 0x10000)]).unwrap();
     let (driver, _) = device(io::repeat(7), &memory);
     let mut queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
@@ -87,6 +87,8 @@ fn the_used_length_is_what_was_written() {
         (queue.chain().writable(0x4000_0000, 16).submit(), 0),
         (queue.chain().readable(0x9000, 16).submit(), 0),
         (queue.chain().writable(u64::MAX - 3, 16).submit(), 0),
+        // As far as there is RAM.
+        (queue.chain().writable(0x1fff0, 8).writable(0x1fffc, 16).writable(0x9000, 16).submit(), 12),
     ] {
         let head = chain.unwrap();
         driver.notify(0);
@@ -96,4 +98,31 @@ fn the_used_length_is_what_was_written() {
     memory.memory().read_slice(&mut bytes, GuestAddress(0x8000)).unwrap();
     assert_eq!(bytes.iter().filter(|byte| **byte != 0xee).count(), 16);
     assert_eq!(driver.status() & 0x40, 0, "the device still works");
+}
+
+/// CVE-2015-8550: descriptors and rings change while the device looks at them.
+#[test]
+fn a_driver_that_races() {
+    let memory = guest_memory(1 << 20).unwrap();
+    let (driver, _) = device(io::repeat(7), &memory);
+    let mut queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
+    let racer = Racer::start(&memory, &[(0x1000, 0x100)]).unwrap();
+    for round in 0..400 {
+        if round % 8 == 0 || driver.status() & 0x40 != 0 {
+            queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
+            driver.set_status(0);
+            let (Ok(()) | Err(_)) = driver.start(0, &[(0, &queue)]);
+        }
+        racer.wait_for(racer.flips() + 1);
+        queue.chain().writable(0x8000, 3).writable(0x9000, 20).submit().unwrap();
+        driver.notify(0);
+        assert_eq!(driver.status() & !0x40, 0xf);
+    }
+    assert!(racer.stop() >= 400);
+    // What it did meanwhile is forgotten.
+    let mut queue = DriverQueue::new(memory, 0x1000, 8).unwrap();
+    driver.start(0, &[(0, &queue)]).unwrap();
+    let head = queue.chain().writable(0x8000, 3).submit().unwrap();
+    driver.notify(0);
+    assert_eq!(queue.take_used().unwrap(), Some((head.into(), 3)));
 }

@@ -1,0 +1,123 @@
+//! The data of a request, as slices of the guest's memory that forget whose dirty bitmap they belong to.
+//!
+//! Backends are objects, so they cannot be generic over the memory. The device marks what was written itself.
+
+#![allow(unsafe_code, reason = "vm-memory has no safe way to a slice without its dirty bitmap")]
+
+use std::fmt;
+use std::io;
+use std::ops::Deref;
+
+use smallvec::SmallVec;
+use vmm_memory::vm_memory::bitmap::{BS, Bitmap};
+use vmm_memory::vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+
+use crate::virtio::queue::{Chain, pieces};
+
+/// Pieces of guest memory.
+pub type Slices<'a> = SmallVec<[VolatileSlice<'a>; 4]>;
+
+/// Which of a chain's bytes are the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Area {
+    /// None.
+    None,
+    /// The device reads them, from byte `at` of the readable buffers on.
+    Readable { at: u64, len: usize },
+    /// The device writes them, from the first byte of the writable buffers on.
+    Writable { len: usize },
+}
+
+/// Where the data lies; `None` if not all of it is in RAM.
+pub(super) fn slices<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area) -> Option<Slices<'_>> {
+    let mut all = Slices::new();
+    let complete = match area {
+        Area::None => true,
+        Area::Readable { at, len } => {
+            each_slice(chain.memory(), pieces(chain.readable(), at, len), Permissions::Read, |s| {
+                all.push(erase(&s))
+            }) == Some(len)
+        }
+        Area::Writable { len } => {
+            each_slice(chain.memory(), pieces(chain.writable(), 0, len), Permissions::Write, |s| {
+                all.push(erase(&s))
+            }) == Some(len)
+        }
+    };
+    complete.then_some(all)
+}
+
+/// Tells the dirty bitmaps that the data was written.
+pub(super) fn mark_written<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area) {
+    if let Area::Writable { len } = area {
+        let pieces = pieces(chain.writable(), 0, len);
+        // What is in no RAM was not written.
+        each_slice(chain.memory(), pieces, Permissions::Write, |s| s.bitmap().mark_dirty(0, s.len()));
+    }
+}
+
+/// Calls `f` for each slice of memory; how many bytes they have, `None` if one is in no RAM. What a memory says about its slices is
+/// counted, and not believed.
+fn each_slice<'a, G: GuestMemory + ?Sized>(
+    memory: &'a G,
+    pieces: impl Iterator<Item = (GuestAddress, usize)>,
+    access: Permissions,
+    mut f: impl FnMut(VolatileSlice<'a, BS<'a, G::Bitmap>>),
+) -> Option<usize> {
+    let mut total = 0;
+    for (gpa, len) in pieces {
+        let mut left = len;
+        for slice in memory.get_slices(gpa, len, access).ok()? {
+            let slice = slice.ok()?;
+            left = left.checked_sub(slice.len())?;
+            f(slice);
+        }
+        if left > 0 {
+            return None;
+        }
+        total += len;
+    }
+    Some(total)
+}
+
+fn erase<'a, B: vmm_memory::vm_memory::bitmap::BitmapSlice>(
+    slice: &VolatileSlice<'a, B>,
+) -> VolatileSlice<'a> {
+    let guard = slice.ptr_guard_mut();
+    // SAFETY: the slice says that these bytes are there for 'a and are used by volatile accesses alone; without
+    // vm-memory's `xen` feature, which nothing here turns on, its pointer outlives the guard.
+    unsafe { VolatileSlice::new(guard.as_ptr(), guard.len()) }
+}
+
+/// A request's data, with what keeps it mapped.
+pub struct Buffers(Box<dyn Held>);
+
+impl fmt::Debug for Buffers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buffers").finish_non_exhaustive()
+    }
+}
+
+impl Buffers {
+    pub(super) fn new<T: Deref<Target: GuestMemory> + Send + 'static>(chain: Chain<T>, area: Area) -> Self {
+        Self(Box::new((chain, area)))
+    }
+
+    /// The pieces of memory that it consists of.
+    ///
+    /// # Errors
+    /// If they are not RAM, which the device has checked.
+    pub fn slices(&self) -> io::Result<Slices<'_>> {
+        self.0.slices().ok_or_else(|| io::Error::other("the request's buffers are not in RAM"))
+    }
+}
+
+trait Held: Send {
+    fn slices(&self) -> Option<Slices<'_>>;
+}
+
+impl<T: Deref<Target: GuestMemory> + Send> Held for (Chain<T>, Area) {
+    fn slices(&self) -> Option<Slices<'_>> {
+        slices(&self.0, self.1)
+    }
+}

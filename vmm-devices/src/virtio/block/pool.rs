@@ -1,0 +1,235 @@
+//! Threads that do requests while others are made: the asynchronous way that every backend has, on every host.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use vmm_memory::vm_memory::VolatileSlice;
+
+use super::backend::{Backend, BlockSizes, IoQueue, Job, JobEnd, Waker};
+use crate::interrupt::lock;
+
+/// Threads that any number of disks share.
+pub struct ThreadPool {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl fmt::Debug for ThreadPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ThreadPool").field("threads", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Shared {
+    work: Mutex<Work>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Work {
+    tasks: VecDeque<Task>,
+    closed: bool,
+}
+
+/// A job, and who wants to know of its end.
+struct Task {
+    job: Job,
+    disk: Arc<dyn Backend>,
+    queue: Arc<Ends>,
+}
+
+/// The ends of one queue's jobs.
+struct Ends {
+    state: Mutex<State>,
+    idle: Condvar,
+    waker: Waker,
+}
+
+#[derive(Default)]
+struct State {
+    ended: Vec<JobEnd>,
+    under_way: usize,
+    cancelled: bool,
+}
+
+impl ThreadPool {
+    /// Starts `threads` threads. That many requests of all its disks are done at a time.
+    ///
+    /// # Errors
+    /// If the host has no more threads.
+    pub fn new(threads: NonZeroUsize) -> io::Result<Arc<Self>> {
+        let mut pool = Self { shared: Arc::default(), threads: Vec::new() };
+        for index in 0..threads.get() {
+            let shared = Arc::clone(&pool.shared);
+            let thread = std::thread::Builder::new().name(format!("disk {index}"));
+            pool.threads.push(thread.spawn(move || shared.work())?);
+        }
+        Ok(Arc::new(pool))
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        lock(&self.shared.work).closed = true;
+        self.shared.changed.notify_all();
+        let own = std::thread::current().id();
+        for thread in self.threads.drain(..).filter(|thread| thread.thread().id() != own) {
+            // One that has panicked has ended, too.
+            let (Ok(()) | Err(_)) = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self) {
+        loop {
+            let mut work = lock(&self.work);
+            let task = loop {
+                match work.tasks.pop_front() {
+                    Some(task) => break task,
+                    None if work.closed => return,
+                    None => work = self.changed.wait(work).unwrap_or_else(PoisonError::into_inner),
+                }
+            };
+            drop(work);
+            task.run();
+        }
+    }
+}
+
+impl Task {
+    fn run(self) {
+        let Self { job, disk, queue } = self;
+        let tag = job.tag;
+        let cancelled = lock(&queue.state).cancelled;
+        let result = if cancelled {
+            Err(io::ErrorKind::Interrupted.into())
+        } else {
+            // A backend that panics fails its request, and not those who wait for it.
+            let run = catch_unwind(AssertUnwindSafe(|| job.run(&*disk)));
+            run.unwrap_or_else(|_| Err(io::Error::other("the disk's backend has panicked")))
+        };
+        // Its memory goes before anybody is told that it has ended.
+        drop(job);
+        let mut state = lock(&queue.state);
+        state.ended.push(JobEnd { tag, result });
+        state.under_way -= 1;
+        if state.under_way == 0 {
+            queue.idle.notify_all();
+        }
+        drop(state);
+        // Last: it may serve the queue on this thread.
+        if !cancelled {
+            (queue.waker)();
+        }
+    }
+}
+
+/// A disk whose requests are done by a [`ThreadPool`].
+pub struct Pooled {
+    disk: Arc<dyn Backend>,
+    pool: Arc<ThreadPool>,
+}
+
+impl fmt::Debug for Pooled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pooled").field("pool", &self.pool).finish_non_exhaustive()
+    }
+}
+
+impl Pooled {
+    /// `disk`, whose blocking calls are made by the threads of `pool`.
+    pub fn new(disk: Arc<dyn Backend>, pool: Arc<ThreadPool>) -> Self {
+        Self { disk, pool }
+    }
+}
+
+impl Backend for Pooled {
+    fn size(&self) -> io::Result<u64> {
+        self.disk.size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.disk.is_read_only()
+    }
+
+    fn block_sizes(&self) -> BlockSizes {
+        self.disk.block_sizes()
+    }
+
+    fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+        self.disk.read_at(buffers, offset)
+    }
+
+    fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
+        self.disk.write_at(buffers, offset, durable)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.disk.flush()
+    }
+
+    fn can_discard(&self) -> bool {
+        self.disk.can_discard()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.disk.write_zeroes(offset, len, unmap)
+    }
+
+    fn queue(self: Arc<Self>, _depth: u16, waker: Waker) -> io::Result<Option<Box<dyn IoQueue>>> {
+        let ends = Arc::new(Ends { state: Mutex::default(), idle: Condvar::new(), waker });
+        Ok(Some(Box::new(PoolQueue { disk: Arc::clone(&self.disk), pool: Arc::clone(&self.pool), ends })))
+    }
+}
+
+struct PoolQueue {
+    disk: Arc<dyn Backend>,
+    pool: Arc<ThreadPool>,
+    ends: Arc<Ends>,
+}
+
+impl fmt::Debug for PoolQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PoolQueue").field("pool", &self.pool).finish_non_exhaustive()
+    }
+}
+
+impl IoQueue for PoolQueue {
+    fn submit(&mut self, job: Job) {
+        lock(&self.ends.state).under_way += 1;
+        let task = Task { job, disk: Arc::clone(&self.disk), queue: Arc::clone(&self.ends) };
+        lock(&self.pool.shared.work).tasks.push_back(task);
+        self.pool.shared.changed.notify_one();
+    }
+
+    fn reap(&mut self, ended: &mut Vec<JobEnd>) {
+        ended.append(&mut lock(&self.ends.state).ended);
+    }
+
+    fn cancel(&mut self) {
+        let mut state = lock(&self.ends.state);
+        state.cancelled = true;
+        while state.under_way > 0 {
+            state = self.ends.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.ended.clear();
+        state.cancelled = false;
+    }
+}
+
+impl Drop for PoolQueue {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}

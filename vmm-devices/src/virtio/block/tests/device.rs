@@ -1,0 +1,250 @@
+//! Configuration, features, and what the monitor changes while the driver is there.
+
+use super::*;
+use crate::ManualClock;
+use crate::virtio::metrics::{DeviceMetrics, Totals};
+use crate::virtio::rate::{Limits, Rate};
+
+fn config<const N: usize>(rig: &Rig, offset: u64) -> [u8; N] {
+    let mut bytes = [0; N];
+    rig.driver.read_config(offset, &mut bytes);
+    bytes
+}
+
+fn capacity(rig: &Rig) -> u64 {
+    u64::from_le_bytes(config(rig, 0))
+}
+
+#[test]
+fn the_configuration_is_that_of_the_specification() {
+    struct Blocks(MemoryDisk);
+    impl Backend for Blocks {
+        fn size(&self) -> io::Result<u64> {
+            self.0.size()
+        }
+        fn block_sizes(&self) -> BlockSizes {
+            BlockSizes { logical: 1024, physical: 8192, optimal: 65536 }
+        }
+        fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+            self.0.read_at(buffers, offset)
+        }
+        fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
+            self.0.write_at(buffers, offset, durable)
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn can_discard(&self) -> bool {
+            true
+        }
+    }
+    let disk = Arc::new(Blocks(MemoryDisk::new(0x1_0000_0200 * 512)));
+    let builder = Block::builder(disk).queues(NonZeroU16::new(3).unwrap()).queue_size(64);
+    let rig = Rig::new(builder, ALL | feature::MQ);
+    assert_eq!(config(&rig, 0), 0x1_0000_0200u64.to_le_bytes());
+    assert_eq!(config(&rig, 8), (1u32 << 20).to_le_bytes(), "size_max");
+    assert_eq!(config(&rig, 12), 62u32.to_le_bytes(), "seg_max");
+    assert_eq!(config(&rig, 16), [0; 4], "no geometry");
+    assert_eq!(config(&rig, 20), 1024u32.to_le_bytes(), "blk_size");
+    assert_eq!(config(&rig, 24), [3, 0, 8, 0, 64, 0, 0, 0], "topology in logical blocks");
+    assert_eq!(config(&rig, 32), [1, 0, 3, 0], "writeback, num_queues");
+    assert_eq!(config(&rig, 36), (1u32 << 21).to_le_bytes());
+    assert_eq!(config(&rig, 40), 1u32.to_le_bytes());
+    assert_eq!(config(&rig, 44), 16u32.to_le_bytes());
+    assert_eq!(config(&rig, 48), (1u32 << 15).to_le_bytes());
+    assert_eq!(config(&rig, 52), 1u32.to_le_bytes());
+    assert_eq!(config(&rig, 56), [1, 0, 0, 0]);
+    assert_eq!(config(&rig, 60), [0; 8]);
+    assert_eq!(config(&rig, 0xf8), [0; 8]);
+    assert_eq!(config(&rig, 57), [0; 8]);
+    assert_eq!(rig.driver.queue_max_size(2), 64);
+    assert_eq!(rig.driver.queue_max_size(3), 0);
+}
+
+#[test]
+fn without_flush_every_write_is_durable() {
+    for (features, cache, call) in [
+        (feature::FLUSH, CacheMode::WriteBack, "write 0 512"),
+        (feature::FLUSH, CacheMode::WriteThrough, "write durably 0 512"),
+        (0, CacheMode::WriteBack, "write durably 0 512"),
+        (feature::CONFIG_WCE, CacheMode::WriteBack, "write durably 0 512"),
+    ] {
+        let probe = Probe::new(512);
+        let mut rig = Rig::new(Block::builder(probe.clone()).cache(cache), features);
+        assert_eq!(rig.write(0, &[1; 512]), OK);
+        assert_eq!(probe.calls(), [call], "{features:#x} {cache:?}");
+        assert_eq!(config(&rig, 32), [u8::from(!call.contains("durably"))]);
+        // Only who has agreed on it chooses, and without a flush the choice changes nothing.
+        rig.driver.write_config(32, &[1]);
+        assert_eq!(rig.write(0, &[1; 512]), OK);
+        assert_eq!(probe.calls(), [call]);
+    }
+}
+
+#[test]
+fn the_driver_chooses_the_cache_mode() {
+    let (mut rig, probe) = probed(ALL);
+    for (mode, call) in [(0, "write durably 0 512"), (1, "write 0 512"), (0, "write durably 0 512")] {
+        rig.driver.write_config(32, &[mode]);
+        assert_eq!(config(&rig, 32), [mode]);
+        assert_eq!(rig.write(0, &[1; 512]), OK);
+        assert_eq!(probe.calls(), [call]);
+    }
+    // Other fields are not the driver's, nor are other widths.
+    for (offset, bytes) in [(0, &[0xff; 8][..]), (31, &[1, 1]), (32, &[1, 1]), (33, &[1]), (0xff, &[1])] {
+        rig.driver.write_config(offset, bytes);
+    }
+    assert_eq!((config(&rig, 32), capacity(&rig)), ([0, 0], SECTORS as u64));
+    rig.driver.set_status(0);
+    assert_eq!(config(&rig, 32), [1], "as the monitor had it");
+}
+
+#[test]
+fn it_grows_and_shrinks_while_it_is_used() {
+    let (mut rig, probe) = probed(ALL);
+    let generation = rig.driver.config_generation();
+    rig.driver.acknowledge(3);
+    rig.handle.resize().unwrap();
+    assert_eq!((rig.driver.config_generation(), rig.driver.interrupt_status()), (generation, 0));
+    assert_eq!(rig.write(SECTORS as u64, &[1; 512]), IO_ERROR);
+    rig.driver.acknowledge(3);
+    probe.disk.set_size(100 * 512);
+    assert_eq!(rig.write(SECTORS as u64, &[1; 512]), IO_ERROR, "nobody has told the driver");
+    rig.driver.acknowledge(3);
+    rig.handle.resize().unwrap();
+    assert_eq!((rig.driver.interrupt_status(), rig.line.is_asserted()), (2, true));
+    assert_ne!(rig.driver.config_generation(), generation);
+    assert_eq!(capacity(&rig), 100);
+    assert_eq!(rig.write(99, &[1; 512]), OK);
+    rig.handle.set_capacity(50 * 512).unwrap();
+    assert_eq!(capacity(&rig), 50);
+    assert_eq!(rig.write(50, &[1; 512]), IO_ERROR);
+    let refused = rig.handle.set_capacity(101 * 512).unwrap_err().to_string();
+    assert!(refused.contains("51712") && refused.contains("51200"), "{refused}");
+    assert!(matches!(rig.handle.set_capacity(513), Err(ResizeError::Sectors { bytes: 513 })));
+    assert_eq!(capacity(&rig), 50);
+    // A driver that is not there learns of it when it comes.
+    rig.driver.set_status(0);
+    rig.handle.resize().unwrap();
+    assert_eq!((rig.driver.interrupt_status(), capacity(&rig)), (0, 100));
+}
+
+#[test]
+fn a_reader_that_sees_half_of_a_change_sees_another_generation() {
+    let (rig, probe) = probed(ALL);
+    probe.disk.set_size(0x1_0000_0000 * 512);
+    // Both halves differ between the two sizes.
+    let sizes = [0x1_0000_0000u64, 0x0000_0001];
+    rig.handle.set_capacity(sizes[0] * 512).unwrap();
+    let handle = rig.handle.clone();
+    let changer = std::thread::spawn(move || {
+        for i in 0..2000 {
+            handle.set_capacity(sizes[i % 2] * 512).unwrap();
+        }
+    });
+    for _ in 0..2000 {
+        let before = rig.driver.config_generation();
+        let low: [u8; 4] = config(&rig, 0);
+        let high: [u8; 4] = config(&rig, 4);
+        let seen = u64::from(u32::from_le_bytes(high)) << 32 | u64::from(u32::from_le_bytes(low));
+        if rig.driver.config_generation() == before {
+            assert!(sizes.contains(&seen), "{seen:#x}");
+        }
+    }
+    changer.join().unwrap();
+}
+
+#[test]
+fn each_queue_has_its_worker() {
+    let probe = Probe::new(SECTORS as u64 * 512);
+    let builder = Block::builder(probe.clone()).queues(NonZeroU16::new(4).unwrap());
+    let mut rig = Rig::new(builder, ALL | feature::MQ);
+    // A driver may leave queues out (5.2.5).
+    let mut third = DriverQueue::new(rig.memory.clone(), 0x3000, 8).unwrap();
+    rig.queue = DriverQueue::new(rig.memory.clone(), 0x1000, 64).unwrap();
+    rig.driver.start(ALL | feature::MQ, &[(0, &rig.queue), (2, &third)]).unwrap();
+    rig.put_header(kind::OUT, 1);
+    let head = third.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    rig.driver.notify(1);
+    rig.driver.notify(3);
+    rig.driver.notify(2);
+    assert_eq!(third.take_used().unwrap(), Some((head.into(), 1)));
+    assert_eq!(rig.write(2, &[1; 512]), OK);
+    // Without the feature there is the first one only.
+    rig.queue = DriverQueue::new(rig.memory.clone(), 0x1000, 64).unwrap();
+    let mut third = DriverQueue::new(rig.memory.clone(), 0x3000, 8).unwrap();
+    rig.driver.start(ALL, &[(0, &rig.queue), (2, &third)]).unwrap();
+    third.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    rig.driver.notify(2);
+    assert_eq!(third.take_used().unwrap(), None);
+    assert_eq!(rig.write(2, &[1; 512]), OK);
+    // And without the first there is no device.
+    assert!(rig.driver.start(ALL, &[(2, &third)]).is_err());
+}
+
+#[test]
+fn mistakes_of_the_operator_are_named() {
+    let build = |change: fn(BlockBuilder) -> BlockBuilder| {
+        change(Block::builder(Probe::new(512))).build().unwrap_err().to_string()
+    };
+    assert!(build(|b| b.queue_size(2)).contains("2 descriptors"));
+    assert!(build(|b| b.queue_size(48)).contains("48 descriptors"));
+    assert!(build(|b| b.serial([b'x'; 21])).contains("21 bytes"));
+    let unknown = Probe::new(512);
+    unknown.set(|state| state.size = Some(5));
+    assert!(matches!(
+        Block::builder(unknown).build(),
+        Err(BlockError::Size(ResizeError::Sectors { bytes: 5 }))
+    ));
+}
+
+#[test]
+fn limits_hold_requests_back_until_their_time() {
+    let (clock, probe, metrics) =
+        (Arc::new(ManualClock::new(0)), Probe::new(1 << 20), Arc::new(DeviceMetrics::default()));
+    let limits = Limits { bytes: Rate::new(512_000, 1024), operations: None };
+    let rate = RateLimiter::new(clock.clone(), limits);
+    let builder = Block::builder(probe.clone()).rate(rate).metrics(metrics.clone(), clock.clone());
+    let (memory, mut queue, mut worker, handle) = bare(builder, ALL);
+    memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
+    for _ in 0..4 {
+        queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    }
+    assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(1_000_000)));
+    // What the driver makes of the header meanwhile is not looked at again.
+    memory.memory().write_slice(&header(kind::OUT, 7), GuestAddress(HEADER)).unwrap();
+    clock.set(999_999);
+    assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(1_000_000)));
+    clock.set(1_000_000);
+    assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (3, Some(2_000_000)));
+    assert_eq!(probe.calls(), ["write 0 512"; 3]);
+    let snapshot = metrics.snapshot();
+    assert_eq!(snapshot.write, Totals { requests: 3, bytes: 1536, errors: 0 });
+    assert_eq!((snapshot.latency_total_ns, snapshot.throttled), (1_000_000, 2));
+    // The fourth was read when it was taken, and the disk becomes too small for it while it waits.
+    handle.set_capacity(7 * 512).unwrap();
+    assert!(handle.set_limits(Limits::default()));
+    assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (4, None));
+    assert!(probe.calls().is_empty());
+    assert_eq!(metrics.snapshot().write, Totals { requests: 4, bytes: 1536, errors: 1 });
+}
+
+#[test]
+fn what_waits_for_a_limit_is_given_up_at_a_stop() {
+    let clock = Arc::new(ManualClock::new(0));
+    let probe = Probe::new(1 << 20);
+    let limits = Limits { bytes: None, operations: Rate::new(1, 1) };
+    let builder = Block::builder(probe.clone()).rate(RateLimiter::new(clock.clone(), limits));
+    let (memory, mut queue, mut worker, _) = bare(builder, ALL);
+    memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
+    for _ in 0..2 {
+        queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    }
+    assert!(worker.process().is_ok());
+    worker.stop();
+    assert_eq!((worker.deadline(), queue.used_index().unwrap(), probe.calls().len()), (None, 1, 1));
+}

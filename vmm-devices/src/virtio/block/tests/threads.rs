@@ -1,0 +1,123 @@
+//! Requests that go on while others are made.
+
+use std::num::NonZeroUsize;
+
+use super::*;
+
+fn pooled(threads: usize) -> (Rig, Arc<Probe>) {
+    let probe = Probe::new(SECTORS as u64 * 512);
+    let pool = ThreadPool::new(NonZeroUsize::new(threads).unwrap()).unwrap();
+    (Rig::new(Block::builder(Arc::new(Pooled::new(probe.clone(), pool))), ALL), probe)
+}
+
+/// Waits until the device has used so many chains; the guest looks at its ring.
+fn await_used(rig: &Rig, used: u16) {
+    while rig.queue.used_index().unwrap() != used {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn requests_overtake_each_other() {
+    let (mut rig, probe) = pooled(2);
+    probe.disk.write(0, &pattern(SECTORS)).unwrap();
+    probe.set(|state| state.closed = true);
+    for i in 0..2 {
+        let (at, data) = (HEADER + 32 * i, DATA + 1024 * i);
+        rig.put(at, &header(kind::IN, 5 + i));
+        rig.queue.chain().readable(at, 16).writable(data, 512).writable(STATUS + i, 1).submit().unwrap();
+    }
+    rig.driver.notify(0);
+    probe.await_waiting(2);
+    assert_eq!(rig.queue.take_used().unwrap(), None);
+    // What needs no disk does not wait for it.
+    rig.put(HEADER + 64, &header(kind::GET_ID, 0));
+    let head = rig
+        .queue
+        .chain()
+        .readable(HEADER + 64, 16)
+        .writable(DATA + 4096, 20)
+        .writable(STATUS + 2, 1)
+        .submit();
+    rig.driver.notify(0);
+    assert_eq!(rig.queue.take_used().unwrap(), Some((head.unwrap().into(), 21)));
+    probe.set(|state| state.closed = false);
+    await_used(&rig, 3);
+    let ended: Vec<_> = std::iter::from_fn(|| rig.queue.take_used().unwrap()).collect();
+    assert!(ended.iter().all(|(_, written)| *written == 513), "{ended:?}");
+    assert_eq!(rig.get(DATA, 512), pattern(SECTORS)[5 * 512..6 * 512]);
+    assert_eq!(rig.get(DATA + 1024, 512), pattern(SECTORS)[6 * 512..7 * 512]);
+    assert_eq!(rig.get(STATUS, 2), [OK, OK]);
+}
+
+#[test]
+fn failures_come_back_too() {
+    let (mut rig, probe) = pooled(1);
+    probe.set(|state| state.fail = Some(io::ErrorKind::Other));
+    rig.put_header(kind::OUT, 0);
+    rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    rig.driver.notify(0);
+    await_used(&rig, 1);
+    assert_eq!(rig.get(STATUS, 1), [IO_ERROR]);
+}
+
+#[test]
+fn a_backend_that_panics_fails_its_request() {
+    struct Panics;
+    impl Backend for Panics {
+        fn size(&self) -> io::Result<u64> {
+            Ok(1 << 20)
+        }
+        fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<usize> {
+            panic!("the test wants it")
+        }
+        fn write_at(&self, buffers: &[VolatileSlice<'_>], _: u64, _: bool) -> io::Result<usize> {
+            Ok(total(buffers))
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
+    let mut rig = Rig::new(Block::builder(Arc::new(Pooled::new(Arc::new(Panics), pool))), 0);
+    for (used, (kind, status)) in (1..).zip([(kind::IN, IO_ERROR), (kind::OUT, OK), (kind::IN, IO_ERROR)]) {
+        rig.put_header(kind, 0);
+        let chain = rig.queue.chain().readable(HEADER, 16);
+        let chain = if kind == kind::IN { chain.writable(DATA, 512) } else { chain.readable(DATA, 512) };
+        chain.writable(STATUS, 1).submit().unwrap();
+        rig.driver.notify(0);
+        await_used(&rig, used);
+        assert_eq!(rig.get(STATUS, 1), [status]);
+    }
+}
+
+#[test]
+fn a_pool_serves_all_queues_of_all_disks() {
+    let pool = ThreadPool::new(NonZeroUsize::new(2).unwrap()).unwrap();
+    let mut rigs: Vec<_> = (0..3)
+        .map(|_| {
+            let probe = Probe::new(SECTORS as u64 * 512);
+            let disk = Arc::new(Pooled::new(probe.clone(), Arc::clone(&pool)));
+            (Rig::new(Block::builder(disk), ALL), probe)
+        })
+        .collect();
+    drop(pool);
+    for round in 0..20u8 {
+        for (i, (rig, _)) in (0..).zip(&mut rigs) {
+            rig.put_header(kind::OUT, u64::from(round));
+            rig.put(DATA, &[round + i; 512]);
+            rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+            rig.driver.notify(0);
+        }
+        for (rig, _) in &rigs {
+            await_used(rig, u16::from(round) + 1);
+        }
+    }
+    for (i, (rig, probe)) in (0..).zip(rigs) {
+        // The threads end with the last disk.
+        drop(rig);
+        let mut bytes = vec![0; 20 * 512];
+        probe.disk.read(0, &mut bytes).unwrap();
+        assert!((0..20).all(|round| bytes[usize::from(round) * 512..][..512] == [round + i; 512]));
+    }
+}

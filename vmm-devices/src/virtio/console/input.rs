@@ -1,0 +1,56 @@
+//! A port's receive queue: input goes into the buffers of the driver.
+
+use std::sync::Arc;
+
+use super::rx_queue;
+use super::shared::Shared;
+use crate::virtio::device::{DeviceMemory, Progress, Worker};
+use crate::virtio::queue::{Chain, QueueError, Virtqueue};
+
+pub(super) struct InputWorker<M: DeviceMemory> {
+    pub(super) id: u32,
+    pub(super) queue: Virtqueue<M>,
+    pub(super) shared: Arc<Shared>,
+    /// A buffer that was taken for input that was discarded meanwhile. Drivers take an empty one for the end.
+    pub(super) spare: Option<Chain<M::T>>,
+}
+
+impl<M: DeviceMemory> Worker for InputWorker<M> {
+    fn queues(&self) -> Vec<u16> {
+        vec![rx_queue(self.id)]
+    }
+
+    fn process(&mut self) -> Result<Progress, QueueError> {
+        // A buffer alone is no reason to come here.
+        self.queue.want_doorbell(false)?;
+        for _ in 0..self.queue.size() {
+            let Some(port) = self.shared.port(self.id).filter(|port| port.has_input()) else {
+                self.queue.interrupt()?;
+                return Ok(Progress::Idle);
+            };
+            let chain = match self.spare.take() {
+                Some(chain) => Some(chain),
+                None => self.queue.pop(self.queue.memory())?,
+            };
+            let Some(chain) = chain else {
+                self.queue.interrupt()?;
+                let more = self.queue.want_doorbell(true)?;
+                return Ok(if more { Progress::More } else { Progress::Idle });
+            };
+            match port.deliver(&chain) {
+                // Below the largest capacity of a port.
+                Some(written) => {
+                    self.queue.complete(chain.head(), u32::try_from(written).unwrap_or(u32::MAX))?;
+                }
+                None => self.spare = Some(chain),
+            }
+        }
+        self.queue.interrupt()?;
+        Ok(Progress::More)
+    }
+
+    fn stop(&mut self) {
+        // Its memory may go.
+        self.spare = None;
+    }
+}

@@ -1,0 +1,136 @@
+//! A port's transmit queue: the driver's buffers go to the writer of the port.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::port::{PortCore, Taken};
+use super::shared::Shared;
+use super::tx_queue;
+use crate::virtio::device::{DeviceMemory, Progress, Worker};
+use crate::virtio::queue::{Chain, QueueError, Virtqueue};
+
+/// Bytes that a writer is given at most at once.
+const PIECE: usize = 4096;
+
+/// How often a writer is called before other queues have their turn.
+const PIECES: u32 = 64;
+
+pub(super) struct OutputWorker<M: DeviceMemory> {
+    id: u32,
+    queue: Virtqueue<M>,
+    shared: Arc<Shared>,
+    sending: Option<Sending<M>>,
+    /// Bytes of it that were read and are still to be written.
+    piece: Vec<u8>,
+}
+
+/// A buffer of the guest that is on its way.
+struct Sending<M: DeviceMemory> {
+    chain: Chain<M::T>,
+    /// Whose output it is: not that of a port which is there later.
+    port: Option<Arc<PortCore>>,
+    /// Bytes of it that were read.
+    read: u64,
+}
+
+/// How far things got.
+enum Step {
+    On,
+    NoMore,
+    WriterIsFull,
+}
+
+impl<M: DeviceMemory> OutputWorker<M> {
+    pub(super) fn new(id: u32, queue: Virtqueue<M>, shared: Arc<Shared>) -> Self {
+        Self { id, queue, shared, sending: None, piece: Vec::new() }
+    }
+
+    fn step(&mut self) -> Result<Step, QueueError> {
+        if self.sending.is_none() {
+            let memory = self.queue.memory();
+            let Some(chain) = self.queue.pop(memory)? else { return Ok(Step::NoMore) };
+            self.sending = Some(Sending { chain, port: self.port(), read: 0 });
+        }
+        let Some(sending) = &mut self.sending else { return Ok(Step::NoMore) };
+        if self.piece.is_empty() {
+            let left = sending.chain.readable_len().saturating_sub(sending.read);
+            self.piece.resize(usize::try_from(left).unwrap_or(PIECE).min(PIECE), 0);
+            let read = sending.chain.read_some(sending.read, &mut self.piece);
+            self.piece.truncate(read);
+            sending.read += read as u64;
+            if read == 0 {
+                // The end, or what is in no RAM.
+                return self.finish();
+            }
+        }
+        let Some(port) = sending.port.clone().filter(|port| !port.is_removed()) else { return self.finish() };
+        match port.output(&self.piece) {
+            Taken::Bytes(taken) => {
+                self.piece.drain(..taken);
+                Ok(Step::On)
+            }
+            Taken::Later => Ok(Step::WriterIsFull),
+            Taken::Never => self.finish(),
+        }
+    }
+
+    /// Gives the buffer back, whatever is left of it.
+    fn finish(&mut self) -> Result<Step, QueueError> {
+        let Some(head) = self.give_up() else { return Ok(Step::NoMore) };
+        self.queue.complete(head, 0)?;
+        Ok(Step::On)
+    }
+
+    /// Forgets the buffer, and counts what was not written of it.
+    fn give_up(&mut self) -> Option<u16> {
+        let Sending { chain, port, read } = self.sending.take()?;
+        let left = chain.readable_len().saturating_sub(read) + self.piece.len() as u64;
+        self.piece.clear();
+        match port {
+            Some(port) => port.discarded_output(left),
+            None => {
+                self.shared.counters.output_discarded.fetch_add(left, Ordering::Relaxed);
+            }
+        }
+        Some(chain.head())
+    }
+
+    fn port(&self) -> Option<Arc<PortCore>> {
+        self.shared.port(self.id)
+    }
+}
+
+impl<M: DeviceMemory> Worker for OutputWorker<M> {
+    fn queues(&self) -> Vec<u16> {
+        vec![tx_queue(self.id)]
+    }
+
+    fn process(&mut self) -> Result<Progress, QueueError> {
+        self.queue.want_doorbell(false)?;
+        for _ in 0..PIECES {
+            match self.step()? {
+                Step::On => {}
+                Step::NoMore => {
+                    if let Some(port) = self.port() {
+                        port.flush();
+                    }
+                    self.queue.interrupt()?;
+                    let more = self.queue.want_doorbell(true)?;
+                    return Ok(if more { Progress::More } else { Progress::Idle });
+                }
+                // No doorbell of the guest is worth anything now.
+                Step::WriterIsFull => {
+                    self.queue.interrupt()?;
+                    return Ok(Progress::Idle);
+                }
+            }
+        }
+        self.queue.interrupt()?;
+        Ok(Progress::More)
+    }
+
+    fn stop(&mut self) {
+        // Its memory may go.
+        self.give_up();
+    }
+}
