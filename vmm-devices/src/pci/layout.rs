@@ -171,6 +171,9 @@ mod tests {
         assert_eq!(high.first_fit(bar, &mut []), Some(1 << 40));
         assert_eq!(high.first_fit(bar, &mut [(1 << 40, u64::MAX)]), Some(0xe800_0000));
         assert!(high.admits(bar, 0xe800_0000) && high.admits(bar, (1 << 40) + 0x4000));
+        let odd = low.memory32(BusRange::new(0xe800_0000, 0x1800));
+        let small = Bar::memory32(0x1000);
+        assert!(odd.admits(small, 0xe800_0000) && !odd.admits(small, 0xe800_1000));
         assert!(!high.admits(Bar::memory32(0x4000), 1 << 40) && !high.admits(bar, (1 << 40) + (1 << 30)));
     }
 

@@ -186,7 +186,7 @@ fn a_write_of_a_capability_is_masked_and_told() {
     let mut config = builder();
     let other = config.capability(Capability::new(id::VENDOR, [0xa5; 2])).unwrap();
     let capability = Capability::new(id::VENDOR, [0, 0x11, 0xff, 0xff, 0x22])
-        .writable([0xff, 0x0f, 0x0f, 0, 0, 0xff, 0xff])
+        .writable([0xff, 0x0f, 0x1f, 0, 0, 0xff, 0xff])
         .cleared_by_one([0, 0, 0xf0, 0x01]);
     let at = config.capability(capability).unwrap();
     let mut config = config.build();

@@ -341,6 +341,21 @@ fn functions_come_and_go() {
     assert!(m.bridge.function(first).is_some() && m.bridge.function(at(9, 0)).is_none());
 }
 
+/// A vCPU that found a function just before it was removed: its write comes too late to put BARs on the bus.
+#[test]
+fn a_write_that_comes_too_late_maps_nothing() {
+    let m = machine();
+    let a = probe(1);
+    let function = m.bridge.add(a.clone()).unwrap();
+    let slot = m.bridge.0.slot(function).unwrap();
+    m.bridge.remove(function).unwrap();
+    let second = m.bridge.add(probe(2)).unwrap();
+    assert_eq!(second, function);
+    m.bridge.0.change(function, &slot, |probe| probe.write_config(4, &[3]));
+    assert_eq!((m.load(LOW), m.load_port(0x1000)), (None, None));
+    assert_eq!(lock(&a).config.register(4), 0);
+}
+
 #[test]
 fn what_cannot_be_added_leaves_the_bus_as_it_was() {
     let m = machine();
