@@ -132,11 +132,17 @@ fn a_driver_that_races() {
     assert_eq!(queue.take_used().unwrap(), Some((head.into(), 3)));
 }
 
+/// A worker, its driver's queue, and what its limit and figures go by.
+type Limited = (
+    Box<dyn Worker>,
+    DriverQueue<crate::testkit::Memory>,
+    Arc<ManualClock>,
+    Arc<DeviceMetrics>,
+    LinkRecorder,
+);
+
 /// A worker alone, with a clock that goes as far as it is told.
-fn limited(
-    limits: Limits,
-) -> (Box<dyn Worker>, DriverQueue<crate::testkit::Memory>, Arc<ManualClock>, Arc<DeviceMetrics>, LinkRecorder)
-{
+fn limited(limits: Limits) -> Limited {
     let memory = guest_memory(1 << 20).unwrap();
     let (clock, metrics) = (Arc::new(ManualClock::new(5000)), Arc::new(DeviceMetrics::default()));
     let link = LinkRecorder::default();
