@@ -169,7 +169,11 @@ struct ProbeState {
 
 impl Probe {
     fn new(size: u64) -> Arc<Self> {
-        Arc::new(Self { disk: MemoryDisk::new(size), state: Mutex::default(), opened: Condvar::new() })
+        Arc::new(Self {
+            disk: MemoryDisk::with_room(size, 4 << 20),
+            state: Mutex::default(),
+            opened: Condvar::new(),
+        })
     }
 
     fn set(&self, change: impl FnOnce(&mut ProbeState)) {
