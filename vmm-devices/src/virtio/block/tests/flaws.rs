@@ -28,7 +28,7 @@ fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let disk = Arc::new(Pooled::new(probe.clone(), pool));
     let mut rig = Rig::new(Block::builder(disk), ALL);
-    probe.set(|state| state.closed = true);
+    let closed = probe.close();
     rig.put(DATA, &[0xaa; 512]);
     for sector in [40, 0] {
         let header_at = HEADER + 16 * u64::from(sector == 0);
@@ -47,7 +47,7 @@ fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
     });
     std::thread::sleep(std::time::Duration::from_millis(20));
     assert!(resetting.load(Ordering::SeqCst), "it waits for the write that goes on");
-    probe.set(|state| state.closed = false);
+    drop(closed);
     resetter.join().unwrap();
     assert_eq!(probe.calls(), ["write 20480 512"], "the other one had not begun");
     let mut bytes = vec![0; SECTORS * 512];
@@ -65,7 +65,7 @@ fn cve_2026_45782_a_head_in_flight_is_not_taken_again() {
     let probe = Probe::new(SECTORS as u64 * 512);
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let mut rig = Rig::new(Block::builder(Arc::new(Pooled::new(probe.clone(), pool))), ALL);
-    probe.set(|state| state.closed = true);
+    let closed = probe.close();
     rig.put_header(kind::IN, 0);
     let head =
         rig.queue.chain().readable(HEADER, 16).writable(DATA, 512).writable(STATUS, 1).submit().unwrap();
@@ -74,7 +74,7 @@ fn cve_2026_45782_a_head_in_flight_is_not_taken_again() {
     rig.queue.make_available(head).unwrap();
     rig.driver.notify(0);
     assert_eq!(rig.driver.status() & 0x40, 0x40);
-    probe.set(|state| state.closed = false);
+    drop(closed);
     rig.driver.set_status(0);
     assert_eq!((probe.calls().len(), rig.queue.used_index().unwrap()), (1, 0));
 }

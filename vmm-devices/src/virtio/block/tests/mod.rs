@@ -181,6 +181,12 @@ impl Probe {
         self.opened.notify_all();
     }
 
+    /// Calls wait until this is dropped, by a test that fails too.
+    fn close(&self) -> Closed<'_> {
+        self.set(|state| state.closed = true);
+        Closed(self)
+    }
+
     fn calls(&self) -> Vec<String> {
         std::mem::take(&mut self.state.lock().unwrap().calls)
     }
@@ -212,6 +218,14 @@ impl Probe {
             Some(kind) => Err(kind.into()),
             None => Ok(state.short.unwrap_or(usize::MAX)),
         }
+    }
+}
+
+struct Closed<'a>(&'a Probe);
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        self.0.set(|state| state.closed = false);
     }
 }
 
