@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use vmm_memory::vm_memory::VolatileSlice;
@@ -11,48 +12,55 @@ use super::backend::Backend;
 /// What is allocated, given back and locked at once.
 const CHUNK: usize = 64 << 10;
 
-type Chunk = RwLock<Option<Box<[u8; CHUNK]>>>;
+type Bytes = Option<Box<[u8; CHUNK]>>;
+type Chunk = RwLock<Bytes>;
 
 /// A disk whose bytes are gone when it is dropped. Memory is taken as it is written, and given back by discards.
 pub struct MemoryDisk {
-    /// The size in bytes, and chunks enough for it. Bytes of the last one beyond the size are zeros.
-    disk: RwLock<(u64, Vec<Chunk>)>,
+    size: AtomicU64,
+    /// Enough for the largest size. What lies beyond the size is zeros.
+    chunks: Box<[Chunk]>,
 }
 
 impl fmt::Debug for MemoryDisk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MemoryDisk").field("size", &read(&self.disk).0).finish_non_exhaustive()
+        f.debug_struct("MemoryDisk").field("size", &self.size).finish_non_exhaustive()
     }
 }
 
-fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
-    lock.read().unwrap_or_else(PoisonError::into_inner)
+fn read(chunk: &Chunk) -> RwLockReadGuard<'_, Bytes> {
+    chunk.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(PoisonError::into_inner)
+fn write(chunk: &Chunk) -> RwLockWriteGuard<'_, Bytes> {
+    chunk.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl MemoryDisk {
     /// `size` bytes of zeros; a multiple of 512 for a block device.
     pub fn new(size: u64) -> Self {
-        let disk = Self { disk: RwLock::new((0, Vec::new())) };
-        disk.set_size(size);
-        disk
+        Self::with_room(size, size)
     }
 
-    /// Makes it larger, by zeros, or smaller. Tell the device by its [`BlockHandle`](super::BlockHandle).
-    pub fn set_size(&self, size: u64) {
-        let mut disk = write(&self.disk);
-        let chunks = usize::try_from(size.div_ceil(CHUNK as u64)).unwrap_or(usize::MAX);
-        disk.1.resize_with(chunks, Chunk::default);
-        if let Some(last) = disk.1.last_mut().filter(|_| !size.is_multiple_of(CHUNK as u64))
-            && let Some(bytes) = last.get_mut().unwrap_or_else(PoisonError::into_inner)
-            && let Some(beyond) = bytes.get_mut(within(size)..)
-        {
-            beyond.fill(0);
+    /// The same, which can become `largest` bytes large.
+    pub fn with_room(size: u64, largest: u64) -> Self {
+        let chunks = (0..size.max(largest).div_ceil(CHUNK as u64)).map(|_| Chunk::default()).collect();
+        Self { size: AtomicU64::new(size), chunks }
+    }
+
+    /// Makes it larger, by zeros, or smaller. Tell the device by its [`BlockHandle`](super::BlockHandle). What a guest writes at
+    /// the same moment beyond a smaller size it may find again when the disk becomes larger.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`] if it was not made with so much room.
+    pub fn set_size(&self, size: u64) -> io::Result<()> {
+        let room = (self.chunks.len() as u64).saturating_mul(CHUNK as u64);
+        if size > room {
+            return Err(io::ErrorKind::StorageFull.into());
         }
-        disk.0 = size;
+        self.size.store(size, Ordering::SeqCst);
+        self.zero(size, room, true);
+        Ok(())
     }
 
     /// Reads `data.len()` bytes at `offset`, without a guest.
@@ -81,21 +89,44 @@ impl MemoryDisk {
         offset: u64,
         f: impl Fn(&Chunk, usize, &VolatileSlice<'_>),
     ) -> usize {
-        let disk = read(&self.disk);
+        let size = self.size.load(Ordering::SeqCst);
         let mut done = 0;
         for buffer in buffers {
             let mut rest = *buffer;
             while !rest.is_empty() {
                 let at = offset.saturating_add(done as u64);
-                let left = usize::try_from(disk.0.saturating_sub(at)).unwrap_or(usize::MAX);
+                let left = usize::try_from(size.saturating_sub(at)).unwrap_or(usize::MAX);
                 let len = rest.len().min(CHUNK - within(at)).min(left);
-                let Some(chunk) = chunk_of(&disk.1, at).filter(|_| len > 0) else { return done };
+                let Some(chunk) = self.chunk_of(at).filter(|_| len > 0) else { return done };
                 let Ok((run, behind)) = rest.split_at(len) else { return done };
                 f(chunk, within(at), &run);
                 (rest, done) = (behind, done + len);
             }
         }
         done
+    }
+
+    fn chunk_of(&self, at: u64) -> Option<&Chunk> {
+        self.chunks.get(usize::try_from(at / CHUNK as u64).ok()?)
+    }
+
+    /// Makes the bytes from `offset` to `end` zeros; whole chunks are given back if `unmap`.
+    fn zero(&self, offset: u64, end: u64, unmap: bool) {
+        let mut at = offset;
+        while at < end {
+            let next = (at - at % CHUNK as u64).saturating_add(CHUNK as u64).min(end);
+            let Some(chunk) = self.chunk_of(at) else { break };
+            let mut chunk = write(chunk);
+            if unmap && next - at == CHUNK as u64 {
+                *chunk = None;
+            } else if let Some(bytes) = chunk.as_deref_mut()
+                && let Some(bytes) = bytes.get_mut(within(at)..)
+                && let Some(bytes) = bytes.get_mut(..usize::try_from(next - at).unwrap_or(0))
+            {
+                bytes.fill(0);
+            }
+            at = next;
+        }
     }
 }
 
@@ -109,13 +140,9 @@ fn within(at: u64) -> usize {
     usize::try_from(at % CHUNK as u64).unwrap_or(0)
 }
 
-fn chunk_of(chunks: &[Chunk], at: u64) -> Option<&Chunk> {
-    chunks.get(usize::try_from(at / CHUNK as u64).ok()?)
-}
-
 impl Backend for MemoryDisk {
     fn size(&self) -> io::Result<u64> {
-        Ok(read(&self.disk).0)
+        Ok(self.size.load(Ordering::SeqCst))
     }
 
     fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
@@ -148,24 +175,9 @@ impl Backend for MemoryDisk {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let disk = read(&self.disk);
-        let end = offset.checked_add(len).filter(|end| *end <= disk.0);
-        let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let mut at = offset;
-        while at < end {
-            let next = (at - at % CHUNK as u64).saturating_add(CHUNK as u64).min(end);
-            let Some(chunk) = chunk_of(&disk.1, at) else { break };
-            let mut chunk = write(chunk);
-            if unmap && next - at == CHUNK as u64 {
-                *chunk = None;
-            } else if let Some(bytes) = chunk.as_deref_mut()
-                && let Some(bytes) = bytes.get_mut(within(at)..)
-                && let Some(bytes) = bytes.get_mut(..usize::try_from(next - at).unwrap_or(0))
-            {
-                bytes.fill(0);
-            }
-            at = next;
-        }
+        let size = self.size.load(Ordering::SeqCst);
+        let end = offset.checked_add(len).filter(|end| *end <= size).ok_or(io::ErrorKind::UnexpectedEof)?;
+        self.zero(offset, end, unmap);
         Ok(())
     }
 }
@@ -198,7 +210,7 @@ mod tests {
     #[test]
     fn discards_give_memory_back() {
         let disk = MemoryDisk::new(4 * CHUNK as u64);
-        let allocated = || read(&disk.disk).1.iter().filter(|chunk| read(chunk).is_some()).count();
+        let allocated = || disk.chunks.iter().filter(|chunk| read(chunk).is_some()).count();
         disk.write(10, &vec![1; 3 * CHUNK]).unwrap();
         assert_eq!(allocated(), 4);
         disk.discard(10, 3 * CHUNK as u64).unwrap();
@@ -211,8 +223,9 @@ mod tests {
     fn what_was_cut_off_does_not_come_back() {
         let disk = MemoryDisk::new(1024);
         disk.write(0, &[7; 1024]).unwrap();
-        disk.set_size(512);
-        disk.set_size(1024);
+        disk.set_size(512).unwrap();
+        disk.set_size(1024).unwrap();
+        assert!(disk.set_size(2 * CHUNK as u64).is_err());
         let mut bytes = [0; 1024];
         disk.read(0, &mut bytes).unwrap();
         assert_eq!((bytes[511], bytes[512]), (7, 0));

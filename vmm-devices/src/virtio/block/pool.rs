@@ -13,7 +13,8 @@ use vmm_memory::vm_memory::VolatileSlice;
 use super::backend::{Backend, BlockSizes, IoQueue, Job, JobEnd, Waker};
 use crate::interrupt::lock;
 
-/// Threads that any number of disks share.
+/// Threads that any number of disks share. A disk that hangs holds as many of them as it has requests: what must not wait for it
+/// gets a pool of its own.
 pub struct ThreadPool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,

@@ -38,6 +38,11 @@ pub enum RawFileError {
     /// It is a directory, a pipe, a terminal, or the like.
     #[error("a disk is a regular file or a block device, and this is neither")]
     Kind,
+    /// Whatever is written goes to its end.
+    #[error(
+        "the file is open for appending (O_APPEND), where a disk is written at any place; open it without"
+    )]
+    Append,
     /// Asking about it failed.
     #[error("the host does not say what the file is")]
     Host(#[from] io::Error),
@@ -65,9 +70,12 @@ impl RawFile {
     /// Takes a file that is open, for reading, and for writing unless `read_only`.
     ///
     /// # Errors
-    /// If it is neither a regular file nor a block device.
+    /// If it is neither a regular file nor a block device, or open for appending.
     pub fn new(file: File, read_only: bool) -> Result<Self, RawFileError> {
         let metadata = file.metadata()?;
+        if rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?.contains(OFlags::APPEND) {
+            return Err(RawFileError::Append);
+        }
         let device = metadata.file_type().is_block_device();
         let blocks = if device {
             let logical = rustix::fs::ioctl_blksszget(&file).map_err(io::Error::from)?;
@@ -75,7 +83,8 @@ impl RawFile {
             BlockSizes { logical, physical, optimal: 0 }
         } else if metadata.is_file() {
             // What the file system reads and writes at once.
-            let physical = u32::try_from(metadata.blksize()).unwrap_or(4096).clamp(512, 1 << 16);
+            let physical = u32::try_from(metadata.blksize()).ok().filter(|size| size.is_power_of_two());
+            let physical = physical.unwrap_or(4096).clamp(512, 1 << 16);
             BlockSizes { logical: 512, physical, optimal: 0 }
         } else {
             return Err(RawFileError::Kind);

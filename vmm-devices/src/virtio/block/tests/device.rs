@@ -108,7 +108,7 @@ fn it_grows_and_shrinks_while_it_is_used() {
     assert_eq!((rig.driver.config_generation(), rig.driver.interrupt_status()), (generation, 0));
     assert_eq!(rig.write(SECTORS as u64, &[1; 512]), IO_ERROR);
     rig.driver.acknowledge(3);
-    probe.disk.set_size(100 * 512);
+    probe.disk.set_size(100 * 512).unwrap();
     assert_eq!(rig.write(SECTORS as u64, &[1; 512]), IO_ERROR, "nobody has told the driver");
     rig.driver.acknowledge(3);
     rig.handle.resize().unwrap();

@@ -176,6 +176,9 @@ fn cve_2020_35517_special_files_are_no_disks() {
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     // Nobody is at the other end, and nobody is waited for.
     assert!(matches!(RawFile::open(&fifo, true), Err(RawFileError::Kind)));
+    // Positions mean nothing to a file that is appended to.
+    let appended = File::options().append(true).create(true).read(true).open(directory.path().join("log"));
+    assert!(matches!(RawFile::new(appended.unwrap(), false), Err(RawFileError::Append)));
     let missing = RawFile::open(directory.path().join("missing"), false).unwrap_err().to_string();
     assert!(missing.contains("/missing: cannot be opened for reading and writing"), "{missing}");
     let odd = RawFile::new(file(&[0; 1000]), false).unwrap();

@@ -169,12 +169,22 @@ struct ProbeState {
 
 impl Probe {
     fn new(size: u64) -> Arc<Self> {
-        Arc::new(Self { disk: MemoryDisk::new(size), state: Mutex::default(), opened: Condvar::new() })
+        Arc::new(Self {
+            disk: MemoryDisk::with_room(size, 4 << 20),
+            state: Mutex::default(),
+            opened: Condvar::new(),
+        })
     }
 
     fn set(&self, change: impl FnOnce(&mut ProbeState)) {
         change(&mut self.state.lock().unwrap());
         self.opened.notify_all();
+    }
+
+    /// Calls wait until this is dropped, by a test that fails too.
+    fn close(&self) -> Closed<'_> {
+        self.set(|state| state.closed = true);
+        Closed(self)
     }
 
     fn calls(&self) -> Vec<String> {
@@ -208,6 +218,14 @@ impl Probe {
             Some(kind) => Err(kind.into()),
             None => Ok(state.short.unwrap_or(usize::MAX)),
         }
+    }
+}
+
+struct Closed<'a>(&'a Probe);
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        self.0.set(|state| state.closed = false);
     }
 }
 

@@ -21,7 +21,7 @@ fn await_used(rig: &Rig, used: u16) {
 fn requests_overtake_each_other() {
     let (mut rig, probe) = pooled(2);
     probe.disk.write(0, &pattern(SECTORS)).unwrap();
-    probe.set(|state| state.closed = true);
+    let closed = probe.close();
     for i in 0..2 {
         let (at, data) = (HEADER + 32 * i, DATA + 1024 * i);
         rig.put(at, &header(kind::IN, 5 + i));
@@ -41,7 +41,7 @@ fn requests_overtake_each_other() {
         .submit();
     rig.driver.notify(0);
     assert_eq!(rig.queue.take_used().unwrap(), Some((head.unwrap().into(), 21)));
-    probe.set(|state| state.closed = false);
+    drop(closed);
     await_used(&rig, 3);
     let ended: Vec<_> = std::iter::from_fn(|| rig.queue.take_used().unwrap()).collect();
     assert!(ended.iter().all(|(_, written)| *written == 513), "{ended:?}");
