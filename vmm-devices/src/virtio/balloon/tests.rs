@@ -101,12 +101,13 @@ impl Test {
         assert_eq!(driver.take_used().unwrap(), Some((head.into(), 0)));
     }
 
+    /// Reports free pages. CVE-2024-8612: nothing is written, and so it is said.
     fn report(&mut self, buffers: &[(u64, u32)]) {
         let driver = &mut self.queues[4];
         let chain = buffers.iter().fold(driver.chain(), |chain, (gpa, len)| chain.writable(*gpa, *len));
         let head = chain.submit().unwrap();
         self.driver.notify(4);
-        assert_eq!(driver.take_used().unwrap(), Some((head.into(), 0)), "nothing is written");
+        assert_eq!(driver.take_used().unwrap(), Some((head.into(), 0)));
     }
 }
 

@@ -50,7 +50,7 @@ fn reports_are_cut_to_whole_pages_of_ram() {
     assert_eq!(t.handle.counters().reported, 4 + 4 + 5 + 1);
 }
 
-/// Four gigabytes of page numbers in one chain: each call does its share, and what is left is given up at a reset.
+/// CVE-2023-5088, a reset with work in flight. Four gigabytes of page numbers in one chain: each call does its share, and what is left is given up at a reset.
 #[test]
 fn a_chain_without_end_is_served_in_shares() {
     let memory = guest_memory(64 * MIB).unwrap();
