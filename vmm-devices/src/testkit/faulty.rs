@@ -200,14 +200,15 @@ mod tests {
         let driver = mmio(Rng::new(std::io::repeat(7)), &faulty);
         let mut queue = DriverQueue::new(faulty, 0x1000, 8).unwrap();
         driver.start(0, &[(0, &queue)]).unwrap();
-        for (gpa, len, given) in [(0x8001, 1000, 1000), (0x8ff8, 16, 0), (0x9000, 16, 0), (0x8001, 10, 10)] {
+        for (gpa, len, given) in [(0x8001, 1000, 1000), (0x8ff8, 16, 8), (0x9000, 16, 0), (0x8001, 10, 10)] {
             let head = queue.chain().writable(gpa, len).submit().unwrap();
             driver.notify(0);
             assert_eq!(queue.take_used().unwrap(), Some((head.into(), given)), "{gpa:#x}");
         }
         let mut bytes = [0; 0x1000];
         memory.memory().read_slice(&mut bytes, GuestAddress(0x8000)).unwrap();
-        assert!(bytes[1..=1000] == [7; 1000] && bytes[0] == 0 && bytes[1001] == 0);
+        assert!(bytes[1..=1000] == [7; 1000] && bytes[0] == 0 && bytes[1001..0xff8] == [0; 0xc0f]);
+        assert_eq!(bytes[0xff8..], [7; 8], "and no more than what was said");
         assert_eq!(driver.status(), 0xf);
     }
 

@@ -55,7 +55,7 @@ impl BalloonHandle {
 
     /// Asks the guest for statistics; they come to the callback of the device and to
     /// [`statistics`](Self::statistics), when the guest likes. Requests that come before it has answered are one request.
-    /// Whether there is a driver that tells them; otherwise nothing is asked.
+    /// Returns whether there is a driver that tells them; without one nothing is asked.
     pub fn request_statistics(&self) -> bool {
         let active = lock(&self.0.active);
         let bell =
@@ -227,10 +227,10 @@ impl Shared {
     }
 
     pub(super) fn deliver(&self, statistics: Statistics) {
+        *lock(&self.statistics) = Some(statistics.clone());
         if let Some(callback) = &self.callback {
             callback(&statistics);
         }
-        *lock(&self.statistics) = Some(statistics);
     }
 }
 

@@ -121,6 +121,7 @@ fn the_callback_may_use_the_handle() {
     let own = Arc::clone(&handle);
     let balloon = Balloon::builder(Ledger::default()).on_statistics(move |statistics| {
         let handle = own.get().unwrap();
+        assert_eq!(handle.statistics().as_ref(), Some(statistics));
         handle.set_target(u32::try_from(statistics.get(Statistic::MEMFREE).unwrap()).unwrap());
         assert!(handle.request_statistics());
     });
