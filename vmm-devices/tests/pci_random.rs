@@ -1,5 +1,5 @@
-//! A guest that does anything at all to a PCI host bridge and its functions. After each step every BAR that answers lies in a window,
-//! touches nobody, and is whose it says; and functions are who they were.
+//! A guest that does anything at all to a PCI host bridge and its functions. After each step every BAR that answers
+//! lies in a window, touches nobody, and is whose it says; and functions are who they were.
 
 // The lint spares test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::indexing_slicing)]

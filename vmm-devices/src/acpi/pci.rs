@@ -25,8 +25,8 @@ pub struct AcpiPci {
 }
 
 impl AcpiPci {
-    /// A bridge with its addresses, and the inputs of the I/O APIC that its four lines lead to. Level-triggered, and not the numbers of
-    /// ISA devices: 16 and up are free.
+    /// A bridge with its addresses, and the inputs of the I/O APIC that its four lines lead to. Level-triggered, and
+    /// not the numbers of ISA devices: 16 and up are free.
     pub fn new(layout: PciLayout, interrupts: [u32; 4]) -> Self {
         Self { layout, interrupts }
     }

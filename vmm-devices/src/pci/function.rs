@@ -27,21 +27,21 @@ pub trait PciFunction: Send {
         self.config().read(offset, data);
     }
 
-    /// The guest stores 1 to 4 bytes within one register of configuration space. To be replaced by a function that acts on writes of
-    /// its capabilities: [`ConfigSpace::write`] tells which one it was. The bridge sees to BARs and command register
-    /// afterwards, whatever happened here.
+    /// The guest stores 1 to 4 bytes within one register of configuration space. To be replaced by a function that
+    /// acts on writes of its capabilities: [`ConfigSpace::write`] tells which one it was. The bridge sees to BARs and
+    /// command register afterwards, whatever happened here.
     fn write_config(&mut self, offset: u16, data: &[u8]) {
         self.config_mut().write(offset, data);
     }
 
-    /// BAR `bar` answers from address `at` on, or nowhere: the guest has moved it, or switched decoding on or off. For
-    /// functions that have more at stake than accesses, such as guest memory or a doorbell of the hypervisor's. Between
-    /// `None` and this call nobody else answers at the old addresses.
+    /// BAR `bar` answers from address `at` on, or nowhere: the guest has moved it, or switched decoding on or off. For functions
+    /// that have more at those addresses than accesses, such as memory that the guest sees or a doorbell of the hypervisor's. When
+    /// this is told `None`, nobody else has got the old addresses yet.
     fn bar_moved(&mut self, bar: usize, at: Option<u64>) {
         let _ = (bar, at);
     }
 
-    /// The machine is reset, or the function gets removed and may be found again: all but configuration space, which the bridge resets, is
-    /// to be as it was before the guest.
+    /// The machine is reset, or the function gets removed and may be found again: all but configuration space, which
+    /// the bridge resets, is to be as it was before the guest.
     fn reset(&mut self) {}
 }

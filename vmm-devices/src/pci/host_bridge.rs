@@ -205,9 +205,9 @@ pub struct HostBridgeState {
 
 /// Bus 0 and its functions. Clones are the same bridge; what it has put on the buses keeps it alive.
 ///
-/// Locks are taken in this order: the list of functions, a write of configuration space to the same function, the table of mappings, the function, a line.
-/// No bus is locked while a device is called. So a write that moves a BAR waits for an access of that function to end, and
-/// an access never waits for the move.
+/// Locks are taken in this order: the list of functions, a write of configuration space to the same function, the table of
+/// mappings, the function, a line. No bus is locked while a device is called. So a write that moves a BAR waits for an access
+/// of that function to end, and an access never waits for the move. Who has a function locked must not call the bridge.
 #[derive(Clone)]
 pub struct HostBridge(Arc<Bridge>);
 
@@ -230,8 +230,8 @@ impl HostBridge {
         HostBridgeBuilder { layout, mmio, pio, lines, identity: IDENTITY }
     }
 
-    /// Puts a function on the bus: function 0 of the first device number that is free. Its BARs get addresses, which the guest may change; it
-    /// answers there when the guest has switched that on.
+    /// Puts a function on the bus: function 0 of the first device number that is free. Its BARs get addresses, which
+    /// the guest may change; it answers there when the guest has switched that on.
     ///
     /// # Errors
     /// [`PciError::Full`], and as [`add_at`](Self::add_at).
@@ -400,8 +400,9 @@ pub struct HostBridgeBuilder<'a> {
 }
 
 impl HostBridgeBuilder<'_> {
-    /// The level-triggered lines that pins lead to: INTA# of device 0, 4 and so on to the first, and each device's to the one after. They
-    /// are shared, and the bridge drives each as one. What [`AcpiPci`](crate::acpi::AcpiPci) tells the guest is to be the same.
+    /// The level-triggered lines that pins lead to: INTA# of device 0, 4 and so on to the first, and each device's to
+    /// the one after. They are shared, and the bridge drives each as one. What [`AcpiPci`](crate::acpi::AcpiPci)
+    /// tells the guest is to be the same.
     #[must_use]
     pub fn interrupts(mut self, lines: [impl InterruptLine + 'static; 4]) -> Self {
         self.lines = lines.map(WiredOr::new);
@@ -418,8 +419,8 @@ impl HostBridgeBuilder<'_> {
     /// Puts the bridge on its buses.
     ///
     /// # Errors
-    /// [`PciError::Window`] and [`PciError::WindowOverlap`] if the layout cannot be, [`PciError::Bus`] if something else is where the
-    /// bridge is to be; the buses are as they were.
+    /// [`PciError::Window`] and [`PciError::WindowOverlap`] if the layout cannot be, [`PciError::Bus`] if something
+    /// else is where the bridge is to be; the buses are as they were.
     pub fn build(self) -> Result<HostBridge, PciError> {
         self.layout.check()?;
         let root = Arc::new(Mutex::new(Root(ConfigBuilder::new(self.identity).build())));

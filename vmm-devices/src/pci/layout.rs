@@ -14,8 +14,9 @@ pub const CONFIG_PORTS: BusRange = BusRange::new(0xcf8, 8);
 
 /// Addresses that belong to PCI. Nothing but the bridge puts anything there.
 ///
-/// By default they are between 0xe000_0000 and the I/O APIC, and the ports from 0x1000 on. Where memory above 4 GiB may be depends on the
-/// guest's RAM and on how many address bits its processors have, so that window is the monitor's to choose.
+/// By default they are between 0xe000_0000 and the I/O APIC, and the ports from 0x1000 on. Where memory above 4 GiB
+/// may be depends on the guest's RAM and on how many address bits its processors have, so that window is the
+/// monitor's to choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PciLayout {

@@ -13,7 +13,7 @@ use crate::error::BusError;
 use crate::interrupt::lock;
 use crate::pci::PciError;
 use crate::pci::address::FunctionAddress;
-use crate::pci::bar::{BARS, Bar};
+use crate::pci::bar::{BARS, Bar, BarKind};
 use crate::pci::config::ConfigSpace;
 use crate::pci::function::PciFunction;
 use crate::pci::layout::{PciLayout, Span};
@@ -26,8 +26,8 @@ pub struct BarMapping {
     pub function: FunctionAddress,
     /// Its number.
     pub bar: usize,
-    /// What it is.
-    pub kind: Bar,
+    /// Which addresses it is for.
+    pub kind: BarKind,
     /// The addresses that its register holds.
     pub range: BusRange,
     /// Whether it answers there.
@@ -235,7 +235,7 @@ impl Mappings {
         let mapping = |(&(function, bar), entry): (&(FunctionAddress, usize), &Entry)| BarMapping {
             function,
             bar,
-            kind: entry.bar,
+            kind: entry.bar.kind(),
             range: BusRange::new(entry.base, entry.bar.size()),
             status: match &entry.refusal {
                 Some(refusal) => BarStatus::Refused(refusal.clone()),

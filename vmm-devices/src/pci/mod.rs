@@ -62,10 +62,11 @@
 //! ```
 //!
 //! # Threat model
-//! The guest writes any register in any order, width and moment, from several vCPUs at once. Bits that are not its to change stay what they are.
-//! A BAR answers where the guest puts it if that is in a window of the [`PciLayout`] and nobody else is there; else it
-//! answers nowhere, which [`HostBridge::mappings`] and [`HostBridge::refusals`] show, and no other device loses an address.
-//! What a write costs is bounded by the number of BARs that there are. The functions and the layout are the monitor's.
+//! The guest writes any register in any order, width and moment, from several vCPUs at once. Bits that are not its to
+//! change stay what they are. A BAR answers where the guest puts it if that is in a window of the [`PciLayout`] and
+//! nobody else is there; else it answers nowhere, which [`HostBridge::mappings`] and [`HostBridge::refusals`] show,
+//! and no other device loses an address. What a write costs is bounded by the number of BARs that there are. The
+//! functions and the layout are the monitor's.
 //!
 //! # What there is not
 //! * **Bridges and further buses**: all functions are on bus 0, in segment 0.

@@ -159,8 +159,9 @@ fn pending_size(vectors: u64) -> u64 {
 
 /// MSI-X of a function. Clones are the same.
 ///
-/// The function passes on what it gets: accesses of the BAR to [`read`](Self::read) and [`write`](Self::write), the fact that configuration space
-/// may have changed to [`config_written`](Self::config_written), a reset to [`reset`](Self::reset).
+/// The function passes on what it gets: accesses of the BAR to [`read`](Self::read) and [`write`](Self::write), the
+/// fact that configuration space may have changed to [`config_written`](Self::config_written), a reset to
+/// [`reset`](Self::reset).
 #[derive(Clone)]
 pub struct Msix(Arc<Shared>);
 
@@ -168,8 +169,8 @@ impl Msix {
     /// Adds the capability to `config`, which has the BAR already. All vectors are masked, and it is off.
     ///
     /// # Errors
-    /// [`PciError::MsixVectors`] unless there are 1 to 2048, [`PciError::MsixPlace`] if table and pending bits overlap or do not fit, and
-    /// as [`ConfigBuilder::capability`].
+    /// [`PciError::MsixVectors`] unless there are 1 to 2048, [`PciError::MsixPlace`] if table and pending bits
+    /// overlap or do not fit, and as [`ConfigBuilder::capability`].
     pub fn new(
         config: &mut ConfigBuilder,
         vectors: u16,
@@ -214,7 +215,8 @@ impl Msix {
         true
     }
 
-    /// A write of configuration space is done, or it was restored: what the capability and the bus master bit say counts from now on.
+    /// A write of configuration space is done, or it was restored: what the capability and the bus master bit say
+    /// counts from now on.
     pub fn config_written(&self, config: &ConfigSpace) {
         let [_, _, _, control] = config.register(self.0.capability.get()).to_le_bytes();
         let master = if config.is_bus_master() { 0 } else { NOT_MASTER };
@@ -327,7 +329,7 @@ impl fmt::Debug for Msix {
         f.debug_struct("Msix")
             .field("place", &self.0.place)
             .field("enabled", &self.is_enabled())
-            .field("state", &self.state())
+            .field("vectors", &self.vectors())
             .finish_non_exhaustive()
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vmm_devices::interrupt::InterruptLine;
 use vmm_devices::pci::{
-    Bar, BarMapping, BarStatus, Capability, ConfigBuilder, ConfigSpace, FunctionAddress, HostBridge,
+    Bar, BarKind, BarMapping, BarStatus, Capability, ConfigBuilder, ConfigSpace, FunctionAddress, HostBridge,
     Identity, InterruptPin, Msix, MsixPlace, PciFunction, PciLayout, SharedFunction, capability,
 };
 use vmm_devices::vmm_memory::vm_memory::GuestAddress;
@@ -396,7 +396,7 @@ impl Machine {
                 continue;
             }
             let last = range.base + (range.size - 1);
-            let io = kind == Bar::io(kind.size());
+            let io = kind == BarKind::Io;
             let windows =
                 if io { [self.layout.io, None] } else { [Some(self.layout.memory32), self.layout.memory64] };
             let inside = |window: BusRange| window.base <= range.base && last < window.base + window.size;

@@ -117,7 +117,7 @@ fn pending_bits_and_reserved_ones_are_read_only() {
 
 /// crosvm 002cd87a0: reads beyond table and pending bits. Every offset of the BAR and around it, with each access size.
 #[test]
-fn the_whole_bar_is_swept() {
+fn crosvm_002cd87a0_the_whole_bar_is_swept() {
     for vectors in [1, 2, 33, 64, 65] {
         let f = Fixture::new(vectors);
         let table = 0x100..0x100 + 16 * u64::from(vectors);
