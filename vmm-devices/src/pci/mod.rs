@@ -90,6 +90,7 @@ pub use capability::{Capability, CapabilityOffset, CapabilityWrite};
 pub use config::{CONFIG_SIZE, ConfigBuilder, ConfigSpace, ConfigState, Identity};
 pub use function::PciFunction;
 pub use host_bridge::{HostBridge, HostBridgeBuilder, HostBridgeState, SharedFunction};
+#[cfg(feature = "acpi")]
 pub(crate) use intx::line_of;
 pub use intx::{InterruptPin, Intx};
 pub use layout::{CONFIG_PORTS, ECAM_SIZE, PciLayout};
