@@ -401,8 +401,8 @@ pub struct HostBridgeBuilder<'a> {
 
 impl HostBridgeBuilder<'_> {
     /// The level-triggered lines that pins lead to: INTA# of device 0, 4 and so on to the first, and each device's to
-    /// the one after. They are shared, and the bridge drives each as one. What [`AcpiPci`](crate::acpi::AcpiPci)
-    /// tells the guest is to be the same.
+    /// the one after. They are shared, and the bridge drives each as one. What `acpi::AcpiPci` tells the
+    /// guest is to be the same.
     #[must_use]
     pub fn interrupts(mut self, lines: [impl InterruptLine + 'static; 4]) -> Self {
         self.lines = lines.map(WiredOr::new);

@@ -7,7 +7,7 @@
 //! | [`ConfigSpace`], [`Capability`] | its registers, of which each bit is writable or not; [`ConfigBuilder`] puts them together |
 //! | [`Bar`] | a range of memory or ports that it answers at |
 //! | [`Intx`], [`Msix`] | its interrupts, by a pin and by messages |
-//! | [`PciLayout`] | where all that is, for the bridge and for [`AcpiBuilder::pci`](crate::acpi::AcpiBuilder::pci) |
+//! | [`PciLayout`] | where all that is, for the bridge and for `AcpiBuilder::pci` |
 //!
 //! Nothing here knows what the functions do.
 //!
@@ -90,6 +90,7 @@ pub use capability::{Capability, CapabilityOffset, CapabilityWrite};
 pub use config::{CONFIG_SIZE, ConfigBuilder, ConfigSpace, ConfigState, Identity};
 pub use function::PciFunction;
 pub use host_bridge::{HostBridge, HostBridgeBuilder, HostBridgeState, SharedFunction};
+// The tables tell what the wires do.
 #[cfg(feature = "acpi")]
 pub(crate) use intx::line_of;
 pub use intx::{InterruptPin, Intx};
