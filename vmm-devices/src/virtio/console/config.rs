@@ -78,10 +78,10 @@ pub enum WhenFull {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResizeOrder {
-    /// Columns first, as the specification says (5.3.6.2).
+    /// Columns first, as the specification says (5.3.6.2), and Debian's kernels of today do.
     #[default]
     ColumnsFirst,
-    /// Rows first, as Linux had it for long; 6.1, which is Debian 12's, is one of those.
+    /// Rows first, as Linux had it until that was mended, in its stable versions too.
     RowsFirst,
 }
 

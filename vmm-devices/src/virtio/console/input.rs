@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::rx_queue;
 use super::shared::Shared;
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
+use crate::virtio::metrics::Activity;
 use crate::virtio::queue::{Chain, QueueError, Virtqueue};
 
 pub(super) struct InputWorker<M: DeviceMemory> {
@@ -37,9 +38,11 @@ impl<M: DeviceMemory> Worker for InputWorker<M> {
                 let more = self.queue.want_doorbell(true)?;
                 return Ok(if more { Progress::More } else { Progress::Idle });
             };
+            let begun_ns = self.shared.now_ns();
             match port.deliver(&chain) {
                 // Below the largest capacity of a port.
                 Some(written) => {
+                    self.shared.ended(Activity::Read, written as u64, written > 0, begun_ns);
                     self.queue.complete(chain.head(), u32::try_from(written).unwrap_or(u32::MAX))?;
                 }
                 None => self.spare = Some(chain),

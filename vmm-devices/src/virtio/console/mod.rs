@@ -83,9 +83,11 @@ pub use port::{Port, PortCounters};
 use control::ControlWorker;
 use input::InputWorker;
 use output::OutputWorker;
-use shared::{Session, Shared};
+use shared::{Measured, Session, Shared};
 
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, VirtioDevice, Worker};
+use super::metrics::Metrics;
+use crate::clock::Clock;
 
 /// Ports of one device at most: their queues and those for control are 64.
 pub const MAX_PORTS: u32 = 31;
@@ -159,6 +161,15 @@ impl Console {
         // Each port's, and those for control.
         let queue_sizes = (0..2 * ports + 2).map(|_| QUEUE_SIZE).collect();
         Ok((Self { shared: Arc::clone(&shared), multiport: true, queue_sizes }, Ports { shared }))
+    }
+
+    /// Tells `metrics` of each buffer of data that is given back: output is an [`Activity::Write`](super::metrics::Activity::Write), an error if not all of it
+    /// was written; input is an [`Activity::Read`](super::metrics::Activity::Read), an error if nothing found room. Latencies are by `clock`, and those of
+    /// output have what the writer took in them. For the first call; later ones change nothing.
+    #[must_use]
+    pub fn metrics(self, metrics: Arc<dyn Metrics>, clock: impl Clock + 'static) -> Self {
+        self.shared.metrics.get_or_init(|| Measured { sink: metrics, clock: Box::new(clock) });
+        self
     }
 }
 

@@ -7,6 +7,7 @@ use super::port::{PortCore, Taken};
 use super::shared::Shared;
 use super::tx_queue;
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
+use crate::virtio::metrics::Activity;
 use crate::virtio::queue::{Chain, QueueError, Virtqueue};
 
 /// Bytes that a writer is given at most at once.
@@ -31,6 +32,7 @@ struct Sending<M: DeviceMemory> {
     port: Option<Arc<PortCore>>,
     /// Bytes of it that were read.
     read: u64,
+    begun_ns: u64,
 }
 
 /// How far things got.
@@ -49,7 +51,8 @@ impl<M: DeviceMemory> OutputWorker<M> {
         if self.sending.is_none() {
             let memory = self.queue.memory();
             let Some(chain) = self.queue.pop(memory)? else { return Ok(Step::NoMore) };
-            self.sending = Some(Sending { chain, port: self.port(), read: 0 });
+            self.sending =
+                Some(Sending { chain, port: self.port(), read: 0, begun_ns: self.shared.now_ns() });
         }
         let Some(sending) = &mut self.sending else { return Ok(Step::NoMore) };
         if self.piece.is_empty() {
@@ -83,9 +86,11 @@ impl<M: DeviceMemory> OutputWorker<M> {
 
     /// Forgets the buffer, and counts what was not written of it.
     fn give_up(&mut self) -> Option<u16> {
-        let Sending { chain, port, read } = self.sending.take()?;
-        let left = chain.readable_len().saturating_sub(read) + self.piece.len() as u64;
+        let Sending { chain, port, read, begun_ns } = self.sending.take()?;
+        let all = chain.readable_len();
+        let left = all.saturating_sub(read) + self.piece.len() as u64;
         self.piece.clear();
+        self.shared.ended(Activity::Write, all.saturating_sub(left), left == 0, begun_ns);
         match port {
             Some(port) => port.discarded_output(left),
             None => {

@@ -1,15 +1,17 @@
 //! What the device, its workers and the monitor's handles have in common.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::config::{ConsoleError, PortConfig};
 use super::port::{Port, PortCore};
 use super::slot::Slot;
 use super::{CONTROL_RX, ResizeOrder, rx_queue, tx_queue};
+use crate::clock::Clock;
 use crate::interrupt::lock;
 use crate::virtio::device::DriverLink;
 use crate::virtio::doorbell::Doorbells;
+use crate::virtio::metrics::{Activity, Ended, Metrics};
 
 /// No lock is held where a doorbell rings or an event is told: a worker may serve on the spot. The size's is taken with a
 /// place's, otherwise one at a time.
@@ -22,6 +24,13 @@ pub(super) struct Shared {
     /// The driver said DEVICE_READY.
     pub(super) listening: AtomicBool,
     pub(super) counters: ControlCounters,
+    pub(super) metrics: OnceLock<Measured>,
+}
+
+/// Where figures go, and what time it is.
+pub(super) struct Measured {
+    pub(super) sink: Arc<dyn Metrics>,
+    pub(super) clock: Box<dyn Clock>,
 }
 
 /// While there is a driver.
@@ -49,7 +58,21 @@ impl Shared {
             session: Mutex::default(),
             listening: AtomicBool::new(false),
             counters: ControlCounters::default(),
+            metrics: OnceLock::new(),
         })
+    }
+
+    /// When a buffer is taken, if anybody wants to know.
+    pub(super) fn now_ns(&self) -> u64 {
+        self.metrics.get().map_or(0, |metrics| metrics.clock.now_ns())
+    }
+
+    /// A buffer is given back.
+    pub(super) fn ended(&self, activity: Activity, bytes: u64, succeeded: bool, begun_ns: u64) {
+        if let Some(Measured { sink, clock }) = self.metrics.get() {
+            let latency_ns = clock.now_ns().saturating_sub(begun_ns);
+            sink.ended(Ended { activity, bytes, succeeded, latency_ns });
+        }
     }
 
     /// How many ports there can be.

@@ -259,7 +259,7 @@ fn with_multiport_every_console_is_told_its_size() {
 }
 
 #[test]
-fn linux_of_debian_12_has_rows_first() {
+fn older_versions_of_linux_have_rows_first() {
     let (console, ports) = Console::multiport(1, ResizeOrder::RowsFirst).unwrap();
     let mut guest = Guest::new(console);
     guest.start(SIZE | MULTIPORT);

@@ -263,3 +263,25 @@ fn a_writer_that_blocks_holds_its_own_queue_only() {
     assert!(queues[1].take_used().unwrap().is_some());
     assert!(link.failures().is_empty());
 }
+
+#[test]
+fn buffers_are_counted_with_their_latency() {
+    let (screen, clock) = (OutputRecorder::default(), Arc::new(crate::ManualClock::new(100)));
+    let metrics = Arc::new(crate::virtio::metrics::DeviceMetrics::default());
+    let (console, port) = Console::new(PortConfig::console(screen.clone())).unwrap();
+    let mut guest = Guest::new(console.metrics(Arc::clone(&metrics) as Arc<_>, Arc::clone(&clock)));
+    guest.start(0);
+    assert!(guest.send(1, b"0123"));
+    screen.answer([Ok(1), Err(io::ErrorKind::WouldBlock)]);
+    assert!(!guest.send(1, b"456"));
+    clock.advance(7000);
+    port.close();
+    port.open();
+    port.enqueue(b"input");
+    guest.give(0, 3);
+    guest.driver.notify(0);
+    let counted = metrics.snapshot();
+    assert_eq!((counted.write.requests, counted.write.bytes, counted.write.errors), (2, 5, 1));
+    assert_eq!((counted.read.requests, counted.read.bytes, counted.read.errors), (1, 3, 0));
+    assert_eq!((counted.other.requests, counted.latency_total_ns), (0, 7000));
+}
