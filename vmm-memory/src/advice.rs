@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "madvise(2) takes an address")]
 
 use rustix::io::Errno;
-use vm_memory::{MmapRegion, VolatileMemory};
+use vm_memory::{GuestMemoryRegion, MmapRegion, VolatileMemory};
 
 use crate::region::GuestRegion;
 
@@ -42,6 +42,15 @@ pub(crate) fn advise(region: &GuestRegion, offset: u64, size: u64, advice: Advic
     unsafe { rustix::mm::madvise(address.cast(), size, advice) }
 }
 
+/// Asks for transparent huge pages, or for none. A kernel that was built without them has no need to be asked.
+pub(crate) fn advise_huge_pages(region: &GuestRegion, wanted: bool) -> Result<(), Errno> {
+    let advice = if wanted { Advice::HugePages } else { Advice::SmallPages };
+    match advise(region, 0, GuestMemoryRegion::len(region), advice) {
+        Err(Errno::INVAL) => Ok(()),
+        other => other,
+    }
+}
+
 /// Number of pages that have host memory of their own. The shared zero page, which a read maps,
 /// does not count (Linux admin-guide/mm/pagemap: bit 63 present, bit 56 exclusively mapped).
 #[cfg(test)]
@@ -62,6 +71,31 @@ mod tests {
 
     use super::*;
     use crate::RegionConfig;
+
+    /// What the kernel notes of the mapping that holds `region`.
+    fn flags_of(region: &GuestRegion) -> String {
+        let address = format!("{:x}-", region.as_ptr() as usize);
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mapping = maps.lines().skip_while(|line| !line.starts_with(&address));
+        mapping.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).unwrap().to_owned()
+    }
+
+    #[test]
+    fn huge_pages_are_asked_for_and_refused() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            println!("skipped: the host has no transparent huge pages");
+            return;
+        }
+        let region = |config: RegionConfig| config.map(false).unwrap();
+        // Apart from each other, so that the kernel does not make one mapping of two.
+        let config = |size| RegionConfig::new(GuestAddress(0), size);
+        for (region, flag) in
+            [(region(config(4 << 20)), " hg "), (region(config(4 << 20).huge_pages(false)), " nh ")]
+        {
+            let flags = flags_of(&region);
+            assert!(format!("{flags} ").contains(flag), "{flags}");
+        }
+    }
 
     #[test]
     fn nothing_outside_of_the_region_is_touched() {

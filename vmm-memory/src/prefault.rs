@@ -1,6 +1,6 @@
-//! How the host backs guest memory: with huge pages or without, and before the guest needs it.
+//! Making guest memory resident before the guest needs it.
 //!
-//! The kernel prefaults best (`MADV_POPULATE_WRITE`, Linux 5.14). Where it cannot, every page is touched with
+//! The kernel does it best (`MADV_POPULATE_WRITE`, Linux 5.14). Where it cannot, every page is touched with
 //! an atomic operation that keeps its value, since guest and devices may be writing meanwhile.
 
 use std::hint::black_box;
@@ -23,15 +23,6 @@ const MAX_THREADS: usize = 64;
 /// Bytes that a thread takes at a time: many enough to keep all busy to the end, few enough to be cheap
 /// to hand out.
 const CHUNK: u64 = 32 << 20;
-
-/// Asks for transparent huge pages, or for none. A kernel that was built without them has no need to be asked.
-pub(crate) fn advise_huge_pages(region: &GuestRegion, wanted: bool) -> io::Result<()> {
-    let advice = if wanted { Advice::HugePages } else { Advice::SmallPages };
-    match advise(region, 0, region.len(), advice) {
-        Ok(()) | Err(Errno::INVAL) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
-}
 
 pub(crate) fn prefault(regions: &[Arc<GuestRegion>], threads: NonZeroUsize) -> Result<(), MemoryError> {
     let total: u64 = regions.iter().map(|region| region.len().div_ceil(CHUNK)).sum();
@@ -145,31 +136,6 @@ mod tests {
 
     fn whole(region: &GuestRegion) -> Chunk<'_> {
         Chunk { region, offset: 0, size: region.len() }
-    }
-
-    /// What the kernel notes of the mapping that holds `region`.
-    fn flags_of(region: &GuestRegion) -> String {
-        let address = format!("{:x}-", region.as_ptr() as usize);
-        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mapping = maps.lines().skip_while(|line| !line.starts_with(&address));
-        mapping.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).unwrap().to_owned()
-    }
-
-    #[test]
-    fn huge_pages_are_asked_for_and_refused() {
-        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
-            println!("skipped: the host has no transparent huge pages");
-            return;
-        }
-        let region = |config: RegionConfig| config.map(false).unwrap();
-        // Apart from each other, so that the kernel does not make one mapping of two.
-        let config = |size| RegionConfig::new(GuestAddress(0), size);
-        for (region, flag) in
-            [(region(config(4 << 20)), " hg "), (region(config(4 << 20).huge_pages(false)), " nh ")]
-        {
-            let flags = flags_of(&region);
-            assert!(format!("{flags} ").contains(flag), "{flags}");
-        }
     }
 
     #[test]

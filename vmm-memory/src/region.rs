@@ -12,9 +12,9 @@ use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::MemoryError;
+use crate::advice::advise_huge_pages;
 use crate::backing::{Backing, SIZE_SEALS, create_memfd};
 use crate::layout::{GPA_LIMIT, MAX_RAM};
-use crate::prefault::advise_huge_pages;
 
 /// Guest page size in bytes: the granule of mapping and of dirty tracking (Intel SDM 3A 5.1).
 pub const PAGE_SIZE: u64 = 4096;
@@ -125,7 +125,7 @@ impl RegionConfig {
             advise_huge_pages(&region, self.huge_pages).map_err(|error| MemoryError::Map {
                 gpa: self.gpa.0,
                 size: self.size,
-                source: MmapRegionError::Mmap(error),
+                source: MmapRegionError::Mmap(error.into()),
             })?;
         }
         Ok(region)

@@ -13,7 +13,7 @@ use virtio_queue::{Queue, QueueT};
 
 use super::device::{Activation, DeviceMemory, DriverLink, VirtioDevice, feature};
 use super::doorbell::{Doorbells, Notifiers};
-use super::executor::{Executor, Running};
+use super::executor::{Executor, Inline, Running};
 use super::queue::{QueueError, Virtqueue};
 
 /// Device status bits (Virtio 1.3, 2.1).
@@ -84,6 +84,26 @@ pub(crate) enum Ring {
     Used,
 }
 
+/// What the builders of transports gather.
+pub(crate) struct Parts<M: DeviceMemory> {
+    pub(crate) device: Box<dyn VirtioDevice<M>>,
+    memory: M,
+    pub(crate) executor: Arc<dyn Executor>,
+    pub(crate) failed: Option<Failed>,
+}
+
+impl<M: DeviceMemory> Parts<M> {
+    pub(crate) fn new(device: impl VirtioDevice<M> + 'static, memory: M) -> Self {
+        Self { device: Box::new(device), memory, executor: Arc::new(Inline), failed: None }
+    }
+}
+
+impl<M: DeviceMemory> fmt::Debug for Parts<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parts").field("type", &self.device.device_type()).finish_non_exhaustive()
+    }
+}
+
 /// A device with its driver's half of the bargain.
 pub(crate) struct Control<M: DeviceMemory, S> {
     device: Box<dyn VirtioDevice<M>>,
@@ -113,13 +133,8 @@ impl<M: DeviceMemory, S> fmt::Debug for Control<M, S> {
 impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
     /// # Errors
     /// If the device has a queue of a size that queues cannot have.
-    pub(crate) fn new(
-        device: Box<dyn VirtioDevice<M>>,
-        memory: M,
-        executor: Arc<dyn Executor>,
-        signal: S,
-        failed: Option<Failed>,
-    ) -> Result<Self, QueueError> {
+    pub(crate) fn new(parts: Parts<M>, signal: S) -> Result<Self, QueueError> {
+        let Parts { device, memory, executor, failed } = parts;
         let sizes = (0..).zip(device.queue_sizes());
         let queues =
             sizes.map(|(index, size)| Queue::new(*size).map_err(|source| QueueError::Ring { index, source }));

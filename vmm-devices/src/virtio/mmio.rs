@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex};
 
 use virtio_queue::QueueT;
 
-use super::control::{Control, Ring, Signal};
+use super::control::{Control, Parts, Ring, Signal};
 use super::device::{DeviceMemory, VirtioDevice};
-use super::executor::{Executor, Inline};
+use super::executor::Executor;
 use super::queue::QueueError;
 use crate::bus::BusDeviceMut;
 use crate::interrupt::{InterruptLine, lock};
@@ -110,7 +110,7 @@ impl<M: DeviceMemory> VirtioMmio<M> {
     pub const SIZE: u64 = 0x200;
 
     /// Puts `device` there. Its buffers lie in `memory`; it drives `line`, which is level-triggered. Queues are served
-    /// [`Inline`].
+    /// [`Inline`](super::Inline).
     ///
     /// # Errors
     /// If the device has a queue of a size that is no power of two up to 32768.
@@ -128,20 +128,14 @@ impl<M: DeviceMemory> VirtioMmio<M> {
         memory: M,
         line: impl InterruptLine + 'static,
     ) -> VirtioMmioBuilder<M> {
-        VirtioMmioBuilder {
-            device: Box::new(device),
-            memory,
-            line: Box::new(line),
-            executor: Arc::new(Inline),
-            failed: None,
-        }
+        VirtioMmioBuilder { parts: Parts::new(device, memory), line: Box::new(line) }
     }
 
     /// The doorbells of its queues as eventfds. With them a kernel rings at the guest's write itself, and the vCPU does not
     /// leave the guest: KVM's ioeventfd, which is `attach_doorbell` of `vmm-cpu`.
     ///
     /// Ask, and attach what comes, once before the guest runs: the eventfds outlive resets of the device, and a write while
-    /// nobody serves it does nothing. Empty if the executor polls none, as [`Inline`]: attach nothing then, and the guest's
+    /// nobody serves it does nothing. Empty if the executor polls none, as [`Inline`](super::Inline): attach nothing then, and the guest's
     /// writes come by the bus.
     ///
     /// ```
@@ -271,16 +265,13 @@ impl<M: DeviceMemory> BusDeviceMut for VirtioMmio<M> {
 
 /// See [`VirtioMmio::builder`].
 pub struct VirtioMmioBuilder<M: DeviceMemory> {
-    device: Box<dyn VirtioDevice<M>>,
-    memory: M,
+    parts: Parts<M>,
     line: Box<dyn InterruptLine>,
-    executor: Arc<dyn Executor>,
-    failed: Option<super::control::Failed>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioMmioBuilder<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VirtioMmioBuilder").field("type", &self.device.device_type()).finish_non_exhaustive()
+        f.debug_tuple("VirtioMmioBuilder").field(&self.parts).finish()
     }
 }
 
@@ -288,14 +279,14 @@ impl<M: DeviceMemory> VirtioMmioBuilder<M> {
     /// What serves the queues.
     #[must_use]
     pub fn executor(mut self, executor: Arc<dyn Executor>) -> Self {
-        self.executor = executor;
+        self.parts.executor = executor;
         self
     }
 
     /// Called when the device gives up until it is reset, and why; maybe by a worker.
     #[must_use]
     pub fn on_failure(mut self, failed: impl Fn(&dyn Error) + Send + Sync + 'static) -> Self {
-        self.failed = Some(Box::new(failed));
+        self.parts.failed = Some(Box::new(failed));
         self
     }
 
@@ -303,7 +294,7 @@ impl<M: DeviceMemory> VirtioMmioBuilder<M> {
     /// As [`VirtioMmio::new`].
     pub fn build(self) -> Result<VirtioMmio<M>, QueueError> {
         let signal = Line { status: AtomicU32::new(0), line: Mutex::new(self.line) };
-        let control = Control::new(self.device, self.memory, self.executor, signal, self.failed)?;
+        let control = Control::new(self.parts, signal)?;
         Ok(VirtioMmio { control })
     }
 }

@@ -51,8 +51,8 @@ pub struct Ring3Config {
     pub cpu: CpuModel,
     /// The clock.
     pub clock: ClockConfig,
-    /// Whether entries of page tables are stored, and translations forgotten, by code in the guest rather than by the VMM.
-    /// Backends that shadow page tables notice just the former.
+    /// Whether code in the guest stores to entries of page tables once more, without a change, after the VMM has stored them,
+    /// and forgets translations. Backends that shadow page tables notice just what happens in the guest.
     pub store_in_guest: bool,
     /// Whether code in the guest does what needs no VMM: system calls, page faults, frequent hypercalls.
     pub shim: bool,

@@ -11,9 +11,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use self::vectors::{Messages, Vectors};
-use super::control::{Control, Failed};
+use super::control::{Control, Parts};
 use super::device::{DeviceMemory, DeviceType, VirtioDevice};
-use super::executor::{Executor, Inline};
+use super::executor::Executor;
 use super::queue::QueueError;
 use crate::interrupt::MsiSink;
 use crate::pci::{
@@ -106,7 +106,7 @@ impl<M: DeviceMemory> fmt::Debug for VirtioPci<M> {
 }
 
 impl<M: DeviceMemory> VirtioPci<M> {
-    /// A function for `device`, whose buffers lie in `memory`. Its messages go to `sink`; queues are served [`Inline`].
+    /// A function for `device`, whose buffers lie in `memory`. Its messages go to `sink`; queues are served [`Inline`](super::Inline).
     ///
     /// # Errors
     /// If the device has too many queues, or one of a size that is no power of two up to 32768.
@@ -124,13 +124,7 @@ impl<M: DeviceMemory> VirtioPci<M> {
         memory: M,
         sink: impl MsiSink + 'static,
     ) -> VirtioPciBuilder<M> {
-        VirtioPciBuilder {
-            device: Box::new(device),
-            memory,
-            sink: Arc::new(sink),
-            executor: Arc::new(Inline),
-            failed: None,
-        }
+        VirtioPciBuilder { parts: Parts::new(device, memory), sink: Arc::new(sink) }
     }
 
     /// What the window of configuration space looks at: BAR and offset, if the driver set it up for `len` bytes.
@@ -237,16 +231,13 @@ impl Messages for Msix {
 
 /// See [`VirtioPci::builder`].
 pub struct VirtioPciBuilder<M: DeviceMemory> {
-    device: Box<dyn VirtioDevice<M>>,
-    memory: M,
+    parts: Parts<M>,
     sink: Arc<dyn MsiSink>,
-    executor: Arc<dyn Executor>,
-    failed: Option<Failed>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioPciBuilder<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VirtioPciBuilder").field("type", &self.device.device_type()).finish_non_exhaustive()
+        f.debug_tuple("VirtioPciBuilder").field(&self.parts).finish()
     }
 }
 
@@ -254,22 +245,22 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
     /// What serves the queues.
     #[must_use]
     pub fn executor(mut self, executor: Arc<dyn Executor>) -> Self {
-        self.executor = executor;
+        self.parts.executor = executor;
         self
     }
 
     /// Called when the device gives up until it is reset, and why; maybe by a worker. It must not call the device.
     #[must_use]
     pub fn on_failure(mut self, failed: impl Fn(&dyn Error) + Send + Sync + 'static) -> Self {
-        self.failed = Some(Box::new(failed));
+        self.parts.failed = Some(Box::new(failed));
         self
     }
 
     /// # Errors
     /// As [`VirtioPci::new`].
     pub fn build(self) -> Result<VirtioPci<M>, VirtioPciError> {
-        let kind = self.device.device_type();
-        let queues = self.device.queue_sizes().len();
+        let kind = self.parts.device.device_type();
+        let queues = self.parts.device.queue_sizes().len();
         if queues > MAX_QUEUES {
             return Err(VirtioPciError::Queues { queues, max: MAX_QUEUES });
         }
@@ -298,8 +289,7 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
         let config = config.build();
         let pin = config.intx().cloned().unwrap_or_default();
         let vectors = Arc::new(Vectors::new(queues, Arc::new(msix.clone()), Box::new(pin)));
-        let control =
-            Control::new(self.device, self.memory, self.executor, Arc::clone(&vectors), self.failed)?;
+        let control = Control::new(self.parts, Arc::clone(&vectors))?;
         Ok(VirtioPci { config, window, msix, vectors, control })
     }
 }

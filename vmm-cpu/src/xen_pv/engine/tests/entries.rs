@@ -2,6 +2,17 @@
 
 use super::*;
 
+/// A guest that tells what is at RBX, again and again.
+fn load_reader(guest: &mut Guest) {
+    guest.load(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.mov(rax, qword_ptr(rbx))?;
+        a.syscall()?;
+        a.jmp(again)
+    });
+}
+
 #[test]
 fn entries_that_are_written_take_effect_with_their_flush() {
     everywhere(|mut guest| {
@@ -192,13 +203,7 @@ fn a_flush_waits_for_the_guest_to_let_go() {
 fn all_entries_that_were_written_take_effect() {
     const FIRST: u64 = DATA >> 12;
     everywhere(|mut guest| {
-        guest.load(|a| {
-            let mut again = a.create_label();
-            a.set_label(&mut again)?;
-            a.mov(rax, qword_ptr(rbx))?;
-            a.syscall()?;
-            a.jmp(again)
-        });
+        load_reader(&mut guest);
         let at = |guest: &mut Guest, page: u64| {
             (guest.general().rbx, guest.general().rip) = (BASE + page * 0x1000, BASE + CODE);
             assert_eq!(guest.run(), EngineExit::Syscall);
@@ -275,13 +280,7 @@ fn entries_that_another_engine_writes_take_effect_with_the_flush() {
 #[test]
 fn a_flush_in_one_mode_counts_for_the_other() {
     everywhere(|mut guest| {
-        guest.load(|a| {
-            let mut again = a.create_label();
-            a.set_label(&mut again)?;
-            a.mov(rax, qword_ptr(rbx))?;
-            a.syscall()?;
-            a.jmp(again)
-        });
+        load_reader(&mut guest);
         guest.write(DATA, 0);
         guest.write(DATA + 0x1000, 1);
         let entry = GuestAddress(LEAF + (DATA >> 12) * 8);
