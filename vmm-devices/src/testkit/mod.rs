@@ -55,6 +55,7 @@
 mod driver;
 mod faulty;
 mod hostile;
+mod interposed;
 mod memory;
 mod output;
 mod queue;
@@ -64,6 +65,7 @@ mod recorder;
 pub use driver::{Driver, MmioDriver, PciDriver, StartError};
 pub use faulty::{FaultyMap, FaultyMemory};
 pub use hostile::{Action, Buffer, Entry, MIN_MEMORY, Place, Replayed, Violation, hostile_queue, replay};
+pub use interposed::Interposed;
 pub use memory::{Memory, guest_memory, guest_memory_of};
 pub use output::OutputRecorder;
 pub use queue::{ChainBuilder, DriverQueue};

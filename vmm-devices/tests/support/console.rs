@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use vmm_devices::testkit::{
-    Action, Driver, LineRecorder, MIN_MEMORY, MmioDriver, Place, Replayed, guest_memory_of, replay,
+    Action, Interposed, LineRecorder, MIN_MEMORY, MmioDriver, Place, Replayed, guest_memory_of, replay,
 };
 use vmm_devices::virtio::VirtioMmio;
 use vmm_devices::virtio::console::{
@@ -148,58 +148,6 @@ impl Monitor {
     }
 }
 
-/// The driver, at whose doorbells the monitor does something.
-struct Watched {
-    driver: MmioDriver,
-    monitor: RefCell<Monitor>,
-}
-
-impl Watched {
-    fn step(&self) {
-        let mut monitor = self.monitor.borrow_mut();
-        monitor.step();
-        monitor.check();
-    }
-}
-
-impl Driver for Watched {
-    fn status(&self) -> u8 {
-        self.driver.status()
-    }
-    fn set_status(&self, status: u8) {
-        self.driver.set_status(status);
-    }
-    fn device_features(&self) -> u64 {
-        self.driver.device_features()
-    }
-    fn set_driver_features(&self, features: u64) {
-        self.driver.set_driver_features(features);
-    }
-    fn queue_max_size(&self, index: u16) -> u16 {
-        self.driver.queue_max_size(index)
-    }
-    fn set_queue(&self, index: u16, size: u16, rings: [u64; 3]) {
-        self.driver.set_queue(index, size, rings);
-    }
-    fn enable_queue(&self, index: u16) {
-        self.driver.enable_queue(index);
-    }
-    fn notify(&self, index: u16) {
-        self.step();
-        self.driver.notify(index);
-        self.step();
-    }
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.driver.read_config(offset, data);
-    }
-    fn write_config(&self, offset: u64, data: &[u8]) {
-        self.driver.write_config(offset, data);
-    }
-    fn config_generation(&self) -> u32 {
-        self.driver.config_generation()
-    }
-}
-
 /// Runs a driver's actions and a monitor's steps against each other.
 pub(crate) fn run(actions: &[Action], steps: Vec<u16>) -> (Replayed, ControlCounters) {
     let regions = [(0, MIN_MEMORY), (MIN_MEMORY, 0x3000), (2 * MIN_MEMORY, 0x1000)];
@@ -210,12 +158,17 @@ pub(crate) fn run(actions: &[Action], steps: Vec<u16>) -> (Replayed, ControlCoun
     (0..PORTS).for_each(|id| monitor.add(id, u16::try_from(id).unwrap()));
     let transport = VirtioMmio::new(console, memory.clone(), LineRecorder::default()).unwrap();
     let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
-    let watched = Watched { driver, monitor: RefCell::new(monitor) };
+    let monitor = RefCell::new(monitor);
+    let watched = Interposed::new(driver).around_doorbells(|| {
+        let mut monitor = monitor.borrow_mut();
+        monitor.step();
+        monitor.check();
+    });
     let replayed = match replay(&watched, &memory, actions) {
         Ok(replayed) => replayed,
         Err(violation) => panic!("{violation}: {violation:?}"),
     };
-    let monitor = watched.monitor.borrow();
+    let monitor = monitor.borrow();
     monitor.check();
     assert!(monitor.known.iter().all(|known| !known.port.is_guest_open()));
     (replayed, ports.counters())

@@ -8,7 +8,7 @@ use proptest::test_runner::TestRunner;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
-use crate::testkit::{Driver, LineRecorder, Memory, MmioDriver, guest_memory, guest_memory_of};
+use crate::testkit::{Interposed, LineRecorder, Memory, MmioDriver, guest_memory, guest_memory_of};
 use crate::virtio::balloon::{Balloon, MemoryRelease};
 use crate::virtio::{
     ActivateError, Activation, DeviceType, Progress, QueueError, Rng, VirtioDevice, VirtioMmio, Virtqueue,
@@ -194,66 +194,6 @@ fn a_write_after_reset_is_found() {
     assert!(matches!(found, Violation::WriteAfterReset { step: 2, gpa } if gpa == MIN_MEMORY + 5), "{found}");
 }
 
-/// Another status than the transport's, from a number of reads on.
-struct Lying {
-    driver: MmioDriver,
-    honest: Cell<u32>,
-    lie: fn(u8) -> u8,
-}
-
-impl Driver for Lying {
-    fn status(&self) -> u8 {
-        let status = self.driver.status();
-        match self.honest.get() {
-            0 => (self.lie)(status),
-            left => {
-                self.honest.set(left - 1);
-                status
-            }
-        }
-    }
-
-    fn set_status(&self, status: u8) {
-        self.driver.set_status(status);
-    }
-
-    fn device_features(&self) -> u64 {
-        self.driver.device_features()
-    }
-
-    fn set_driver_features(&self, features: u64) {
-        self.driver.set_driver_features(features);
-    }
-
-    fn queue_max_size(&self, index: u16) -> u16 {
-        self.driver.queue_max_size(index)
-    }
-
-    fn set_queue(&self, index: u16, size: u16, rings: [u64; 3]) {
-        self.driver.set_queue(index, size, rings);
-    }
-
-    fn enable_queue(&self, index: u16) {
-        self.driver.enable_queue(index);
-    }
-
-    fn notify(&self, index: u16) {
-        self.driver.notify(index);
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.driver.read_config(offset, data);
-    }
-
-    fn write_config(&self, offset: u64, data: &[u8]) {
-        self.driver.write_config(offset, data);
-    }
-
-    fn config_generation(&self) -> u32 {
-        self.driver.config_generation()
-    }
-}
-
 #[test]
 fn a_status_that_cannot_be_is_found() {
     // A bit from nowhere, one that goes, one that is there too early, and one that stays after the reset at the end.
@@ -263,7 +203,13 @@ fn a_status_that_cannot_be_is_found() {
     for (lie, at) in lies {
         let memory = memory();
         let driver = mmio(Device { wrong: Wrong::Nothing, memory: memory.clone() }, &memory);
-        let driver = Lying { driver, honest: Cell::new(2), lie };
+        // After two honest answers.
+        let honest = Cell::new(2_u32);
+        let driver = Interposed::new(driver).status_as(|status| {
+            let left = honest.get();
+            honest.set(left.saturating_sub(1));
+            if left == 0 { lie(status) } else { status }
+        });
         let actions = [Action::Start { features: 0, size: 4 }, Action::Notify(0), Action::Notify(0)];
         let found = replay(&driver, &memory, &actions).unwrap_err();
         assert!(matches!(found, Violation::Status { step, .. } if step == at), "{at}: {found}");
