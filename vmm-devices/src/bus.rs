@@ -327,6 +327,12 @@ impl MmioBus {
     }
 }
 
+/// The low 32 bits and the high ones: what a value of 64 bits is to registers of 32.
+pub(crate) fn halves(value: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}
+
 /// Serves a read of a device with 8-bit registers: a wide access is one to each register, ascending.
 pub(crate) fn read_bytes(offset: u64, data: &mut [u8], mut register: impl FnMut(u64) -> u8) {
     for (i, byte) in (0..).zip(data) {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::bus::halves;
 use crate::pci::PciError;
 
 /// How many base address registers a function has; a 64-bit BAR takes two.
@@ -132,12 +133,6 @@ impl Bar {
     pub(super) fn last(self, base: u64) -> u64 {
         base.wrapping_add(self.size.wrapping_sub(1))
     }
-}
-
-/// The low 32 bits and the high ones.
-pub(super) fn halves(value: u64) -> [u32; 2] {
-    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 //! Which bits a guest may write is decided when the space is built, bit by bit. From then on a write is a few mask operations, so
 //! there is nothing that a guest could do to what it may not change.
 
-use crate::bus::BusRange;
+use crate::bus::{BusRange, halves};
 use crate::error::StateError;
 use crate::pci::PciError;
-use crate::pci::bar::{BARS, Bar, BarKind, halves};
+use crate::pci::bar::{BARS, Bar, BarKind};
 use crate::pci::capability::{Capability, CapabilityOffset, CapabilityWrite, List};
 use crate::pci::intx::{InterruptPin, Intx};
 

@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::bus::halves;
 use crate::error::StateError;
 use crate::interrupt::{MsiSink, lock};
 use crate::pci::PciError;
@@ -64,7 +65,7 @@ impl Default for MsixEntry {
 
 impl MsixEntry {
     fn register(&self, index: u64) -> u32 {
-        let [low, high] = super::bar::halves(self.address);
+        let [low, high] = halves(self.address);
         match index {
             0 => low,
             1 => high,
@@ -74,7 +75,7 @@ impl MsixEntry {
     }
 
     fn set_register(&mut self, index: u64, value: u32) {
-        let [low, high] = super::bar::halves(self.address);
+        let [low, high] = halves(self.address);
         match index {
             0 => self.address = u64::from(high) << 32 | u64::from(value & !3),
             1 => self.address = u64::from(value) << 32 | u64::from(low),

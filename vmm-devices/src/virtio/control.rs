@@ -6,15 +6,17 @@
 use std::error::Error;
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 
 use super::device::{Activation, DeviceMemory, DriverLink, VirtioDevice, feature};
 use super::doorbell::{Doorbells, Notifiers};
 use super::executor::{Executor, Inline, Running};
 use super::queue::{QueueError, Virtqueue};
+use crate::bus::halves;
+use crate::interrupt::{InterruptLine, lock};
 
 /// Device status bits (Virtio 1.3, 2.1).
 pub(crate) mod status {
@@ -30,11 +32,73 @@ pub(crate) trait Signal: Send + Sync {
     /// Buffers of `queue` were used.
     fn used(&self, queue: u16);
 
-    /// The configuration changed, or the status did.
-    fn config(&self);
+    /// The configuration changed, or the status did; unless `wanted` says, at the moment when it counts, that nobody is
+    /// there to hear it.
+    fn config(&self, wanted: &dyn Fn() -> bool);
+
+    /// The device is reset: nothing is signalled any more, and nothing chosen.
+    fn reset(&self);
 }
 
-/// Told when a device gives up.
+/// Why a device interrupts, and a line that is asserted while it has cause to.
+pub(crate) struct Causes(Mutex<Raised>);
+
+struct Raised {
+    causes: u8,
+    muted: bool,
+    line: Box<dyn InterruptLine>,
+}
+
+impl Causes {
+    /// Buffers were used.
+    pub(crate) const USED: u8 = 1;
+    /// The configuration changed.
+    pub(crate) const CONFIG: u8 = 2;
+
+    pub(crate) fn new(line: Box<dyn InterruptLine>) -> Self {
+        Self(Mutex::new(Raised { causes: 0, muted: false, line }))
+    }
+
+    /// The level follows the causes in the order of their changes.
+    fn change(&self, change: impl FnOnce(&mut Raised)) -> u8 {
+        let mut raised = lock(&self.0);
+        let level = |raised: &Raised| raised.causes != 0 && !raised.muted;
+        let (causes, before) = (raised.causes, level(&raised));
+        change(&mut raised);
+        let after = level(&raised);
+        if before != after {
+            raised.line.set_level(after);
+        }
+        causes
+    }
+
+    /// One more cause, if it is `wanted` then.
+    pub(crate) fn raise_if(&self, cause: u8, wanted: &dyn Fn() -> bool) {
+        self.change(|raised| {
+            if wanted() {
+                raised.causes |= cause;
+            }
+        });
+    }
+
+    /// The causes so far, of which those in `seen` are no more.
+    pub(crate) fn clear(&self, seen: u8) -> u8 {
+        self.change(|raised| raised.causes &= !seen)
+    }
+
+    /// Whether the line stays as if there were none.
+    pub(crate) fn mute(&self, muted: bool) {
+        self.change(|raised| raised.muted = muted);
+    }
+
+    /// The causes so far.
+    pub(crate) fn get(&self) -> u8 {
+        lock(&self.0).causes
+    }
+}
+
+/// Told when a device gives up. It may be called with the device locked, or by a worker for which a reset waits, so it
+/// must not call the device.
 pub(crate) type Failed = Box<dyn Fn(&dyn Error) + Send + Sync>;
 
 /// What workers reach of the transport: nothing that is behind its lock.
@@ -50,9 +114,8 @@ impl<S: Signal> DriverLink for Link<S> {
     }
 
     fn config_changed(&self) {
-        if self.status() & status::DRIVER_OK != 0 {
-            self.signal.config();
-        }
+        // A driver that is not there yet reads it (2.1.2).
+        self.signal.config(&|| self.status() & status::DRIVER_OK != 0);
     }
 
     fn needs_reset(&self, why: &dyn Error) {
@@ -63,10 +126,7 @@ impl<S: Signal> DriverLink for Link<S> {
         if let Some(failed) = &self.failed {
             failed(why);
         }
-        // A driver that is not there yet reads it (2.1.2).
-        if before & status::DRIVER_OK != 0 {
-            self.signal.config();
-        }
+        self.config_changed();
     }
 }
 
@@ -110,14 +170,15 @@ pub(crate) struct Control<M: DeviceMemory, S> {
     memory: M,
     executor: Arc<dyn Executor>,
     pub(crate) link: Arc<Link<S>>,
-    queues: Vec<Queue>,
+    /// As the driver has set them up so far, right or wrong.
+    queues: Vec<QueueState>,
     /// Which half of the features the driver looks at, and writes.
     pub(crate) device_features_select: u32,
     pub(crate) driver_features_select: u32,
     driver_features: u64,
     pub(crate) queue_select: u16,
-    doorbells: Option<Arc<Doorbells>>,
-    running: Option<Box<dyn Running>>,
+    /// While the driver is there.
+    started: Option<(Arc<Doorbells>, Box<dyn Running>)>,
     notifiers: Option<Notifiers>,
 }
 
@@ -136,8 +197,10 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
     pub(crate) fn new(parts: Parts<M>, signal: S) -> Result<Self, QueueError> {
         let Parts { device, memory, executor, failed } = parts;
         let sizes = (0..).zip(device.queue_sizes());
-        let queues =
-            sizes.map(|(index, size)| Queue::new(*size).map_err(|source| QueueError::Ring { index, source }));
+        let queues = sizes.map(|(index, size)| match Queue::new(*size) {
+            Ok(queue) => Ok(queue.state()),
+            Err(source) => Err(QueueError::Ring { index, source }),
+        });
         let queues = queues.collect::<Result<_, _>>()?;
         Ok(Self {
             device,
@@ -149,8 +212,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
             driver_features_select: 0,
             driver_features: 0,
             queue_select: 0,
-            doorbells: None,
-            running: None,
+            started: None,
             notifiers: None,
         })
     }
@@ -234,37 +296,44 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
         let doorbells = Arc::new(Doorbells::with_notifiers(self.queues.len(), notifiers));
         let link: Arc<dyn DriverLink> = Arc::<Link<S>>::clone(&self.link);
         let mut queues = Vec::with_capacity(self.queues.len());
-        for (index, queue) in (0..).zip(&mut self.queues) {
-            queue.set_event_idx(features & feature::EVENT_IDX != 0);
-            if !queue.ready() {
+        let event_idx_enabled = features & feature::EVENT_IDX != 0;
+        for (index, state) in (0..).zip(&self.queues) {
+            if !state.ready {
                 queues.push(None);
                 continue;
             }
-            let own = Queue::try_from(queue.state()).map_err(|source| QueueError::Ring { index, source })?;
+            let own = Queue::try_from(QueueState { event_idx_enabled, ..*state })
+                .map_err(|source| QueueError::Ring { index, source })?;
             queues.push(Some(Virtqueue::new(own, index, self.memory.clone(), Arc::clone(&link))?));
         }
         let activation =
             Activation { features, queues, link: Arc::clone(&link), doorbells: Arc::clone(&doorbells) };
         let workers = self.device.activate(activation)?;
-        self.running = Some(self.executor.start(link, &doorbells, workers)?);
-        self.doorbells = Some(doorbells);
+        let running = self.executor.start(link, &doorbells, workers)?;
+        self.started = Some((doorbells, running));
         Ok(())
     }
 
     /// Back to the beginning. Nothing of the device is at work when this returns.
     pub(crate) fn reset(&mut self) {
-        let workers = self.running.take().map(Running::stop).unwrap_or_default();
-        self.doorbells = None;
+        let workers = self.started.take().map(|(_, running)| running.stop()).unwrap_or_default();
         self.device.reset(workers);
-        self.queues.iter_mut().for_each(QueueT::reset);
+        for queue in &mut self.queues {
+            // It was one with that size, so it is again.
+            if let Ok(anew) = Queue::new(queue.max_size) {
+                *queue = anew.state();
+            }
+        }
         self.driver_features = 0;
         (self.device_features_select, self.driver_features_select, self.queue_select) = (0, 0, 0);
+        // In this order: who signals now, sees that nobody is there, or is forgotten.
         self.link.status.store(0, Ordering::SeqCst);
+        self.link.signal.reset();
     }
 
     /// The driver rings for a queue.
     pub(crate) fn notify(&self, queue: u16) {
-        if let Some(doorbells) = &self.doorbells {
+        if let Some((doorbells, _)) = &self.started {
             doorbells.ring(queue);
         }
     }
@@ -277,7 +346,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
         if let Some(notifiers) = &self.notifiers {
             return Ok(Arc::clone(notifiers));
         }
-        if self.running.is_some() {
+        if self.started.is_some() {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, Late));
         }
         let notifiers: Notifiers = self.executor.notifiers(self.queues.len())?.into();
@@ -286,38 +355,42 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
     }
 
     /// The selected queue, if there is one.
-    pub(crate) fn queue(&self) -> Option<&Queue> {
+    pub(crate) fn queue(&self) -> Option<&QueueState> {
         self.queues.get(usize::from(self.queue_select))
     }
 
     /// The selected queue, as long as it can be set up.
-    fn queue_to_set_up(&mut self) -> Option<&mut Queue> {
+    fn queue_to_set_up(&mut self) -> Option<&mut QueueState> {
         let started = self.status() & status::DRIVER_OK != 0;
-        self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !started && !queue.ready())
+        self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !started && !queue.ready)
     }
 
     /// A size that the queue cannot have is forgotten.
     pub(crate) fn set_queue_size(&mut self, size: u16) {
-        if let Some(queue) = self.queue_to_set_up() {
-            // One that is no power of two, or too large, leaves the size as it was.
-            let (Ok(()) | Err(_)) = queue.try_set_size(size);
+        if let Some(queue) = self.queue_to_set_up()
+            && size.is_power_of_two()
+            && size <= queue.max_size
+        {
+            queue.size = size;
         }
     }
 
     /// Sets halves of an address. What is not aligned is found when the device starts.
     pub(crate) fn set_queue_address(&mut self, ring: Ring, low: Option<u32>, high: Option<u32>) {
         if let Some(queue) = self.queue_to_set_up() {
-            match ring {
-                Ring::Descriptors => queue.set_desc_table_address(low, high),
-                Ring::Available => queue.set_avail_ring_address(low, high),
-                Ring::Used => queue.set_used_ring_address(low, high),
-            }
+            let address = match ring {
+                Ring::Descriptors => &mut queue.desc_table,
+                Ring::Available => &mut queue.avail_ring,
+                Ring::Used => &mut queue.used_ring,
+            };
+            let [old_low, old_high] = halves(*address);
+            *address = u64::from(high.unwrap_or(old_high)) << 32 | u64::from(low.unwrap_or(old_low));
         }
     }
 
     pub(crate) fn enable_queue(&mut self) {
         if let Some(queue) = self.queue_to_set_up() {
-            queue.set_ready(true);
+            queue.ready = true;
         }
     }
 
@@ -325,7 +398,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
     pub(crate) fn disable_queue(&mut self) {
         let started = self.status() & status::DRIVER_OK != 0;
         if let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)).filter(|_| !started) {
-            queue.set_ready(false);
+            queue.ready = false;
         }
     }
 
@@ -343,19 +416,15 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
 impl<M: DeviceMemory, S> Drop for Control<M, S> {
     fn drop(&mut self) {
         // What is in flight belongs to memory that may go now.
-        if let Some(running) = self.running.take() {
+        if let Some((_, running)) = self.started.take() {
             drop(running.stop());
         }
     }
 }
 
 fn half(features: u64, select: u32) -> u32 {
-    let [a, b, c, d, e, f, g, h] = features.to_le_bytes();
-    match select {
-        0 => u32::from_le_bytes([a, b, c, d]),
-        1 => u32::from_le_bytes([e, f, g, h]),
-        _ => 0,
-    }
+    let select = usize::try_from(select).unwrap_or(usize::MAX);
+    halves(features).get(select).copied().unwrap_or(0)
 }
 
 /// A driver that says DRIVER_OK before its time (3.1.1).

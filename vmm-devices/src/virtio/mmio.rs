@@ -7,17 +7,14 @@
 use std::error::Error;
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use virtio_queue::QueueT;
-
-use super::control::{Control, Parts, Ring, Signal};
+use super::control::{Causes, Control, Parts, Ring, Signal};
 use super::device::{DeviceMemory, VirtioDevice};
 use super::executor::Executor;
 use super::queue::QueueError;
 use crate::bus::BusDeviceMut;
-use crate::interrupt::{InterruptLine, lock};
+use crate::interrupt::InterruptLine;
 
 /// Registers (4.2.2).
 mod register {
@@ -55,48 +52,23 @@ const VERSION: u32 = 2;
 /// "VMMD": no vendor has it.
 const VENDOR: u32 = 0x444d_4d56;
 
-/// Causes in the interrupt status.
-const USED: u32 = 1;
-const CONFIG: u32 = 2;
-
-/// The interrupt: a status, and a line that is asserted while the status is not 0.
-struct Line {
-    status: AtomicU32,
-    line: Mutex<Box<dyn InterruptLine>>,
-}
-
-impl Line {
-    fn change(&self, change: impl FnOnce(&AtomicU32)) {
-        // The level follows the status in the order of its changes.
-        let line = lock(&self.line);
-        let before = self.status.load(Ordering::SeqCst);
-        change(&self.status);
-        let after = self.status.load(Ordering::SeqCst);
-        if (before == 0) != (after == 0) {
-            line.set_level(after != 0);
-        }
-    }
-
-    fn raise(&self, cause: u32) {
-        self.change(|status| {
-            status.fetch_or(cause, Ordering::SeqCst);
-        });
-    }
-}
-
-impl Signal for Line {
+impl Signal for Causes {
     fn used(&self, _queue: u16) {
-        self.raise(USED);
+        self.raise_if(Self::USED, &|| true);
     }
 
-    fn config(&self) {
-        self.raise(CONFIG);
+    fn config(&self, wanted: &dyn Fn() -> bool) {
+        self.raise_if(Self::CONFIG, wanted);
+    }
+
+    fn reset(&self) {
+        self.clear(u8::MAX);
     }
 }
 
 /// A virtio device with registers in memory.
 pub struct VirtioMmio<M: DeviceMemory> {
-    control: Control<M, Line>,
+    control: Control<M, Causes>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioMmio<M> {
@@ -175,9 +147,9 @@ impl<M: DeviceMemory> VirtioMmio<M> {
             register::DEVICE_ID => u32::from(c.device().device_type().0),
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => c.device_features(),
-            register::QUEUE_SIZE_MAX => c.queue().map_or(0, |queue| u32::from(queue.max_size())),
-            register::QUEUE_READY => c.queue().map_or(0, |queue| u32::from(queue.ready())),
-            register::INTERRUPT_STATUS => c.link.signal.status.load(Ordering::SeqCst),
+            register::QUEUE_SIZE_MAX => c.queue().map_or(0, |queue| u32::from(queue.max_size)),
+            register::QUEUE_READY => c.queue().map_or(0, |queue| u32::from(queue.ready)),
+            register::INTERRUPT_STATUS => u32::from(c.link.signal.get()),
             register::STATUS => u32::from(c.status()),
             // No shared memory: a length of all ones (4.2.2).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
@@ -201,15 +173,10 @@ impl<M: DeviceMemory> VirtioMmio<M> {
             register::QUEUE_READY if value & 1 != 0 => c.enable_queue(),
             register::QUEUE_READY => c.disable_queue(),
             register::QUEUE_NOTIFY => c.notify(queue),
-            register::INTERRUPT_ACK => c.link.signal.change(|status| {
-                status.fetch_and(!value, Ordering::SeqCst);
-            }),
-            register::STATUS => {
-                c.set_status(low);
-                if c.status() == 0 {
-                    c.link.signal.change(|status| status.store(0, Ordering::SeqCst));
-                }
+            register::INTERRUPT_ACK => {
+                c.link.signal.clear(low);
             }
+            register::STATUS => c.set_status(low),
             register::QUEUE_DESC_LOW => c.set_queue_address(Ring::Descriptors, Some(value), None),
             register::QUEUE_DESC_HIGH => c.set_queue_address(Ring::Descriptors, None, Some(value)),
             register::QUEUE_DRIVER_LOW => c.set_queue_address(Ring::Available, Some(value), None),
@@ -283,7 +250,7 @@ impl<M: DeviceMemory> VirtioMmioBuilder<M> {
         self
     }
 
-    /// Called when the device gives up until it is reset, and why; maybe by a worker.
+    /// Called when the device gives up until it is reset, and why; maybe by a worker. It must not call the device.
     #[must_use]
     pub fn on_failure(mut self, failed: impl Fn(&dyn Error) + Send + Sync + 'static) -> Self {
         self.parts.failed = Some(Box::new(failed));
@@ -293,8 +260,7 @@ impl<M: DeviceMemory> VirtioMmioBuilder<M> {
     /// # Errors
     /// As [`VirtioMmio::new`].
     pub fn build(self) -> Result<VirtioMmio<M>, QueueError> {
-        let signal = Line { status: AtomicU32::new(0), line: Mutex::new(self.line) };
-        let control = Control::new(self.parts, signal)?;
+        let control = Control::new(self.parts, Causes::new(self.line))?;
         Ok(VirtioMmio { control })
     }
 }

@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 
 use super::*;
+use crate::interrupt::lock;
 use crate::testkit::{Driver, DriverQueue, LineRecorder, Memory, MmioDriver, StartError, guest_memory};
 use crate::virtio::{ActivateError, Activation, DeviceType, DriverLink, Progress, Worker, feature};
 
@@ -202,9 +203,15 @@ fn cloud_hypervisor_7917_any_queue_can_be_selected() {
 
 #[test]
 fn rings_that_cannot_be_stop_the_device() {
-    for (size, rings) in
-        [(8, [1 << 30, 0x2000, 0x3000]), (8, [0x1000, 1 << 30, 0x3000]), (8, [0x1000, 0x2000, (1 << 20) - 4])]
-    {
+    for (size, rings) in [
+        (8, [1 << 30, 0x2000, 0x3000]),
+        (8, [0x1000, 1 << 30, 0x3000]),
+        (8, [0x1000, 0x2000, (1 << 20) - 4]),
+        // Not aligned (2.7).
+        (8, [0x1008, 0x2000, 0x3000]),
+        (8, [0x1000, 0x2001, 0x3000]),
+        (8, [0x1000, 0x2000, 0x3002]),
+    ] {
         let t = test();
         t.driver.start::<Memory>(0, &[]).unwrap();
         t.driver.set_status(0);

@@ -1,8 +1,7 @@
 //! The common configuration of virtio over PCI (Virtio 1.3, 4.1.4.3): one register for each field, of the field's width.
 
-use virtio_queue::QueueT as _;
-
 use super::vectors::Vectors;
+use crate::bus::halves;
 use crate::virtio::control::{Control, Ring, Signal};
 use crate::virtio::device::DeviceMemory;
 
@@ -95,13 +94,6 @@ fn value<M: DeviceMemory, S: Signal + 'static>(
     field: Field,
 ) -> u32 {
     let queue = control.queue();
-    let of_address = |address: u64, half| {
-        let [a, b, c, d, e, f, g, h] = address.to_le_bytes();
-        match half {
-            Half::Low => u32::from_le_bytes([a, b, c, d]),
-            Half::High => u32::from_le_bytes([e, f, g, h]),
-        }
-    };
     match field {
         Field::DeviceFeatureSelect => control.device_features_select,
         Field::DeviceFeature => control.device_features(),
@@ -113,17 +105,18 @@ fn value<M: DeviceMemory, S: Signal + 'static>(
         Field::ConfigGeneration => control.device().config_generation() & 0xff,
         Field::QueueSelect => control.queue_select.into(),
         // 0 where there is no such queue (4.1.4.3).
-        Field::QueueSize => queue.map_or(0, |queue| queue.size().into()),
+        Field::QueueSize => queue.map_or(0, |queue| queue.size.into()),
         Field::QueueVector => vectors.queue(control.queue_select).into(),
-        Field::QueueEnable => queue.map_or(0, |queue| queue.ready().into()),
+        Field::QueueEnable => queue.map_or(0, |queue| queue.ready.into()),
         Field::QueueNotifyOff => queue.map_or(0, |_| control.queue_select.into()),
         Field::Queue(ring, half) => queue.map_or(0, |queue| {
             let address = match ring {
-                Ring::Descriptors => queue.desc_table(),
-                Ring::Available => queue.avail_ring(),
-                Ring::Used => queue.used_ring(),
+                Ring::Descriptors => queue.desc_table,
+                Ring::Available => queue.avail_ring,
+                Ring::Used => queue.used_ring,
             };
-            of_address(address, half)
+            let [low, high] = halves(address);
+            if half == Half::Low { low } else { high }
         }),
     }
 }
@@ -158,12 +151,7 @@ fn set<M: DeviceMemory, S: Signal + 'static>(
         Field::DriverFeatureSelect => control.driver_features_select = value,
         Field::DriverFeature => control.set_driver_features(value),
         Field::ConfigVector => vectors.set_config(word),
-        Field::DeviceStatus => {
-            control.set_status(low);
-            if control.status() == 0 {
-                vectors.reset();
-            }
-        }
+        Field::DeviceStatus => control.set_status(low),
         Field::QueueSelect => control.queue_select = word,
         Field::QueueSize => control.set_queue_size(word),
         Field::QueueVector => vectors.set_queue(control.queue_select, word),

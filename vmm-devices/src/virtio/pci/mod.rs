@@ -10,7 +10,7 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
-use self::vectors::{Messages, Vectors};
+use self::vectors::Vectors;
 use super::control::{Control, Parts};
 use super::device::{DeviceMemory, DeviceType, VirtioDevice};
 use super::executor::Executor;
@@ -91,7 +91,6 @@ pub struct VirtioPci<M: DeviceMemory> {
     config: ConfigSpace,
     /// The capability that is a window on the BAR.
     window: CapabilityOffset,
-    msix: Msix,
     vectors: Arc<Vectors>,
     control: Control<M, Arc<Vectors>>,
 }
@@ -152,7 +151,7 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
     }
 
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
-        if self.msix.read(bar, offset, data) {
+        if self.vectors.msix().read(bar, offset, data) {
             return;
         }
         data.fill(0);
@@ -171,7 +170,7 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
     }
 
     fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8]) {
-        if self.msix.write(bar, offset, data) {
+        if self.vectors.msix().write(bar, offset, data) {
             return;
         }
         let into = offset % place::PAGE;
@@ -200,7 +199,7 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
 
     fn write_config(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
-        self.msix.config_written(&self.config);
+        self.vectors.config_written(&self.config);
         if self.is_window(offset)
             && let Some((bar, at)) = self.window_target(data.len())
         {
@@ -210,22 +209,7 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
 
     fn reset(&mut self) {
         self.control.reset();
-        self.vectors.reset();
-        self.msix.reset();
-    }
-}
-
-impl Messages for Msix {
-    fn is_enabled(&self) -> bool {
-        Msix::is_enabled(self)
-    }
-
-    fn count(&self) -> u16 {
-        self.vectors()
-    }
-
-    fn send(&self, vector: u16) {
-        self.notify(vector);
+        self.vectors.reset_function();
     }
 }
 
@@ -288,9 +272,9 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
         let msix = Msix::new(&mut config, vectors, place, self.sink)?;
         let config = config.build();
         let pin = config.intx().cloned().unwrap_or_default();
-        let vectors = Arc::new(Vectors::new(queues, Arc::new(msix.clone()), Box::new(pin)));
+        let vectors = Arc::new(Vectors::new(queues, msix, Box::new(pin)));
         let control = Control::new(self.parts, Arc::clone(&vectors))?;
-        Ok(VirtioPci { config, window, msix, vectors, control })
+        Ok(VirtioPci { config, window, vectors, control })
     }
 }
 

@@ -2,38 +2,22 @@
 //! pin and the ISR status.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
-use crate::interrupt::{InterruptLine, lock};
-use crate::virtio::control::Signal;
+use crate::interrupt::InterruptLine;
+use crate::pci::{ConfigSpace, Msix};
+use crate::virtio::control::{Causes, Signal};
 
 /// VIRTIO_MSI_NO_VECTOR.
 pub(super) const NO_VECTOR: u16 = 0xffff;
 
-/// Causes in the ISR status (4.1.4.5).
-const USED: u8 = 1;
-const CONFIG: u8 = 2;
-
-/// The function's MSI-X, as an interrupt sees it.
-pub(super) trait Messages: Send + Sync {
-    /// Whether the driver has turned it on.
-    fn is_enabled(&self) -> bool;
-
-    /// How many vectors there are.
-    fn count(&self) -> u16;
-
-    /// Sends the message of a vector.
-    fn send(&self, vector: u16);
-}
-
-/// Which vector each cause has, and the ISR status.
+/// Which vector each cause has, and the ISR status (4.1.4.5), which asserts the pin while MSI-X is off.
 pub(super) struct Vectors {
     config: AtomicU16,
     queues: Box<[AtomicU16]>,
-    isr: AtomicU8,
-    messages: Arc<dyn Messages>,
-    pin: Mutex<Box<dyn InterruptLine>>,
+    causes: Causes,
+    msix: Msix,
 }
 
 impl fmt::Debug for Vectors {
@@ -41,20 +25,36 @@ impl fmt::Debug for Vectors {
         f.debug_struct("Vectors")
             .field("config", &self.config)
             .field("queues", &self.queues)
-            .field("isr", &self.isr)
             .finish_non_exhaustive()
     }
 }
 
 impl Vectors {
-    pub(super) fn new(queues: usize, messages: Arc<dyn Messages>, pin: Box<dyn InterruptLine>) -> Self {
+    pub(super) fn new(queues: usize, msix: Msix, pin: Box<dyn InterruptLine>) -> Self {
         Self {
             config: AtomicU16::new(NO_VECTOR),
             queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-            isr: AtomicU8::new(0),
-            messages,
-            pin: Mutex::new(pin),
+            causes: Causes::new(pin),
+            msix,
         }
+    }
+
+    /// The function is reset, and its configuration space with it.
+    pub(super) fn reset_function(&self) {
+        self.msix.reset();
+        self.causes.mute(false);
+    }
+
+    /// The function's MSI-X.
+    pub(super) fn msix(&self) -> &Msix {
+        &self.msix
+    }
+
+    /// Configuration space was written: the driver may have turned MSI-X on or off, and the pin is none while it is on
+    /// (PCI 3.0, 6.8.2.3).
+    pub(super) fn config_written(&self, config: &ConfigSpace) {
+        self.msix.config_written(config);
+        self.causes.mute(self.msix.is_enabled());
     }
 
     pub(super) fn config(&self) -> u16 {
@@ -77,95 +77,93 @@ impl Vectors {
 
     /// A driver that asks for a vector that there is not reads NO_VECTOR back (4.1.5.1.2.1).
     fn allowed(&self, vector: u16) -> u16 {
-        if vector < self.messages.count() { vector } else { NO_VECTOR }
-    }
-
-    /// What a reset leaves.
-    pub(super) fn reset(&self) {
-        for vector in self.queues.iter().chain([&self.config]) {
-            vector.store(NO_VECTOR, Ordering::SeqCst);
-        }
-        self.take_isr();
+        if vector < self.msix.vectors() { vector } else { NO_VECTOR }
     }
 
     /// The causes so far; the driver has read them, which lets go of the pin.
     pub(super) fn take_isr(&self) -> u8 {
-        // The level follows the causes in their order.
-        let pin = lock(&self.pin);
-        let causes = self.isr.swap(0, Ordering::SeqCst);
-        if causes != 0 {
-            pin.set_level(false);
-        }
-        causes
-    }
-
-    fn raise(&self, vector: u16, cause: u8) {
-        if self.messages.is_enabled() {
-            if vector != NO_VECTOR {
-                self.messages.send(vector);
-            }
-            return;
-        }
-        let pin = lock(&self.pin);
-        if self.isr.fetch_or(cause, Ordering::SeqCst) == 0 {
-            pin.set_level(true);
-        }
+        self.causes.clear(u8::MAX)
     }
 }
 
 impl Signal for Arc<Vectors> {
     fn used(&self, queue: u16) {
-        self.raise(Vectors::queue(self, queue), USED);
+        // It says so if MSI-X is off.
+        if !self.msix.notify(Vectors::queue(self, queue)) {
+            self.causes.raise_if(Causes::USED, &|| true);
+        }
     }
 
-    fn config(&self) {
-        self.raise(Vectors::config(self), CONFIG);
+    fn config(&self, wanted: &dyn Fn() -> bool) {
+        if wanted() && !self.msix.notify(Vectors::config(self)) {
+            self.causes.raise_if(Causes::CONFIG, wanted);
+        }
+    }
+
+    fn reset(&self) {
+        for vector in self.queues.iter().chain([&self.config]) {
+            vector.store(NO_VECTOR, Ordering::SeqCst);
+        }
+        self.take_isr();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
+    use std::sync::Mutex;
 
     use super::*;
+    use crate::interrupt::lock;
+    use crate::pci::{Bar, ConfigBuilder, Identity, MsixPlace};
     use crate::testkit::LineRecorder;
 
-    #[derive(Default)]
-    struct Recorded {
-        enabled: AtomicBool,
-        sent: Mutex<Vec<u16>>,
+    /// Of a function with MSI-X of three vectors, whose messages have their number as data.
+    struct Function {
+        config: ConfigSpace,
+        vectors: Arc<Vectors>,
+        sent: Arc<Mutex<Vec<u32>>>,
+        line: LineRecorder,
     }
 
-    impl Messages for Recorded {
-        fn is_enabled(&self) -> bool {
-            self.enabled.load(Ordering::SeqCst)
+    impl Function {
+        fn new() -> Self {
+            let (sent, line) = (Arc::<Mutex<Vec<u32>>>::default(), LineRecorder::default());
+            let theirs = Arc::clone(&sent);
+            let mut config = ConfigBuilder::new(Identity::new(0x1af4, 0x1044, [0xff, 0, 0]));
+            config.bar(0, Bar::memory32(0x2000)).unwrap();
+            let place = MsixPlace { bar: 0, table: 0, pending: 0x1000 };
+            let sink = move |_: u64, data: u32| lock(&theirs).push(data);
+            let msix = Msix::new(&mut config, 3, place, sink).unwrap();
+            for vector in 0..3_u32 {
+                let entry = u64::from(vector) * 16;
+                assert!(msix.write(0, entry + 8, &vector.to_le_bytes()), "its data");
+                assert!(msix.write(0, entry + 12, &[0; 4]), "not masked");
+            }
+            let vectors = Arc::new(Vectors::new(2, msix, Box::new(line.clone())));
+            Self { config: config.build(), vectors, sent, line }
         }
 
-        fn count(&self) -> u16 {
-            3
+        /// The driver turns MSI-X on or off.
+        fn enable(&mut self, enable: bool) {
+            let mut capability = [0];
+            self.config.read(0x34, &mut capability);
+            self.config.write(0x04, &[0x04, 0]);
+            self.config.write(u16::from(capability[0]) + 3, &[u8::from(enable) << 7]);
+            self.vectors.config_written(&self.config);
+            assert_eq!(self.vectors.msix().is_enabled(), enable);
         }
-
-        fn send(&self, vector: u16) {
-            lock(&self.sent).push(vector);
-        }
-    }
-
-    fn vectors() -> (Arc<Vectors>, Arc<Recorded>, LineRecorder) {
-        let (messages, line) = (Arc::<Recorded>::default(), LineRecorder::default());
-        let theirs: Arc<Recorded> = Arc::clone(&messages);
-        (Arc::new(Vectors::new(2, theirs, Box::new(line.clone()))), messages, line)
     }
 
     #[test]
     fn without_messages_it_is_the_pin() {
-        let (vectors, messages, line) = vectors();
+        let Function { vectors, sent, line, .. } = Function::new();
         vectors.used(0);
-        Signal::config(&vectors);
+        Signal::config(&vectors, &|| true);
         vectors.used(1);
         assert_eq!(line.take(), [true]);
         assert_eq!((vectors.take_isr(), line.take()), (3, vec![false]));
         assert_eq!((vectors.take_isr(), line.take()), (0, vec![]));
-        assert!(lock(&messages.sent).is_empty());
+        assert!(lock(&sent).is_empty());
         vectors.used(0);
         vectors.reset();
         assert_eq!((line.take(), vectors.take_isr()), (vec![true, false], 0));
@@ -173,23 +171,54 @@ mod tests {
 
     #[test]
     fn each_cause_has_its_message() {
-        let (vectors, messages, line) = vectors();
-        messages.enabled.store(true, Ordering::SeqCst);
+        let mut function = Function::new();
+        function.enable(true);
+        let Function { vectors, sent, line, .. } = function;
         vectors.set_config(2);
         vectors.set_queue(1, 0);
         vectors.set_queue(2, 1);
         vectors.used(0);
         vectors.used(1);
-        Signal::config(&vectors);
+        Signal::config(&vectors, &|| true);
         vectors.used(7);
-        assert_eq!(*lock(&messages.sent), [0, 2], "no message for those without a vector");
+        assert_eq!(*lock(&sent), [0, 2], "no message for those without a vector");
         assert!(line.take().is_empty());
         assert_eq!(vectors.take_isr(), 0);
     }
 
     #[test]
+    fn the_pin_is_none_while_there_are_messages() {
+        let mut function = Function::new();
+        function.vectors.used(0);
+        assert_eq!(function.line.take(), [true]);
+        function.enable(true);
+        assert_eq!(function.line.take(), [false]);
+        function.enable(false);
+        assert_eq!(function.line.take(), [true], "the driver has not read the status yet");
+        function.enable(true);
+        assert_eq!((function.vectors.take_isr(), function.line.take()), (1, vec![false]));
+        function.enable(false);
+        assert!(function.line.take().is_empty());
+        function.enable(true);
+        function.vectors.reset_function();
+        function.vectors.used(0);
+        assert_eq!(function.line.take(), [true], "a reset turns MSI-X off");
+    }
+
+    #[test]
+    fn a_change_that_nobody_wants_is_not_signalled() {
+        let mut function = Function::new();
+        Signal::config(&function.vectors, &|| false);
+        function.enable(true);
+        function.vectors.set_config(0);
+        Signal::config(&function.vectors, &|| false);
+        assert!(function.line.take().is_empty() && lock(&function.sent).is_empty());
+        assert_eq!(function.vectors.take_isr(), 0);
+    }
+
+    #[test]
     fn vectors_that_there_are_not_read_back_as_none() {
-        let (vectors, ..) = vectors();
+        let Function { vectors, .. } = Function::new();
         for vector in [3, 0x7fff, NO_VECTOR] {
             vectors.set_config(2);
             vectors.set_config(vector);
