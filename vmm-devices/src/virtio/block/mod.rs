@@ -45,7 +45,8 @@ pub use raw::{RawFile, RawFileError};
 pub use uring::UringFile;
 
 use self::config::{Config, WRITEBACK_AT};
-use self::worker::{Agreed, BlockWorker};
+use self::request::Agreed;
+use self::worker::BlockWorker;
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, VirtioDevice, Worker};
 use super::doorbell::Doorbells;
 use super::metrics::Metrics;

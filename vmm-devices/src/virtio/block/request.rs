@@ -1,9 +1,11 @@
 //! What a driver asks for (Virtio 1.3, 5.2.6), read once and checked before anything is touched.
 
 use std::ops::Deref;
+use std::sync::atomic::Ordering;
 
 use vmm_memory::vm_memory::GuestMemory;
 
+use super::Shared;
 use super::backend::Operation;
 use super::buffers::Area;
 use super::config::{ID_BYTES, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SECTOR};
@@ -36,16 +38,29 @@ pub(super) enum Status {
     Unsupported = 2,
 }
 
-/// What the device can do for this driver now.
+/// What this driver may do.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Terms {
-    /// The first byte beyond the disk.
-    pub(super) end: u64,
-    pub(super) read_only: bool,
-    /// Writes end when they are on stable storage.
-    pub(super) durable: bool,
+pub(super) struct Agreed {
+    pub(super) flush: bool,
     pub(super) discard: bool,
     pub(super) write_zeroes: bool,
+}
+
+/// What the device can do for this driver now.
+#[derive(Debug)]
+pub(super) struct Terms<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) agreed: Agreed,
+    /// The first byte beyond the disk.
+    pub(super) end: u64,
+}
+
+impl Terms<'_> {
+    /// Whether writes end when they are on stable storage. Looked at for each request: the driver may have changed it just before
+    /// it sent that one.
+    fn durable(&self) -> bool {
+        !self.agreed.flush || !self.shared.writeback.load(Ordering::SeqCst)
+    }
 }
 
 /// What is to be done.
@@ -71,7 +86,7 @@ pub(super) struct Request {
 }
 
 impl Request {
-    pub(super) fn read<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, terms: &Terms) -> Self {
+    pub(super) fn read<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, terms: &Terms<'_>) -> Self {
         let status_at = chain.writable_len().checked_sub(1);
         let mut request = Self {
             task: Task::Fail(Status::IoError),
@@ -101,7 +116,7 @@ impl Request {
         chain: &Chain<T>,
         kind: u32,
         sector: u64,
-        terms: &Terms,
+        terms: &Terms<'_>,
     ) -> Result<Task, Status> {
         let to_read = chain.readable_len().saturating_sub(HEADER as u64);
         let to_write = self.status_at.unwrap_or(0);
@@ -118,12 +133,12 @@ impl Request {
                 writable(terms)?;
                 let offset = range(sector, to_read, terms)?;
                 (self.area, self.cost) = (Area::Readable { at: HEADER as u64, len: size(to_read)? }, to_read);
-                Ok(Task::Disk(Operation::Write { offset, durable: terms.durable }))
+                Ok(Task::Disk(Operation::Write { offset, durable: terms.durable() }))
             }
             kind::FLUSH => Ok(Task::Disk(Operation::Flush)),
             kind::GET_ID if to_write >= ID_BYTES as u64 => Ok(Task::GetId),
             kind::GET_ID => Err(Status::IoError),
-            kind::DISCARD if terms.discard => {
+            kind::DISCARD if terms.agreed.discard => {
                 writable(terms)?;
                 let segment = Segment::read(chain, to_read)?;
                 if segment.flags != 0 {
@@ -132,7 +147,7 @@ impl Request {
                 let (offset, len) = segment.range(MAX_DISCARD_SECTORS, terms)?;
                 Ok(Task::Disk(Operation::Discard { offset, len }))
             }
-            kind::WRITE_ZEROES if terms.write_zeroes => {
+            kind::WRITE_ZEROES if terms.agreed.write_zeroes => {
                 self.activity = Activity::Write;
                 writable(terms)?;
                 let segment = Segment::read(chain, to_read)?;
@@ -142,14 +157,14 @@ impl Request {
                 let (offset, len) = segment.range(MAX_WRITE_ZEROES_SECTORS, terms)?;
                 self.cost = len;
                 let unmap = segment.flags & UNMAP != 0;
-                Ok(Task::Disk(Operation::WriteZeroes { offset, len, unmap, durable: terms.durable }))
+                Ok(Task::Disk(Operation::WriteZeroes { offset, len, unmap, durable: terms.durable() }))
             }
             _ => Err(Status::Unsupported),
         }
     }
 
     /// The same, which fails if the disk has meanwhile become too small for it.
-    pub(super) fn within(self, terms: &Terms) -> Self {
+    pub(super) fn within(self, terms: &Terms<'_>) -> Self {
         let end = match self.task {
             Task::Disk(Operation::Read { offset } | Operation::Write { offset, .. }) => {
                 offset.saturating_add(self.cost)
@@ -207,7 +222,7 @@ impl Segment {
         })
     }
 
-    fn range(&self, max_sectors: u32, terms: &Terms) -> Result<(u64, u64), Status> {
+    fn range(&self, max_sectors: u32, terms: &Terms<'_>) -> Result<(u64, u64), Status> {
         if self.sectors > max_sectors {
             return Err(Status::IoError);
         }
@@ -216,12 +231,12 @@ impl Segment {
     }
 }
 
-fn writable(terms: &Terms) -> Result<(), Status> {
-    if terms.read_only { Err(Status::IoError) } else { Ok(()) }
+fn writable(terms: &Terms<'_>) -> Result<(), Status> {
+    if terms.shared.read_only { Err(Status::IoError) } else { Ok(()) }
 }
 
 /// Where `len` bytes from `sector` on begin, if those are sectors of the disk.
-fn range(sector: u64, len: u64, terms: &Terms) -> Result<u64, Status> {
+fn range(sector: u64, len: u64, terms: &Terms<'_>) -> Result<u64, Status> {
     let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
     match offset.checked_add(len) {
         Some(end) if end <= terms.end && len.is_multiple_of(SECTOR) => Ok(offset),

@@ -12,7 +12,7 @@ use super::Shared;
 use super::backend::{IoQueue, Job, JobEnd};
 use super::buffers::{Buffers, mark_written, slices, with_slices};
 use super::config::{ID_BYTES, SECTOR};
-use super::request::{Request, Status, Task, Terms};
+use super::request::{Agreed, Request, Status, Task, Terms};
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
 use crate::virtio::metrics::Ended;
 use crate::virtio::queue::{Chain, QueueError, Virtqueue};
@@ -22,14 +22,6 @@ use crate::virtio::rate::Throttled;
 const SHARE: u64 = 8 << 20;
 
 type Guard<M> = <M as GuestAddressSpace>::T;
-
-/// What this driver may do.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Agreed {
-    pub(super) flush: bool,
-    pub(super) discard: bool,
-    pub(super) write_zeroes: bool,
-}
 
 /// A request that the device has taken, and keeps.
 struct Taken<M: DeviceMemory> {
@@ -64,16 +56,10 @@ impl<M: DeviceMemory> BlockWorker<M> {
 
     /// What holds for the requests of one call. The disk is asked once how large it is, so that none goes beyond
     /// the end of a file that has become smaller.
-    fn terms(&self) -> Terms {
-        let shared = &*self.shared;
+    fn terms<'a>(&self, shared: &'a Shared) -> Terms<'a> {
         let promised = shared.sectors.load(Ordering::SeqCst).saturating_mul(SECTOR);
-        Terms {
-            end: promised.min(shared.disk.size().unwrap_or(0)),
-            read_only: shared.read_only,
-            durable: !self.agreed.flush || !shared.writeback.load(Ordering::SeqCst),
-            discard: self.agreed.discard,
-            write_zeroes: self.agreed.write_zeroes,
-        }
+        let end = promised.min(shared.disk.size().unwrap_or(0));
+        Terms { shared, agreed: self.agreed, end }
     }
 
     /// Gives back what has ended.
@@ -136,7 +122,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
     /// Takes requests, until there are no more, one has to wait, or it is the turn of others.
     fn serve(&mut self) -> Result<Next, QueueError> {
         let (shared, memory) = (Arc::clone(&self.shared), self.queue.memory());
-        let terms = self.terms();
+        let terms = self.terms(&shared);
         let mut left = SHARE;
         if let Some((taken, _)) = self.waiting.take() {
             if let Err(Throttled { until_ns }) = self.admit(&taken.request) {

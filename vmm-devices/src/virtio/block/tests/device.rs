@@ -100,6 +100,26 @@ fn the_driver_chooses_the_cache_mode() {
 }
 
 #[test]
+fn a_request_goes_by_the_cache_mode_that_it_was_sent_in() {
+    let probe = Probe::new(512);
+    let (memory, mut queue, mut worker, mut block) = bare(Block::builder(probe.clone()), ALL);
+    memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
+    queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    let queue = Arc::new(Mutex::new(queue));
+    let theirs = Arc::clone(&queue);
+    // While the device serves the first, the driver chooses another mode and sends the second.
+    let during = move || {
+        VirtioDevice::<Memory>::write_config(&mut block, 32, &[0]);
+        let mut queue = theirs.lock().unwrap();
+        queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    };
+    probe.set(|state| state.during = Some(Box::new(during)));
+    assert!(worker.process().is_ok());
+    assert_eq!(queue.lock().unwrap().used_index().unwrap(), 2);
+    assert_eq!(probe.calls(), ["write 0 512", "write durably 0 512"]);
+}
+
+#[test]
 fn it_grows_and_shrinks_while_it_is_used() {
     let (mut rig, probe) = probed(ALL);
     let generation = rig.driver.config_generation();
@@ -205,7 +225,8 @@ fn limits_hold_requests_back_until_their_time() {
     let limits = Limits { bytes: Rate::new(512_000, 1024), operations: None };
     let rate = RateLimiter::new(clock.clone(), limits);
     let builder = Block::builder(probe.clone()).rate(rate).metrics(metrics.clone(), clock.clone());
-    let (memory, mut queue, mut worker, handle) = bare(builder, ALL);
+    let (memory, mut queue, mut worker, block) = bare(builder, ALL);
+    let handle = block.handle();
     memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
     for _ in 0..4 {
         queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();

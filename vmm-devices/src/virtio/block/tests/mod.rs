@@ -165,6 +165,8 @@ struct ProbeState {
     /// Calls wait.
     closed: bool,
     waiting: usize,
+    /// Done once, within the next call.
+    during: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Probe {
@@ -208,6 +210,11 @@ impl Probe {
             state = self.opened.wait(state).unwrap();
         }
         state.waiting -= 1;
+        if let Some(during) = state.during.take() {
+            drop(state);
+            during();
+            state = self.state.lock().unwrap();
+        }
         if let Some(interrupted) = &mut state.interrupted {
             *interrupted = !*interrupted;
             if *interrupted {
@@ -296,8 +303,8 @@ fn probed(features: u64) -> (Rig, Arc<Probe>) {
     (Rig::new(Block::builder(probe.clone()), features), probe)
 }
 
-/// A worker without a transport.
-fn bare(builder: BlockBuilder, features: u64) -> (Memory, DriverQueue<Memory>, Box<dyn Worker>, BlockHandle) {
+/// A worker without a transport, and its device.
+fn bare(builder: BlockBuilder, features: u64) -> (Memory, DriverQueue<Memory>, Box<dyn Worker>, Block) {
     let (memory, link) = (memory(), Arc::new(LinkRecorder::default()));
     let queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
     let own = Virtqueue::new(queue.device_side().unwrap(), 0, memory.clone(), link.clone()).unwrap();
@@ -305,5 +312,5 @@ fn bare(builder: BlockBuilder, features: u64) -> (Memory, DriverQueue<Memory>, B
     let activation =
         Activation { features, queues: vec![Some(own)], link, doorbells: Arc::new(Doorbells::new(1)) };
     let mut workers = block.activate(activation).unwrap();
-    (memory, queue, workers.pop().unwrap(), block.handle())
+    (memory, queue, workers.pop().unwrap(), block)
 }
