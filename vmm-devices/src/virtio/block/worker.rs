@@ -4,14 +4,13 @@ use std::io;
 use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use vmm_memory::vm_memory::GuestAddressSpace;
 
 use super::Shared;
 use super::backend::{IoQueue, Job, JobEnd};
 use super::buffers::{Buffers, mark_written, slices, with_slices};
-use super::config::{ID_BYTES, SECTOR};
+use super::config::ID_BYTES;
 use super::request::{Agreed, Request, Status, Task, Terms};
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
 use crate::virtio::metrics::Ended;
@@ -52,14 +51,6 @@ impl<M: DeviceMemory> BlockWorker<M> {
         let places = if io.is_some() { queue.size().into() } else { 0 };
         let under_way = (0..places).map(|_| None).collect();
         Self { queue, shared, agreed, io, under_way, ended: Vec::new(), waiting: None }
-    }
-
-    /// What holds for the requests of one call. The disk is asked once how large it is, so that none goes beyond
-    /// the end of a file that has become smaller.
-    fn terms<'a>(&self, shared: &'a Shared) -> Terms<'a> {
-        let promised = shared.sectors.load(Ordering::SeqCst).saturating_mul(SECTOR);
-        let end = promised.min(shared.disk.size().unwrap_or(0));
-        Terms { shared, agreed: self.agreed, end }
     }
 
     /// Gives back what has ended.
@@ -122,7 +113,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
     /// Takes requests, until there are no more, one has to wait, or it is the turn of others.
     fn serve(&mut self) -> Result<Next, QueueError> {
         let (shared, memory) = (Arc::clone(&self.shared), self.queue.memory());
-        let terms = self.terms(&shared);
+        let mut terms = Terms::new(&shared, self.agreed);
         let mut left = SHARE;
         if let Some((taken, _)) = self.waiting.take() {
             if let Err(Throttled { until_ns }) = self.admit(&taken.request) {
@@ -131,14 +122,14 @@ impl<M: DeviceMemory> BlockWorker<M> {
             }
             let Taken { chain, request, begun_ns } = taken;
             // The disk may have become smaller meanwhile.
-            let request = request.within(&terms);
+            let request = request.within(&mut terms);
             left = left.saturating_sub(request.cost);
             self.execute(chain, request, begun_ns, || memory.clone())?;
         }
         for _ in 0..self.queue.size() {
             let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Next::Empty) };
             let begun_ns = shared.now_ns();
-            let request = Request::read(&chain, &terms);
+            let request = Request::read(&chain, &mut terms);
             if let Err(Throttled { until_ns }) = self.admit(&request) {
                 if let Some(metrics) = &shared.metrics {
                     metrics.sink.throttled();

@@ -150,6 +150,63 @@ fn it_grows_and_shrinks_while_it_is_used() {
 }
 
 #[test]
+fn a_request_for_what_was_just_added_is_served() {
+    let probe = Probe::new(512);
+    let (memory, mut queue, mut worker, block) = bare(Block::builder(probe.clone()), ALL);
+    for sector in [0, 1] {
+        let at = HEADER + 16 * sector;
+        memory.memory().write_slice(&header(kind::OUT, sector), GuestAddress(at)).unwrap();
+    }
+    queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    let queue = Arc::new(Mutex::new(queue));
+    let (theirs, disk) = (Arc::clone(&queue), Arc::clone(&probe));
+    // While the device serves the first, the disk becomes larger, and the driver has read of it.
+    let during = move || {
+        disk.disk.set_size(1024).unwrap();
+        block.handle().resize().unwrap();
+        let mut queue = theirs.lock().unwrap();
+        queue.chain().readable(HEADER + 16, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    };
+    probe.set(|state| state.during = Some(Box::new(during)));
+    assert!(worker.process().is_ok());
+    assert_eq!(queue.lock().unwrap().used_index().unwrap(), 2);
+    assert_eq!(probe.calls(), ["write 0 512", "write 512 512"]);
+}
+
+#[test]
+fn the_disk_is_asked_for_its_size_where_it_matters() {
+    struct Asked(MemoryDisk, AtomicU64);
+    impl Backend for Asked {
+        fn size(&self) -> io::Result<u64> {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            self.0.size()
+        }
+        fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+            self.0.read_at(buffers, offset)
+        }
+        fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
+            self.0.write_at(buffers, offset, durable)
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let disk = Arc::new(Asked(MemoryDisk::new(4096), AtomicU64::new(0)));
+    let mut rig = Rig::new(Block::builder(disk.clone()), feature::FLUSH);
+    disk.1.store(0, Ordering::SeqCst);
+    assert_eq!(rig.give(kind::FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(rig.ask(kind::GET_ID, 0, 20).0, OK);
+    rig.driver.notify(0);
+    assert_eq!(disk.1.load(Ordering::SeqCst), 0);
+    rig.put_header(kind::IN, 1);
+    for _ in 0..5 {
+        rig.queue.chain().readable(HEADER, 16).writable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    }
+    rig.driver.notify(0);
+    assert_eq!(disk.1.load(Ordering::SeqCst), 1);
+}
+
+#[test]
 fn a_reader_that_sees_half_of_a_change_sees_another_generation() {
     let (rig, probe) = probed(ALL);
     probe.set(|state| state.size = Some(0x1_0000_0000 * 512));
