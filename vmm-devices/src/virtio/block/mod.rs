@@ -152,6 +152,8 @@ impl Shared {
 pub struct Block {
     shared: Arc<Shared>,
     cache: CacheMode,
+    /// What the driver wants of it.
+    chosen: Option<CacheMode>,
     sizes: Vec<u16>,
     blocks: BlockSizes,
 }
@@ -251,7 +253,7 @@ impl BlockBuilder {
             active: Mutex::new(None),
         };
         let sizes = vec![size; self.queues.get().into()];
-        Ok(Block { shared: Arc::new(shared), cache: self.cache, sizes, blocks })
+        Ok(Block { shared: Arc::new(shared), cache: self.cache, chosen: None, sizes, blocks })
     }
 }
 
@@ -292,8 +294,8 @@ impl Block {
         features | WRITE_ZEROES
     }
 
-    fn begin_with(&self, writeback: bool) {
-        self.shared.writeback.store(writeback, Ordering::SeqCst);
+    fn set_cache(&self, mode: CacheMode) {
+        self.shared.writeback.store(mode == CacheMode::WriteBack, Ordering::SeqCst);
     }
 }
 
@@ -327,11 +329,14 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        // The one field that a driver writes, for itself alone (5.2.5.1).
+        // The one field that a driver writes, for itself alone (5.2.5.1). It may do so from FEATURES_OK on (3.1.1): whether the feature
+        // was agreed upon is known to the device when it is activated.
         if let (WRITEBACK_AT, [mode]) = (offset, data)
-            && lock(&self.shared.active).as_ref().is_some_and(|active| active.may_choose)
+            && lock(&self.shared.active).as_ref().is_none_or(|active| active.may_choose)
         {
-            self.begin_with(*mode != 0);
+            let mode = if *mode == 0 { CacheMode::WriteThrough } else { CacheMode::WriteBack };
+            self.chosen = Some(mode);
+            self.set_cache(mode);
         }
     }
 
@@ -349,7 +354,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
         let may_choose = has(feature::CONFIG_WCE);
         let several = has(feature::MQ);
         // A driver that cannot flush finds a disk that writes through (5.2.5.2).
-        self.begin_with(self.cache == CacheMode::WriteBack && agreed.flush);
+        let cache = if agreed.flush { self.cache } else { CacheMode::WriteThrough };
+        self.set_cache(self.chosen.filter(|_| may_choose).unwrap_or(cache));
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         // The first queue is always there; of others, those that the driver has set up.
         for index in 0..if several { self.shared.queues } else { 1 } {
@@ -371,7 +377,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         *lock(&self.shared.active) = None;
         drop(workers);
-        self.begin_with(self.cache == CacheMode::WriteBack);
+        self.chosen = None;
+        self.set_cache(self.cache);
     }
 }
 

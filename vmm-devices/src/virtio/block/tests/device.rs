@@ -100,6 +100,37 @@ fn the_driver_chooses_the_cache_mode() {
 }
 
 #[test]
+fn the_cache_mode_may_be_chosen_before_the_driver_is_ready() {
+    for (features, chosen, call) in [
+        (ALL, Some(0), "write durably 0 512"),
+        (ALL, Some(1), "write 0 512"),
+        (ALL, None, "write 0 512"),
+        // Without the feature it is not the driver's to choose, and without a flush it changes nothing.
+        (ALL & !feature::CONFIG_WCE, Some(0), "write 0 512"),
+        (ALL & !feature::FLUSH, Some(1), "write durably 0 512"),
+    ] {
+        let (mut rig, probe) = probed(features);
+        // Another driver's choice is forgotten.
+        rig.driver.write_config(32, &[0]);
+        rig.driver.set_status(0);
+        rig.driver.set_status(1 | 2);
+        rig.driver.set_driver_features(features | crate::virtio::feature::VERSION_1);
+        rig.driver.set_status(1 | 2 | 8);
+        assert_eq!(rig.driver.status(), 1 | 2 | 8);
+        if let Some(mode) = chosen {
+            rig.driver.write_config(32, &[mode]);
+            assert_eq!(config(&rig, 32), [mode]);
+        }
+        rig.queue = DriverQueue::new(rig.memory.clone(), 0x1000, 64).unwrap();
+        rig.driver.set_queue(0, rig.queue.size(), rig.queue.rings());
+        rig.driver.enable_queue(0);
+        rig.driver.set_status(1 | 2 | 8 | 4);
+        assert_eq!(rig.write(0, &[1; 512]), OK);
+        assert_eq!(probe.calls(), [call], "{features:#x} {chosen:?}");
+    }
+}
+
+#[test]
 fn a_request_goes_by_the_cache_mode_that_it_was_sent_in() {
     let probe = Probe::new(512);
     let (memory, mut queue, mut worker, mut block) = bare(Block::builder(probe.clone()), ALL);
