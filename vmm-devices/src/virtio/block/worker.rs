@@ -221,7 +221,10 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
         if let Some(io) = &mut self.io {
             io.cancel();
         }
-        self.under_way.iter_mut().for_each(|taken| *taken = None);
+        // What has ended, or was cancelled, may have been written to all the same.
+        for Taken { chain, request, .. } in self.under_way.iter_mut().filter_map(Option::take) {
+            mark_written(&chain, request.area);
+        }
         (self.waiting, self.ended) = (None, Vec::new());
     }
 }

@@ -1,6 +1,7 @@
 //! The device in isolation: driven over MMIO by the kit's driver, or as a bare worker, on disks that fail, hang, and come back short.
 
 mod device;
+mod dirty;
 mod disks;
 mod flaws;
 mod model;
@@ -303,9 +304,15 @@ fn probed(features: u64) -> (Rig, Arc<Probe>) {
     (Rig::new(Block::builder(probe.clone()), features), probe)
 }
 
+type Bare = (Memory, DriverQueue<Memory>, Box<dyn Worker>, Block);
+
 /// A worker without a transport, and its device.
-fn bare(builder: BlockBuilder, features: u64) -> (Memory, DriverQueue<Memory>, Box<dyn Worker>, Block) {
-    let (memory, link) = (memory(), Arc::new(LinkRecorder::default()));
+fn bare(builder: BlockBuilder, features: u64) -> Bare {
+    bare_in(memory(), builder, features)
+}
+
+fn bare_in(memory: Memory, builder: BlockBuilder, features: u64) -> Bare {
+    let link = Arc::new(LinkRecorder::default());
     let queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
     let own = Virtqueue::new(queue.device_side().unwrap(), 0, memory.clone(), link.clone()).unwrap();
     let mut block = builder.build().unwrap();
