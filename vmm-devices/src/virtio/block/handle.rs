@@ -80,15 +80,10 @@ impl BlockHandle {
         Ok(())
     }
 
-    /// Other rate limits; `false` if the device was built without a limiter. Requests that wait are looked at again.
+    /// Other rate limits, for all devices that share them; `false` if this one was built without a limiter. Requests that wait are
+    /// looked at again.
     pub fn set_limits(&self, limits: Limits) -> bool {
-        let Some(rate) = &self.0.rate else { return false };
-        rate.set_limits(limits);
-        let doorbells = lock(&self.0.active).as_ref().map(|active| Arc::clone(&active.doorbells));
-        if let Some(doorbells) = doorbells {
-            (0..self.0.queues).for_each(|queue| doorbells.ring(queue));
-        }
-        true
+        self.0.rate.as_ref().map(|rate| rate.set_limits(limits)).is_some()
     }
 }
 

@@ -370,6 +370,9 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
             workers.push(Box::new(BlockWorker::new(queue, Arc::clone(&self.shared), agreed, io)));
         }
         let Activation { link, doorbells, .. } = activation;
+        if let Some(rate) = &self.shared.rate {
+            rate.register(&doorbells);
+        }
         *lock(&self.shared.active) = Some(Active { link, doorbells, may_choose });
         Ok(workers)
     }

@@ -37,8 +37,8 @@ pub(super) struct BlockWorker<M: DeviceMemory> {
     /// By head, what `io` has.
     under_way: Vec<Option<Taken<M>>>,
     ended: Vec<JobEnd>,
-    /// What waits for a rate limit, and until when. Nothing behind it is taken.
-    waiting: Option<(Taken<M>, u64)>,
+    /// What waits for a rate limit. Nothing behind it is taken.
+    waiting: Option<(Taken<M>, Throttled)>,
 }
 
 impl<M: DeviceMemory> BlockWorker<M> {
@@ -105,19 +105,14 @@ impl<M: DeviceMemory> BlockWorker<M> {
         finish(&mut self.queue, &self.shared, &chain, &request, status, begun_ns)
     }
 
-    /// Whether a request has to wait.
-    fn admit(&self, request: &Request) -> Result<(), Throttled> {
-        self.shared.rate.as_ref().map_or(Ok(()), |rate| rate.admit(request.cost))
-    }
-
     /// Takes requests, until there are no more, one has to wait, or it is the turn of others.
     fn serve(&mut self) -> Result<Next, QueueError> {
         let (shared, memory) = (Arc::clone(&self.shared), self.queue.memory());
         let mut terms = Terms::new(&shared, self.agreed);
         let mut left = SHARE;
-        if let Some((taken, _)) = self.waiting.take() {
-            if let Err(Throttled { until_ns }) = self.admit(&taken.request) {
-                self.waiting = Some((taken, until_ns));
+        if let Some((taken, throttled)) = self.waiting.take() {
+            if let Err(throttled) = throttled.retry() {
+                self.waiting = Some((taken, throttled));
                 return Ok(Next::Wait);
             }
             let Taken { chain, request, begun_ns } = taken;
@@ -130,12 +125,12 @@ impl<M: DeviceMemory> BlockWorker<M> {
             let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Next::Empty) };
             let begun_ns = shared.now_ns();
             let request = Request::read(&chain, &mut terms);
-            if let Err(Throttled { until_ns }) = self.admit(&request) {
+            if let Err(throttled) = shared.rate.as_ref().map_or(Ok(()), |rate| rate.admit(request.cost)) {
                 if let Some(metrics) = &shared.metrics {
                     metrics.sink.throttled();
                 }
                 let chain = chain.with_memory(memory.clone());
-                self.waiting = Some((Taken { chain, request, begun_ns }, until_ns));
+                self.waiting = Some((Taken { chain, request, begun_ns }, throttled));
                 return Ok(Next::Wait);
             }
             self.execute(chain, request, begun_ns, || memory.clone())?;
@@ -214,7 +209,7 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
     }
 
     fn deadline(&self) -> Option<u64> {
-        self.waiting.as_ref().map(|(_, until_ns)| *until_ns)
+        self.waiting.as_ref().map(|(_, throttled)| throttled.until_ns())
     }
 
     fn stop(&mut self) {

@@ -310,7 +310,7 @@ fn mistakes_of_the_operator_are_named() {
 fn limits_hold_requests_back_until_their_time() {
     let (clock, probe, metrics) =
         (Arc::new(ManualClock::new(0)), Probe::new(1 << 20), Arc::new(DeviceMetrics::default()));
-    let limits = Limits { bytes: Rate::new(512_000, 1024), operations: None };
+    let limits = Limits { bytes: Rate::new(512_000, 1000), operations: None };
     let rate = RateLimiter::new(clock.clone(), limits);
     let builder = Block::builder(probe.clone()).rate(rate).metrics(metrics.clone(), clock.clone());
     let (memory, mut queue, mut worker, block) = bare(builder, ALL);
@@ -320,19 +320,20 @@ fn limits_hold_requests_back_until_their_time() {
         queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     }
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
-    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(1_000_000)));
+    // 24 bytes are owed, and one is to be there.
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(48_829)));
     // What the driver makes of the header meanwhile is not looked at again.
     memory.memory().write_slice(&header(kind::OUT, 7), GuestAddress(HEADER)).unwrap();
-    clock.set(999_999);
+    clock.set(48_828);
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
-    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(1_000_000)));
-    clock.set(1_000_000);
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(48_829)));
+    clock.set(48_829);
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
-    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (3, Some(2_000_000)));
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (3, Some(1_048_829)));
     assert_eq!(probe.calls(), ["write 0 512"; 3]);
     let snapshot = metrics.snapshot();
     assert_eq!(snapshot.write, Totals { requests: 3, bytes: 1536, errors: 0 });
-    assert_eq!((snapshot.latency_total_ns, snapshot.throttled), (1_000_000, 2));
+    assert_eq!((snapshot.latency_total_ns, snapshot.throttled), (48_829, 2));
     // The fourth was read when it was taken, and the disk becomes too small for it while it waits.
     handle.set_capacity(7 * 512).unwrap();
     assert!(handle.set_limits(Limits::default()));
@@ -340,6 +341,24 @@ fn limits_hold_requests_back_until_their_time() {
     assert_eq!((queue.used_index().unwrap(), worker.deadline()), (4, None));
     assert!(probe.calls().is_empty());
     assert_eq!(metrics.snapshot().write, Totals { requests: 4, bytes: 1536, errors: 1 });
+}
+
+#[test]
+fn limits_that_disks_share_are_changed_for_all() {
+    let limits = Limits { bytes: None, operations: Rate::new(1, 1) };
+    let rate = RateLimiter::new(ManualClock::new(0), limits);
+    let mut rigs = [0, 1].map(|_| {
+        let builder = Block::builder(Probe::new(512)).rate(rate.clone());
+        Rig::new(builder, ALL)
+    });
+    assert_eq!(rigs[0].write(0, &[1; 512]), OK);
+    let [first, second] = &mut rigs;
+    second.put_header(kind::OUT, 0);
+    second.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    second.driver.notify(0);
+    assert_eq!(second.queue.used_index().unwrap(), 0);
+    assert!(first.handle.set_limits(Limits::default()));
+    assert_eq!(second.queue.used_index().unwrap(), 1);
 }
 
 #[test]
