@@ -24,6 +24,7 @@ mod memory;
 mod pool;
 mod raw;
 mod request;
+mod shrinks;
 #[cfg(feature = "io-uring")]
 mod uring;
 mod vectored;
@@ -46,6 +47,7 @@ pub use uring::UringFile;
 
 use self::config::{Config, WRITEBACK_AT};
 use self::request::Agreed;
+use self::shrinks::Shrinks;
 use self::worker::BlockWorker;
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, VirtioDevice, Worker};
 use super::doorbell::Doorbells;
@@ -111,6 +113,7 @@ pub(crate) struct Shared {
     /// The capacity. Written with `generation` locked.
     sectors: AtomicU64,
     generation: Mutex<u32>,
+    shrinks: Shrinks,
     writeback: AtomicBool,
     rate: Option<RateLimiter>,
     metrics: Option<Measured>,
@@ -247,6 +250,7 @@ impl BlockBuilder {
             queues: self.queues.get(),
             sectors: AtomicU64::new(sectors),
             generation: Mutex::new(0),
+            shrinks: Shrinks::new(self.queues.get()),
             writeback: AtomicBool::new(self.cache == CacheMode::WriteBack),
             rate: self.rate,
             metrics: self.metrics,

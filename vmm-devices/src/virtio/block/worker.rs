@@ -27,6 +27,8 @@ struct Taken<M: DeviceMemory> {
     chain: Chain<Guard<M>>,
     request: Request,
     begun_ns: u64,
+    /// How often the disk had become smaller before.
+    shrinks: u64,
 }
 
 pub(super) struct BlockWorker<M: DeviceMemory> {
@@ -39,6 +41,9 @@ pub(super) struct BlockWorker<M: DeviceMemory> {
     ended: Vec<JobEnd>,
     /// What waits for a rate limit. Nothing behind it is taken.
     waiting: Option<(Taken<M>, Throttled)>,
+    /// How often the disk had become smaller when the oldest request was let in that may be under way, as others were told; `None` after
+    /// a stop.
+    shrinks: Option<u64>,
 }
 
 impl<M: DeviceMemory> BlockWorker<M> {
@@ -50,7 +55,21 @@ impl<M: DeviceMemory> BlockWorker<M> {
     ) -> Self {
         let places = if io.is_some() { queue.size().into() } else { 0 };
         let under_way = (0..places).map(|_| None).collect();
-        Self { queue, shared, agreed, io, under_way, ended: Vec::new(), waiting: None }
+        let shrinks = shared.shrinks.count();
+        shared.shrinks.tell(queue.index(), Some(shrinks));
+        let (ended, waiting) = (Vec::new(), None);
+        Self { queue, shared, agreed, io, under_way, ended, waiting, shrinks: Some(shrinks) }
+    }
+
+    /// Tells who waits for it that no request is left that was let in when the disk was larger than at the last of so many times.
+    fn settle(&mut self, shrinks: u64) {
+        if self.shrinks.is_none_or(|told| told == shrinks) {
+            return;
+        }
+        let oldest = self.under_way.iter().flatten().map(|taken| taken.shrinks).min().unwrap_or(shrinks);
+        if self.shrinks.replace(oldest) != Some(oldest) {
+            self.shared.shrinks.tell(self.queue.index(), Some(oldest));
+        }
     }
 
     /// Gives back what has ended.
@@ -59,7 +78,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
         io.reap(&mut self.ended);
         for JobEnd { tag, result } in self.ended.drain(..) {
             let taken = self.under_way.get_mut(usize::from(tag)).and_then(Option::take);
-            let Some(Taken { chain, request, begun_ns }) = taken else { continue };
+            let Some(Taken { chain, request, begun_ns, .. }) = taken else { continue };
             mark_written(&chain, request.area);
             finish(&mut self.queue, &self.shared, &chain, &request, status(result), begun_ns)?;
         }
@@ -71,7 +90,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
         &mut self,
         chain: Chain<T>,
         request: Request,
-        begun_ns: u64,
+        (begun_ns, shrinks): (u64, u64),
         hold: impl FnOnce() -> Guard<M>,
     ) -> Result<(), QueueError>
     where
@@ -90,7 +109,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
                     let buffers = Buffers::new(chain.clone(), request.area);
                     // A head is in flight once, so the place is free.
                     if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
-                        *place = Some(Taken { chain, request, begun_ns });
+                        *place = Some(Taken { chain, request, begun_ns, shrinks });
                         io.submit(Job { tag, operation, buffers });
                     }
                     return Ok(());
@@ -106,7 +125,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
     }
 
     /// Takes requests, until there are no more, one has to wait, or it is the turn of others.
-    fn serve(&mut self) -> Result<Next, QueueError> {
+    fn serve(&mut self, shrinks: u64) -> Result<Next, QueueError> {
         let (shared, memory) = (Arc::clone(&self.shared), self.queue.memory());
         let mut terms = Terms::new(&shared, self.agreed);
         let mut left = SHARE;
@@ -115,11 +134,11 @@ impl<M: DeviceMemory> BlockWorker<M> {
                 self.waiting = Some((taken, throttled));
                 return Ok(Next::Wait);
             }
-            let Taken { chain, request, begun_ns } = taken;
+            let Taken { chain, request, begun_ns, .. } = taken;
             // The disk may have become smaller meanwhile.
             let request = request.within(&mut terms);
             left = left.saturating_sub(request.cost);
-            self.execute(chain, request, begun_ns, || memory.clone())?;
+            self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
         }
         for _ in 0..self.queue.size() {
             let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Next::Empty) };
@@ -130,10 +149,10 @@ impl<M: DeviceMemory> BlockWorker<M> {
                     metrics.sink.throttled();
                 }
                 let chain = chain.with_memory(memory.clone());
-                self.waiting = Some((Taken { chain, request, begun_ns }, throttled));
+                self.waiting = Some((Taken { chain, request, begun_ns, shrinks }, throttled));
                 return Ok(Next::Wait);
             }
-            self.execute(chain, request, begun_ns, || memory.clone())?;
+            self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
             left = left.saturating_sub(request.cost);
             if left == 0 {
                 break;
@@ -187,15 +206,17 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
+        let shrinks = self.shared.shrinks.count();
         self.reap()?;
         self.queue.want_doorbell(false)?;
-        let next = self.serve();
+        let next = self.serve(shrinks);
         if let Some(io) = &mut self.io {
             io.kick();
         }
         let next = next?;
         // What the host had at hand has ended already.
         self.reap()?;
+        self.settle(shrinks);
         self.queue.interrupt()?;
         Ok(match next {
             Next::Empty if self.queue.want_doorbell(true)? => Progress::More,
@@ -221,6 +242,9 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
             mark_written(&chain, request.area);
         }
         (self.waiting, self.ended) = (None, Vec::new());
+        if self.shrinks.take().is_some() {
+            self.shared.shrinks.tell(self.queue.index(), None);
+        }
     }
 }
 
