@@ -200,6 +200,17 @@ impl Request {
         Self { task: Task::Fail(Status::IoError), area: Area::None, ..self }
     }
 
+    /// How long it keeps others waiting, in bytes that are moved meanwhile: each has its price, and that of one that goes to a disk without
+    /// data is guessed.
+    pub(super) fn effort(&self) -> u64 {
+        const EACH: u64 = 32 << 10;
+        const WITHOUT_DATA: u64 = 1 << 20;
+        match self.task {
+            Task::Disk(Operation::Flush | Operation::Discard { .. }) => WITHOUT_DATA,
+            _ => self.cost.max(EACH),
+        }
+    }
+
     /// What the used ring says: bytes that were written from the first writable one on, without a gap (2.7.8). Where the
     /// status is not behind data that was written, that is nothing.
     pub(super) fn written(&self, status: Status) -> u64 {

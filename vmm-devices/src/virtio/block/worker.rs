@@ -17,7 +17,7 @@ use crate::virtio::metrics::Ended;
 use crate::virtio::queue::{Chain, QueueError, Virtqueue};
 use crate::virtio::rate::Throttled;
 
-/// Bytes that are moved before others have their turn.
+/// Bytes that are moved before others have their turn, or what takes as long.
 const SHARE: u64 = 8 << 20;
 
 type Guard<M> = <M as GuestAddressSpace>::T;
@@ -137,10 +137,10 @@ impl<M: DeviceMemory> BlockWorker<M> {
             let Taken { chain, request, begun_ns, .. } = taken;
             // The disk may have become smaller meanwhile.
             let request = request.within(&mut terms);
-            left = left.saturating_sub(request.cost);
+            left = left.saturating_sub(request.effort());
             self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
         }
-        for _ in 0..self.queue.size() {
+        while left > 0 {
             let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Next::Empty) };
             let begun_ns = shared.now_ns();
             let request = Request::read(&chain, &mut terms);
@@ -153,10 +153,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
                 return Ok(Next::Wait);
             }
             self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
-            left = left.saturating_sub(request.cost);
-            if left == 0 {
-                break;
-            }
+            left = left.saturating_sub(request.effort());
         }
         Ok(Next::Others)
     }

@@ -9,7 +9,7 @@ use super::*;
 /// Memory whose dirty pages are known, and a worker in it for which a read into [`DATA`] waits.
 fn waiting(disk: BlockBuilder) -> (DirtyTracker, DriverQueue<Memory>, Box<dyn Worker>) {
     let ram = GuestRam::builder().ram(1 << 20).track_dirty(true).build().unwrap();
-    let (memory, mut queue, worker, _) = bare_in(ram.address_space(), disk, ALL);
+    let (memory, mut queue, worker, _) = bare_in(ram.address_space(), 64, disk, ALL);
     memory.memory().write_slice(&header(kind::IN, 0), GuestAddress(HEADER)).unwrap();
     queue.chain().readable(HEADER, 16).writable(DATA, 8192).writable(STATUS, 1).submit().unwrap();
     let tracker = DirtyTracker::new(&ram);

@@ -308,12 +308,12 @@ type Bare = (Memory, DriverQueue<Memory>, Box<dyn Worker>, Block);
 
 /// A worker without a transport, and its device.
 fn bare(builder: BlockBuilder, features: u64) -> Bare {
-    bare_in(memory(), builder, features)
+    bare_in(memory(), 64, builder, features)
 }
 
-fn bare_in(memory: Memory, builder: BlockBuilder, features: u64) -> Bare {
+fn bare_in(memory: Memory, size: u16, builder: BlockBuilder, features: u64) -> Bare {
     let link = Arc::new(LinkRecorder::default());
-    let queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
+    let queue = DriverQueue::new(memory.clone(), 0x1000, size).unwrap();
     let own = Virtqueue::new(queue.device_side().unwrap(), 0, memory.clone(), link.clone()).unwrap();
     let mut block = builder.build().unwrap();
     let activation =
