@@ -41,12 +41,12 @@ struct Work {
 /// A job, and who wants to know of its end.
 struct Task {
     job: Job,
-    disk: Arc<dyn Backend>,
-    queue: Arc<Ends>,
+    queue: Arc<Origin>,
 }
 
-/// The ends of one queue's jobs.
-struct Ends {
+/// Where jobs come from: one queue of a device.
+struct Origin {
+    disk: Arc<dyn Backend>,
     state: Mutex<State>,
     idle: Condvar,
     waker: Waker,
@@ -56,7 +56,6 @@ struct Ends {
 struct State {
     ended: Vec<JobEnd>,
     under_way: usize,
-    cancelled: bool,
 }
 
 impl ThreadPool {
@@ -106,28 +105,25 @@ impl Shared {
 
 impl Task {
     fn run(self) {
-        let Self { job, disk, queue } = self;
+        let Self { job, queue } = self;
         let tag = job.tag;
-        let cancelled = lock(&queue.state).cancelled;
-        let result = if cancelled {
-            Err(io::ErrorKind::Interrupted.into())
-        } else {
-            // A backend that panics fails its request, and not those who wait for it.
-            let run = catch_unwind(AssertUnwindSafe(|| job.run(&*disk)));
-            run.unwrap_or_else(|_| Err(io::Error::other("the disk's backend has panicked")))
-        };
+        // A backend that panics fails its request, and not those who wait for it.
+        let run = catch_unwind(AssertUnwindSafe(|| job.run(&*queue.disk)));
+        let result = run.unwrap_or_else(|_| Err(io::Error::other("the disk's backend has panicked")));
         // Its memory goes before anybody is told that it has ended.
         drop(job);
         let mut state = lock(&queue.state);
+        // Of others that nobody has looked at yet there is word already.
+        let news = state.ended.is_empty();
         state.ended.push(JobEnd { tag, result });
         state.under_way -= 1;
         if state.under_way == 0 {
             queue.idle.notify_all();
         }
         drop(state);
-        // Last: it may serve the queue on this thread.
-        if !cancelled {
-            (queue.waker)();
+        if news {
+            // Last: it may serve the queue on this thread. What panics there is not this thread's business.
+            let (Ok(()) | Err(_)) = catch_unwind(AssertUnwindSafe(|| (queue.waker)()));
         }
     }
 }
@@ -189,15 +185,17 @@ impl Backend for Pooled {
     }
 
     fn queue(self: Arc<Self>, _depth: u16, waker: Waker) -> io::Result<Option<Box<dyn IoQueue>>> {
-        let ends = Arc::new(Ends { state: Mutex::default(), idle: Condvar::new(), waker });
-        Ok(Some(Box::new(PoolQueue { disk: Arc::clone(&self.disk), pool: Arc::clone(&self.pool), ends })))
+        let (state, idle) = (Mutex::default(), Condvar::new());
+        let origin = Arc::new(Origin { disk: Arc::clone(&self.disk), state, idle, waker });
+        Ok(Some(Box::new(PoolQueue { pool: Arc::clone(&self.pool), origin, submitted: Vec::new() })))
     }
 }
 
 struct PoolQueue {
-    disk: Arc<dyn Backend>,
     pool: Arc<ThreadPool>,
-    ends: Arc<Ends>,
+    origin: Arc<Origin>,
+    /// Since the last kick.
+    submitted: Vec<Job>,
 }
 
 impl fmt::Debug for PoolQueue {
@@ -208,24 +206,39 @@ impl fmt::Debug for PoolQueue {
 
 impl IoQueue for PoolQueue {
     fn submit(&mut self, job: Job) {
-        lock(&self.ends.state).under_way += 1;
-        let task = Task { job, disk: Arc::clone(&self.disk), queue: Arc::clone(&self.ends) };
-        lock(&self.pool.shared.work).tasks.push_back(task);
-        self.pool.shared.changed.notify_one();
+        self.submitted.push(job);
+    }
+
+    fn kick(&mut self) {
+        let Shared { work, changed } = &*self.pool.shared;
+        let count = self.submitted.len();
+        if count == 0 {
+            return;
+        }
+        lock(&self.origin.state).under_way += count;
+        let tasks = self.submitted.drain(..).map(|job| Task { job, queue: Arc::clone(&self.origin) });
+        lock(work).tasks.extend(tasks);
+        if count == 1 { changed.notify_one() } else { changed.notify_all() }
     }
 
     fn reap(&mut self, ended: &mut Vec<JobEnd>) {
-        ended.append(&mut lock(&self.ends.state).ended);
+        ended.append(&mut lock(&self.origin.state).ended);
     }
 
     fn cancel(&mut self) {
-        let mut state = lock(&self.ends.state);
-        state.cancelled = true;
+        self.submitted.clear();
+        // What no thread has begun does not wait behind other disks.
+        let mut work = lock(&self.pool.shared.work);
+        let is_own = |task: &Task| Arc::ptr_eq(&task.queue, &self.origin);
+        let (own, others): (VecDeque<_>, _) = std::mem::take(&mut work.tasks).into_iter().partition(is_own);
+        work.tasks = others;
+        drop(work);
+        let mut state = lock(&self.origin.state);
+        state.under_way -= own.len();
         while state.under_way > 0 {
-            state = self.ends.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.origin.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.ended.clear();
-        state.cancelled = false;
     }
 }
 

@@ -4,6 +4,8 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use super::*;
+use crate::ManualClock;
+use crate::virtio::metrics::Ended;
 
 fn pooled(threads: usize) -> (Rig, Arc<Probe>) {
     let probe = Probe::new(SECTORS as u64 * 512);
@@ -151,6 +153,65 @@ fn a_backend_that_panics_fails_its_request() {
         await_used(&rig, used);
         assert_eq!(rig.get(STATUS, 1), [status]);
     }
+}
+
+#[test]
+fn a_panic_of_who_is_told_ends_no_thread() {
+    struct Panics(AtomicBool);
+    impl Metrics for Panics {
+        fn ended(&self, _: Ended) {
+            assert!(self.0.swap(true, Ordering::SeqCst), "the test wants it");
+        }
+    }
+    let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
+    let probe = Probe::new(512);
+    let disk = Arc::new(Pooled::new(probe.clone(), pool));
+    let metrics = Arc::new(Panics(AtomicBool::new(false)));
+    let mut rig = Rig::new(Block::builder(disk).metrics(metrics.clone(), ManualClock::new(0)), ALL);
+    rig.put_header(kind::OUT, 0);
+    for used in 0..2 {
+        rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+        let closed = probe.close();
+        rig.driver.notify(0);
+        drop(closed);
+        // Who is told of the first, by the thread that has ended it, panics, and the guest never hears of that request.
+        while !metrics.0.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        // The panic may still be under way, in which nobody answers.
+        while rig.queue.used_index().unwrap() != used {
+            rig.driver.notify(0);
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// A disk that hangs holds the pool's threads, and what waits for them there. That is no reason to hold up another disk's reset.
+#[test]
+fn what_has_not_begun_is_given_up_at_once() {
+    let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
+    let probes = [0, 1].map(|_| Probe::new(512));
+    let mut rigs = probes
+        .each_ref()
+        .map(|probe| Rig::new(Block::builder(Arc::new(Pooled::new(probe.clone(), pool.clone()))), ALL));
+    let closed = probes[0].close();
+    for rig in &mut rigs {
+        rig.put_header(kind::OUT, 0);
+        rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+        rig.driver.notify(0);
+    }
+    probes[0].await_waiting(1);
+    let [_first, second] = rigs;
+    let (tell, told) = std::sync::mpsc::channel();
+    let resetter = std::thread::spawn(move || {
+        second.driver.set_status(0);
+        tell.send(()).unwrap();
+    });
+    let told = told.recv_timeout(Duration::from_secs(20));
+    drop(closed);
+    resetter.join().unwrap();
+    assert_eq!(told, Ok(()));
+    assert!(probes[1].calls().is_empty());
 }
 
 #[test]
