@@ -28,6 +28,15 @@ pub(super) enum Area {
     Writable { len: usize },
 }
 
+impl Area {
+    pub(super) fn len(self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Readable { len, .. } | Self::Writable { len } => len,
+        }
+    }
+}
+
 /// Where the data lies; `None` if not all of it is in RAM.
 pub(super) fn slices<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area) -> Option<Slices<'_>> {
     let mut all = Slices::new();
@@ -108,25 +117,38 @@ fn erase<'a, B: vmm_memory::vm_memory::bitmap::BitmapSlice>(
 }
 
 /// A request's data, with what keeps it mapped.
-pub struct Buffers(Box<dyn Held>);
+pub struct Buffers {
+    held: Box<dyn Held>,
+    len: usize,
+}
 
 impl fmt::Debug for Buffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buffers").finish_non_exhaustive()
+        f.debug_struct("Buffers").field("len", &self.len).finish_non_exhaustive()
     }
 }
 
 impl Buffers {
     pub(super) fn new<T: Deref<Target: GuestMemory> + Send + 'static>(chain: Chain<T>, area: Area) -> Self {
-        Self(Box::new((chain, area)))
+        Self { held: Box::new((chain, area)), len: area.len() }
     }
 
-    /// The pieces of memory that it consists of.
+    /// How many bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The pieces of memory that it consists of, as the driver's addresses are looked up now.
     ///
     /// # Errors
-    /// If they are not RAM, which the device has checked.
+    /// If not all of it is RAM: nothing is to be done with what is.
     pub fn slices(&self) -> io::Result<Slices<'_>> {
-        self.0.slices().ok_or_else(|| io::Error::other("the request's buffers are not in RAM"))
+        self.held.slices().ok_or_else(|| io::Error::other("the request's buffers are not in RAM"))
     }
 }
 

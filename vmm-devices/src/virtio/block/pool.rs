@@ -8,10 +8,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use vmm_memory::vm_memory::VolatileSlice;
-
-use super::backend::{Backend, BlockSizes, IoQueue, Job, JobEnd, Waker};
+use super::backend::{Backend, ConcurrentDisk, IoQueue, Job, JobEnd, Waker};
 use crate::interrupt::lock;
+use crate::virtio::device::Progress;
 
 /// Threads that any number of disks share. A disk that hangs holds as many of them as it has requests: what must not wait for it
 /// gets a pool of its own.
@@ -128,7 +127,7 @@ impl Task {
     }
 }
 
-/// A disk whose requests are done by a [`ThreadPool`].
+/// Any disk, whose requests are done by a [`ThreadPool`].
 pub struct Pooled {
     disk: Arc<dyn Backend>,
     pool: Arc<ThreadPool>,
@@ -147,47 +146,15 @@ impl Pooled {
     }
 }
 
-impl Backend for Pooled {
-    fn size(&self) -> io::Result<u64> {
-        self.disk.size()
+impl ConcurrentDisk for Pooled {
+    fn disk(&self) -> Arc<dyn Backend> {
+        Arc::clone(&self.disk)
     }
 
-    fn is_read_only(&self) -> bool {
-        self.disk.is_read_only()
-    }
-
-    fn block_sizes(&self) -> BlockSizes {
-        self.disk.block_sizes()
-    }
-
-    fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
-        self.disk.read_at(buffers, offset)
-    }
-
-    fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
-        self.disk.write_at(buffers, offset, durable)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.disk.flush()
-    }
-
-    fn can_discard(&self) -> bool {
-        self.disk.can_discard()
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.disk.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.disk.write_zeroes(offset, len, unmap)
-    }
-
-    fn queue(self: Arc<Self>, _depth: u16, waker: Waker) -> io::Result<Option<Box<dyn IoQueue>>> {
+    fn queue(&self, _depth: u16, waker: Waker) -> io::Result<Box<dyn IoQueue>> {
         let (state, idle) = (Mutex::default(), Condvar::new());
         let origin = Arc::new(Origin { disk: Arc::clone(&self.disk), state, idle, waker });
-        Ok(Some(Box::new(PoolQueue { pool: Arc::clone(&self.pool), origin, submitted: Vec::new() })))
+        Ok(Box::new(PoolQueue { pool: Arc::clone(&self.pool), origin, submitted: Vec::new() }))
     }
 }
 
@@ -221,8 +188,9 @@ impl IoQueue for PoolQueue {
         if count == 1 { changed.notify_one() } else { changed.notify_all() }
     }
 
-    fn reap(&mut self, ended: &mut Vec<JobEnd>) {
+    fn reap(&mut self, ended: &mut Vec<JobEnd>) -> Progress {
         ended.append(&mut lock(&self.origin.state).ended);
+        Progress::Idle
     }
 
     fn cancel(&mut self) {

@@ -9,7 +9,7 @@ use vmm_memory::vm_memory::GuestAddressSpace;
 
 use super::Shared;
 use super::backend::{IoQueue, Job, JobEnd};
-use super::buffers::{Buffers, mark_written, slices, with_slices};
+use super::buffers::{Buffers, mark_written, with_slices};
 use super::config::ID_BYTES;
 use super::request::{Agreed, Request, Status, Task, Terms};
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
@@ -73,16 +73,16 @@ impl<M: DeviceMemory> BlockWorker<M> {
     }
 
     /// Gives back what has ended.
-    fn reap(&mut self) -> Result<(), QueueError> {
-        let Some(io) = &mut self.io else { return Ok(()) };
-        io.reap(&mut self.ended);
+    fn reap(&mut self) -> Result<Progress, QueueError> {
+        let Some(io) = &mut self.io else { return Ok(Progress::Idle) };
+        let progress = io.reap(&mut self.ended);
         for JobEnd { tag, result } in self.ended.drain(..) {
             let taken = self.under_way.get_mut(usize::from(tag)).and_then(Option::take);
             let Some(Taken { chain, request, begun_ns, .. }) = taken else { continue };
             mark_written(&chain, request.area);
             finish(&mut self.queue, &self.shared, &chain, &request, status(result), begun_ns)?;
         }
-        Ok(())
+        Ok(progress)
     }
 
     /// Does a request, or begins it.
@@ -103,7 +103,6 @@ impl<M: DeviceMemory> BlockWorker<M> {
                 _ => Status::IoError,
             },
             Task::Disk(operation) => match &mut self.io {
-                Some(_) if slices(&chain, request.area).is_none() => Status::IoError,
                 Some(io) => {
                     let (tag, chain) = (chain.head(), chain.with_memory(hold()));
                     let buffers = Buffers::new(chain.clone(), request.area);
@@ -204,7 +203,7 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
 
     fn process(&mut self) -> Result<Progress, QueueError> {
         let shrinks = self.shared.shrinks.count();
-        self.reap()?;
+        let (Progress::Idle | Progress::More) = self.reap()?;
         self.queue.want_doorbell(false)?;
         let next = self.serve(shrinks);
         if let Some(io) = &mut self.io {
@@ -212,12 +211,12 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
         }
         let next = next?;
         // What the host had at hand has ended already.
-        self.reap()?;
+        let progress = self.reap()?;
         self.settle(shrinks);
         self.queue.interrupt()?;
         Ok(match next {
             Next::Empty if self.queue.want_doorbell(true)? => Progress::More,
-            Next::Empty | Next::Wait => Progress::Idle,
+            Next::Empty | Next::Wait => progress,
             Next::Others => Progress::More,
         })
     }

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use super::*;
 use crate::ManualClock;
+use crate::virtio::Progress;
 use crate::virtio::metrics::Ended;
 
 fn pooled(threads: usize) -> (Rig, Arc<Probe>) {
     let probe = Probe::new(SECTORS as u64 * 512);
     let pool = ThreadPool::new(NonZeroUsize::new(threads).unwrap()).unwrap();
-    (Rig::new(Block::builder(Arc::new(Pooled::new(probe.clone(), pool))), ALL), probe)
+    (Rig::new(Block::concurrent(Arc::new(Pooled::new(probe.clone(), pool))), ALL), probe)
 }
 
 /// Waits until the device has used so many chains; the guest looks at its ring.
@@ -143,7 +144,7 @@ fn a_backend_that_panics_fails_its_request() {
         }
     }
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
-    let mut rig = Rig::new(Block::builder(Arc::new(Pooled::new(Arc::new(Panics), pool))), 0);
+    let mut rig = Rig::new(Block::concurrent(Arc::new(Pooled::new(Arc::new(Panics), pool))), 0);
     for (used, (kind, status)) in (1..).zip([(kind::IN, IO_ERROR), (kind::OUT, OK), (kind::IN, IO_ERROR)]) {
         rig.put_header(kind, 0);
         let chain = rig.queue.chain().readable(HEADER, 16);
@@ -167,7 +168,7 @@ fn a_panic_of_who_is_told_ends_no_thread() {
     let probe = Probe::new(512);
     let disk = Arc::new(Pooled::new(probe.clone(), pool));
     let metrics = Arc::new(Panics(AtomicBool::new(false)));
-    let mut rig = Rig::new(Block::builder(disk).metrics(metrics.clone(), ManualClock::new(0)), ALL);
+    let mut rig = Rig::new(Block::concurrent(disk).metrics(metrics.clone(), ManualClock::new(0)), ALL);
     rig.put_header(kind::OUT, 0);
     for used in 0..2 {
         rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
@@ -193,7 +194,7 @@ fn what_has_not_begun_is_given_up_at_once() {
     let probes = [0, 1].map(|_| Probe::new(512));
     let mut rigs = probes
         .each_ref()
-        .map(|probe| Rig::new(Block::builder(Arc::new(Pooled::new(probe.clone(), pool.clone()))), ALL));
+        .map(|probe| Rig::new(Block::concurrent(Arc::new(Pooled::new(probe.clone(), pool.clone()))), ALL));
     let closed = probes[0].close();
     for rig in &mut rigs {
         rig.put_header(kind::OUT, 0);
@@ -215,13 +216,45 @@ fn what_has_not_begun_is_given_up_at_once() {
 }
 
 #[test]
+fn a_host_that_takes_no_more_is_asked_again_soon() {
+    #[derive(Debug)]
+    struct Stuck(Option<u16>, u32);
+    impl IoQueue for Stuck {
+        fn submit(&mut self, job: Job) {
+            self.0 = Some(job.tag);
+        }
+        fn reap(&mut self, ended: &mut Vec<JobEnd>) -> Progress {
+            if self.0.is_none() || self.1 > 0 {
+                self.1 = self.1.saturating_sub(1);
+                return if self.0.is_some() { Progress::More } else { Progress::Idle };
+            }
+            ended.extend(self.0.take().map(|tag| JobEnd { tag, result: Ok(()) }));
+            Progress::Idle
+        }
+        fn cancel(&mut self) {}
+    }
+    struct Disk;
+    impl ConcurrentDisk for Disk {
+        fn disk(&self) -> Arc<dyn Backend> {
+            Probe::new(512)
+        }
+        fn queue(&self, _: u16, _: Waker) -> io::Result<Box<dyn IoQueue>> {
+            Ok(Box::new(Stuck(None, 6)))
+        }
+    }
+    // Nobody calls a worker in vain that says it has nothing to do.
+    let mut rig = Rig::new(Block::concurrent(Arc::new(Disk)), ALL);
+    assert_eq!(rig.give(kind::FLUSH, 0, &[]), (OK, 1));
+}
+
+#[test]
 fn a_pool_serves_all_queues_of_all_disks() {
     let pool = ThreadPool::new(NonZeroUsize::new(2).unwrap()).unwrap();
     let mut rigs: Vec<_> = (0..3)
         .map(|_| {
             let probe = Probe::new(SECTORS as u64 * 512);
             let disk = Arc::new(Pooled::new(probe.clone(), Arc::clone(&pool)));
-            (Rig::new(Block::builder(disk), ALL), probe)
+            (Rig::new(Block::concurrent(disk), ALL), probe)
         })
         .collect();
     drop(pool);
