@@ -324,6 +324,11 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
         self.segments.get(self.readable..).unwrap_or_default().iter().map(|s| (s.gpa, s.len))
     }
 
+    /// How many buffers it has.
+    pub(super) fn segments(&self) -> usize {
+        self.segments.len()
+    }
+
     /// Bytes to read, all in all.
     pub fn readable_len(&self) -> u64 {
         self.readable().map(|(_, len)| u64::from(len)).sum()

@@ -247,6 +247,61 @@ fn a_host_that_takes_no_more_is_asked_again_soon() {
     assert_eq!(rig.give(kind::FLUSH, 0, &[]), (OK, 1));
 }
 
+/// Each chain may be as long as the queue, and there may be as many: all of them at once would be too much to remember.
+#[test]
+fn what_is_under_way_is_bounded_and_all_is_served() {
+    type Jobs = Arc<Mutex<(Vec<Job>, bool)>>;
+    struct Keeps(Jobs);
+    impl fmt::Debug for Keeps {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Keeps")
+        }
+    }
+    impl IoQueue for Keeps {
+        fn submit(&mut self, job: Job) {
+            self.0.lock().unwrap().0.push(job);
+        }
+        fn reap(&mut self, ended: &mut Vec<JobEnd>) -> Progress {
+            let (jobs, end) = &mut *self.0.lock().unwrap();
+            if *end {
+                ended.extend(jobs.drain(..).map(|job| JobEnd { tag: job.tag, result: Ok(()) }));
+            }
+            Progress::Idle
+        }
+        fn cancel(&mut self) {
+            self.0.lock().unwrap().0.clear();
+        }
+    }
+    struct Disk(Jobs);
+    impl ConcurrentDisk for Disk {
+        fn disk(&self) -> Arc<dyn Backend> {
+            Probe::new(1 << 20)
+        }
+        fn queue(&self, _: u16, _: Waker) -> io::Result<Box<dyn IoQueue>> {
+            Ok(Box::new(Keeps(Arc::clone(&self.0))))
+        }
+    }
+    let jobs = Jobs::default();
+    let disk = Block::concurrent(Arc::new(Disk(Arc::clone(&jobs))));
+    let (memory, mut queue, mut worker, _) = bare_in(memory(), 1024, disk, ALL);
+    memory.memory().write_slice(&header(kind::IN, 0), GuestAddress(0xb0000)).unwrap();
+    for _ in 0..1024 {
+        let mut chain = queue.chain().readable(0xb0000, 16);
+        for _ in 0..510 {
+            chain = chain.writable(DATA, 512);
+        }
+        chain.writable(0xb1000, 1).submit_indirect(0xc0000).unwrap();
+    }
+    while worker.process().unwrap() == Progress::More {}
+    let under_way = jobs.lock().unwrap().0.len();
+    assert_eq!(under_way, 128);
+    assert_eq!((worker.process().unwrap(), jobs.lock().unwrap().0.len()), (Progress::Idle, under_way));
+    // One wake-up is enough: from there on it goes on by itself.
+    jobs.lock().unwrap().1 = true;
+    while worker.process().unwrap() == Progress::More {}
+    assert_eq!(queue.used_index().unwrap(), 1024);
+}
+
 #[test]
 fn a_pool_serves_all_queues_of_all_disks() {
     let pool = ThreadPool::new(NonZeroUsize::new(2).unwrap()).unwrap();
