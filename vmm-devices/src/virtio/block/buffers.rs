@@ -9,7 +9,8 @@ use std::io;
 use std::ops::Deref;
 
 use smallvec::SmallVec;
-use vmm_memory::vm_memory::bitmap::{BS, Bitmap};
+use vmm_memory::vm_memory::bitmap::{BS, Bitmap, BitmapSlice};
+use vmm_memory::vm_memory::volatile_memory::PtrGuardMut;
 use vmm_memory::vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use crate::virtio::queue::{Chain, pieces};
@@ -107,12 +108,17 @@ fn each_slice<'a, G: GuestMemory + ?Sized>(
     Some(total)
 }
 
-fn erase<'a, B: vmm_memory::vm_memory::bitmap::BitmapSlice>(
-    slice: &VolatileSlice<'a, B>,
-) -> VolatileSlice<'a> {
+/// The guard of a pointer has nothing to undo, so the pointer is good without it. With vm-memory's feature `xen`, which any crate of a
+/// program turns on for all, memory is mapped for each guard anew: there the devices do not build.
+const _: () = assert!(
+    !std::mem::needs_drop::<PtrGuardMut>(),
+    "vmm-devices hands guest memory to the kernel by address, and cannot be built with vm-memory's feature `xen`"
+);
+
+fn erase<'a, B: BitmapSlice>(slice: &VolatileSlice<'a, B>) -> VolatileSlice<'a> {
     let guard = slice.ptr_guard_mut();
-    // SAFETY: the slice says that these bytes are there for 'a and are used by volatile accesses alone; without
-    // vm-memory's `xen` feature, which nothing here turns on, its pointer outlives the guard.
+    // SAFETY: the slice says that these bytes are there for 'a and are used by volatile accesses alone. The pointer outlives its guard, as
+    // asserted above.
     unsafe { VolatileSlice::new(guard.as_ptr(), guard.len()) }
 }
 
