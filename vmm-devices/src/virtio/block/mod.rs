@@ -109,7 +109,6 @@ pub(crate) struct Shared {
     disk: Arc<dyn Backend>,
     read_only: bool,
     serial: [u8; ID_BYTES],
-    queues: u16,
     /// The capacity. Written with `generation` locked.
     sectors: AtomicU64,
     generation: Mutex<u32>,
@@ -259,7 +258,6 @@ impl BlockBuilder {
             disk: self.disk,
             read_only: self.read_only,
             serial: worker::serial(&self.serial),
-            queues: self.queues.get(),
             sectors: AtomicU64::new(sectors),
             generation: Mutex::new(0),
             shrinks: Shrinks::new(self.queues.get()),
@@ -324,6 +322,11 @@ impl Block {
         features | WRITE_ZEROES
     }
 
+    fn queues(&self) -> u16 {
+        // Made of one.
+        u16::try_from(self.sizes.len()).unwrap_or(u16::MAX)
+    }
+
     fn set_cache(&self, mode: CacheMode) {
         self.shared.writeback.store(mode == CacheMode::WriteBack, Ordering::SeqCst);
     }
@@ -348,7 +351,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
             sectors: self.shared.sectors.load(Ordering::SeqCst),
             blocks: self.blocks,
             queue_size: self.sizes.first().copied().unwrap_or_default(),
-            queues: self.shared.queues,
+            queues: self.queues(),
             writeback: self.shared.writeback.load(Ordering::SeqCst),
             features: self.offered(),
         };
@@ -388,7 +391,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
         self.set_cache(self.chosen.filter(|_| may_choose).unwrap_or(cache));
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         // The first queue is always there; of others, those that the driver has set up.
-        for index in 0..if several { self.shared.queues } else { 1 } {
+        for index in 0..if several { self.queues() } else { 1 } {
             let queue = match activation.take_queue(index) {
                 Ok(queue) => queue,
                 Err(_) if index > 0 => continue,

@@ -222,7 +222,7 @@ impl Request {
         if self.status_at == Some(data) { data + 1 } else { data }
     }
 
-    /// Bytes of data that it moved.
+    /// Bytes of data that it moved, for whoever counts: all of its buffers, or none if it failed.
     pub(super) fn moved(&self, status: Status) -> u64 {
         if status == Status::Ok { self.area.len() as u64 } else { 0 }
     }
