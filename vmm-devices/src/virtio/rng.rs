@@ -49,8 +49,7 @@ impl Rng {
     }
 
     /// Limits requests, and the bytes that they ask for up to [`MAX_REQUEST`]: whatever the guest does, the host's generator
-    /// works no harder. Needs an executor that knows deadlines, which [`Inline`](super::Inline) does not: there a request
-    /// that has to wait waits for the next doorbell.
+    /// works no harder.
     #[must_use]
     pub fn rate(mut self, limiter: RateLimiter) -> Self {
         self.limiter = Some(limiter);
@@ -156,14 +155,10 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         let mut held = self.waiting.is_some();
         for _ in 0..self.queue.size() {
-            let Some(request) = self.next()? else {
-                self.queue.interrupt()?;
-                let more = self.queue.want_doorbell(true)?;
-                return Ok(if more { Progress::More } else { Progress::Idle });
-            };
+            let Some(request) = self.next()? else { return self.queue.rest() };
             let room = usize::try_from(request.chain.writable_len()).unwrap_or(usize::MAX).min(MAX_REQUEST);
             let admitted = self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(room as u64));
             if let Err(Throttled { until_ns }) = admitted {
@@ -171,14 +166,13 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
                     metrics.sink.throttled();
                 }
                 self.waiting = Some((request, until_ns));
-                self.queue.interrupt()?;
-                return Ok(Progress::Idle);
+                // What is behind it waits as well.
+                return self.queue.rest().map(|_| Progress::Idle);
             }
             held = false;
             self.fill(&request, room)?;
         }
-        self.queue.interrupt()?;
-        Ok(Progress::More)
+        self.queue.rest().map(|_| Progress::More)
     }
 
     fn deadline(&self) -> Option<u64> {

@@ -109,7 +109,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
             Task::Disk(operation) => match &mut self.io {
                 Some(_) if slices(&chain, request.area).is_none() => Status::IoError,
                 Some(io) => {
-                    let (tag, chain) = (chain.head(), chain.with_memory(hold()));
+                    let (tag, chain) = (chain.head(), chain.in_memory(hold()));
                     let buffers = Buffers::new(chain.clone(), request.area);
                     // A head is in flight once, so the place is free.
                     if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
@@ -157,7 +157,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
                 if let Some(metrics) = &shared.metrics {
                     metrics.sink.throttled();
                 }
-                let chain = chain.with_memory(memory.clone());
+                let chain = chain.in_memory(memory.clone());
                 self.waiting = Some((Taken { chain, request, begun_ns }, until_ns));
                 return Ok(Next::Wait);
             }
@@ -216,7 +216,7 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
 
     fn process(&mut self) -> Result<Progress, QueueError> {
         self.reap()?;
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         let next = self.serve();
         if let Some(io) = &mut self.io {
             io.kick();
@@ -224,10 +224,10 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
         let next = next?;
         // What the host had at hand has ended already.
         self.reap()?;
-        self.queue.interrupt()?;
+        let more = self.queue.rest()?;
         Ok(match next {
-            Next::Empty if self.queue.want_doorbell(true)? => Progress::More,
-            Next::Empty | Next::Wait => Progress::Idle,
+            Next::Empty => more,
+            Next::Wait => Progress::Idle,
             Next::Others => Progress::More,
         })
     }
