@@ -67,6 +67,9 @@ impl Signal for Causes {
 }
 
 /// A virtio device with registers in memory.
+///
+/// A queue that is ready is taken back by a reset of the device alone: once the driver has said DRIVER_OK, QueueReady stays 1
+/// whatever it writes (4.2.2.2 lets it write 0), for the queue may be in use on another thread.
 pub struct VirtioMmio<M: DeviceMemory> {
     control: Control<M, Causes>,
 }

@@ -87,6 +87,9 @@ pub enum VirtioPciError {
 }
 
 /// A virtio device as a PCI function.
+///
+/// Where it departs from what a driver may expect: the bus master bit holds back messages, and not what the device does to
+/// memory; that ends with a reset of the device. A queue is taken back by a reset of the device alone (2.6.1 is not offered).
 pub struct VirtioPci<M: DeviceMemory> {
     config: ConfigSpace,
     /// The capability that is a window on the BAR.
@@ -126,18 +129,18 @@ impl<M: DeviceMemory> VirtioPci<M> {
         VirtioPciBuilder { parts: Parts::new(device, memory), sink: Arc::new(sink) }
     }
 
-    /// What the window of configuration space looks at: BAR and offset, if the driver set it up for `len` bytes.
-    fn window_target(&self, len: usize) -> Option<(usize, u64)> {
+    /// What the window of configuration space looks at, if the driver has set it up: BAR, offset, and how many of its data's
+    /// bytes count, whatever the width of the access to them.
+    fn window_target(&self) -> Option<(usize, u64, usize)> {
         let register = |offset| self.config.register(self.window.get() + offset);
         let [bar, ..] = register(window::BAR).to_le_bytes();
         let (offset, length) = (register(window::OFFSET), register(window::LENGTH));
-        let fits = usize::try_from(length).is_ok_and(|length| length == len) && matches!(len, 1 | 2 | 4);
-        (fits && offset.is_multiple_of(length)).then_some((bar.into(), offset.into()))
+        let len = usize::try_from(length).ok().filter(|len| matches!(len, 1 | 2 | 4))?;
+        offset.is_multiple_of(length).then_some((bar.into(), offset.into(), len))
     }
 
-    /// Whether an access of configuration space is one to the window's data.
-    fn is_window(&self, offset: u16) -> bool {
-        offset == self.window.get() + window::DATA
+    fn window_data(&self) -> u16 {
+        self.window.get() + window::DATA
     }
 }
 
@@ -188,22 +191,27 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
     }
 
     fn read_config(&mut self, offset: u16, data: &mut [u8]) {
-        if self.is_window(offset)
-            && let Some((bar, at)) = self.window_target(data.len())
+        let place = self.window_data();
+        if offset & !3 == place
+            && let Some((bar, at, len)) = self.window_target()
         {
-            self.bar_read(bar, at, data);
-            return;
+            let mut word = self.config.register(place).to_le_bytes();
+            if let Some(bytes) = word.get_mut(..len) {
+                self.bar_read(bar, at, bytes);
+            }
+            self.config.set_register(place, u32::from_le_bytes(word));
         }
         self.config.read(offset, data);
     }
 
     fn write_config(&mut self, offset: u16, data: &[u8]) {
-        self.config.write(offset, data);
+        let written = self.config.write(offset, data);
         self.vectors.config_written(&self.config);
-        if self.is_window(offset)
-            && let Some((bar, at)) = self.window_target(data.len())
+        if written.is_some_and(|written| written.reaches(self.window, window::DATA))
+            && let Some((bar, at, len)) = self.window_target()
+            && let Some(bytes) = self.config.register(self.window_data()).to_le_bytes().get(..len)
         {
-            self.bar_write(bar, at, data);
+            self.bar_write(bar, at, bytes);
         }
     }
 

@@ -104,6 +104,8 @@ impl Signal for Arc<Vectors> {
         for vector in self.queues.iter().chain([&self.config]) {
             vector.store(NO_VECTOR, Ordering::SeqCst);
         }
+        // What was signalled and is masked is of a driver that has gone.
+        self.msix.forget_pending();
         self.take_isr();
     }
 }
@@ -203,6 +205,20 @@ mod tests {
         function.vectors.reset_function();
         function.vectors.used(0);
         assert_eq!(function.line.take(), [true], "a reset turns MSI-X off");
+    }
+
+    #[test]
+    fn a_reset_of_the_device_forgets_what_is_masked() {
+        let mut function = Function::new();
+        function.enable(true);
+        let Function { vectors, sent, .. } = function;
+        let mask = |masked: u8| assert!(vectors.msix().write(0, 16 + 12, &[masked, 0, 0, 0]));
+        vectors.set_queue(0, 1);
+        mask(1);
+        vectors.used(0);
+        vectors.reset();
+        mask(0);
+        assert!(lock(&sent).is_empty());
     }
 
     #[test]
