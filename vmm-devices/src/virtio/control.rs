@@ -72,13 +72,16 @@ impl Causes {
         causes
     }
 
-    /// One more cause, if it is `wanted` then.
-    pub(crate) fn raise_if(&self, cause: u8, wanted: &dyn Fn() -> bool) {
+    /// One more cause, if it is `wanted` then; whether it was.
+    pub(crate) fn raise_if(&self, cause: u8, wanted: &dyn Fn() -> bool) -> bool {
+        let mut is_wanted = false;
         self.change(|raised| {
-            if wanted() {
+            is_wanted = wanted();
+            if is_wanted {
                 raised.causes |= cause;
             }
         });
+        is_wanted
     }
 
     /// The causes so far, of which those in `seen` are no more.

@@ -45,6 +45,6 @@ pub use doorbell::Doorbells;
 pub use event_loop::{EventLoop, LoopExecutor, LoopThread, ThreadPerQueue};
 pub use executor::{Executor, Inline, Running};
 pub use mmio::{QueueNotifier, VirtioMmio, VirtioMmioBuilder};
-pub use pci::{VirtioPci, VirtioPciBuilder, VirtioPciError};
+pub use pci::{DoorbellHost, GuestDoorbell, VirtioPci, VirtioPciBuilder, VirtioPciError};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;

@@ -4,12 +4,15 @@
 //! capabilities say; queues interrupt by MSI-X, or by INTA# where the driver does not turn it on.
 
 mod common;
+mod doorbells;
 mod vectors;
 
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
+use self::doorbells::Doorbells;
+pub use self::doorbells::{DoorbellHost, GuestDoorbell};
 use self::vectors::Vectors;
 use super::control::{Control, Parts};
 use super::device::{DeviceMemory, DeviceType, VirtioDevice};
@@ -84,6 +87,9 @@ pub enum VirtioPciError {
     /// Its configuration space cannot be.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// The host has no eventfds for its doorbells.
+    #[error("the host refuses eventfds for the doorbells")]
+    Notifiers(#[from] std::io::Error),
 }
 
 /// A virtio device as a PCI function.
@@ -96,6 +102,7 @@ pub struct VirtioPci<M: DeviceMemory> {
     window: CapabilityOffset,
     vectors: Arc<Vectors>,
     control: Control<M, Arc<Vectors>>,
+    doorbells: Option<Doorbells>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioPci<M> {
@@ -126,7 +133,7 @@ impl<M: DeviceMemory> VirtioPci<M> {
         memory: M,
         sink: impl MsiSink + 'static,
     ) -> VirtioPciBuilder<M> {
-        VirtioPciBuilder { parts: Parts::new(device, memory), sink: Arc::new(sink) }
+        VirtioPciBuilder { parts: Parts::new(device, memory), sink: Arc::new(sink), doorbells: None }
     }
 
     /// What the window of configuration space looks at, if the driver has set it up: BAR, offset, and how many of its data's
@@ -190,6 +197,12 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
         }
     }
 
+    fn bar_moved(&mut self, bar: usize, at: Option<u64>) {
+        if let Some(doorbells) = self.doorbells.as_mut().filter(|_| bar == BAR) {
+            doorbells.moved(at);
+        }
+    }
+
     fn read_config(&mut self, offset: u16, data: &mut [u8]) {
         let place = self.window_data();
         if offset & !3 == place
@@ -225,6 +238,7 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
 pub struct VirtioPciBuilder<M: DeviceMemory> {
     parts: Parts<M>,
     sink: Arc<dyn MsiSink>,
+    doorbells: Option<Box<dyn DoorbellHost>>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioPciBuilder<M> {
@@ -248,8 +262,15 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
         self
     }
 
+    /// Has a kernel ring the doorbells, wherever the guest puts them, if the executor polls eventfds; [`Inline`](super::Inline) does not.
+    #[must_use]
+    pub fn doorbells(mut self, host: impl DoorbellHost + 'static) -> Self {
+        self.doorbells = Some(Box::new(host));
+        self
+    }
+
     /// # Errors
-    /// As [`VirtioPci::new`].
+    /// As [`VirtioPci::new`], or if the host has no descriptors for doorbells.
     pub fn build(self) -> Result<VirtioPci<M>, VirtioPciError> {
         let kind = self.parts.device.device_type();
         let queues = self.parts.device.queue_sizes().len();
@@ -281,8 +302,12 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
         let config = config.build();
         let pin = config.intx().cloned().unwrap_or_default();
         let vectors = Arc::new(Vectors::new(queues, msix, Box::new(pin)));
-        let control = Control::new(self.parts, Arc::clone(&vectors))?;
-        Ok(VirtioPci { config, window, vectors, control })
+        let mut control = Control::new(self.parts, Arc::clone(&vectors))?;
+        let doorbells = match self.doorbells {
+            Some(host) => Some(Doorbells::new(host, control.notifiers()?)),
+            None => None,
+        };
+        Ok(VirtioPci { config, window, vectors, control, doorbells })
     }
 }
 

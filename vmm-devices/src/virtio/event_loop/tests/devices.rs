@@ -5,8 +5,14 @@ use std::sync::atomic::AtomicU32;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
+use crate::pci::{FunctionAddress, HostBridge, PciLayout};
+use crate::testkit::PciDriver;
 use crate::testkit::{Driver as _, DriverQueue, Memory, MmioDriver, guest_memory};
-use crate::virtio::{ActivateError, Activation, DeviceType, Inline, Rng, VirtioDevice, VirtioMmio};
+use crate::virtio::{
+    ActivateError, Activation, DeviceType, DoorbellHost, GuestDoorbell, Inline, Rng, VirtioDevice,
+    VirtioMmio, VirtioPci,
+};
+use crate::{MmioBus, PioBus};
 
 /// Executors under test, with what keeps them going.
 fn executors() -> Vec<(&'static str, Arc<dyn Executor>, Option<LoopThread>)> {
@@ -130,6 +136,77 @@ fn a_kernel_may_ring_by_eventfd() {
         let again = lock(&guest.transport).notifiers().unwrap();
         assert!(Arc::ptr_eq(&again[0].fd, &notifier.fd), "they stay what they are");
     }
+}
+
+/// A kernel that rings what it was told of.
+#[derive(Clone, Default)]
+struct Kernel(Arc<Mutex<Vec<GuestDoorbell>>>);
+
+impl DoorbellHost for Kernel {
+    fn attach(&mut self, doorbell: &GuestDoorbell) -> bool {
+        lock(&self.0).push(doorbell.clone());
+        true
+    }
+
+    fn detach(&mut self, doorbell: &GuestDoorbell) {
+        let mut all = lock(&self.0);
+        let place = all.iter().position(|other| other.gpa == doorbell.gpa).unwrap();
+        all.remove(place);
+    }
+}
+
+impl Kernel {
+    fn places(&self) -> Vec<u64> {
+        lock(&self.0).iter().map(|doorbell| doorbell.gpa.0).collect()
+    }
+}
+
+/// Where the guest puts the BAR, there the kernel rings, and nowhere else.
+#[test]
+fn a_kernel_follows_the_bar() {
+    let thread = EventLoop::new(|| 0).unwrap().spawn("loop").unwrap();
+    let (mmio, pio): (Arc<MmioBus>, Arc<PioBus>) = Default::default();
+    let bridge = HostBridge::new(PciLayout::default(), &mmio, &pio).unwrap();
+    let (kernel, memory) = (Kernel::default(), guest_memory(1 << 20).unwrap());
+    let function = VirtioPci::builder(Rng::new(io::repeat(7)), memory.clone(), |_: u64, _: u32| {})
+        .executor(thread.executor())
+        .doorbells(kernel.clone())
+        .build()
+        .unwrap();
+    let function = Arc::new(Mutex::new(function));
+    let address = bridge.add(function.clone()).unwrap();
+    assert_eq!((address, kernel.places()), (FunctionAddress::new(1, 0).unwrap(), vec![]));
+    let ecam = PciLayout::default().ecam_range().base + (1 << 15);
+    let store =
+        |offset: u64, value: u32| assert!(mmio.write(GuestAddress(ecam + offset), &value.to_le_bytes()));
+    let base = u64::from({
+        let mut bar = [0; 4];
+        assert!(mmio.read(GuestAddress(ecam + 0x10), &mut bar));
+        u32::from_le_bytes(bar) & !0xf
+    });
+    store(4, 6);
+    assert_eq!(kernel.places(), [base + 0x3000]);
+    let ring = || lock(&kernel.0).iter().for_each(|doorbell| poller::signal(&doorbell.fd));
+    let driver = PciDriver::new(function.clone()).unwrap();
+    for moved in [0, 0x10_0000] {
+        store(0x10, u32::try_from(base + moved).unwrap());
+        assert_eq!(kernel.places(), [base + moved + 0x3000]);
+        let mut queue = DriverQueue::new(memory.clone(), 0x1000, 16).unwrap();
+        driver.start(0, &[(0, &queue)]).unwrap();
+        queue.chain().writable(0x8000, 64).submit().unwrap();
+        ring();
+        while queue.take_used().unwrap().is_none() {
+            thread::yield_now();
+        }
+    }
+    let doorbell = lock(&kernel.0)[0].clone();
+    assert_eq!((doorbell.queue, doorbell.width, doorbell.value), (0, 2, 0));
+    store(4, 0);
+    assert!(kernel.places().is_empty(), "no decoding, no doorbells");
+    store(4, 6);
+    assert_eq!(kernel.places().len(), 1);
+    drop(bridge.remove(address).unwrap());
+    assert!(kernel.places().is_empty());
 }
 
 #[test]
