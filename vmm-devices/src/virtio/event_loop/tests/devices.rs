@@ -15,7 +15,7 @@ use crate::virtio::{
 use crate::{MmioBus, PioBus};
 
 /// Executors under test, with what keeps them going.
-fn executors() -> Vec<(&'static str, Arc<dyn Executor>, Option<LoopThread>)> {
+pub(super) fn executors() -> Vec<(&'static str, Arc<dyn Executor>, Option<LoopThread>)> {
     let thread = EventLoop::new(|| 0).unwrap().spawn("loop").unwrap();
     vec![
         ("Inline", Arc::new(Inline), None),
