@@ -8,6 +8,7 @@
 //! | [`Driver`], [`MmioDriver`] | the driver's side of a transport, step by step or [all at once](Driver::start) |
 //! | [`DriverQueue`] | the driver's side of a queue: good chains, and everything else |
 //! | [`LineRecorder`], [`LinkRecorder`] | who was interrupted, and how often |
+//! | [`FaultyDisk`] | a disk that remembers what it was asked for, and fails, waits, or comes back short, as it is told |
 //! | [`OutputRecorder`] | a writer that remembers, takes a part, blocks, or fails, as it is told |
 //! | [`hostile_queue`], [`replay`] | what a hostile driver does, drawn at random, and the rules that hold for every device |
 //! | [`Racer`] | a driver that changes its memory while the device works |
@@ -52,6 +53,7 @@
 //! });
 //! ```
 
+mod disk;
 mod driver;
 mod faulty;
 mod hostile;
@@ -62,6 +64,7 @@ mod queue;
 mod racer;
 mod recorder;
 
+pub use disk::{BlockedDisk, DiskCall, FaultyDisk};
 pub use driver::{Driver, MmioDriver, PciDriver, StartError};
 pub use faulty::{FaultyMap, FaultyMemory};
 pub use hostile::{Action, Buffer, Entry, MIN_MEMORY, Place, Replayed, Violation, hostile_queue, replay};
