@@ -53,31 +53,6 @@ struct Device<D> {
     code: &'static [u8],
 }
 
-type Build<D> = fn(&dyn Vm, &GuestRam, Arc<dyn Executor>, &Arc<MmioBus>) -> Device<D>;
-
-fn mmio_device(
-    vm: &dyn Vm,
-    ram: &GuestRam,
-    executor: Arc<dyn Executor>,
-    bus: &Arc<MmioBus>,
-) -> Device<MmioDriver> {
-    let mut device = VirtioMmio::builder(Rng::new(io::repeat(7)), ram.address_space(), |_: bool| {})
-        .executor(executor)
-        .build()
-        .unwrap();
-    if let Some(doorbells) = vm.doorbells() {
-        for found in device.notifiers().unwrap() {
-            let address = DoorbellAddress::Mmio(GuestAddress(DEVICE + found.offset));
-            let doorbell = Doorbell::new(address, found.width).matching(found.value);
-            let notifier = Notifier::from(found.fd.try_clone().unwrap());
-            doorbells.attach_doorbell(&doorbell, &notifier).unwrap();
-        }
-    }
-    let device: Arc<dyn BusDevice> = Arc::new(Mutex::new(device));
-    bus.insert("rng", BusRange::new(DEVICE, 0x200), Arc::clone(&device)).unwrap();
-    Device { driver: MmioDriver::new(device), base: DEVICE, code: RING_MMIO }
-}
-
 /// The kernel of a backend that has doorbells.
 struct Kernel(Arc<dyn Doorbells>);
 
@@ -98,6 +73,24 @@ impl DoorbellHost for Kernel {
         let (doorbell, notifier) = Self::translate(doorbell);
         self.0.detach_doorbell(&doorbell, &notifier).unwrap();
     }
+}
+
+type Build<D> = fn(&dyn Vm, &GuestRam, Arc<dyn Executor>, &Arc<MmioBus>) -> Device<D>;
+
+fn mmio_device(
+    vm: &dyn Vm,
+    ram: &GuestRam,
+    executor: Arc<dyn Executor>,
+    bus: &Arc<MmioBus>,
+) -> Device<MmioDriver> {
+    let rng = Rng::new(io::repeat(7));
+    let mut builder = VirtioMmio::builder(rng, ram.address_space(), |_: bool| {}).executor(executor);
+    if let Some(doorbells) = vm.doorbells() {
+        builder = builder.doorbells(GuestAddress(DEVICE), Kernel(doorbells));
+    }
+    let device: Arc<dyn BusDevice> = Arc::new(Mutex::new(builder.build().unwrap()));
+    bus.insert("rng", BusRange::new(DEVICE, 0x200), Arc::clone(&device)).unwrap();
+    Device { driver: MmioDriver::new(device), base: DEVICE, code: RING_MMIO }
 }
 
 fn pci_device(

@@ -4,18 +4,18 @@
 //! capabilities say; queues interrupt by MSI-X, or by INTA# where the driver does not turn it on.
 
 mod common;
-mod doorbells;
 mod vectors;
 
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
-use self::doorbells::Doorbells;
-pub use self::doorbells::{DoorbellHost, GuestDoorbell};
+use vmm_memory::vm_memory::GuestAddress;
+
 use self::vectors::Vectors;
 use super::control::{Control, Parts};
 use super::device::{DeviceMemory, DeviceType, VirtioDevice};
+use super::doorbell_host::{AttachedDoorbells, DoorbellHost};
 use super::executor::Executor;
 use super::queue::QueueError;
 use crate::interrupt::MsiSink;
@@ -102,7 +102,7 @@ pub struct VirtioPci<M: DeviceMemory> {
     window: CapabilityOffset,
     vectors: Arc<Vectors>,
     control: Control<M, Arc<Vectors>>,
-    doorbells: Option<Doorbells>,
+    doorbells: Option<AttachedDoorbells>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioPci<M> {
@@ -198,8 +198,13 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
     }
 
     fn bar_moved(&mut self, bar: usize, at: Option<u64>) {
-        if let Some(doorbells) = self.doorbells.as_mut().filter(|_| bar == BAR) {
-            doorbells.moved(at);
+        let Some(doorbells) = self.doorbells.as_mut().filter(|_| bar == BAR) else { return };
+        match at {
+            // The driver writes the queue's number, of 16 bits (4.1.5.2).
+            Some(base) => {
+                doorbells.attach(2, |queue| GuestAddress(base + place::NOTIFY + u64::from(queue) * DOORBELL))
+            }
+            None => doorbells.detach(),
         }
     }
 
@@ -304,7 +309,7 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
         let vectors = Arc::new(Vectors::new(queues, msix, Box::new(pin)));
         let mut control = Control::new(self.parts, Arc::clone(&vectors))?;
         let doorbells = match self.doorbells {
-            Some(host) => Some(Doorbells::new(host, control.notifiers()?)),
+            Some(host) => Some(AttachedDoorbells::new(host, control.notifiers()?)),
             None => None,
         };
         Ok(VirtioPci { config, window, vectors, control, doorbells })
