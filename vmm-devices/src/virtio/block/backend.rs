@@ -31,7 +31,8 @@ impl Default for BlockSizes {
 /// Positions and lengths are bytes. The device asks for whole sectors of 512 bytes, and continues transfers that come back
 /// short. Buffers lie in the guest's memory, which changes at any moment.
 pub trait Backend: Send + Sync {
-    /// How large it is now. The device looks before it serves what the driver has asked for: what lies beyond then fails.
+    /// How large it is now. The device looks once before it serves requests that the driver has sent, and again before one fails
+    /// that lies beyond.
     ///
     /// # Errors
     /// If that cannot be said, and no request can be served.

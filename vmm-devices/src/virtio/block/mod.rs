@@ -24,6 +24,7 @@ mod memory;
 mod pool;
 mod raw;
 mod request;
+mod shrinks;
 #[cfg(feature = "io-uring")]
 mod uring;
 mod vectored;
@@ -45,7 +46,9 @@ pub use raw::{RawFile, RawFileError};
 pub use uring::UringFile;
 
 use self::config::{Config, WRITEBACK_AT};
-use self::worker::{Agreed, BlockWorker};
+use self::request::Agreed;
+use self::shrinks::Shrinks;
+use self::worker::BlockWorker;
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, VirtioDevice, Worker};
 use super::doorbell::Doorbells;
 use super::metrics::Metrics;
@@ -110,6 +113,7 @@ pub(crate) struct Shared {
     /// The capacity. Written with `generation` locked.
     sectors: AtomicU64,
     generation: Mutex<u32>,
+    shrinks: Shrinks,
     writeback: AtomicBool,
     rate: Option<RateLimiter>,
     metrics: Option<Measured>,
@@ -151,6 +155,8 @@ impl Shared {
 pub struct Block {
     shared: Arc<Shared>,
     cache: CacheMode,
+    /// What the driver wants of it.
+    chosen: Option<CacheMode>,
     sizes: Vec<u16>,
     blocks: BlockSizes,
 }
@@ -244,13 +250,14 @@ impl BlockBuilder {
             queues: self.queues.get(),
             sectors: AtomicU64::new(sectors),
             generation: Mutex::new(0),
+            shrinks: Shrinks::new(self.queues.get()),
             writeback: AtomicBool::new(self.cache == CacheMode::WriteBack),
             rate: self.rate,
             metrics: self.metrics,
             active: Mutex::new(None),
         };
         let sizes = vec![size; self.queues.get().into()];
-        Ok(Block { shared: Arc::new(shared), cache: self.cache, sizes, blocks })
+        Ok(Block { shared: Arc::new(shared), cache: self.cache, chosen: None, sizes, blocks })
     }
 }
 
@@ -291,8 +298,8 @@ impl Block {
         features | WRITE_ZEROES
     }
 
-    fn begin_with(&self, writeback: bool) {
-        self.shared.writeback.store(writeback, Ordering::SeqCst);
+    fn set_cache(&self, mode: CacheMode) {
+        self.shared.writeback.store(mode == CacheMode::WriteBack, Ordering::SeqCst);
     }
 }
 
@@ -326,11 +333,14 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        // The one field that a driver writes, for itself alone (5.2.5.1).
+        // The one field that a driver writes, for itself alone (5.2.5.1). It may do so from FEATURES_OK on (3.1.1): whether the feature
+        // was agreed upon is known to the device when it is activated.
         if let (WRITEBACK_AT, [mode]) = (offset, data)
-            && lock(&self.shared.active).as_ref().is_some_and(|active| active.may_choose)
+            && lock(&self.shared.active).as_ref().is_none_or(|active| active.may_choose)
         {
-            self.begin_with(*mode != 0);
+            let mode = if *mode == 0 { CacheMode::WriteThrough } else { CacheMode::WriteBack };
+            self.chosen = Some(mode);
+            self.set_cache(mode);
         }
     }
 
@@ -348,7 +358,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
         let may_choose = has(feature::CONFIG_WCE);
         let several = has(feature::MQ);
         // A driver that cannot flush finds a disk that writes through (5.2.5.2).
-        self.begin_with(self.cache == CacheMode::WriteBack && agreed.flush);
+        let cache = if agreed.flush { self.cache } else { CacheMode::WriteThrough };
+        self.set_cache(self.chosen.filter(|_| may_choose).unwrap_or(cache));
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         // The first queue is always there; of others, those that the driver has set up.
         for index in 0..if several { self.shared.queues } else { 1 } {
@@ -363,6 +374,9 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
             workers.push(Box::new(BlockWorker::new(queue, Arc::clone(&self.shared), agreed, io)));
         }
         let Activation { link, doorbells, .. } = activation;
+        if let Some(rate) = &self.shared.rate {
+            rate.register(&doorbells);
+        }
         *lock(&self.shared.active) = Some(Active { link, doorbells, may_choose });
         Ok(workers)
     }
@@ -370,7 +384,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         *lock(&self.shared.active) = None;
         drop(workers);
-        self.begin_with(self.cache == CacheMode::WriteBack);
+        self.chosen = None;
+        self.set_cache(self.cache);
     }
 }
 

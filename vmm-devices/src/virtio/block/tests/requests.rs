@@ -213,3 +213,19 @@ fn many_requests_are_served_at_one_doorbell() {
     assert_eq!(probe.calls().len(), 21);
     assert_eq!(rig.line.take(), [true]);
 }
+
+#[test]
+fn others_have_their_turn_among_requests_of_all_kinds() {
+    for (kind, most) in [(kind::FLUSH, 8), (kind::GET_ID, 256), (99, 256), (kind::DISCARD, 256)] {
+        let disk = Block::builder(Probe::new(512));
+        let (memory, mut queue, mut worker, _) = bare_in(memory(), 1024, disk, ALL);
+        memory.memory().write_slice(&header(kind, 0), GuestAddress(0x20000)).unwrap();
+        for _ in 0..500 {
+            queue.chain().readable(0x20000, 16).writable(0x20100, 21).submit().unwrap();
+        }
+        assert_eq!(worker.process().unwrap(), crate::virtio::Progress::More);
+        assert_eq!(queue.used_index().unwrap(), most, "{kind}");
+        while worker.process().unwrap() == crate::virtio::Progress::More {}
+        assert_eq!(queue.used_index().unwrap(), 500);
+    }
+}

@@ -1,6 +1,7 @@
 //! Requests that go on while others are made.
 
 use std::num::NonZeroUsize;
+use std::time::Duration;
 
 use super::*;
 
@@ -48,6 +49,67 @@ fn requests_overtake_each_other() {
     assert_eq!(rig.get(DATA, 512), pattern(SECTORS)[5 * 512..6 * 512]);
     assert_eq!(rig.get(DATA + 1024, 512), pattern(SECTORS)[6 * 512..7 * 512]);
     assert_eq!(rig.get(STATUS, 2), [OK, OK]);
+}
+
+#[test]
+fn a_disk_is_cut_off_when_nothing_writes_there_any_more() {
+    let (mut rig, probe) = pooled(2);
+    assert!(rig.handle.settle(Duration::ZERO), "it never was larger");
+    let closed = probe.close();
+    for (i, sector) in [(0, 60), (1, 1)] {
+        rig.put(HEADER + 16 * i, &header(kind::OUT, sector));
+        let chain = rig.queue.chain().readable(HEADER + 16 * i, 16).readable(DATA, 512);
+        chain.writable(STATUS, 1).submit().unwrap();
+    }
+    rig.driver.notify(0);
+    probe.await_waiting(2);
+    rig.handle.set_capacity(10 * 512).unwrap();
+    assert!(!rig.handle.settle(Duration::ZERO));
+    // What comes later goes to the new end, and is not waited for.
+    rig.put(HEADER + 32, &header(kind::OUT, 2));
+    rig.queue.chain().readable(HEADER + 32, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    rig.driver.notify(0);
+    let handle = rig.handle.clone();
+    let waiter = std::thread::spawn(move || handle.settle(Duration::MAX));
+    assert!(!rig.handle.settle(Duration::from_millis(20)));
+    assert!(!waiter.is_finished());
+    drop(closed);
+    assert!(waiter.join().unwrap());
+    let mut calls = probe.calls();
+    calls[..2].sort_unstable();
+    assert_eq!(calls[..2], ["write 30720 512", "write 512 512"]);
+    // Nobody is left at all.
+    rig.driver.set_status(0);
+    rig.handle.set_capacity(512).unwrap();
+    assert!(rig.handle.settle(Duration::ZERO));
+}
+
+#[test]
+fn what_comes_after_a_disk_has_become_smaller_is_not_waited_for() {
+    let (mut rig, probe) = pooled(1);
+    rig.handle.set_capacity(10 * 512).unwrap();
+    let _closed = probe.close();
+    rig.put_header(kind::OUT, 9);
+    rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    rig.driver.notify(0);
+    probe.await_waiting(1);
+    assert!(rig.handle.settle(Duration::ZERO));
+}
+
+#[test]
+fn who_waits_for_itself_waits_no_longer_than_it_says() {
+    let probe = Probe::new(SECTORS as u64 * 512);
+    let mut rig = Rig::new(Block::builder(probe.clone()), ALL);
+    let (handle, heard) = (rig.handle.clone(), Arc::new(AtomicBool::new(true)));
+    let tell = Arc::clone(&heard);
+    let during = move || {
+        handle.set_capacity(512).unwrap();
+        tell.store(handle.settle(Duration::from_millis(20)), Ordering::SeqCst);
+    };
+    probe.set(|state| state.during = Some(Box::new(during)));
+    assert_eq!(rig.write(60, &[1; 512]), OK);
+    assert!(!heard.load(Ordering::SeqCst));
+    assert!(rig.handle.settle(Duration::ZERO));
 }
 
 #[test]
