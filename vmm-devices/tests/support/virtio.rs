@@ -31,12 +31,6 @@ pub(crate) enum Transport {
     Pci,
 }
 
-/// Each device on each transport.
-pub(crate) fn all() -> impl Iterator<Item = (Kind, Transport)> {
-    let kinds = [Kind::Block, Kind::Console, Kind::Rng, Kind::Balloon];
-    kinds.into_iter().flat_map(|kind| [(kind, Transport::Mmio), (kind, Transport::Pci)])
-}
-
 /// Bytes of the disk that the guest has; behind them are as many that it has not, and that keep [`MARK`].
 pub(crate) const DISK: usize = 64 << 10;
 pub(crate) const MARK: u8 = 0xa7;
@@ -77,7 +71,7 @@ impl MemoryRelease for Ledger {
 pub(crate) enum Outside {
     Block { disk: Arc<MemoryDisk>, handle: BlockHandle },
     Console { screen: OutputRecorder, port: Port, ports: Ports },
-    Rng { given: Arc<AtomicU64>, clock: Arc<ManualClock> },
+    Rng { given: Arc<AtomicU64> },
     Balloon { ledger: Ledger, handle: BalloonHandle },
 }
 
@@ -91,12 +85,15 @@ impl io::Read for Source {
     }
 }
 
-fn device<M: DeviceMemory>(kind: Kind) -> (Box<dyn VirtioDevice<M>>, Outside) {
+fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn VirtioDevice<M>>, Outside) {
+    // So much that just a request of 64 KiB, and what comes behind it, has to wait.
+    let limits = Limits { bytes: Rate::new(1 << 20, 1 << 15), ..Limits::default() };
+    let limiter = RateLimiter::new(Arc::clone(clock), limits);
     match kind {
         Kind::Block => {
             let disk = Arc::new(MemoryDisk::new(2 * DISK as u64));
             disk.write(DISK as u64, &[MARK; DISK]).unwrap();
-            let block = Block::builder(disk.clone()).build().unwrap();
+            let block = Block::builder(disk.clone()).rate(limiter).build().unwrap();
             let handle = block.handle();
             handle.set_capacity(DISK as u64).unwrap();
             (Box::new(block), Outside::Block { disk, handle })
@@ -108,12 +105,9 @@ fn device<M: DeviceMemory>(kind: Kind) -> (Box<dyn VirtioDevice<M>>, Outside) {
             (Box::new(console), Outside::Console { screen, port, ports })
         }
         Kind::Rng => {
-            let (given, clock) = (Arc::<AtomicU64>::default(), Arc::new(ManualClock::new(0)));
-            // So much that just a request of 64 KiB and what comes behind it have to wait.
-            let limits = Limits { bytes: Rate::new(1 << 20, 1 << 15), ..Limits::default() };
-            let limiter = RateLimiter::new(Arc::clone(&clock), limits);
+            let given = Arc::<AtomicU64>::default();
             let rng = Rng::new(Source(Arc::clone(&given))).rate(limiter);
-            (Box::new(rng), Outside::Rng { given, clock })
+            (Box::new(rng), Outside::Rng { given })
         }
         Kind::Balloon => {
             let ledger = Ledger::default();
@@ -128,6 +122,8 @@ fn device<M: DeviceMemory>(kind: Kind) -> (Box<dyn VirtioDevice<M>>, Outside) {
 pub(crate) struct Guest {
     pub(crate) kind: Kind,
     pub(crate) outside: Outside,
+    /// What rates go by.
+    pub(crate) clock: Arc<ManualClock>,
     pub(crate) driver: Box<dyn Driver>,
     pub(crate) mmio: Arc<MmioBus>,
     pub(crate) pio: Arc<PioBus>,
@@ -145,7 +141,8 @@ pub(crate) struct Guest {
 impl Guest {
     /// Its driver has done nothing so far. The device sees `seen`, which is `memory` for the driver.
     pub(crate) fn new<M: DeviceMemory>(kind: Kind, transport: Transport, memory: Memory, seen: M) -> Self {
-        let (device, outside) = device(kind);
+        let clock = Arc::new(ManualClock::new(0));
+        let (device, outside) = device(kind, &clock);
         let (mmio, pio): (Arc<MmioBus>, Arc<PioBus>) = Default::default();
         let failures = Arc::<Mutex<Vec<String>>>::default();
         let heard = Arc::clone(&failures);
@@ -176,6 +173,7 @@ impl Guest {
         Self {
             kind,
             outside,
+            clock,
             driver,
             mmio,
             pio,
@@ -247,6 +245,11 @@ impl Guest {
         chain.submit().unwrap()
     }
 
+    /// Time enough for whatever waits for a rate.
+    pub(crate) fn pass(&self) {
+        self.clock.advance(1_000_000_000);
+    }
+
     /// Which queues take a request of [`Guest::submit`], and, for the disk, whether it is a write.
     pub(crate) fn requests(&self) -> &'static [(u16, bool)] {
         match self.kind {
@@ -259,6 +262,7 @@ impl Guest {
 
     /// Does each good request once, with its data at `at`, and looks whether all came where it was to.
     pub(crate) fn exchange(&mut self, at: u64) {
+        self.pass();
         for &(queue, write) in self.requests() {
             let data: Vec<u8> = match self.kind {
                 Kind::Balloon => [PAGE, PAGE].map(|page| u32::try_from(page).unwrap().to_le_bytes()).concat(),
