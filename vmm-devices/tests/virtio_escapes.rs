@@ -366,7 +366,7 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
                 port.resize(round as u16, 1);
                 screen.take();
             }
-            Outside::Rng { .. } => {}
+            Outside::Rng => {}
             Outside::Balloon { ledger, handle } => {
                 handle.set_target(round);
                 handle.request_statistics();
@@ -410,7 +410,7 @@ fn cve_2023_5088_nothing_is_touched_after_a_reset(kind: Kind, transport: Transpo
             port.open();
             assert_eq!((screen.take(), port.counters().output_discarded), (vec![], 8));
         }
-        Outside::Rng { .. } => {}
+        Outside::Rng => {}
         Outside::Balloon { ledger, handle } => {
             assert!(!handle.request_statistics());
             handle.set_target(9);
@@ -442,7 +442,7 @@ fn hold(guest: &mut Guest) -> (u16, u16) {
             screen.block(true);
             1
         }
-        Outside::Rng { .. } => {
+        Outside::Rng => {
             guest.queues[0].chain().writable(0x2_0000, 0x1_0000).submit().unwrap();
             guest.driver.notify(0);
             0

@@ -2,7 +2,6 @@
 //! what of it reached the outside.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vmm_devices::pci::{HostBridge, PciFunction, PciLayout};
@@ -71,18 +70,8 @@ impl MemoryRelease for Ledger {
 pub(crate) enum Outside {
     Block { disk: Arc<MemoryDisk>, handle: BlockHandle },
     Console { screen: OutputRecorder, port: Port, ports: Ports },
-    Rng { given: Arc<AtomicU64> },
+    Rng,
     Balloon { ledger: Ledger, handle: BalloonHandle },
-}
-
-struct Source(Arc<AtomicU64>);
-
-impl io::Read for Source {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        room.fill(RANDOM);
-        self.0.fetch_add(room.len() as u64, Ordering::Relaxed);
-        Ok(room.len())
-    }
 }
 
 fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn VirtioDevice<M>>, Outside) {
@@ -105,9 +94,8 @@ fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn Vir
             (Box::new(console), Outside::Console { screen, port, ports })
         }
         Kind::Rng => {
-            let given = Arc::<AtomicU64>::default();
-            let rng = Rng::new(Source(Arc::clone(&given))).rate(limiter);
-            (Box::new(rng), Outside::Rng { given })
+            let rng = Rng::new(io::repeat(RANDOM)).rate(limiter);
+            (Box::new(rng), Outside::Rng)
         }
         Kind::Balloon => {
             let ledger = Ledger::default();
@@ -304,7 +292,7 @@ impl Guest {
                     assert_eq!(screen.take(), data[..8]);
                     0
                 }
-                (Outside::Rng { .. }, _) => {
+                (Outside::Rng, _) => {
                     assert_eq!(self.get(at, 65), [&[RANDOM; 64][..], &[0]].concat());
                     64
                 }
@@ -327,7 +315,7 @@ impl Guest {
         match &self.outside {
             Outside::Block { .. } => self.assert_disk(0),
             Outside::Console { screen, .. } => assert_eq!(screen.take(), []),
-            Outside::Rng { .. } => {}
+            Outside::Rng => {}
             Outside::Balloon { ledger, .. } => assert_eq!(ledger.take(), []),
         }
     }
