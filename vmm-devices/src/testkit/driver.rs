@@ -106,6 +106,59 @@ pub trait Driver {
     }
 }
 
+/// Drivers on any transport, chosen at run time, and drivers that are lent, are drivers too.
+macro_rules! forward {
+    ($($driver:ty),*) => {
+        $(impl<D: Driver + ?Sized> Driver for $driver {
+            fn status(&self) -> u8 {
+                (**self).status()
+            }
+
+            fn set_status(&self, status: u8) {
+                (**self).set_status(status);
+            }
+
+            fn device_features(&self) -> u64 {
+                (**self).device_features()
+            }
+
+            fn set_driver_features(&self, features: u64) {
+                (**self).set_driver_features(features);
+            }
+
+            fn queue_max_size(&self, index: u16) -> u16 {
+                (**self).queue_max_size(index)
+            }
+
+            fn set_queue(&self, index: u16, size: u16, rings: [u64; 3]) {
+                (**self).set_queue(index, size, rings);
+            }
+
+            fn enable_queue(&self, index: u16) {
+                (**self).enable_queue(index);
+            }
+
+            fn notify(&self, index: u16) {
+                (**self).notify(index);
+            }
+
+            fn read_config(&self, offset: u64, data: &mut [u8]) {
+                (**self).read_config(offset, data);
+            }
+
+            fn write_config(&self, offset: u64, data: &[u8]) {
+                (**self).write_config(offset, data);
+            }
+
+            fn config_generation(&self) -> u32 {
+                (**self).config_generation()
+            }
+        })*
+    };
+}
+
+forward!(Box<D>, &D);
+
 /// A driver of a device on MMIO (4.2.2).
 pub struct MmioDriver(Arc<dyn BusDevice>);
 

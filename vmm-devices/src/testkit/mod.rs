@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`guest_memory`], [`guest_memory_of`] | guest memory; of regions that touch, and with holes between them |
 //! | [`FaultyMemory`] | guest memory in small pieces, and that fails where it said that it would not |
+//! | [`MemoryRecorder`] | guest memory that writes down each access: what was read twice, or touched too late |
 //! | [`Driver`], [`MmioDriver`] | the driver's side of a transport, step by step or [all at once](Driver::start) |
 //! | [`DriverQueue`] | the driver's side of a queue: good chains, and everything else |
 //! | [`LineRecorder`], [`LinkRecorder`] | who was interrupted, and how often |
@@ -53,6 +54,7 @@
 //! });
 //! ```
 
+mod accesses;
 mod disk;
 mod driver;
 mod faulty;
@@ -64,6 +66,7 @@ mod queue;
 mod racer;
 mod recorder;
 
+pub use accesses::{Access, MemoryRecorder, RecordedMap};
 pub use disk::{BlockedDisk, DiskCall, FaultyDisk};
 pub use driver::{Driver, MmioDriver, PciDriver, StartError};
 pub use faulty::{FaultyMap, FaultyMemory};

@@ -20,8 +20,8 @@ pub(super) struct ControlWorker<M: DeviceMemory> {
     pub(super) shared: Arc<Shared>,
     /// The place that spoke last: the others come first.
     pub(super) last: u32,
-    /// A buffer that was taken for a message that is no longer true.
-    pub(super) spare: Option<Chain<M::T>>,
+    /// A buffer that was taken for a message that is no longer true. It holds no memory, for it may stay long.
+    pub(super) spare: Option<Chain<()>>,
 }
 
 impl<M: DeviceMemory> Worker for ControlWorker<M> {
@@ -36,7 +36,6 @@ impl<M: DeviceMemory> Worker for ControlWorker<M> {
     }
 
     fn stop(&mut self) {
-        // Its memory may go.
         self.spare = None;
     }
 }
@@ -102,9 +101,10 @@ impl<M: DeviceMemory> ControlWorker<M> {
                 self.rx.interrupt()?;
                 return Ok(true);
             }
+            let memory = self.rx.memory();
             let chain = match self.spare.take() {
-                Some(chain) => Some(chain),
-                None => self.rx.pop(self.rx.memory())?,
+                Some(chain) => Some(chain.in_memory(&*memory)),
+                None => self.rx.pop(&*memory)?,
             };
             let Some(chain) = chain else {
                 // It stays where it is until the driver has a buffer for it.
@@ -114,7 +114,7 @@ impl<M: DeviceMemory> ControlWorker<M> {
             let mut written = 0;
             if room >= message::LEN as u64 {
                 let Some(message) = self.next_message(room) else {
-                    self.spare = Some(chain);
+                    self.spare = Some(chain.in_memory(()));
                     continue;
                 };
                 written = chain.write_some(0, &message);
