@@ -44,7 +44,7 @@ pub enum QueueError {
         /// Address of the used ring.
         used: u64,
     },
-    /// A chain has no end, an index beyond the table, a table within a table, more than 4 GiB, or is longer than the queue.
+    /// A chain has no end, an index beyond the table, a table within a table, more than 4 GiB, or is longer than the queue can be.
     #[error("queue {index}: the chain at descriptor {head} does not end as chains do")]
     Chain {
         /// Which queue.
@@ -144,8 +144,11 @@ impl<M: DeviceMemory> Virtqueue<M> {
         let head = raw.head_index();
         let mut chain = Chain { head, memory: memory.clone(), segments: SmallVec::new(), readable: 0 };
         let mut ended = false;
+        // In a table of its own a chain may be as long as the device's queue can be (2.7.5.3.1), however few descriptors its driver has
+        // chosen: devices say how long requests may be, and know nothing of that choice.
+        let most = usize::from(self.queue.max_size());
         for descriptor in raw {
-            if ended || chain.segments.len() >= usize::from(self.queue.size()) {
+            if ended || chain.segments.len() >= most {
                 return Err(QueueError::Chain { index, head });
             }
             let segment = Segment { gpa: descriptor.addr(), len: descriptor.len() };
@@ -334,6 +337,11 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
     /// The buffers to write.
     pub fn writable(&self) -> impl ExactSizeIterator<Item = (GuestAddress, u32)> + '_ {
         self.segments.get(self.readable..).unwrap_or_default().iter().map(|s| (s.gpa, s.len))
+    }
+
+    /// How many buffers it has.
+    pub(super) fn segments(&self) -> usize {
+        self.segments.len()
     }
 
     /// Bytes to read, all in all.

@@ -5,9 +5,9 @@
 //! | [`Block`], [`BlockBuilder`] | the device |
 //! | [`BlockHandle`] | resizes it and changes its limits while a driver uses it |
 //! | [`Backend`] | what a disk is to it; [`MemoryDisk`] and [`RawFile`] are there |
-//! | [`IoQueue`] | a backend's asynchronous way: [`Pooled`] has one for every backend, by threads; `UringFile` for files, by io_uring |
+//! | [`ConcurrentDisk`], [`IoQueue`] | one whose requests go on while others are made: [`Pooled`] is every backend, by threads; `UringFile` a file, by io_uring |
 //!
-//! Without an asynchronous way requests are done one after the other by the thread that serves the queue, which suits memory
+//! With a mere [`Backend`] requests are done one after the other by the thread that serves the queue, which suits memory
 //! and files that are cached.
 //!
 //! # Threat model
@@ -35,7 +35,7 @@ use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-pub use backend::{Backend, BlockSizes, IoQueue, Job, JobEnd, Operation, Waker};
+pub use backend::{Backend, BlockSizes, ConcurrentDisk, IoQueue, Job, JobEnd, Operation, Waker};
 pub use buffers::{Buffers, Slices};
 pub use config::{ID_BYTES, feature};
 pub use handle::{BlockHandle, ResizeError};
@@ -150,6 +150,15 @@ impl Shared {
     }
 }
 
+#[derive(Clone)]
+struct Concurrent(Arc<dyn ConcurrentDisk>);
+
+impl fmt::Debug for Concurrent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Concurrent").finish_non_exhaustive()
+    }
+}
+
 /// A block device.
 #[derive(Debug)]
 pub struct Block {
@@ -157,6 +166,8 @@ pub struct Block {
     cache: CacheMode,
     /// What the driver wants of it.
     chosen: Option<CacheMode>,
+    /// Where queues of the disk come from, if it has any.
+    concurrent: Option<Concurrent>,
     sizes: Vec<u16>,
     blocks: BlockSizes,
 }
@@ -165,6 +176,7 @@ pub struct Block {
 #[must_use]
 pub struct BlockBuilder {
     disk: Arc<dyn Backend>,
+    concurrent: Option<Concurrent>,
     read_only: bool,
     serial: Vec<u8>,
     queues: NonZeroU16,
@@ -257,15 +269,24 @@ impl BlockBuilder {
             active: Mutex::new(None),
         };
         let sizes = vec![size; self.queues.get().into()];
-        Ok(Block { shared: Arc::new(shared), cache: self.cache, chosen: None, sizes, blocks })
+        Ok(Block {
+            shared: Arc::new(shared),
+            cache: self.cache,
+            chosen: None,
+            concurrent: self.concurrent,
+            sizes,
+            blocks,
+        })
     }
 }
 
 impl Block {
-    /// A device whose contents are those of `disk`.
+    /// A device whose contents are those of `disk`, and whose requests are done one after the other by the thread that serves
+    /// their queue.
     pub fn builder(disk: Arc<dyn Backend>) -> BlockBuilder {
         BlockBuilder {
             disk,
+            concurrent: None,
             read_only: false,
             serial: Vec::new(),
             queues: NonZeroU16::MIN,
@@ -274,6 +295,11 @@ impl Block {
             rate: None,
             metrics: None,
         }
+    }
+
+    /// The same, whose requests go on while others are made.
+    pub fn concurrent(disk: Arc<dyn ConcurrentDisk>) -> BlockBuilder {
+        BlockBuilder { concurrent: Some(Concurrent(Arc::clone(&disk))), ..Self::builder(disk.disk()) }
     }
 
     /// Reaches the device after a transport has taken it.
@@ -368,9 +394,11 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
                 Err(_) if index > 0 => continue,
                 Err(error) => return Err(error),
             };
-            let doorbells = Arc::clone(&activation.doorbells);
-            let waker: Waker = Arc::new(move || doorbells.ring(index));
-            let io = Arc::clone(&self.shared.disk).queue(queue.size(), waker)?;
+            let io = self.concurrent.as_ref().map(|Concurrent(disk)| {
+                let doorbells = Arc::clone(&activation.doorbells);
+                disk.queue(queue.size(), Arc::new(move || doorbells.ring(index)))
+            });
+            let io = io.transpose()?;
             workers.push(Box::new(BlockWorker::new(queue, Arc::clone(&self.shared), agreed, io)));
         }
         let Activation { link, doorbells, .. } = activation;

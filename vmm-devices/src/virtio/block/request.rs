@@ -224,10 +224,7 @@ impl Request {
 
     /// Bytes of data that it moved.
     pub(super) fn moved(&self, status: Status) -> u64 {
-        match self.area {
-            Area::Readable { len, .. } | Area::Writable { len } if status == Status::Ok => len as u64,
-            _ => 0,
-        }
+        if status == Status::Ok { self.area.len() as u64 } else { 0 }
     }
 }
 

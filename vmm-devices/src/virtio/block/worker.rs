@@ -9,7 +9,7 @@ use vmm_memory::vm_memory::GuestAddressSpace;
 
 use super::Shared;
 use super::backend::{IoQueue, Job, JobEnd};
-use super::buffers::{Buffers, mark_written, slices, with_slices};
+use super::buffers::{Buffers, mark_written, with_slices};
 use super::config::ID_BYTES;
 use super::request::{Agreed, Request, Status, Task, Terms};
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
@@ -19,6 +19,10 @@ use crate::virtio::rate::Throttled;
 
 /// Bytes that are moved before others have their turn, or what takes as long.
 const SHARE: u64 = 8 << 20;
+
+/// Segments of what is under way, from which on no more is taken: each chain may have as many as the queue has descriptors, and is
+/// remembered as long as it is under way.
+const MOST_SEGMENTS: usize = 1 << 16;
 
 type Guard<M> = <M as GuestAddressSpace>::T;
 
@@ -38,6 +42,8 @@ pub(super) struct BlockWorker<M: DeviceMemory> {
     io: Option<Box<dyn IoQueue>>,
     /// By head, what `io` has.
     under_way: Vec<Option<Taken<M>>>,
+    /// All their segments.
+    segments: usize,
     ended: Vec<JobEnd>,
     /// What waits for a rate limit. Nothing behind it is taken.
     waiting: Option<(Taken<M>, Throttled)>,
@@ -58,7 +64,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
         let shrinks = shared.shrinks.count();
         shared.shrinks.tell(queue.index(), Some(shrinks));
         let (ended, waiting) = (Vec::new(), None);
-        Self { queue, shared, agreed, io, under_way, ended, waiting, shrinks: Some(shrinks) }
+        Self { queue, shared, agreed, io, under_way, segments: 0, ended, waiting, shrinks: Some(shrinks) }
     }
 
     /// Tells who waits for it that no request is left that was let in when the disk was larger than at the last of so many times.
@@ -73,16 +79,17 @@ impl<M: DeviceMemory> BlockWorker<M> {
     }
 
     /// Gives back what has ended.
-    fn reap(&mut self) -> Result<(), QueueError> {
-        let Some(io) = &mut self.io else { return Ok(()) };
-        io.reap(&mut self.ended);
+    fn reap(&mut self) -> Result<Progress, QueueError> {
+        let Some(io) = &mut self.io else { return Ok(Progress::Idle) };
+        let progress = io.reap(&mut self.ended);
         for JobEnd { tag, result } in self.ended.drain(..) {
             let taken = self.under_way.get_mut(usize::from(tag)).and_then(Option::take);
             let Some(Taken { chain, request, begun_ns, .. }) = taken else { continue };
+            self.segments = self.segments.saturating_sub(chain.segments());
             mark_written(&chain, request.area);
             finish(&mut self.queue, &self.shared, &chain, &request, status(result), begun_ns)?;
         }
-        Ok(())
+        Ok(progress)
     }
 
     /// Does a request, or begins it.
@@ -103,12 +110,12 @@ impl<M: DeviceMemory> BlockWorker<M> {
                 _ => Status::IoError,
             },
             Task::Disk(operation) => match &mut self.io {
-                Some(_) if slices(&chain, request.area).is_none() => Status::IoError,
                 Some(io) => {
                     let (tag, chain) = (chain.head(), chain.in_memory(hold()));
                     let buffers = Buffers::new(chain.clone(), request.area);
                     // A head is in flight once, so the place is free.
                     if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
+                        self.segments += chain.segments();
                         *place = Some(Taken { chain, request, begun_ns, shrinks });
                         io.submit(Job { tag, operation, buffers });
                     }
@@ -122,6 +129,11 @@ impl<M: DeviceMemory> BlockWorker<M> {
             },
         };
         finish(&mut self.queue, &self.shared, &chain, &request, status, begun_ns)
+    }
+
+    /// Whether some have to end before more are taken.
+    fn is_full(&self) -> bool {
+        self.segments >= MOST_SEGMENTS
     }
 
     /// Takes requests, until there are no more, one has to wait, or it is the turn of others.
@@ -141,6 +153,9 @@ impl<M: DeviceMemory> BlockWorker<M> {
             self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
         }
         while left > 0 {
+            if self.is_full() {
+                return Ok(Next::Full);
+            }
             let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Next::Empty) };
             let begun_ns = shared.now_ns();
             let request = Request::read(&chain, &mut terms);
@@ -163,6 +178,8 @@ impl<M: DeviceMemory> BlockWorker<M> {
 enum Next {
     Empty,
     Wait,
+    /// It goes on when some have ended.
+    Full,
     Others,
 }
 
@@ -204,7 +221,7 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
 
     fn process(&mut self) -> Result<Progress, QueueError> {
         let shrinks = self.shared.shrinks.count();
-        self.reap()?;
+        let (Progress::Idle | Progress::More) = self.reap()?;
         self.queue.decline_doorbells()?;
         let next = self.serve(shrinks);
         if let Some(io) = &mut self.io {
@@ -212,12 +229,13 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
         }
         let next = next?;
         // What the host had at hand has ended already.
-        self.reap()?;
+        let progress = self.reap()?;
         self.settle(shrinks);
         let more = self.queue.rest()?;
         Ok(match next {
-            Next::Empty => more,
-            Next::Wait => Progress::Idle,
+            Next::Empty if more == Progress::More => Progress::More,
+            Next::Full if !self.is_full() => Progress::More,
+            Next::Empty | Next::Wait | Next::Full => progress,
             Next::Others => Progress::More,
         })
     }
@@ -238,7 +256,7 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
         for Taken { chain, request, .. } in self.under_way.iter_mut().filter_map(Option::take) {
             mark_written(&chain, request.area);
         }
-        (self.waiting, self.ended) = (None, Vec::new());
+        (self.waiting, self.ended, self.segments) = (None, Vec::new(), 0);
         if self.shrinks.take().is_some() {
             self.shared.shrinks.tell(self.queue.index(), None);
         }

@@ -35,7 +35,7 @@ fn what_was_read_is_dirty() {
 fn so_is_what_was_read_by_others() {
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let disk = Arc::new(Pooled::new(Probe::new(8192), pool));
-    let (tracker, queue, mut worker) = waiting(Block::builder(disk));
+    let (tracker, queue, mut worker) = waiting(Block::concurrent(disk));
     while queue.used_index().unwrap() == 0 {
         assert!(worker.process().is_ok());
         std::thread::yield_now();
@@ -48,7 +48,7 @@ fn so_is_what_was_being_read_at_a_stop() {
     let probe = Probe::new(8192);
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let disk = Arc::new(Pooled::new(probe.clone(), pool));
-    let (tracker, queue, mut worker) = waiting(Block::builder(disk));
+    let (tracker, queue, mut worker) = waiting(Block::concurrent(disk));
     let closed = probe.close();
     assert!(worker.process().is_ok());
     probe.await_waiting(1);
