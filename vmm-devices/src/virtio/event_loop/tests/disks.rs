@@ -8,7 +8,7 @@ use super::*;
 use crate::testkit::{Driver as _, DriverQueue, Memory, MmioDriver, guest_memory};
 #[cfg(feature = "io-uring")]
 use crate::virtio::block::UringFile;
-use crate::virtio::block::{Backend, Pooled, RawFile, ThreadPool, feature};
+use crate::virtio::block::{BlockBuilder, Pooled, RawFile, ThreadPool, feature};
 use crate::virtio::{Block, VirtioMmio};
 
 const QUEUES: u16 = 2;
@@ -26,7 +26,7 @@ fn pattern(queue: u16, index: u64) -> Vec<u8> {
 }
 
 /// Ways to a file of the size that is needed.
-fn disks() -> Vec<(&'static str, Arc<dyn Backend>)> {
+fn disks() -> Vec<(&'static str, BlockBuilder)> {
     let file = || {
         let file = tempfile::tempfile().unwrap();
         file.set_len(u64::from(QUEUES) * REQUESTS * BYTES as u64).unwrap();
@@ -34,11 +34,11 @@ fn disks() -> Vec<(&'static str, Arc<dyn Backend>)> {
     };
     let pool = || ThreadPool::new(NonZeroUsize::new(2).unwrap()).unwrap();
     vec![
-        ("one after the other", Arc::new(file())),
-        ("threads", Arc::new(Pooled::new(Arc::new(file()), pool()))),
+        ("one after the other", Block::builder(Arc::new(file()))),
+        ("threads", Block::concurrent(Arc::new(Pooled::new(Arc::new(file()), pool())))),
         // Where the kernel grants no ring, that is threads again.
         #[cfg(feature = "io-uring")]
-        ("io_uring", Arc::new(UringFile::new(file(), pool()))),
+        ("io_uring", Block::concurrent(Arc::new(UringFile::new(file(), pool())))),
     ]
 }
 
@@ -50,7 +50,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(disk: Arc<dyn Backend>, executor: Arc<dyn Executor>) -> Self {
+    fn new(disk: BlockBuilder, executor: Arc<dyn Executor>) -> Self {
         let memory = guest_memory(4 << 20).unwrap();
         let (interrupt, interrupts) = channel();
         let line = move |level: bool| {
@@ -59,7 +59,7 @@ impl Machine {
                 let (Ok(()) | Err(_)) = interrupt.send(());
             }
         };
-        let block = Block::builder(disk).queues(NonZeroU16::new(QUEUES).unwrap()).build().unwrap();
+        let block = disk.queues(NonZeroU16::new(QUEUES).unwrap()).build().unwrap();
         let transport = VirtioMmio::builder(block, memory.clone(), line).executor(executor).build().unwrap();
         let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
         let queues = (0..u64::from(QUEUES))
