@@ -37,7 +37,8 @@ impl MemoryRelease for Host {
 
 fuzz_target!(|input: (u64, Vec<Action>)| {
     let (features, mut actions) = input;
-    actions.insert(0, Action::Start { features, size: 4 });
+    // With VIRTIO_BALLOON_F_MUST_TELL_HOST, without which the device does not start.
+    actions.insert(0, Action::Start { features: features | 1, size: 4 });
     let memory = guest_memory_of(&REGIONS).expect("so little memory there is");
     let host = Host::default();
     let balloon = Balloon::builder(host.clone()).must_tell_host(true).build();

@@ -1,4 +1,5 @@
-//! Public flaws of device models, as tests of these devices. Each names the flaw and what must not happen here.
+//! Public flaws of device models, as tests of the platform devices. Each names the flaw and what must not happen here. `escapes.md`
+//! says which flaw is tested where, for these and all other devices.
 
 // The lint spares test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
@@ -7,6 +8,10 @@
 #[allow(dead_code)]
 #[path = "support/machine.rs"]
 mod machine;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
 
 use machine::{Action, Machine};
 use vmm_devices::platform::ports;
@@ -144,4 +149,59 @@ fn a_refused_state_changes_nothing() {
     (bad.id, bad.entries[23]) = (7, u64::MAX);
     assert!(machine.io_apic.restore(&bad).is_err());
     assert_eq!(machine.io_apic.state(), io_apic);
+}
+
+/// All Rust files under a folder, one after the other.
+fn sources(folder: &Path) -> String {
+    let mut all = String::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all += &sources(&path);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            all += &fs::read_to_string(path).unwrap();
+        }
+    }
+    all
+}
+
+/// `a::{b,c}::d` is `a::b::d` and `a::c::d`.
+fn expand(name: &str) -> Vec<String> {
+    let Some((before, rest)) = name.split_once('{') else { return vec![name.to_owned()] };
+    let (choices, after) = rest.split_once('}').unwrap();
+    choices.split(',').map(|choice| format!("{before}{choice}{after}")).collect()
+}
+
+/// Each test and each patch that `escapes.md` names is there, and so is each patch, and each test that a patch names, in the
+/// table.
+#[test]
+fn the_table_names_what_there_is() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources = sources(&root.join("src")) + &sources(&root.join("tests"));
+    let table = fs::read_to_string(root.join("tests/escapes.md")).unwrap();
+    // Every second piece is between back quotes.
+    let named: Vec<&str> = table
+        .lines()
+        .filter(|line| line.starts_with("| "))
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .collect();
+    let tests: BTreeSet<String> =
+        named.iter().filter(|name| name.contains("::")).flat_map(|name| expand(name)).collect();
+    assert!(tests.len() > 80, "{}", tests.len());
+    for test in &tests {
+        let function = test.rsplit("::").next().unwrap();
+        assert!(sources.contains(&format!("fn {function}(")), "{test} is no test");
+    }
+    // A package comes without patches.
+    let Ok(patches) = fs::read_dir(root.join("tests/flaws")) else { return };
+    let names = patches.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let there: BTreeSet<String> = names.filter(|name| name.ends_with(".patch")).collect();
+    let named = named.iter().filter(|name| name.ends_with(".patch")).map(|name| (*name).to_owned());
+    assert_eq!(named.collect::<BTreeSet<_>>(), there);
+    for patch in there {
+        let text = fs::read_to_string(root.join("tests/flaws").join(&patch)).unwrap();
+        for test in text.lines().filter_map(|line| line.strip_prefix("Test: ")) {
+            assert!(tests.contains(test), "{patch}: {test} is not in the table");
+        }
+    }
 }

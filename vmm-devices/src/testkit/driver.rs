@@ -5,9 +5,12 @@ use std::sync::{Arc, Mutex};
 use crate::bus::BusDevice;
 use crate::interrupt::lock;
 use crate::pci::PciFunction;
-use crate::virtio::{DeviceMemory, feature};
+use crate::virtio::{
+    DeviceMemory, VirtioDevice, VirtioMmio, VirtioMmioError, VirtioPci, VirtioPciError, feature,
+};
 
 use super::queue::DriverQueue;
+use super::recorder::{LineRecorder, MsiRecorder};
 
 /// Device status bits (Virtio 1.3, 2.1).
 const ACKNOWLEDGE: u8 = 1;
@@ -106,6 +109,59 @@ pub trait Driver {
     }
 }
 
+/// Drivers on any transport, chosen at run time, and drivers that are lent, are drivers too.
+macro_rules! forward {
+    ($($driver:ty),*) => {
+        $(impl<D: Driver + ?Sized> Driver for $driver {
+            fn status(&self) -> u8 {
+                (**self).status()
+            }
+
+            fn set_status(&self, status: u8) {
+                (**self).set_status(status);
+            }
+
+            fn device_features(&self) -> u64 {
+                (**self).device_features()
+            }
+
+            fn set_driver_features(&self, features: u64) {
+                (**self).set_driver_features(features);
+            }
+
+            fn queue_max_size(&self, index: u16) -> u16 {
+                (**self).queue_max_size(index)
+            }
+
+            fn set_queue(&self, index: u16, size: u16, rings: [u64; 3]) {
+                (**self).set_queue(index, size, rings);
+            }
+
+            fn enable_queue(&self, index: u16) {
+                (**self).enable_queue(index);
+            }
+
+            fn notify(&self, index: u16) {
+                (**self).notify(index);
+            }
+
+            fn read_config(&self, offset: u64, data: &mut [u8]) {
+                (**self).read_config(offset, data);
+            }
+
+            fn write_config(&self, offset: u64, data: &[u8]) {
+                (**self).write_config(offset, data);
+            }
+
+            fn config_generation(&self) -> u32 {
+                (**self).config_generation()
+            }
+        })*
+    };
+}
+
+forward!(Box<D>, &D);
+
 /// A driver of a device on MMIO (4.2.2).
 pub struct MmioDriver(Arc<dyn BusDevice>);
 
@@ -116,7 +172,20 @@ impl std::fmt::Debug for MmioDriver {
 }
 
 impl MmioDriver {
-    /// Drives `device`, a [`VirtioMmio`](crate::virtio::VirtioMmio) in a mutex as a rule.
+    /// Puts `device` on MMIO, served inline, and drives it; and the line by which it interrupts.
+    ///
+    /// # Errors
+    /// As [`VirtioMmio::new`].
+    pub fn of<M: DeviceMemory>(
+        device: impl VirtioDevice<M> + 'static,
+        memory: &M,
+    ) -> Result<(Self, LineRecorder), VirtioMmioError> {
+        let line = LineRecorder::default();
+        let transport = VirtioMmio::new(device, memory.clone(), line.clone())?;
+        Ok((Self::new(Arc::new(Mutex::new(transport))), line))
+    }
+
+    /// Drives `device`, a [`VirtioMmio`] in a mutex as a rule.
     pub fn new(device: Arc<dyn BusDevice>) -> Self {
         Self(device)
     }
@@ -207,6 +276,25 @@ impl Driver for MmioDriver {
     }
 }
 
+/// Identifiers of capabilities (PCI 3.0, appendix H).
+const VENDOR: u8 = 9;
+const MSIX: u8 = 0x11;
+/// Structures (4.1.4).
+const COMMON: u8 = 1;
+const NOTIFY: u8 = 2;
+const ISR: u8 = 3;
+const DEVICE: u8 = 4;
+/// In the order of [`PciDriver::read`].
+const STRUCTURES: [u8; 4] = [COMMON, ISR, DEVICE, NOTIFY];
+
+/// A function that is none of virtio, or not a whole one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the function has no capability for structure {kind} of Virtio 1.3, 4.1.4; drivers need 1 to 4")]
+pub struct MissingStructure {
+    /// The type of the structure.
+    pub kind: u8,
+}
+
 /// A driver of a device on PCI (4.1), which finds its structures as the capabilities say.
 pub struct PciDriver {
     function: Arc<Mutex<dyn PciFunction>>,
@@ -223,11 +311,34 @@ impl std::fmt::Debug for PciDriver {
 }
 
 impl PciDriver {
-    /// Drives `function`, a [`VirtioPci`](crate::virtio::VirtioPci) as a rule. It may access memory from now on. `None` if it lacks a
-    /// structure that drivers need.
-    pub fn new(function: Arc<Mutex<dyn PciFunction>>) -> Option<Self> {
+    /// Makes `device` a PCI function, served inline, and drives it; and what gets its messages, once they are
+    /// [turned on](Self::enable_messages).
+    ///
+    /// # Errors
+    /// As [`VirtioPci::new`].
+    pub fn of<M: DeviceMemory>(
+        device: impl VirtioDevice<M> + 'static,
+        memory: &M,
+    ) -> Result<(Self, MsiRecorder), VirtioPciError> {
+        let messages = MsiRecorder::default();
+        let function = VirtioPci::new(device, memory.clone(), messages.clone())?;
+        // It has all structures.
+        Ok((Self::find(Arc::new(Mutex::new(function))).0, messages))
+    }
+
+    /// Drives `function`, a [`VirtioPci`] as a rule. It may access memory from now on.
+    ///
+    /// # Errors
+    /// If it lacks a structure that drivers need.
+    pub fn new(function: Arc<Mutex<dyn PciFunction>>) -> Result<Self, MissingStructure> {
+        let (driver, missing) = Self::find(function);
+        missing.map_or(Ok(driver), |kind| Err(MissingStructure { kind }))
+    }
+
+    /// Also the first structure that is missing.
+    fn find(function: Arc<Mutex<dyn PciFunction>>) -> (Self, Option<u8>) {
         let mut driver = Self { function, structures: [(0, 0); 4], multiplier: 0 };
-        let mut found = 0;
+        let mut missing = STRUCTURES.to_vec();
         let mut at = u16::from(driver.config_byte(0x34));
         // The list has no room for more.
         for _ in 0..48 {
@@ -239,25 +350,54 @@ impl PciDriver {
             let [bar, ..] = body(4).to_le_bytes();
             let place = (usize::from(bar), u64::from(body(8)));
             let multiplier = u64::from(body(16));
-            let index = match (id, kind) {
-                (9, 1) => Some(0),
-                (9, 3) => Some(1),
-                (9, 4) => Some(2),
-                (9, 2) => Some(3),
-                _ => None,
+            at = next.into();
+            // Of several, the first is the one to use (4.1.4.1).
+            let Some(which) = missing.iter().position(|wanted| (id, kind) == (VENDOR, *wanted)) else {
+                continue;
             };
-            if let Some(structure) = index.and_then(|index| driver.structures.get_mut(index)) {
+            missing.remove(which);
+            let index = STRUCTURES.iter().position(|structure| *structure == kind).unwrap_or(0);
+            if let Some(structure) = driver.structures.get_mut(index) {
                 *structure = place;
-                found += 1;
             }
-            if (id, kind) == (9, 2) {
+            if kind == NOTIFY {
                 driver.multiplier = multiplier;
             }
-            at = next.into();
         }
         // Memory and bus master.
         driver.write_config_space(4, &6_u16.to_le_bytes());
-        (found == 4).then_some(driver)
+        (driver, missing.first().copied())
+    }
+
+    /// Turns MSI-X on, with a vector for the configuration and one for each queue: their messages have address
+    /// 0xfee0_0000 and data 0, 1 for queue 0, and so on. After [`Driver::start`], which forgets the vectors of queues. `false` if
+    /// the function has no MSI-X.
+    pub fn enable_messages(&self) -> bool {
+        let Some(at) = self.capability(MSIX) else { return false };
+        let [_, _, low, high] = self.config_word(at).to_le_bytes();
+        let place = self.config_word(at + 4);
+        let (bar, table) = ((place & 7) as usize, u64::from(place & !7));
+        for vector in 0..=u32::from(u16::from_le_bytes([low, high]) & 0x7ff) {
+            for (register, value) in (0..).zip([0xfee0_0000_u32, 0, vector, 0]) {
+                let offset = table + 16 * u64::from(vector) + 4 * register;
+                lock(&self.function).bar_write(bar, offset, &value.to_le_bytes());
+            }
+        }
+        self.write_config_space(at + 2, &0x8000_u16.to_le_bytes());
+        self.write(0, 0x10, &0_u16.to_le_bytes());
+        for queue in 0..u16::from_le_bytes(self.common(0x12)) {
+            self.write(0, 0x16, &queue.to_le_bytes());
+            self.write(0, 0x1a, &(queue + 1).to_le_bytes());
+        }
+        true
+    }
+
+    /// Where the first capability of an identifier is.
+    fn capability(&self, wanted: u8) -> Option<u16> {
+        let first = u16::from(self.config_byte(0x34));
+        let next = |at: &u16| Some(u16::from(self.config_byte(at + 1)));
+        let mut list = std::iter::successors(Some(first), next).take(48).take_while(|at| *at != 0);
+        list.find(|at| self.config_byte(*at) == wanted)
     }
 
     /// Reads configuration space.
@@ -374,5 +514,77 @@ impl Driver for PciDriver {
     fn config_generation(&self) -> u32 {
         let [generation] = self.common(0x15);
         generation.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::{Bar, Capability, ConfigBuilder, ConfigSpace, Identity, capability};
+    use crate::testkit::guest_memory;
+    use crate::virtio::Rng;
+
+    #[test]
+    fn each_queue_has_its_message() {
+        let memory = guest_memory(1 << 20).unwrap();
+        let (driver, messages) = PciDriver::of(Rng::new(std::io::repeat(7)), &memory).unwrap();
+        let mut queue = DriverQueue::new(memory, 0x1000, 8).unwrap();
+        driver.start(0, &[(0, &queue)]).unwrap();
+        assert!(driver.enable_messages());
+        queue.chain().writable(0x8000, 5).submit().unwrap();
+        driver.notify(0);
+        assert_eq!((messages.take(), driver.take_interrupt_status()), (vec![(0xfee0_0000, 1)], 0));
+        assert_eq!(queue.get(0x8000, 6).unwrap(), [7, 7, 7, 7, 7, 0]);
+    }
+
+    /// A function of nothing but capabilities.
+    struct Listed(ConfigSpace, Vec<u64>);
+
+    impl PciFunction for Listed {
+        fn config(&self) -> &ConfigSpace {
+            &self.0
+        }
+
+        fn config_mut(&mut self) -> &mut ConfigSpace {
+            &mut self.0
+        }
+
+        fn bar_read(&mut self, _bar: usize, offset: u64, data: &mut [u8]) {
+            self.1.push(offset);
+            data.fill(0);
+        }
+
+        fn bar_write(&mut self, _bar: usize, _offset: u64, _data: &[u8]) {}
+    }
+
+    fn listed(kinds: &[u8]) -> Arc<Mutex<Listed>> {
+        let mut config = ConfigBuilder::new(Identity::new(0x1af4, 0x1042, [0xff, 0, 0]));
+        config.bar(0, Bar::memory32(0x8000)).unwrap();
+        for (at, kind) in (1..).zip(kinds) {
+            let body = [16, *kind, 0, 0, 0, 0, 0, at, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+            config.capability(Capability::new(capability::id::VENDOR, body)).unwrap();
+        }
+        Arc::new(Mutex::new(Listed(config.build(), Vec::new())))
+    }
+
+    #[test]
+    fn the_first_structure_of_a_type_is_used_and_none_may_be_missing() {
+        for missing in STRUCTURES {
+            let mut kinds = STRUCTURES.to_vec();
+            kinds.retain(|kind| *kind != missing);
+            // Another one of a type that is there makes it no better.
+            kinds.push(kinds[0]);
+            assert_eq!(PciDriver::new(listed(&kinds)).unwrap_err(), MissingStructure { kind: missing });
+        }
+        // The list begins with what was added last, or first: whichever it is, one of the two at its ends.
+        let function = listed(&[COMMON, ISR, DEVICE, NOTIFY, COMMON]);
+        let driver = PciDriver::new(function.clone()).unwrap();
+        assert!(!driver.enable_messages());
+        let mut first = [0];
+        driver.read_config_space(0x34, &mut first);
+        let mut offset = [0; 4];
+        driver.read_config_space(u16::from(first[0]) + 8, &mut offset);
+        driver.status();
+        assert_eq!(lock(&function).1, [u64::from(u32::from_le_bytes(offset)) + 0x14]);
     }
 }

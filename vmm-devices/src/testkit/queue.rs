@@ -1,6 +1,8 @@
 //! The driver's side of a split virtqueue (Virtio 1.3, 2.7).
 
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT as _};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
@@ -66,6 +68,24 @@ impl<M: DeviceMemory> DriverQueue<M> {
     /// Addresses of descriptor table, available ring and used ring.
     pub fn rings(&self) -> [u64; 3] {
         [self.descriptors, self.available, self.used]
+    }
+
+    /// Writes what a buffer holds.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    pub fn put(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
+        self.memory.memory().write_slice(bytes, GuestAddress(gpa))
+    }
+
+    /// Reads what a buffer holds.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    pub fn get(&self, gpa: u64, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.memory.memory().read_slice(&mut bytes, GuestAddress(gpa))?;
+        Ok(bytes)
     }
 
     /// The device's side of it, as a transport configures that, for a test without a transport.
@@ -183,6 +203,21 @@ impl<M: DeviceMemory> DriverQueue<M> {
         self.next_used = self.next_used.wrapping_add(1);
         Ok(Some((u32::from_le(id), u32::from_le(len))))
     }
+
+    /// The same for a device that is served by another thread: waits for the next chain, `patience` at most.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    pub fn await_used(&mut self, patience: Duration) -> Result<Option<(u32, u32)>> {
+        let begun = Instant::now();
+        loop {
+            let used = self.take_used()?;
+            if used.is_some() || begun.elapsed() >= patience {
+                return Ok(used);
+            }
+            thread::yield_now();
+        }
+    }
 }
 
 /// Table entry: address, length, flags, next.
@@ -215,7 +250,8 @@ impl<M: DeviceMemory> ChainBuilder<'_, M> {
         self
     }
 
-    /// Writes the descriptors, and makes them available; the head.
+    /// Writes the descriptors, and makes them available; the head. Without a buffer that is whatever stands in the next
+    /// descriptor.
     ///
     /// # Errors
     /// If there is no memory.

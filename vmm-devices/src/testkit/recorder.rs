@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::sync::{Arc, Mutex};
 
-use crate::interrupt::{InterruptLine, lock};
+use crate::interrupt::{InterruptLine, MsiSink, lock};
 use crate::virtio::DriverLink;
 
 /// A line that remembers its levels. Clones are the same line.
@@ -27,6 +27,23 @@ impl InterruptLine for LineRecorder {
         let mut state = lock(&self.0);
         state.0 = asserted;
         state.1.push(asserted);
+    }
+}
+
+/// Where messages of MSI-X go, which it remembers. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct MsiRecorder(Arc<Mutex<Vec<(u64, u32)>>>);
+
+impl MsiRecorder {
+    /// Address and data of each message since the last call.
+    pub fn take(&self) -> Vec<(u64, u32)> {
+        std::mem::take(&mut lock(&self.0))
+    }
+}
+
+impl MsiSink for MsiRecorder {
+    fn send(&self, address: u64, data: u32) {
+        lock(&self.0).push((address, data));
     }
 }
 

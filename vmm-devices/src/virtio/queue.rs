@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemory, GuestMemoryError};
 
-use super::device::{DeviceMemory, DriverLink};
+use super::device::{DeviceMemory, DriverLink, Progress};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.6).
 const NO_INTERRUPT: u16 = 1;
@@ -231,20 +231,38 @@ impl<M: DeviceMemory> Virtqueue<M> {
         Ok(())
     }
 
-    /// Asks the driver to ring for the next chain, or not to (2.7.10). `true` if chains are there already, for which it will
-    /// not ring.
+    /// Asks the driver not to ring until [`Virtqueue::rest`] (2.7.10): what it adds is seen without.
     ///
     /// # Errors
     /// If the rings are in RAM no more.
-    pub fn want_doorbell(&mut self, wanted: bool) -> Result<bool, QueueError> {
+    pub fn decline_doorbells(&mut self) -> Result<(), QueueError> {
+        let index = self.index;
+        let declined = self.queue.disable_notification(&*self.memory.memory());
+        declined.map_err(|source| QueueError::Ring { index, source })
+    }
+
+    /// What [`Worker::process`](super::Worker::process) ends with: interrupts the driver for what was completed, and asks it to ring
+    /// for whatever it adds from now on. [`Progress::More`] if there are chains already, for which it will not ring.
+    ///
+    /// # Errors
+    /// If the rings are in RAM no more.
+    pub fn rest(&mut self) -> Result<Progress, QueueError> {
+        self.interrupt()?;
         let index = self.index;
         let memory = self.memory.memory();
-        let more = if wanted {
-            self.queue.enable_notification(&*memory)
-        } else {
-            self.queue.disable_notification(&*memory).map(|()| true)
-        };
-        more.map_err(|source| QueueError::Ring { index, source })
+        let ring = |source| QueueError::Ring { index, source };
+        if !self.queue.enable_notification(&*memory).map_err(ring)? {
+            return Ok(Progress::Idle);
+        }
+        if self.queue.event_idx_enabled() {
+            // The event is the first of the chains that are there, which has passed.
+            let available = self.queue.avail_idx(&*memory, Ordering::Relaxed).map_err(ring)?;
+            let event = self.queue.used_ring() + 4 + 8 * u64::from(self.queue.size());
+            memory
+                .store(available.0.to_le(), GuestAddress(event), Ordering::Relaxed)
+                .map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
+        }
+        Ok(Progress::More)
     }
 
     /// How many chains are available, as far as the ring says.
@@ -292,7 +310,8 @@ impl<T> fmt::Debug for Chain<T> {
 }
 
 impl<T> Chain<T> {
-    /// The same buffers, looked for in `memory`: for a chain that stays in flight and holds no snapshot meanwhile (`()`).
+    /// The same buffers, looked for in `memory`: what [`Virtqueue::memory`] gave, for a chain that was taken by reference and is
+    /// now to stay in flight; `()` for one that holds no snapshot meanwhile.
     pub fn in_memory<U>(self, memory: U) -> Chain<U> {
         let Self { head, segments, readable, .. } = self;
         Chain { head, memory, segments, readable }
@@ -308,13 +327,6 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
     /// The memory in which its buffers lie.
     pub fn memory(&self) -> &T::Target {
         &self.memory
-    }
-
-    /// The same buffers, looked for by way of `memory`: what [`Virtqueue::memory`] gave, for a chain that was taken by
-    /// reference and is now to stay in flight.
-    pub fn with_memory<U: Deref<Target: GuestMemory>>(self, memory: U) -> Chain<U> {
-        let Self { head, segments, readable, .. } = self;
-        Chain { head, memory, segments, readable }
     }
 
     /// The buffers to read: guest-physical address and length of each.

@@ -49,8 +49,7 @@ impl Rng {
     }
 
     /// Limits requests, and the bytes that they ask for up to [`MAX_REQUEST`]: whatever the guest does, the host's generator
-    /// works no harder. Needs an executor that knows deadlines, which [`Inline`](super::Inline) does not: there a request
-    /// that has to wait waits for the next doorbell.
+    /// works no harder.
     #[must_use]
     pub fn rate(mut self, limiter: RateLimiter) -> Self {
         self.limiter = Some(limiter);
@@ -162,33 +161,28 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         if let Some((request, throttled)) = self.waiting.take() {
             if let Err(throttled) = throttled.retry() {
                 self.waiting = Some((request, throttled));
-                return Ok(Progress::Idle);
+                return self.queue.rest().map(|_| Progress::Idle);
             }
             self.fill(&request)?;
         }
         for _ in 0..self.queue.size() {
-            let Some(request) = self.next()? else {
-                self.queue.interrupt()?;
-                let more = self.queue.want_doorbell(true)?;
-                return Ok(if more { Progress::More } else { Progress::Idle });
-            };
+            let Some(request) = self.next()? else { return self.queue.rest() };
             let cost = Self::room(&request) as u64;
             if let Err(throttled) = self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(cost)) {
                 if let Some(metrics) = &self.metrics {
                     metrics.sink.throttled();
                 }
                 self.waiting = Some((request, throttled));
-                self.queue.interrupt()?;
-                return Ok(Progress::Idle);
+                // What is behind it waits as well.
+                return self.queue.rest().map(|_| Progress::Idle);
             }
             self.fill(&request)?;
         }
-        self.queue.interrupt()?;
-        Ok(Progress::More)
+        self.queue.rest().map(|_| Progress::More)
     }
 
     fn deadline(&self) -> Option<u64> {

@@ -171,16 +171,16 @@ impl BusDevice for Rom {
 }
 
 pub(crate) struct Machine {
-    mmio: Arc<MmioBus>,
-    pio: Arc<PioBus>,
-    bridge: HostBridge,
-    layout: PciLayout,
+    pub(crate) mmio: Arc<MmioBus>,
+    pub(crate) pio: Arc<PioBus>,
+    pub(crate) bridge: HostBridge,
+    pub(crate) layout: PciLayout,
     lines: [Arc<Wire>; 4],
     functions: [Arc<Mutex<Probe>>; 3],
 }
 
 /// In the window, where the monitor should not have put it.
-const ROM: BusRange = BusRange::new(0xe900_0800, 0x100);
+pub(crate) const ROM: BusRange = BusRange::new(0xe900_0800, 0x100);
 const MSIX: MsixPlace = MsixPlace { bar: 0, table: 0x800, pending: 0xc00 };
 
 fn identity(number: u8) -> Identity {

@@ -133,7 +133,8 @@ impl BalloonBuilder {
     }
 
     /// Whether the guest must tell before it uses pages again, which it need not unless said. For a [`MemoryRelease`] that has
-    /// to do something first, in [`MemoryRelease::reclaim`].
+    /// to do something first, in [`MemoryRelease::reclaim`]. A driver that does not tell is refused. Reported pages come back
+    /// without a word all the same, so such a one has [`page_reporting`](Self::page_reporting) off.
     #[must_use]
     pub fn must_tell_host(self, offered: bool) -> Self {
         self.feature(feature::MUST_TELL_HOST, offered)
@@ -176,6 +177,11 @@ impl<M: DeviceMemory> VirtioDevice<M> for Balloon {
 
     fn queue_sizes(&self) -> &[u16] {
         &SIZES
+    }
+
+    fn accepts(&self, features: u64) -> bool {
+        // 5.5.3.2: who needs to be told does not work for a driver that does not tell.
+        self.features & feature::MUST_TELL_HOST & !features == 0
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -11,7 +11,8 @@ use vmm_memory::vm_memory::GuestAddress;
 /// Ranges are whole [pages](super::PAGE) within one region of RAM, as it was when the request was looked at. They may be released that are
 /// released already, or in use: what the guest reads there next is its own affair.
 pub trait MemoryRelease: Send + Sync {
-    /// The guest does not need the contents of `len` bytes at `gpa`, until it writes there again.
+    /// The guest does not need the contents of `len` bytes at `gpa`, until it writes there again. For what was in the balloon,
+    /// [`MemoryRelease::reclaim`] may come before that; for free pages that it reported, nothing does.
     ///
     /// # Errors
     /// Whatever keeps the memory; that is counted, and the guest does not hear of it.

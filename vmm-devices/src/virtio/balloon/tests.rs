@@ -9,7 +9,8 @@ use vmm_memory::{Backing, GuestRam, RegionConfig};
 use super::*;
 use crate::interrupt::lock;
 use crate::testkit::{
-    Driver, DriverQueue, LineRecorder, LinkRecorder, Memory, MmioDriver, guest_memory, guest_memory_of,
+    Driver, DriverQueue, LineRecorder, LinkRecorder, Memory, MmioDriver, StartError, guest_memory,
+    guest_memory_of,
 };
 use crate::virtio::{Doorbells, Progress, VirtioMmio, Virtqueue};
 
@@ -257,6 +258,18 @@ fn features_are_what_the_builder_says() {
     assert_eq!(features(&none.build()), 0);
     let all = Balloon::builder(Ledger::default()).must_tell_host(true).target(9).build();
     assert_eq!((features(&all), all.handle().target()), (0b11_0111, 9));
+}
+
+/// 5.5.3.2: a driver that would use pages without a word is told so before it starts.
+#[test]
+fn who_must_tell_and_does_not_is_refused() {
+    let must = Balloon::builder(Ledger::default()).must_tell_host(true).build();
+    let t = Test::new(must, guest_memory(MIB).unwrap());
+    let queues = [(0, &t.queues[0]), (1, &t.queues[1])];
+    assert!(matches!(t.driver.start(0, &queues), Err(StartError::Features { .. })));
+    t.driver.start(feature::MUST_TELL_HOST, &queues).unwrap();
+    let (t, _) = test(guest_memory(MIB).unwrap());
+    t.driver.start(0, &[(0, &t.queues[0]), (1, &t.queues[1])]).unwrap();
 }
 
 #[test]

@@ -111,7 +111,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
             },
             Task::Disk(operation) => match &mut self.io {
                 Some(io) => {
-                    let (tag, chain) = (chain.head(), chain.with_memory(hold()));
+                    let (tag, chain) = (chain.head(), chain.in_memory(hold()));
                     let buffers = Buffers::new(chain.clone(), request.area);
                     // A head is in flight once, so the place is free.
                     if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
@@ -163,7 +163,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
                 if let Some(metrics) = &shared.metrics {
                     metrics.sink.throttled();
                 }
-                let chain = chain.with_memory(memory.clone());
+                let chain = chain.in_memory(memory.clone());
                 self.waiting = Some((Taken { chain, request, begun_ns, shrinks }, throttled));
                 return Ok(Next::Wait);
             }
@@ -222,7 +222,7 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
     fn process(&mut self) -> Result<Progress, QueueError> {
         let shrinks = self.shared.shrinks.count();
         let (Progress::Idle | Progress::More) = self.reap()?;
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         let next = self.serve(shrinks);
         if let Some(io) = &mut self.io {
             io.kick();
@@ -231,9 +231,9 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
         // What the host had at hand has ended already.
         let progress = self.reap()?;
         self.settle(shrinks);
-        self.queue.interrupt()?;
+        let more = self.queue.rest()?;
         Ok(match next {
-            Next::Empty if self.queue.want_doorbell(true)? => Progress::More,
+            Next::Empty if more == Progress::More => Progress::More,
             Next::Full if !self.is_full() => Progress::More,
             Next::Empty | Next::Wait | Next::Full => progress,
             Next::Others => Progress::More,

@@ -106,7 +106,8 @@ pub enum PortEvent<'a> {
 /// Who is told of a [`PortEvent`]. A closure is one.
 ///
 /// Called by what serves the queue, from any thread, with no lock of the port held: it may call any method of a
-/// [`Port`](super::Port). It must not touch the transport, which may wait for it.
+/// [`Port`](super::Port). It must not touch the transport, which may wait for it. What two threads tell at once may come in either
+/// order: [`Port::is_guest_open`](super::Port::is_guest_open) says what is so now.
 pub trait PortEvents: Send + Sync {
     /// It happened.
     fn event(&self, event: PortEvent<'_>);
@@ -145,7 +146,7 @@ impl PortConfig {
     ///
     /// The writer is called by the worker of the port's transmit queue, and by a vCPU for an emergency write; one that
     /// blocks holds these, and a reset of the device, but no other port. It may take a part. It must not call
-    /// [`Port::replace_output`](super::Port::replace_output).
+    /// [`Port::replace_output`](super::Port::replace_output) or [`Ports::remove`](super::Ports::remove).
     pub fn console(output: impl Write + Send + 'static) -> Self {
         Self {
             console: true,

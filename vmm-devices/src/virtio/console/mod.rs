@@ -279,7 +279,8 @@ impl Ports {
     }
 
     /// Takes a port away, at any time. A driver that knows it is told so. Output of it that is in flight and input that was
-    /// not delivered are discarded, and counted. The place is free for another one at once.
+    /// not delivered are discarded, and counted; the writer is dropped, after what it does just now. The place is free for
+    /// another one at once.
     ///
     /// # Errors
     /// If there is none.

@@ -20,14 +20,17 @@ pub(super) struct OutputWorker<M: DeviceMemory> {
     id: u32,
     queue: Virtqueue<M>,
     shared: Arc<Shared>,
-    sending: Option<Sending<M>>,
+    sending: Option<Sending>,
     /// Bytes of it that were read and are still to be written.
     piece: Vec<u8>,
 }
 
-/// A buffer of the guest that is on its way.
-struct Sending<M: DeviceMemory> {
-    chain: Chain<M::T>,
+/// A buffer of the guest that is on its way. It holds no memory, for a writer that is full may stay so for long.
+struct Sending {
+    chain: Chain<()>,
+    head: u16,
+    /// Bytes of it.
+    len: u64,
     /// Whose output it is: not that of a port which is there later.
     port: Option<Arc<PortCore>>,
     /// Bytes of it that were read.
@@ -48,17 +51,19 @@ impl<M: DeviceMemory> OutputWorker<M> {
     }
 
     fn step(&mut self) -> Result<Step, QueueError> {
+        let memory = self.queue.memory();
         if self.sending.is_none() {
-            let memory = self.queue.memory();
-            let Some(chain) = self.queue.pop(memory)? else { return Ok(Step::NoMore) };
-            self.sending =
-                Some(Sending { chain, port: self.port(), read: 0, begun_ns: self.shared.now_ns() });
+            let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Step::NoMore) };
+            let (head, len) = (chain.head(), chain.readable_len());
+            let (port, begun_ns) = (self.port(), self.shared.now_ns());
+            self.sending = Some(Sending { chain: chain.in_memory(()), head, len, port, read: 0, begun_ns });
         }
         let Some(sending) = &mut self.sending else { return Ok(Step::NoMore) };
         if self.piece.is_empty() {
-            let left = sending.chain.readable_len().saturating_sub(sending.read);
+            let left = sending.len.saturating_sub(sending.read);
             self.piece.resize(usize::try_from(left).unwrap_or(PIECE).min(PIECE), 0);
-            let read = sending.chain.read_some(sending.read, &mut self.piece);
+            let chain = sending.chain.clone().in_memory(&*memory);
+            let read = chain.read_some(sending.read, &mut self.piece);
             self.piece.truncate(read);
             sending.read += read as u64;
             if read == 0 {
@@ -66,7 +71,7 @@ impl<M: DeviceMemory> OutputWorker<M> {
                 return self.finish();
             }
         }
-        let Some(port) = sending.port.clone().filter(|port| !port.is_removed()) else { return self.finish() };
+        let Some(port) = sending.port.clone() else { return self.finish() };
         match port.output(&self.piece) {
             Taken::Bytes(taken) => {
                 self.piece.drain(..taken);
@@ -86,18 +91,17 @@ impl<M: DeviceMemory> OutputWorker<M> {
 
     /// Forgets the buffer, and counts what was not written of it.
     fn give_up(&mut self) -> Option<u16> {
-        let Sending { chain, port, read, begun_ns } = self.sending.take()?;
-        let all = chain.readable_len();
-        let left = all.saturating_sub(read) + self.piece.len() as u64;
+        let Sending { head, len, port, read, begun_ns, .. } = self.sending.take()?;
+        let left = len.saturating_sub(read) + self.piece.len() as u64;
         self.piece.clear();
-        self.shared.ended(Activity::Write, all.saturating_sub(left), left == 0, begun_ns);
+        self.shared.ended(Activity::Write, len.saturating_sub(left), left == 0, begun_ns);
         match port {
             Some(port) => port.discarded_output(left),
             None => {
                 self.shared.counters.output_discarded.fetch_add(left, Ordering::Relaxed);
             }
         }
-        Some(chain.head())
+        Some(head)
     }
 
     fn port(&self) -> Option<Arc<PortCore>> {
@@ -111,7 +115,7 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         for _ in 0..PIECES {
             match self.step()? {
                 Step::On => {}
@@ -119,9 +123,7 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
                     if let Some(port) = self.port() {
                         port.flush();
                     }
-                    self.queue.interrupt()?;
-                    let more = self.queue.want_doorbell(true)?;
-                    return Ok(if more { Progress::More } else { Progress::Idle });
+                    return self.queue.rest();
                 }
                 // No doorbell of the guest is worth anything now.
                 Step::WriterIsFull => {
@@ -130,12 +132,10 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
                 }
             }
         }
-        self.queue.interrupt()?;
-        Ok(Progress::More)
+        self.queue.rest().map(|_| Progress::More)
     }
 
     fn stop(&mut self) {
-        // Its memory may go.
         self.give_up();
     }
 }

@@ -63,7 +63,8 @@ struct Input {
 }
 
 struct Output {
-    writer: Box<dyn Write + Send>,
+    /// None once the port is removed.
+    writer: Option<Box<dyn Write + Send>>,
     /// It holds something back, maybe.
     flushed: bool,
     failed: bool,
@@ -93,7 +94,7 @@ impl PortCore {
                 refused: false,
                 removed: false,
             }),
-            output: Mutex::new(Output { writer: output, flushed: true, failed: false }),
+            output: Mutex::new(Output { writer: Some(output), flushed: true, failed: false }),
             open: AtomicBool::new(open),
             guest_open: AtomicBool::new(false),
             counters: Counters::default(),
@@ -168,15 +169,28 @@ impl PortCore {
         }
     }
 
-    /// The port is part of no device any more.
+    /// The port is part of no device any more, and its writer is dropped, though handles may stay for long.
     pub(super) fn remove(&self) {
         lock(&self.input).removed = true;
         self.discard_input();
         self.guest_open.store(false, Ordering::SeqCst);
+        let old = lock(&self.output).writer.take();
+        // Its destructor may do anything.
+        drop(old);
     }
 
-    pub(super) fn is_removed(&self) -> bool {
-        lock(&self.input).removed
+    /// Puts another writer in the place of the one that is there; whether the port is there as well.
+    fn replace_output(&self, writer: Box<dyn Write + Send>) -> bool {
+        let mut output = lock(&self.output);
+        if output.writer.is_none() {
+            return false;
+        }
+        let old =
+            std::mem::replace(&mut *output, Output { writer: Some(writer), flushed: true, failed: false });
+        drop(output);
+        // As above.
+        drop(old);
+        true
     }
 
     /// Gives output to the writer.
@@ -185,13 +199,13 @@ impl PortCore {
             return Taken::Never;
         }
         let mut output = lock(&self.output);
-        if output.failed {
+        let Output { writer: Some(writer), failed: false, flushed } = &mut *output else {
             return Taken::Never;
-        }
-        let error = match output.writer.write(data) {
+        };
+        let error = match writer.write(data) {
             Ok(0) if !data.is_empty() => io::ErrorKind::WriteZero.into(),
             Ok(taken) => {
-                output.flushed = false;
+                *flushed = false;
                 let taken = taken.min(data.len());
                 self.counters.output.fetch_add(taken as u64, Ordering::Relaxed);
                 return Taken::Bytes(taken);
@@ -213,11 +227,11 @@ impl PortCore {
     /// Output has come to a pause.
     pub(super) fn flush(&self) {
         let mut output = lock(&self.output);
-        if output.flushed || output.failed {
+        let Output { writer: Some(writer), failed: false, flushed: flushed @ false } = &mut *output else {
             return;
-        }
-        match output.writer.flush() {
-            Ok(()) => output.flushed = true,
+        };
+        match writer.flush() {
+            Ok(()) => *flushed = true,
             // At the next pause, or when the monitor says so.
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
@@ -300,13 +314,11 @@ impl Port {
     }
 
     /// Output goes there from now on, also after the writer has failed; the old one is dropped. Waits for a writer that
-    /// blocks.
+    /// blocks. Once the port is removed, this one is dropped at once.
     pub fn replace_output(&self, writer: impl Write + Send + 'static) {
-        let new = Output { writer: Box::new(writer), flushed: true, failed: false };
-        let old = std::mem::replace(&mut *lock(&self.core.output), new);
-        // Its destructor may do anything.
-        drop(old);
-        self.resume();
+        if self.core.replace_output(Box::new(writer)) {
+            self.resume();
+        }
     }
 
     /// Opens this side of the port. With multiport the guest is told.

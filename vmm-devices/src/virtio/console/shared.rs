@@ -13,8 +13,8 @@ use crate::virtio::device::DriverLink;
 use crate::virtio::doorbell::Doorbells;
 use crate::virtio::metrics::{Activity, Ended, Metrics};
 
-/// No lock is held where a doorbell rings or an event is told: a worker may serve on the spot. The size's is taken with a
-/// place's, otherwise one at a time.
+/// No lock is held where a doorbell rings or an event is told: a worker may serve on the spot. Locks are taken one at a time, or
+/// in this order: the session's, a place's, the size's.
 pub(super) struct Shared {
     slots: Box<[Mutex<Slot>]>,
     pub(super) order: ResizeOrder,
@@ -132,8 +132,7 @@ impl Shared {
         let resized = id == 0 && self.set_size(size.unwrap_or_default());
         drop(slot);
         self.tell_size(resized);
-        // A driver without multiport serves port 0, whether that is there or not.
-        if id == 0 && self.session().is_some_and(|session| !session.multiport) {
+        if id == 0 {
             self.serve_alone();
         }
         self.ring_control();
@@ -200,19 +199,20 @@ impl Shared {
 
     /// There is a driver.
     pub(super) fn begin(&self, session: Session) {
-        let multiport = session.multiport;
         *lock(&self.session) = Some(session);
-        if !multiport {
-            self.serve_alone();
-        }
+        self.serve_alone();
     }
 
-    /// Port 0 is open where the driver knows of no opening.
+    /// Port 0 is open where there is a driver that knows of no opening: one without multiport.
     fn serve_alone(&self) {
         let Some(slot) = self.slot(0) else { return };
-        let slot = lock(slot);
-        let opened = slot.port.clone().filter(|port| !port.guest_open.swap(true, Ordering::SeqCst));
-        drop(slot);
+        // Held, so that a driver that goes meanwhile closes the port after this.
+        let session = lock(&self.session);
+        if session.as_ref().is_none_or(|session| session.multiport) {
+            return;
+        }
+        let opened = lock(slot).port.clone().filter(|port| !port.guest_open.swap(true, Ordering::SeqCst));
+        drop(session);
         if let Some(port) = opened {
             port.tell_guest_open(true);
         }

@@ -1,4 +1,4 @@
-//! CVE-2015-8550: rings, descriptors and page numbers change while the device looks at them.
+//! Rings, descriptors and page numbers change while the device looks at them.
 
 use super::*;
 use crate::testkit::Racer;
@@ -19,7 +19,7 @@ impl MemoryRelease for Strict {
 }
 
 #[test]
-fn numbers_and_rings_that_race() {
+fn cve_2015_8550_numbers_and_rings_that_race() {
     let mut t = Test::new(Balloon::new(Strict(MIB)), guest_memory(MIB).unwrap());
     // Numbers alone first: the device has no reason to give up. Then all that is there.
     for (rounds, ranges) in [(400, &[(NUMBERS, 0x400)][..]), (400, &[(0x1000, 0x5000), (NUMBERS, 0x400)])] {

@@ -185,6 +185,29 @@ fn ports_come_and_go() {
     assert_eq!(events.take(), ["GuestOpened"]);
 }
 
+/// The writer of a port that was removed is gone, though somebody keeps the handle, and so is one that comes later.
+#[test]
+fn a_port_that_is_removed_drops_its_writer() {
+    struct Counted(#[expect(dead_code, reason = "counted by being there")] Arc<()>);
+    impl std::io::Write for Counted {
+        fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+            Ok(data.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (mut guest, ports) = multi();
+    let writers = Arc::new(());
+    let port = known(&mut guest, &ports, 1, PortConfig::channel("c", Counted(Arc::clone(&writers))));
+    port.replace_output(Counted(Arc::clone(&writers)));
+    assert_eq!(Arc::strong_count(&writers), 2);
+    ports.remove(1).unwrap();
+    assert_eq!(Arc::strong_count(&writers), 1);
+    port.replace_output(Counted(Arc::clone(&writers)));
+    assert_eq!(Arc::strong_count(&writers), 1);
+}
+
 /// The guest hears of a removal, and then of the new port, though it gave no buffer between.
 #[test]
 fn a_port_is_replaced_while_the_guest_does_not_listen() {

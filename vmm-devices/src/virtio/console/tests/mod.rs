@@ -3,6 +3,7 @@
 mod control;
 mod flaws;
 mod input;
+mod memory;
 mod model;
 mod output;
 
