@@ -20,8 +20,8 @@ use crate::virtio::rate::Throttled;
 /// Bytes that are moved before others have their turn, or what takes as long.
 const SHARE: u64 = 8 << 20;
 
-/// Segments of what is under way, from which on no more is taken: each chain may have as many as the queue has descriptors, and is
-/// remembered as long as it is under way.
+/// Segments of what is under way, from which on no more is taken until some has ended: each chain may have as many as the queue can have
+/// descriptors, and is remembered meanwhile.
 const MOST_SEGMENTS: usize = 1 << 16;
 
 type Guard<M> = <M as GuestAddressSpace>::T;
