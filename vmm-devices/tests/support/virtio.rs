@@ -10,7 +10,7 @@ use vmm_devices::testkit::{
 };
 use vmm_devices::virtio::balloon::{Balloon, BalloonHandle, MemoryRelease};
 use vmm_devices::virtio::block::{Block, BlockHandle, MemoryDisk};
-use vmm_devices::virtio::console::{Console, Port, PortConfig, Ports, ResizeOrder};
+use vmm_devices::virtio::console::{Console, Port, PortConfig, Ports};
 use vmm_devices::virtio::rate::{Limits, Rate, RateLimiter};
 use vmm_devices::virtio::{DeviceMemory, Rng, VirtioDevice, VirtioMmio, VirtioPci};
 use vmm_devices::vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
@@ -88,7 +88,7 @@ fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn Vir
             (Box::new(block), Outside::Block { disk, handle })
         }
         Kind::Console => {
-            let (console, ports) = Console::multiport(2, ResizeOrder::default()).unwrap();
+            let (console, ports) = Console::multiport(2).unwrap();
             let screen = OutputRecorder::default();
             let port = ports.add(0, PortConfig::console(screen.clone())).unwrap();
             (Box::new(console), Outside::Console { screen, port, ports })
