@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use arbitrary::Arbitrary;
 use vmm_devices::pci::{HostBridge, PciFunction, PciLayout};
 use vmm_devices::testkit::{
     Driver, DriverQueue, LineRecorder, Memory, MmioDriver, OutputRecorder, PciDriver,
@@ -16,7 +17,7 @@ use vmm_devices::virtio::{DeviceMemory, Rng, VirtioDevice, VirtioMmio, VirtioPci
 use vmm_devices::vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 use vmm_devices::{BusRange, ManualClock, MmioBus, PioBus};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
 pub(crate) enum Kind {
     Block,
     Console,
@@ -24,7 +25,7 @@ pub(crate) enum Kind {
     Balloon,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
 pub(crate) enum Transport {
     Mmio,
     Pci,
