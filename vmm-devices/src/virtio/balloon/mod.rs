@@ -152,7 +152,7 @@ impl BalloonBuilder {
         self.feature(feature::PAGE_REPORTING | feature::PAGE_POISON, offered)
     }
 
-    /// Called with statistics whenever the guest tells them, on the thread that serves the queue.
+    /// Called with statistics whenever the guest tells them, asked or not, on the thread that serves the queue.
     #[must_use]
     pub fn on_statistics(mut self, callback: impl Fn(&Statistics) + Send + Sync + 'static) -> Self {
         self.callback = Some(Box::new(callback));

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::message;
 use super::port::PortCore;
-use super::{ResizeOrder, message};
 
 /// One of the places of a device.
 #[derive(Default)]
@@ -106,7 +106,7 @@ impl Slot {
     }
 
     /// The next message, which counts as told.
-    pub(super) fn next_message(&mut self, id: u32, listening: bool, order: ResizeOrder) -> Option<Vec<u8>> {
+    pub(super) fn next_message(&mut self, id: u32, listening: bool, rows_first: bool) -> Option<Vec<u8>> {
         let told = &mut self.told;
         if std::mem::take(&mut told.removal_due) {
             return Some(message::of(id, message::PORT_REMOVE, 0));
@@ -125,7 +125,7 @@ impl Slot {
         if std::mem::take(&mut told.size_due)
             && let Some(size) = self.size
         {
-            return Some(message::resize(id, size, order));
+            return Some(message::resize(id, size, rows_first));
         }
         if std::mem::take(&mut told.name_due)
             && let Some(name) = &port.name
