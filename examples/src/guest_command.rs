@@ -249,11 +249,12 @@ fn run_archive(session: &Session, hardware: Hardware<'_>) -> Result<Archive> {
             ]);
         }
         Session::Shell(Screen { rows, columns, term }) => {
-            set.extend([("mode", "shell".to_owned()), ("term", term.clone())]);
-            // A virtio console has its size from the device.
-            if wiring != Wiring::VirtioConsole {
-                set.extend([("rows", rows.to_string()), ("columns", columns.to_string())]);
-            }
+            set.extend([
+                ("mode", "shell".to_owned()),
+                ("rows", rows.to_string()),
+                ("columns", columns.to_string()),
+                ("term", term.clone()),
+            ]);
         }
         Session::Log => set.push(("mode", "log".to_owned())),
     }

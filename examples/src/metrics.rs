@@ -344,13 +344,13 @@ mod tests {
             r#"virtio_throttled_requests_total{device="block0"} 1"#,
             "# TYPE virtio_request_duration_seconds histogram",
             // Cumulative: 0, 1, 1024 and 2^32 - 1 ns, and one beyond all bounds.
-            r#"virtio_request_duration_seconds_bucket{le="0",device="block0"} 1"#,
-            r#"virtio_request_duration_seconds_bucket{le="1e-09",device="block0"} 2"#,
-            r#"virtio_request_duration_seconds_bucket{le="1.023e-06",device="block0"} 2"#,
-            r#"virtio_request_duration_seconds_bucket{le="2.047e-06",device="block0"} 3"#,
-            r#"virtio_request_duration_seconds_bucket{le="2.147483647",device="block0"} 3"#,
-            r#"virtio_request_duration_seconds_bucket{le="4.294967295",device="block0"} 4"#,
-            r#"virtio_request_duration_seconds_bucket{le="+Inf",device="block0"} 5"#,
+            r#"virtio_request_duration_seconds_bucket{device="block0",le="0"} 1"#,
+            r#"virtio_request_duration_seconds_bucket{device="block0",le="1e-09"} 2"#,
+            r#"virtio_request_duration_seconds_bucket{device="block0",le="1.023e-06"} 2"#,
+            r#"virtio_request_duration_seconds_bucket{device="block0",le="2.047e-06"} 3"#,
+            r#"virtio_request_duration_seconds_bucket{device="block0",le="2.147483647"} 3"#,
+            r#"virtio_request_duration_seconds_bucket{device="block0",le="4.294967295"} 4"#,
+            r#"virtio_request_duration_seconds_bucket{device="block0",le="+Inf"} 5"#,
             r#"virtio_request_duration_seconds_count{device="block0"} 5"#,
         ] {
             assert!(body.lines().any(|found| found == line), "no {line}:\n{body}");

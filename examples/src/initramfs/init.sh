@@ -54,7 +54,7 @@ command)
     wait
     ;;
 shell)
-    stty -F "$console" echo ${rows:+rows "$rows" cols "$columns"}
+    stty -F "$console" echo rows "$rows" cols "$columns"
     export TERM="$term"
     cd "$HOME"
     # The first terminal that the leader of a session opens becomes its own, with job control.
