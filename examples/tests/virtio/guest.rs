@@ -11,7 +11,7 @@ use vmm_examples::debian::{self, Series};
 use crate::scrape::Figures;
 
 /// Nothing that a guest does takes so long, on a host that has much else to do.
-const LONGEST: Duration = Duration::from_secs(300);
+const LONGEST: Duration = Duration::from_secs(240);
 
 /// `linux`, to be started with devices over that transport. `None` where Debian's packages are not to be had.
 pub(crate) fn linux(test: &str, transport: &str) -> Option<Command> {
