@@ -187,3 +187,29 @@ fn converse(mut client: &UnixStream, port: &Port, bell: &Bell) -> io::Result<()>
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_has_a_name_that_a_shell_and_a_directory_take() {
+        let port: NamedPort = "org.qemu.guest_agent.0,/run/with,comma".parse().unwrap();
+        assert_eq!((&*port.name, port.path.to_str()), ("org.qemu.guest_agent.0", Some("/run/with,comma")));
+        let long = format!("{},path", "x".repeat(65));
+        for text in [
+            "name",
+            "name,",
+            ",path",
+            "a/b,path",
+            ".,path",
+            "..,path",
+            "-f,path",
+            "a b,path",
+            "a$(b),path",
+            &long,
+        ] {
+            assert!(text.parse::<NamedPort>().is_err(), "{text}");
+        }
+    }
+}

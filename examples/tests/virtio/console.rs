@@ -43,7 +43,7 @@ impl User {
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(length @ 1..) = reader.read(&mut buffer) {
-                text.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..length]));
+                text.lock().unwrap().push_str(&String::from_utf8_lossy(buffer.get(..length).unwrap()));
             }
         });
         Self { child, terminal, seen }

@@ -57,6 +57,10 @@ impl Guest {
         if let Some(packages) = &packages {
             tree = tree.packages(packages);
         }
+        // Some are part of one kernel and not of another.
+        let is_there = |name: &&str| modules.iter().any(|module| module.name == *name);
+        let load: Vec<&str> = hardware.modules.iter().copied().filter(is_there).collect();
+        let hardware = Hardware { modules: &load, ..hardware };
         let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, hardware, &append)?;
         Ok(Self { kernel, image, initrd: Some(run.initrd), command_line: run.command_line })
     }
