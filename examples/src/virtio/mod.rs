@@ -22,7 +22,7 @@ use clap::ValueEnum;
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
 use vmm_devices::pci::PciLayout;
 use vmm_devices::virtio::block::{self, RawFile};
-use vmm_devices::virtio::console::{Console, MAX_PORTS, ResizeOrder};
+use vmm_devices::virtio::console::{Console, MAX_PORTS};
 use vmm_devices::virtio::{
     Balloon, Block, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio, VirtioPci,
 };
@@ -174,7 +174,7 @@ impl VirtioDevices {
         let most = MAX_PORTS - 1;
         let count = u32::try_from(wanted.len()).ok().filter(|count| *count <= most);
         let count = count.with_context(|| format!("{} ports; {most} are possible", wanted.len()))?;
-        let (device, ports) = Console::multiport(count + 1, ResizeOrder::default())?;
+        let (device, ports) = Console::multiport(count + 1)?;
         for (id, port) in (1..).zip(wanted) {
             let same = wanted.iter().filter(|other| other.name == port.name).count();
             ensure!(same == 1, "{same} ports are called {}: give each a name of its own", port.name);
@@ -187,7 +187,7 @@ impl VirtioDevices {
     fn add(mut self, name: String, module: &'static str, device: Box<dyn VirtioDevice<Ram>>) -> Result<Self> {
         ensure!(
             self.transport == Transport::Pci || self.devices.len() < INPUTS,
-            "no input of the I/O APIC is left for the {name}: there are {INPUTS} for virtio devices over MMIO; over PCI              they need none, so take --transport pci"
+            "no input of the I/O APIC is left for the {name}: there are {INPUTS} for virtio devices over MMIO; over PCI they need none, so take --transport pci"
         );
         self.devices.push(Device { name, module, device });
         Ok(self)
