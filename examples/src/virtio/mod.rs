@@ -22,7 +22,7 @@ use clap::ValueEnum;
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
 use vmm_devices::pci::PciLayout;
 use vmm_devices::virtio::block::{self, RawFile};
-use vmm_devices::virtio::console::{Console, MAX_PORTS, ResizeOrder};
+use vmm_devices::virtio::console::{Console, MAX_PORTS};
 use vmm_devices::virtio::{
     Balloon, Block, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio, VirtioPci,
 };
@@ -175,7 +175,7 @@ impl VirtioDevices {
         let most = MAX_PORTS - 1;
         let count = u32::try_from(wanted.len()).ok().filter(|count| *count <= most);
         let count = count.with_context(|| format!("{} ports; {most} are possible", wanted.len()))?;
-        let (device, ports) = Console::multiport(count + 1, ResizeOrder::default())?;
+        let (device, ports) = Console::multiport(count + 1)?;
         for (id, port) in (1..).zip(wanted) {
             let same = wanted.iter().filter(|other| other.name == port.name).count();
             ensure!(same == 1, "{same} ports are called {}: give each a name of its own", port.name);
