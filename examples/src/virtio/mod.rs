@@ -188,7 +188,7 @@ impl VirtioDevices {
     fn add(mut self, name: String, module: &'static str, device: Box<dyn VirtioDevice<Ram>>) -> Result<Self> {
         ensure!(
             self.transport == Transport::Pci || self.devices.len() < INPUTS,
-            "no input of the I/O APIC is left for the {name}: there are {INPUTS} for virtio devices over MMIO; over PCI              they need none, so take --transport pci"
+            "no input of the I/O APIC is left for the {name}: there are {INPUTS} for virtio devices over MMIO; over PCI they need none, so take --transport pci"
         );
         self.devices.push(Device { name, module, device });
         Ok(self)
