@@ -4,8 +4,10 @@
 //! `curl --unix-socket PATH http://linux/metrics`.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +21,8 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
-use vmm_devices::virtio::balloon::{BalloonHandle, PAGE, Statistic};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use vmm_devices::virtio::balloon::{BalloonCounters, BalloonHandle, PAGE, Statistic};
 use vmm_devices::virtio::metrics::{
     DeviceMetrics, LATENCY_BUCKETS, MetricsSnapshot, Totals, latency_bound_ns,
 };
@@ -83,20 +86,14 @@ impl Exporter {
     }
 
     fn answer(&self, registry: &Registry) -> io::Result<()> {
-        match &self.0 {
-            Listener::Tcp(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_read_timeout(Some(LONGEST_WAIT))?;
-                stream.set_write_timeout(Some(LONGEST_WAIT))?;
-                respond(&stream, &stream, registry)
-            }
-            Listener::Unix(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_read_timeout(Some(LONGEST_WAIT))?;
-                stream.set_write_timeout(Some(LONGEST_WAIT))?;
-                respond(&stream, &stream, registry)
-            }
-        }
+        let client: OwnedFd = match &self.0 {
+            Listener::Tcp(listener) => listener.accept()?.0.into(),
+            Listener::Unix(listener) => listener.accept()?.0.into(),
+        };
+        set_socket_timeout(&client, Timeout::Recv, Some(LONGEST_WAIT))?;
+        set_socket_timeout(&client, Timeout::Send, Some(LONGEST_WAIT))?;
+        let client = File::from(client);
+        respond(&client, &client, registry)
     }
 }
 
@@ -240,38 +237,32 @@ impl Families<'_> {
     fn of_balloons(&mut self, balloons: &[(String, BalloonHandle)]) -> fmt::Result {
         let bytes = Some(&Unit::Bytes);
         let counted: Vec<_> = balloons.iter().map(|(name, balloon)| (&**name, balloon.counters())).collect();
-        let inflated = counted.iter().map(|(name, counted)| (*name, counted.inflated * PAGE));
-        self.counters(
-            "virtio_balloon_inflated",
-            "Memory that the guest gave back when asked",
-            bytes,
-            inflated,
-        )?;
-        let deflated = counted.iter().map(|(name, counted)| (*name, counted.deflated * PAGE));
-        self.counters("virtio_balloon_deflated", "Memory that the guest took back of that", bytes, deflated)?;
-        let reported = counted.iter().map(|(name, counted)| (*name, counted.reported * PAGE));
-        self.counters(
-            "virtio_balloon_reported",
-            "Memory that the guest gave back because it was free",
-            bytes,
-            reported,
-        )?;
-
-        let mut family =
-            self.0.encode_descriptor("virtio_balloon_target", "Asked for", bytes, MetricType::Gauge)?;
-        for (device, balloon) in balloons {
-            let target = u64::from(balloon.target()) * PAGE;
-            ConstGauge::new(target).encode(family.encode_family(&[("device", &**device)])?)?;
+        let families: [(_, _, fn(&BalloonCounters) -> u64); 3] = [
+            ("virtio_balloon_inflated", "Memory that the guest gave back when asked", |counted| {
+                counted.inflated
+            }),
+            ("virtio_balloon_deflated", "Memory that the guest took back of that", |counted| {
+                counted.deflated
+            }),
+            ("virtio_balloon_reported", "Memory that the guest gave back because it was free", |counted| {
+                counted.reported
+            }),
+        ];
+        for (name, help, pages) in families {
+            let figures =
+                counted.iter().map(|(device, counted)| (*device, pages(counted).saturating_mul(PAGE)));
+            self.counters(name, help, bytes, figures)?;
         }
-        let mut family = self.0.encode_descriptor(
-            "virtio_balloon_actual",
-            "In the balloon, as the guest says",
-            bytes,
-            MetricType::Gauge,
-        )?;
-        for (device, balloon) in balloons {
-            let actual = u64::from(balloon.actual()) * PAGE;
-            ConstGauge::new(actual).encode(family.encode_family(&[("device", &**device)])?)?;
+        let families: [(_, _, fn(&BalloonHandle) -> u32); 2] = [
+            ("virtio_balloon_target", "Asked for", BalloonHandle::target),
+            ("virtio_balloon_actual", "In the balloon, as the guest says", BalloonHandle::actual),
+        ];
+        for (name, help, pages) in families {
+            let mut family = self.0.encode_descriptor(name, help, bytes, MetricType::Gauge)?;
+            for (device, balloon) in balloons {
+                let figure = u64::from(pages(balloon)) * PAGE;
+                ConstGauge::new(figure).encode(family.encode_family(&[("device", &**device)])?)?;
+            }
         }
         self.guest_memory(balloons)
     }

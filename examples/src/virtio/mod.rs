@@ -139,7 +139,8 @@ impl VirtioDevices {
         let pages = mib.checked_mul(256).and_then(|pages| u32::try_from(pages).ok()).filter(|_| mib <= has);
         let pages =
             pages.with_context(|| format!("a balloon of {mib} MiB is more than the {has} MiB of RAM"))?;
-        let device = Balloon::builder(ram.clone()).target(pages).build();
+        let device = Balloon::builder(ram.clone()).target(pages);
+        let device = device.metrics(self.figures.device("balloon"), Arc::clone(&self.clock)).build();
         self.figures.balloon(device.handle());
         self.add("balloon".to_owned(), "virtio_balloon", Box::new(device))
     }

@@ -55,6 +55,12 @@ fn memory_of_a_balloon_leaves_the_process(transport: &str) {
         Some(guest.resident()).filter(|resident| resident + filled < before + STAYS * MIB)
     });
     println!("{transport}: {} MiB resident, then {}; {} filled", before / MIB, left / MIB, filled / MIB);
+    let figures = guest.figures();
+    let taken_back = figures.get("virtio_balloon_deflated_bytes_total{device=\"balloon0\"}");
+    assert!(
+        taken_back > 0.0 && figures.of("transferred_bytes", "balloon0", "read") == taken_back,
+        "{figures:?}"
+    );
     let reported = balloon(&guest, "reported_bytes_total");
     assert!(reported >= filled as f64 - size - (STAYS * MIB) as f64, "{reported}");
     // It is asked by the scrape before.
