@@ -186,7 +186,7 @@ impl BusDevice for Ports {
             } else if offset == ADDRESS_PORT
                 && let Ok(word) = <[u8; 4]>::try_from(piece)
             {
-                // Narrower ones are of other devices that PCs have there, such as the reset register at 0xcf9.
+                // Narrower ones are for what else PCs have there, such as the reset register at 0xcf9, and here is not.
                 self.0.config_address.store(u32::from_le_bytes(word) & ADDRESS_BITS, Ordering::SeqCst);
             }
         });
@@ -296,11 +296,11 @@ impl HostBridge {
         if address == FunctionAddress::HOST_BRIDGE {
             return Err(PciError::NoFunction { address });
         }
-        // Until all of it is gone, nobody puts another one there.
-        let mut slots = self.0.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let slot = slots.remove(&address).ok_or(PciError::NoFunction { address })?;
+        let slot = self.0.slot(address).ok_or(PciError::NoFunction { address })?;
         let mut attachment = lock(&slot.attachment);
-        attachment.present = false;
+        if !std::mem::take(&mut attachment.present) {
+            return Err(PciError::NoFunction { address });
+        }
         self.0.mappings.remove(address);
         let mut function = lock(&slot.function);
         if let Some(intx) = function.config().intx() {
@@ -308,7 +308,9 @@ impl HostBridge {
         }
         function.reset();
         function.config_mut().reset();
-        drop(function);
+        drop((function, attachment));
+        // Last: until all of it is gone, nobody puts another one there. A reset may take its time, for which others do not wait.
+        self.0.slots.write().unwrap_or_else(PoisonError::into_inner).remove(&address);
         Ok(Arc::clone(&slot.function))
     }
 

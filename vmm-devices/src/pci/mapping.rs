@@ -89,8 +89,7 @@ struct Entry {
     /// What the registers say.
     base: u64,
     decoded: bool,
-    mapped: bool,
-    refusal: Option<BarRefusal>,
+    status: BarStatus,
 }
 
 impl Entry {
@@ -143,7 +142,7 @@ impl Mappings {
         for (index, bar, base) in placed {
             config.place_bar(index, base);
             let window = Arc::new(BarWindow { function: Arc::clone(function), bar: index });
-            let entry = Entry { window, bar, home: base, base, decoded: false, mapped: false, refusal: None };
+            let entry = Entry { window, bar, home: base, base, decoded: false, status: BarStatus::Off };
             table.entries.insert((address, index), entry);
         }
         Ok(())
@@ -158,7 +157,6 @@ impl Mappings {
             if now != (entry.base, entry.decoded) {
                 self.unmap(entry);
                 (entry.base, entry.decoded) = now;
-                entry.refusal = None;
                 changed = true;
             }
         }
@@ -179,7 +177,7 @@ impl Mappings {
     }
 
     fn unmap(&self, entry: &mut Entry) {
-        if !std::mem::take(&mut entry.mapped) {
+        if std::mem::replace(&mut entry.status, BarStatus::Off) != BarStatus::Mapped {
             return;
         }
         // The range may be gone together with its bus, or because the monitor took it away.
@@ -196,19 +194,19 @@ impl Mappings {
     /// Tries all that wait: who was in the way may have moved.
     fn map_wanted(&self, table: &mut Table) {
         for (&(address, index), entry) in &mut table.entries {
-            if !entry.decoded || entry.mapped {
+            if !entry.decoded || entry.status == BarStatus::Mapped {
                 continue;
             }
             match self.map(address, index, entry) {
                 Ok(()) => {
-                    entry.mapped = true;
-                    entry.refusal = None;
+                    entry.status = BarStatus::Mapped;
                     entry.moved(Some(entry.base));
                 }
                 Err(refusal) => {
-                    if entry.refusal.replace(refusal).is_none() {
+                    if entry.status == BarStatus::Off {
                         table.refusals = table.refusals.saturating_add(1);
                     }
+                    entry.status = BarStatus::Refused(refusal);
                 }
             }
         }
@@ -237,11 +235,7 @@ impl Mappings {
             bar,
             kind: entry.bar.kind(),
             range: BusRange::new(entry.base, entry.bar.size()),
-            status: match &entry.refusal {
-                Some(refusal) => BarStatus::Refused(refusal.clone()),
-                None if entry.mapped => BarStatus::Mapped,
-                None => BarStatus::Off,
-            },
+            status: entry.status.clone(),
         };
         table.entries.iter().map(mapping).collect()
     }

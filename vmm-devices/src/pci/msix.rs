@@ -269,6 +269,13 @@ impl Msix {
         true
     }
 
+    /// What is pending is so no more: the function has no reason left to signal it (6.8.3.2).
+    pub fn forget_pending(&self) {
+        for entry in &self.0.entries {
+            lock(entry).pending = false;
+        }
+    }
+
     /// Back to what it was before the guest.
     pub fn reset(&self) {
         self.0.control.store(0, Ordering::SeqCst);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::driver::Driver;
 use super::recorder::LineRecorder;
 use crate::bus::BusDevice;
-use crate::virtio::{DeviceMemory, QueueError, VirtioDevice, VirtioMmio};
+use crate::virtio::{DeviceMemory, VirtioDevice, VirtioMmio, VirtioMmioError};
 
 /// A driver of a device on MMIO (4.2.2).
 pub struct MmioDriver(Arc<dyn BusDevice>);
@@ -24,7 +24,7 @@ impl MmioDriver {
     pub fn of<M: DeviceMemory>(
         device: impl VirtioDevice<M> + 'static,
         memory: &M,
-    ) -> Result<(Self, LineRecorder), QueueError> {
+    ) -> Result<(Self, LineRecorder), VirtioMmioError> {
         let line = LineRecorder::default();
         let transport = VirtioMmio::new(device, memory.clone(), line.clone())?;
         Ok((Self::new(Arc::new(Mutex::new(transport))), line))

@@ -12,6 +12,7 @@
 //! | make memory fail, or come in small pieces | [`FaultyMemory`] |
 //! | know each access to memory: what is read twice, or touched too late | [`MemoryRecorder`] |
 //! | make the outside fail: a writer that takes a part, is full, or breaks | [`OutputRecorder`] |
+//! | make a disk fail, wait, or come back short, and know what it was asked for | [`FaultyDisk`] |
 //! | do something in the middle of what a driver does | [`Interposed`] |
 //! | have another processor change memory while the device works | [`Racer`] |
 //! | be a hostile driver, drawn at random, and know what no device may do | [`hostile_queue`], [`replay`] |
@@ -44,18 +45,14 @@
 //!     fn process(&mut self) -> Result<Progress, QueueError> {
 //!         let memory = self.0.memory();
 //!         for _ in 0..self.0.size() { // and no more at once, whatever the driver adds meanwhile
-//!             let Some(chain) = self.0.pop(&*memory)? else {
-//!                 self.0.interrupt()?;
-//!                 return Ok(Progress::Idle);
-//!             };
+//!             let Some(chain) = self.0.pop(&*memory)? else { return self.0.rest() };
 //!             let mut text = [0; 64];
 //!             let len = chain.read_some(0, &mut text);
 //!             text.make_ascii_uppercase();
 //!             let written = chain.write_some(0, &text[..len]);
 //!             self.0.complete(chain.head(), written as u32)?;
 //!         }
-//!         self.0.interrupt()?;
-//!         Ok(Progress::More)
+//!         self.0.rest().map(|_| Progress::More)
 //!     }
 //! }
 //!
@@ -160,6 +157,7 @@
 //! ```
 
 mod accesses;
+mod disk;
 mod driver;
 mod faulty;
 mod hostile;
@@ -173,6 +171,7 @@ mod racer;
 mod recorder;
 
 pub use accesses::{Access, MemoryRecorder, RecordedMap};
+pub use disk::{BlockedDisk, DiskCall, FaultyDisk};
 pub use driver::{Driver, StartError};
 pub use faulty::{FaultyMap, FaultyMemory};
 pub use hostile::{Action, Buffer, Entry, MIN_MEMORY, Place, Replayed, Violation, hostile_queue, replay};

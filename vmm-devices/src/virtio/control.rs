@@ -72,13 +72,16 @@ impl Causes {
         causes
     }
 
-    /// One more cause, if it is `wanted` then.
-    pub(crate) fn raise_if(&self, cause: u8, wanted: &dyn Fn() -> bool) {
+    /// One more cause, if it is `wanted` then; whether it was.
+    pub(crate) fn raise_if(&self, cause: u8, wanted: &dyn Fn() -> bool) -> bool {
+        let mut is_wanted = false;
         self.change(|raised| {
-            if wanted() {
+            is_wanted = wanted();
+            if is_wanted {
                 raised.causes |= cause;
             }
         });
+        is_wanted
     }
 
     /// The causes so far, of which those in `seen` are no more.
@@ -179,7 +182,7 @@ pub(crate) struct Control<M: DeviceMemory, S> {
     pub(crate) queue_select: u16,
     /// While the driver is there.
     started: Option<(Arc<Doorbells>, Box<dyn Running>)>,
-    notifiers: Option<Notifiers>,
+    notifiers: Notifiers,
 }
 
 impl<M: DeviceMemory, S> fmt::Debug for Control<M, S> {
@@ -213,7 +216,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
             driver_features: 0,
             queue_select: 0,
             started: None,
-            notifiers: None,
+            notifiers: Notifiers::default(),
         })
     }
 
@@ -292,7 +295,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
 
     fn start(&mut self) -> Result<(), Box<dyn Error>> {
         let features = self.driver_features;
-        let notifiers = self.notifiers.clone().unwrap_or_default();
+        let notifiers = Arc::clone(&self.notifiers);
         let doorbells = Arc::new(Doorbells::with_notifiers(self.queues.len(), notifiers));
         let link: Arc<dyn DriverLink> = Arc::<Link<S>>::clone(&self.link);
         let mut queues = Vec::with_capacity(self.queues.len());
@@ -338,20 +341,13 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
         }
     }
 
-    /// The eventfds of all queues, which stay the same from the first call on; none if the executor polls none.
+    /// Makes an eventfd for each queue, none if the executor polls none. Before the device is started; once.
     ///
     /// # Errors
-    /// If the host has no more descriptors, or the device runs and does not poll them.
+    /// If the host has no more descriptors.
     pub(crate) fn notifiers(&mut self) -> io::Result<Notifiers> {
-        if let Some(notifiers) = &self.notifiers {
-            return Ok(Arc::clone(notifiers));
-        }
-        if self.started.is_some() {
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, Late));
-        }
-        let notifiers: Notifiers = self.executor.notifiers(self.queues.len())?.into();
-        self.notifiers = Some(Arc::clone(&notifiers));
-        Ok(notifiers)
+        self.notifiers = self.executor.notifiers(self.queues.len())?.into();
+        Ok(Arc::clone(&self.notifiers))
     }
 
     /// The selected queue, if there is one.
@@ -431,7 +427,3 @@ fn half(features: u64, select: u32) -> u32 {
 #[derive(Debug, thiserror::Error)]
 #[error("the driver set DRIVER_OK without features that were agreed upon")]
 struct NotReady;
-
-#[derive(Debug, thiserror::Error)]
-#[error("the driver has started the device: notifiers must be asked for before the guest runs")]
-struct Late;

@@ -84,8 +84,8 @@ pub trait VirtioDevice<M: DeviceMemory>: Send {
     /// The driver is told that the device needs a reset.
     fn activate(&mut self, activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError>;
 
-    /// The driver has reset the device: back to the state before it was found. `workers` are those of the last
-    /// activation, stopped.
+    /// The driver has reset the device: back to the state before it was found. `workers` are those of the last activation,
+    /// stopped; none where there was none since the last reset, or where it failed.
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         let _ = workers;
     }

@@ -59,6 +59,11 @@ impl Doorbells {
         }
     }
 
+    /// Says so of all queues.
+    pub(crate) fn ring_all(&self) {
+        (0..=u16::MAX).zip(&self.rung).for_each(|(queue, _)| self.ring(queue));
+    }
+
     /// Lets `waker` hear them, those that were rung before as well. For the first executor that comes; later ones hear
     /// nothing.
     pub fn connect(&self, waker: impl Fn(u16) + Send + Sync + 'static) {

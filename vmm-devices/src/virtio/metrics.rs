@@ -21,7 +21,8 @@ pub enum Activity {
 pub struct Ended {
     /// What it did, or would have.
     pub activity: Activity,
-    /// Bytes of data that it moved.
+    /// Bytes of data that it moved between driver and device: of its buffers, not of what it asked to be done elsewhere (a discard, zeros
+    /// on a disk). Of one that failed, those that the driver can rely on: as a rule none, though some may have moved.
     pub bytes: u64,
     /// Whether it was done; if not, the driver was told so.
     pub succeeded: bool,
@@ -62,7 +63,7 @@ struct Counters {
 pub struct Totals {
     /// Requests that ended, errors among them.
     pub requests: u64,
-    /// Bytes that they moved.
+    /// Bytes that they moved, as [`Ended::bytes`] has it.
     pub bytes: u64,
     /// Those that failed.
     pub errors: u64,

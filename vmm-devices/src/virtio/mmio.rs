@@ -6,11 +6,13 @@
 
 use std::error::Error;
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
+
+use vmm_memory::vm_memory::GuestAddress;
 
 use super::control::{Causes, Control, Parts, Ring, Signal};
 use super::device::{DeviceMemory, VirtioDevice};
+use super::doorbell_host::{AttachedDoorbells, DoorbellHost};
 use super::executor::Executor;
 use super::queue::QueueError;
 use crate::bus::BusDeviceMut;
@@ -67,8 +69,25 @@ impl Signal for Causes {
 }
 
 /// A virtio device with registers in memory.
+///
+/// A queue that is ready is taken back by a reset of the device alone: once the driver has said DRIVER_OK, QueueReady stays 1
+/// whatever it writes (4.2.2.2 lets it write 0), for the queue may be in use on another thread.
 pub struct VirtioMmio<M: DeviceMemory> {
     control: Control<M, Causes>,
+    /// Attached as long as it is there.
+    _doorbells: Option<AttachedDoorbells>,
+}
+
+/// Why a device cannot be on MMIO.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VirtioMmioError {
+    /// It has a queue of a size that queues cannot have.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The host has no eventfds for its doorbells.
+    #[error("the host refuses eventfds for the doorbells")]
+    Notifiers(#[from] std::io::Error),
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioMmio<M> {
@@ -90,7 +109,7 @@ impl<M: DeviceMemory> VirtioMmio<M> {
         device: impl VirtioDevice<M> + 'static,
         memory: M,
         line: impl InterruptLine + 'static,
-    ) -> Result<Self, QueueError> {
+    ) -> Result<Self, VirtioMmioError> {
         Self::builder(device, memory, line).build()
     }
 
@@ -100,43 +119,7 @@ impl<M: DeviceMemory> VirtioMmio<M> {
         memory: M,
         line: impl InterruptLine + 'static,
     ) -> VirtioMmioBuilder<M> {
-        VirtioMmioBuilder { parts: Parts::new(device, memory), line: Box::new(line) }
-    }
-
-    /// The doorbells of its queues as eventfds. With them a kernel rings at the guest's write itself, and the vCPU does not
-    /// leave the guest: KVM's ioeventfd, which is `attach_doorbell` of `vmm-cpu`.
-    ///
-    /// Ask, and attach what comes, once before the guest runs: the eventfds outlive resets of the device, and a write while
-    /// nobody serves it does nothing. Empty if the executor polls none, as [`Inline`](super::Inline): attach nothing then, and the guest's
-    /// writes come by the bus.
-    ///
-    /// ```
-    /// # use std::sync::Arc;
-    /// # use std::os::fd::OwnedFd;
-    /// # use vmm_devices::virtio::{DeviceMemory, VirtioMmio};
-    /// # struct Vm;
-    /// # impl Vm { fn attach(&self, _: u64, _: u8, _: u64, _: OwnedFd) -> std::io::Result<()> { Ok(()) } }
-    /// fn attach<M: DeviceMemory>(vm: &Vm, base: u64, device: &mut VirtioMmio<M>) -> std::io::Result<()> {
-    ///     for doorbell in device.notifiers()? {
-    ///         let at = base + doorbell.offset;
-    ///         vm.attach(at, doorbell.width, doorbell.value, doorbell.fd.try_clone()?)?;
-    ///     }
-    ///     Ok(())
-    /// }
-    /// ```
-    ///
-    /// # Errors
-    /// If the host has no more descriptors; `ResourceBusy` if the driver has started the device before the first call.
-    pub fn notifiers(&mut self) -> std::io::Result<Vec<QueueNotifier>> {
-        let notifiers = self.control.notifiers()?;
-        let of_queue = |(queue, fd): (u16, &Arc<OwnedFd>)| QueueNotifier {
-            queue,
-            offset: register::QUEUE_NOTIFY,
-            width: 4,
-            value: queue.into(),
-            fd: Arc::clone(fd),
-        };
-        Ok((0..=u16::MAX).zip(notifiers.iter()).map(of_queue).collect())
+        VirtioMmioBuilder { parts: Parts::new(device, memory), line: Box::new(line), doorbells: None }
     }
 
     fn read_register(&self, offset: u64) -> u32 {
@@ -188,22 +171,6 @@ impl<M: DeviceMemory> VirtioMmio<M> {
     }
 }
 
-/// A write by which a driver rings for a queue, and the eventfd that a kernel may signal instead.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct QueueNotifier {
-    /// Which queue.
-    pub queue: u16,
-    /// Where the driver writes: bytes from the beginning of the device's registers.
-    pub offset: u64,
-    /// Bytes that it writes.
-    pub width: u8,
-    /// What it writes. Other values are other queues'.
-    pub value: u64,
-    /// Signalled instead of the write.
-    pub fd: Arc<OwnedFd>,
-}
-
 impl<M: DeviceMemory> BusDeviceMut for VirtioMmio<M> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(register::CONFIG) {
@@ -234,6 +201,7 @@ impl<M: DeviceMemory> BusDeviceMut for VirtioMmio<M> {
 pub struct VirtioMmioBuilder<M: DeviceMemory> {
     parts: Parts<M>,
     line: Box<dyn InterruptLine>,
+    doorbells: Option<(GuestAddress, Box<dyn DoorbellHost>)>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioMmioBuilder<M> {
@@ -257,11 +225,25 @@ impl<M: DeviceMemory> VirtioMmioBuilder<M> {
         self
     }
 
+    /// Has a kernel ring the doorbells of the device, whose registers begin at `base`, if the executor polls eventfds;
+    /// [`Inline`](super::Inline) does not.
+    #[must_use]
+    pub fn doorbells(mut self, base: GuestAddress, host: impl DoorbellHost + 'static) -> Self {
+        self.doorbells = Some((base, Box::new(host)));
+        self
+    }
+
     /// # Errors
-    /// As [`VirtioMmio::new`].
-    pub fn build(self) -> Result<VirtioMmio<M>, QueueError> {
-        let control = Control::new(self.parts, Causes::new(self.line))?;
-        Ok(VirtioMmio { control })
+    /// As [`VirtioMmio::new`], or if the host has no descriptors for doorbells.
+    pub fn build(self) -> Result<VirtioMmio<M>, VirtioMmioError> {
+        let mut control = Control::new(self.parts, Causes::new(self.line))?;
+        let mut attached = None;
+        if let Some((base, host)) = self.doorbells {
+            let doorbells = attached.insert(AttachedDoorbells::new(host, control.notifiers()?));
+            let place = GuestAddress(base.0.saturating_add(register::QUEUE_NOTIFY));
+            doorbells.attach(4, |_| place);
+        }
+        Ok(VirtioMmio { control, _doorbells: attached })
     }
 }
 

@@ -24,6 +24,7 @@ pub mod console;
 mod control;
 mod device;
 mod doorbell;
+mod doorbell_host;
 #[cfg(feature = "event-loop")]
 mod event_loop;
 mod executor;
@@ -41,10 +42,11 @@ pub use device::{
     ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, Progress, VirtioDevice, Worker, feature,
 };
 pub use doorbell::Doorbells;
+pub use doorbell_host::{DoorbellHost, GuestDoorbell};
 #[cfg(feature = "event-loop")]
 pub use event_loop::{EventLoop, LoopExecutor, LoopThread, ThreadPerQueue};
 pub use executor::{Executor, Inline, Running};
-pub use mmio::{QueueNotifier, VirtioMmio, VirtioMmioBuilder};
+pub use mmio::{VirtioMmio, VirtioMmioBuilder, VirtioMmioError};
 pub use pci::{VirtioPci, VirtioPciBuilder, VirtioPciError};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;

@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemory, GuestMemoryError};
 
-use super::device::{DeviceMemory, DriverLink};
+use super::device::{DeviceMemory, DriverLink, Progress};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.6).
 const NO_INTERRUPT: u16 = 1;
@@ -44,7 +44,7 @@ pub enum QueueError {
         /// Address of the used ring.
         used: u64,
     },
-    /// A chain has no end, an index beyond the table, a table within a table, more than 4 GiB, or is longer than the queue.
+    /// A chain has no end, an index beyond the table, a table within a table, more than 4 GiB, or is longer than the queue can be.
     #[error("queue {index}: the chain at descriptor {head} does not end as chains do")]
     Chain {
         /// Which queue.
@@ -144,8 +144,11 @@ impl<M: DeviceMemory> Virtqueue<M> {
         let head = raw.head_index();
         let mut chain = Chain { head, memory: memory.clone(), segments: SmallVec::new(), readable: 0 };
         let mut ended = false;
+        // In a table of its own a chain may be as long as the device's queue can be (2.7.5.3.1), however few descriptors its driver has
+        // chosen: devices say how long requests may be, and know nothing of that choice.
+        let most = usize::from(self.queue.max_size());
         for descriptor in raw {
-            if ended || chain.segments.len() >= usize::from(self.queue.size()) {
+            if ended || chain.segments.len() >= most {
                 return Err(QueueError::Chain { index, head });
             }
             let segment = Segment { gpa: descriptor.addr(), len: descriptor.len() };
@@ -228,20 +231,38 @@ impl<M: DeviceMemory> Virtqueue<M> {
         Ok(())
     }
 
-    /// Asks the driver to ring for the next chain, or not to (2.7.10). `true` if chains are there already, for which it will
-    /// not ring.
+    /// Asks the driver not to ring until [`Virtqueue::rest`] (2.7.10): what it adds is seen without.
     ///
     /// # Errors
     /// If the rings are in RAM no more.
-    pub fn want_doorbell(&mut self, wanted: bool) -> Result<bool, QueueError> {
+    pub fn decline_doorbells(&mut self) -> Result<(), QueueError> {
+        let index = self.index;
+        let declined = self.queue.disable_notification(&*self.memory.memory());
+        declined.map_err(|source| QueueError::Ring { index, source })
+    }
+
+    /// What [`Worker::process`](super::Worker::process) ends with: interrupts the driver for what was completed, and asks it to ring
+    /// for whatever it adds from now on. [`Progress::More`] if there are chains already, for which it will not ring.
+    ///
+    /// # Errors
+    /// If the rings are in RAM no more.
+    pub fn rest(&mut self) -> Result<Progress, QueueError> {
+        self.interrupt()?;
         let index = self.index;
         let memory = self.memory.memory();
-        let more = if wanted {
-            self.queue.enable_notification(&*memory)
-        } else {
-            self.queue.disable_notification(&*memory).map(|()| true)
-        };
-        more.map_err(|source| QueueError::Ring { index, source })
+        let ring = |source| QueueError::Ring { index, source };
+        if !self.queue.enable_notification(&*memory).map_err(ring)? {
+            return Ok(Progress::Idle);
+        }
+        if self.queue.event_idx_enabled() {
+            // The event is the first of the chains that are there, which has passed.
+            let available = self.queue.avail_idx(&*memory, Ordering::Relaxed).map_err(ring)?;
+            let event = self.queue.used_ring() + 4 + 8 * u64::from(self.queue.size());
+            memory
+                .store(available.0.to_le(), GuestAddress(event), Ordering::Relaxed)
+                .map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
+        }
+        Ok(Progress::More)
     }
 
     /// How many chains are available, as far as the ring says.
@@ -289,7 +310,8 @@ impl<T> fmt::Debug for Chain<T> {
 }
 
 impl<T> Chain<T> {
-    /// The same buffers, looked for in `memory`: for a chain that stays in flight and holds no snapshot meanwhile (`()`).
+    /// The same buffers, looked for in `memory`: what [`Virtqueue::memory`] gave, for a chain that was taken by reference and is
+    /// now to stay in flight; `()` for one that holds no snapshot meanwhile.
     pub fn in_memory<U>(self, memory: U) -> Chain<U> {
         let Self { head, segments, readable, .. } = self;
         Chain { head, memory, segments, readable }
@@ -307,13 +329,6 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
         &self.memory
     }
 
-    /// The same buffers, looked for by way of `memory`: what [`Virtqueue::memory`] gave, for a chain that was taken by
-    /// reference and is now to stay in flight.
-    pub fn with_memory<U: Deref<Target: GuestMemory>>(self, memory: U) -> Chain<U> {
-        let Self { head, segments, readable, .. } = self;
-        Chain { head, memory, segments, readable }
-    }
-
     /// The buffers to read: guest-physical address and length of each.
     pub fn readable(&self) -> impl ExactSizeIterator<Item = (GuestAddress, u32)> + '_ {
         self.segments.get(..self.readable).unwrap_or_default().iter().map(|s| (s.gpa, s.len))
@@ -322,6 +337,11 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
     /// The buffers to write.
     pub fn writable(&self) -> impl ExactSizeIterator<Item = (GuestAddress, u32)> + '_ {
         self.segments.get(self.readable..).unwrap_or_default().iter().map(|s| (s.gpa, s.len))
+    }
+
+    /// How many buffers it has.
+    pub(super) fn segments(&self) -> usize {
+        self.segments.len()
     }
 
     /// Bytes to read, all in all.

@@ -49,8 +49,7 @@ impl Rng {
     }
 
     /// Limits requests, and the bytes that they ask for up to [`MAX_REQUEST`]: whatever the guest does, the host's generator
-    /// works no harder. Needs an executor that knows deadlines, which [`Inline`](super::Inline) does not: there a request
-    /// that has to wait waits for the next doorbell.
+    /// works no harder.
     #[must_use]
     pub fn rate(mut self, limiter: RateLimiter) -> Self {
         self.limiter = Some(limiter);
@@ -81,6 +80,9 @@ impl<M: DeviceMemory> VirtioDevice<M> for Rng {
 
     fn activate(&mut self, mut activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
         let queue = activation.take_queue(QUEUE)?;
+        if let Some(limiter) = &self.limiter {
+            limiter.register(&activation.doorbells);
+        }
         Ok(vec![Box::new(RngWorker {
             queue,
             source: Arc::clone(&self.source),
@@ -98,8 +100,8 @@ struct RngWorker<M: DeviceMemory> {
     limiter: Option<RateLimiter>,
     metrics: Option<Measured>,
     bytes: Vec<u8>,
-    /// A request that the limit holds up, and until when.
-    waiting: Option<(Request<M::T>, u64)>,
+    /// A request that the limit holds up.
+    waiting: Option<(Request<M::T>, Throttled)>,
 }
 
 struct Request<T> {
@@ -124,17 +126,20 @@ impl<M: DeviceMemory> RngWorker<M> {
         self.bytes.get(..filled).unwrap_or_default()
     }
 
-    /// The request whose turn it is; of one that waits it is its turn.
+    /// The next request.
     fn next(&mut self) -> Result<Option<Request<M::T>>, QueueError> {
-        if let Some((request, _)) = self.waiting.take() {
-            return Ok(Some(request));
-        }
         let begun_ns = self.metrics.as_ref().map_or(0, |metrics| metrics.clock.now_ns());
         let chain = self.queue.pop(self.queue.memory())?;
         Ok(chain.map(|chain| Request { chain, begun_ns }))
     }
 
-    fn fill(&mut self, request: &Request<M::T>, room: usize) -> Result<(), QueueError> {
+    /// What a request gets at most.
+    fn room(request: &Request<M::T>) -> usize {
+        usize::try_from(request.chain.writable_len()).unwrap_or(usize::MAX).min(MAX_REQUEST)
+    }
+
+    fn fill(&mut self, request: &Request<M::T>) -> Result<(), QueueError> {
+        let room = Self::room(request);
         let bytes = self.gather(room);
         // What lies behind a buffer that is not in RAM gets nothing, and is told so.
         let written = request.chain.write_some(0, bytes);
@@ -156,33 +161,32 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
-        self.queue.want_doorbell(false)?;
-        let mut held = self.waiting.is_some();
+        self.queue.decline_doorbells()?;
+        if let Some((request, throttled)) = self.waiting.take() {
+            if let Err(throttled) = throttled.retry() {
+                self.waiting = Some((request, throttled));
+                return self.queue.rest().map(|_| Progress::Idle);
+            }
+            self.fill(&request)?;
+        }
         for _ in 0..self.queue.size() {
-            let Some(request) = self.next()? else {
-                self.queue.interrupt()?;
-                let more = self.queue.want_doorbell(true)?;
-                return Ok(if more { Progress::More } else { Progress::Idle });
-            };
-            let room = usize::try_from(request.chain.writable_len()).unwrap_or(usize::MAX).min(MAX_REQUEST);
-            let admitted = self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(room as u64));
-            if let Err(Throttled { until_ns }) = admitted {
-                if let Some(metrics) = self.metrics.as_ref().filter(|_| !held) {
+            let Some(request) = self.next()? else { return self.queue.rest() };
+            let cost = Self::room(&request) as u64;
+            if let Err(throttled) = self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(cost)) {
+                if let Some(metrics) = &self.metrics {
                     metrics.sink.throttled();
                 }
-                self.waiting = Some((request, until_ns));
-                self.queue.interrupt()?;
-                return Ok(Progress::Idle);
+                self.waiting = Some((request, throttled));
+                // What is behind it waits as well.
+                return self.queue.rest().map(|_| Progress::Idle);
             }
-            held = false;
-            self.fill(&request, room)?;
+            self.fill(&request)?;
         }
-        self.queue.interrupt()?;
-        Ok(Progress::More)
+        self.queue.rest().map(|_| Progress::More)
     }
 
     fn deadline(&self) -> Option<u64> {
-        self.waiting.as_ref().map(|(_, until_ns)| *until_ns)
+        self.waiting.as_ref().map(|(_, throttled)| throttled.until_ns())
     }
 
     fn stop(&mut self) {

@@ -106,6 +106,20 @@ fn what_is_masked_is_pending_and_sent_once() {
 }
 
 #[test]
+fn what_is_forgotten_is_not_sent() {
+    let mut f = Fixture::new(70);
+    f.control(ENABLE);
+    f.set_up(65, true);
+    f.msix.notify(65);
+    f.msix.forget_pending();
+    assert_eq!(f.read(0x808), [0; 8]);
+    f.set_up(65, false);
+    assert!(f.sent.take().is_empty());
+    f.msix.notify(65);
+    assert_eq!(f.sent.take(), [(0xfee4_1000, 65)], "the vector is as it was");
+}
+
+#[test]
 fn pending_bits_and_reserved_ones_are_read_only() {
     let f = Fixture::new(64);
     f.write(0x800, &[0xff; 8]);

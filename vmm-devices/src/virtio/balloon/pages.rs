@@ -59,18 +59,14 @@ impl<M: DeviceMemory> Worker for PageWorker<M> {
 
     fn process(&mut self) -> Result<Progress, QueueError> {
         let memory = self.queue.memory();
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         let mut budget = BUDGET;
         loop {
             let mut request = match self.current.take() {
                 Some(request) => request.in_memory(&*memory),
                 None => match self.queue.pop(&*memory)? {
                     Some(chain) => Request { chain, next: 0, runs: Vec::new() },
-                    None => {
-                        self.queue.interrupt()?;
-                        let more = self.queue.want_doorbell(true)?;
-                        return Ok(if more { Progress::More } else { Progress::Idle });
-                    }
+                    None => return self.queue.rest(),
                 },
             };
             budget = budget.saturating_sub(REQUEST);
@@ -81,8 +77,7 @@ impl<M: DeviceMemory> Worker for PageWorker<M> {
                 self.current = Some(request.in_memory(()));
             }
             if budget == 0 {
-                self.queue.interrupt()?;
-                return Ok(Progress::More);
+                return self.queue.rest().map(|_| Progress::More);
             }
         }
     }

@@ -137,16 +137,13 @@ impl<M: DeviceMemory> Worker for StatisticsWorker<M> {
 
     fn process(&mut self) -> Result<Progress, QueueError> {
         let memory = self.queue.memory();
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         for _ in 0..self.queue.size() {
             // A request waits for a buffer; one that is filled already is older than the request.
             if self.held.is_some() && self.shared.take_request() {
                 self.give_back()?;
             }
-            let Some(chain) = self.queue.pop(&*memory)? else {
-                let more = self.queue.want_doorbell(true)?;
-                return Ok(if more { Progress::More } else { Progress::Idle });
-            };
+            let Some(chain) = self.queue.pop(&*memory)? else { return self.queue.rest() };
             // A second buffer is none that the specification has; the first is let go.
             self.give_back()?;
             self.held = Some(chain.head());
@@ -159,7 +156,7 @@ impl<M: DeviceMemory> Worker for StatisticsWorker<M> {
                 Err(_) => count(&self.shared.counters.unreadable, 1),
             }
         }
-        Ok(Progress::More)
+        self.queue.rest().map(|_| Progress::More)
     }
 
     fn stop(&mut self) {

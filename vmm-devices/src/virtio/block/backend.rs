@@ -8,6 +8,7 @@ use std::sync::Arc;
 use vmm_memory::vm_memory::VolatileSlice;
 
 use super::buffers::Buffers;
+use crate::virtio::device::Progress;
 
 /// Sizes of blocks that a driver had better know, in bytes; powers of two from 512 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +32,8 @@ impl Default for BlockSizes {
 /// Positions and lengths are bytes. The device asks for whole sectors of 512 bytes, and continues transfers that come back
 /// short. Buffers lie in the guest's memory, which changes at any moment.
 pub trait Backend: Send + Sync {
-    /// How large it is now. The device looks before it serves what the driver has asked for: what lies beyond then fails.
+    /// How large it is now. The device looks once before it serves requests that the driver has sent, and again before one fails
+    /// that lies beyond.
     ///
     /// # Errors
     /// If that cannot be said, and no request can be served.
@@ -88,19 +90,19 @@ pub trait Backend: Send + Sync {
         let _ = unmap;
         write_zeroes_by_hand(self, offset, len)
     }
+}
 
-    /// A way to the same disk on which requests go on while others are made: the device asks for one for each of its queues,
-    /// with at most `depth` requests under way. It calls `waker`, from any thread, when some have ended; one that
-    /// has an [`IoQueue::source`] need not.
-    ///
-    /// Without one, the thread that serves a queue does each request before it looks at the next.
+/// A disk on which requests go on while others are made.
+pub trait ConcurrentDisk: Send + Sync {
+    /// The disk itself, of which the device asks what it is like.
+    fn disk(&self) -> Arc<dyn Backend>;
+
+    /// A way to it for one queue of the device, with at most `depth` requests under way. It calls `waker`, from any thread, when
+    /// some have ended, unless they make its [`IoQueue::source`] readable.
     ///
     /// # Errors
     /// If the host refuses; the device does not start.
-    fn queue(self: Arc<Self>, depth: u16, waker: Waker) -> io::Result<Option<Box<dyn IoQueue>>> {
-        let (_, _) = (depth, waker);
-        Ok(None)
-    }
+    fn queue(&self, depth: u16, waker: Waker) -> io::Result<Box<dyn IoQueue>>;
 }
 
 /// Says that requests have ended.
@@ -255,14 +257,15 @@ pub trait IoQueue: Send + fmt::Debug {
     fn kick(&mut self) {}
 
     /// Adds the requests that have ended since the last call to `ended`. Nothing of theirs is touched any more. It is called after
-    /// each [`IoQueue::kick`], and when there is news.
-    fn reap(&mut self, ended: &mut Vec<JobEnd>);
+    /// each [`IoQueue::kick`], and when there is news; soon again if it says [`Progress::More`], because the host could not take
+    /// all that is to begin.
+    fn reap(&mut self, ended: &mut Vec<JobEnd>) -> Progress;
 
     /// Ends what goes on: what has not begun does not begin, what has is waited for. When it returns no buffer is touched any more,
     /// and nothing is written to the disk.
     fn cancel(&mut self);
 
-    /// Readable when requests have ended, if it does not call its waker.
+    /// Readable when requests have ended for which it does not call its waker.
     fn source(&self) -> Option<BorrowedFd<'_>> {
         None
     }

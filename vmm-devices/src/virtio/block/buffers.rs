@@ -9,7 +9,8 @@ use std::io;
 use std::ops::Deref;
 
 use smallvec::SmallVec;
-use vmm_memory::vm_memory::bitmap::{BS, Bitmap};
+use vmm_memory::vm_memory::bitmap::{BS, Bitmap, BitmapSlice};
+use vmm_memory::vm_memory::volatile_memory::PtrGuardMut;
 use vmm_memory::vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use crate::virtio::queue::{Chain, pieces};
@@ -26,6 +27,15 @@ pub(super) enum Area {
     Readable { at: u64, len: usize },
     /// The device writes them, from the first byte of the writable buffers on.
     Writable { len: usize },
+}
+
+impl Area {
+    pub(super) fn len(self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Readable { len, .. } | Self::Writable { len } => len,
+        }
+    }
 }
 
 /// Where the data lies; `None` if not all of it is in RAM.
@@ -98,35 +108,53 @@ fn each_slice<'a, G: GuestMemory + ?Sized>(
     Some(total)
 }
 
-fn erase<'a, B: vmm_memory::vm_memory::bitmap::BitmapSlice>(
-    slice: &VolatileSlice<'a, B>,
-) -> VolatileSlice<'a> {
+/// The guard of a pointer has nothing to undo, so the pointer is good without it. With vm-memory's feature `xen`, which any crate of a
+/// program turns on for all, memory is mapped for each guard anew: there the devices do not build.
+const _: () = assert!(
+    !std::mem::needs_drop::<PtrGuardMut>(),
+    "vmm-devices hands guest memory to the kernel by address, and cannot be built with vm-memory's feature `xen`"
+);
+
+fn erase<'a, B: BitmapSlice>(slice: &VolatileSlice<'a, B>) -> VolatileSlice<'a> {
     let guard = slice.ptr_guard_mut();
-    // SAFETY: the slice says that these bytes are there for 'a and are used by volatile accesses alone; without
-    // vm-memory's `xen` feature, which nothing here turns on, its pointer outlives the guard.
+    // SAFETY: the slice says that these bytes are there for 'a and are used by volatile accesses alone. The pointer outlives its guard, as
+    // asserted above.
     unsafe { VolatileSlice::new(guard.as_ptr(), guard.len()) }
 }
 
 /// A request's data, with what keeps it mapped.
-pub struct Buffers(Box<dyn Held>);
+pub struct Buffers {
+    held: Box<dyn Held>,
+    len: usize,
+}
 
 impl fmt::Debug for Buffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buffers").finish_non_exhaustive()
+        f.debug_struct("Buffers").field("len", &self.len).finish_non_exhaustive()
     }
 }
 
 impl Buffers {
     pub(super) fn new<T: Deref<Target: GuestMemory> + Send + 'static>(chain: Chain<T>, area: Area) -> Self {
-        Self(Box::new((chain, area)))
+        Self { held: Box::new((chain, area)), len: area.len() }
     }
 
-    /// The pieces of memory that it consists of.
+    /// How many bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The pieces of memory that it consists of, as the driver's addresses are looked up now.
     ///
     /// # Errors
-    /// If they are not RAM, which the device has checked.
+    /// If not all of it is RAM: nothing is to be done with what is.
     pub fn slices(&self) -> io::Result<Slices<'_>> {
-        self.0.slices().ok_or_else(|| io::Error::other("the request's buffers are not in RAM"))
+        self.held.slices().ok_or_else(|| io::Error::other("the request's buffers are not in RAM"))
     }
 }
 

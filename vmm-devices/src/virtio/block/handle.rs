@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::Shared;
 use super::config::SECTOR;
@@ -46,8 +47,8 @@ impl BlockHandle {
         self.0.sectors.load(Ordering::SeqCst).saturating_mul(SECTOR)
     }
 
-    /// Makes the disk as large as its backend is now. Who makes a backend smaller calls [`BlockHandle::set_capacity`]
-    /// first, so that the driver learns of it in time.
+    /// Makes the disk as large as its backend is now. Who makes a backend smaller calls [`BlockHandle::set_capacity`] and
+    /// [`BlockHandle::settle`] first: a write that is under way would make a file larger again.
     ///
     /// # Errors
     /// If that is no whole number of sectors; nothing changes.
@@ -55,8 +56,9 @@ impl BlockHandle {
         self.set_capacity(self.0.disk.size()?)
     }
 
-    /// Makes the disk `bytes` large, a multiple of 512, and tells the driver if that is another size. Requests that were taken
-    /// before end as if nothing had happened, or fail if the backend has become smaller; later ones go to the new end.
+    /// Makes the disk `bytes` large, a multiple of 512, and tells the driver if that is another size. Requests that were let in
+    /// before end as if nothing had happened, and it does not wait for them: that is what [`BlockHandle::settle`] is for. Later ones
+    /// go to the new end.
     ///
     /// # Errors
     /// If it is no whole number of sectors, or the backend has less; nothing changes.
@@ -67,8 +69,12 @@ impl BlockHandle {
             return Err(ResizeError::Beyond { bytes, available });
         }
         let mut generation = lock(&self.0.generation);
-        if self.0.sectors.swap(sectors, Ordering::SeqCst) == sectors {
+        let before = self.0.sectors.swap(sectors, Ordering::SeqCst);
+        if before == sectors {
             return Ok(());
+        }
+        if before > sectors {
+            self.0.shrinks.add();
         }
         // A driver that reads the configuration waits for the lock: it sees both change at once.
         *generation = generation.wrapping_add(1);
@@ -80,15 +86,25 @@ impl BlockHandle {
         Ok(())
     }
 
-    /// Other rate limits; `false` if the device was built without a limiter. Requests that wait are looked at again.
-    pub fn set_limits(&self, limits: Limits) -> bool {
-        let Some(rate) = &self.0.rate else { return false };
-        rate.set_limits(limits);
+    /// Waits until no request is under way that was let in by a larger disk than there is now, `timeout` at most; whether none is. Then
+    /// what lies beyond [`BlockHandle::capacity`] can be cut off: nothing touches it.
+    ///
+    /// For another thread than those that serve the device's queues or end its requests, which cannot end while they wait here:
+    /// there it is `false` after that time. So it is for a device that has failed, until its driver resets it.
+    #[must_use]
+    pub fn settle(&self, timeout: Duration) -> bool {
         let doorbells = lock(&self.0.active).as_ref().map(|active| Arc::clone(&active.doorbells));
         if let Some(doorbells) = doorbells {
-            (0..self.0.queues).for_each(|queue| doorbells.ring(queue));
+            // A worker that has nothing to do says so when it is called.
+            doorbells.ring_all();
         }
-        true
+        self.0.shrinks.wait(timeout)
+    }
+
+    /// Other rate limits, for all devices that share them; `false` if this one was built without a limiter. Requests that wait are
+    /// looked at again.
+    pub fn set_limits(&self, limits: Limits) -> bool {
+        self.0.rate.as_ref().map(|rate| rate.set_limits(limits)).is_some()
     }
 }
 

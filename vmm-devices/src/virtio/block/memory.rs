@@ -48,8 +48,9 @@ impl MemoryDisk {
         Self { size: AtomicU64::new(size), chunks }
     }
 
-    /// Makes it larger, by zeros, or smaller. Tell the device by its [`BlockHandle`](super::BlockHandle). What a guest writes at
-    /// the same moment beyond a smaller size it may find again when the disk becomes larger.
+    /// Makes it larger, by zeros, or smaller. Tell the device by its [`BlockHandle`](super::BlockHandle), and [settle](super::BlockHandle::settle)
+    /// before it becomes smaller: what a guest writes at the same moment beyond the new size it may find again when the disk becomes
+    /// larger.
     ///
     /// # Errors
     /// [`io::ErrorKind::StorageFull`] if it was not made with so much room.

@@ -5,9 +5,9 @@
 //! | [`Block`], [`BlockBuilder`] | the device |
 //! | [`BlockHandle`] | resizes it and changes its limits while a driver uses it |
 //! | [`Backend`] | what a disk is to it; [`MemoryDisk`] and [`RawFile`] are there |
-//! | [`IoQueue`] | a backend's asynchronous way: [`Pooled`] has one for every backend, by threads; `UringFile` for files, by io_uring |
+//! | [`ConcurrentDisk`], [`IoQueue`] | one whose requests go on while others are made: [`Pooled`] is every backend, by threads; `UringFile` a file, by io_uring |
 //!
-//! Without an asynchronous way requests are done one after the other by the thread that serves the queue, which suits memory
+//! With a mere [`Backend`] requests are done one after the other by the thread that serves the queue, which suits memory
 //! and files that are cached.
 //!
 //! # Threat model
@@ -24,6 +24,7 @@ mod memory;
 mod pool;
 mod raw;
 mod request;
+mod shrinks;
 #[cfg(feature = "io-uring")]
 mod uring;
 mod vectored;
@@ -34,7 +35,7 @@ use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-pub use backend::{Backend, BlockSizes, IoQueue, Job, JobEnd, Operation, Waker};
+pub use backend::{Backend, BlockSizes, ConcurrentDisk, IoQueue, Job, JobEnd, Operation, Waker};
 pub use buffers::{Buffers, Slices};
 pub use config::{ID_BYTES, feature};
 pub use handle::{BlockHandle, ResizeError};
@@ -45,7 +46,9 @@ pub use raw::{RawFile, RawFileError};
 pub use uring::UringFile;
 
 use self::config::{Config, WRITEBACK_AT};
-use self::worker::{Agreed, BlockWorker};
+use self::request::Agreed;
+use self::shrinks::Shrinks;
+use self::worker::BlockWorker;
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, DriverLink, VirtioDevice, Worker};
 use super::doorbell::Doorbells;
 use super::metrics::Metrics;
@@ -106,10 +109,10 @@ pub(crate) struct Shared {
     disk: Arc<dyn Backend>,
     read_only: bool,
     serial: [u8; ID_BYTES],
-    queues: u16,
     /// The capacity. Written with `generation` locked.
     sectors: AtomicU64,
     generation: Mutex<u32>,
+    shrinks: Shrinks,
     writeback: AtomicBool,
     rate: Option<RateLimiter>,
     metrics: Option<Measured>,
@@ -146,11 +149,24 @@ impl Shared {
     }
 }
 
+#[derive(Clone)]
+struct Concurrent(Arc<dyn ConcurrentDisk>);
+
+impl fmt::Debug for Concurrent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Concurrent").finish_non_exhaustive()
+    }
+}
+
 /// A block device.
 #[derive(Debug)]
 pub struct Block {
     shared: Arc<Shared>,
     cache: CacheMode,
+    /// What the driver wants of it.
+    chosen: Option<CacheMode>,
+    /// Where queues of the disk come from, if it has any.
+    concurrent: Option<Concurrent>,
     sizes: Vec<u16>,
     blocks: BlockSizes,
 }
@@ -159,6 +175,7 @@ pub struct Block {
 #[must_use]
 pub struct BlockBuilder {
     disk: Arc<dyn Backend>,
+    concurrent: Option<Concurrent>,
     read_only: bool,
     serial: Vec<u8>,
     queues: NonZeroU16,
@@ -241,24 +258,33 @@ impl BlockBuilder {
             disk: self.disk,
             read_only: self.read_only,
             serial: worker::serial(&self.serial),
-            queues: self.queues.get(),
             sectors: AtomicU64::new(sectors),
             generation: Mutex::new(0),
+            shrinks: Shrinks::new(self.queues.get()),
             writeback: AtomicBool::new(self.cache == CacheMode::WriteBack),
             rate: self.rate,
             metrics: self.metrics,
             active: Mutex::new(None),
         };
         let sizes = vec![size; self.queues.get().into()];
-        Ok(Block { shared: Arc::new(shared), cache: self.cache, sizes, blocks })
+        Ok(Block {
+            shared: Arc::new(shared),
+            cache: self.cache,
+            chosen: None,
+            concurrent: self.concurrent,
+            sizes,
+            blocks,
+        })
     }
 }
 
 impl Block {
-    /// A device whose contents are those of `disk`.
+    /// A device whose contents are those of `disk`, and whose requests are done one after the other by the thread that serves
+    /// their queue.
     pub fn builder(disk: Arc<dyn Backend>) -> BlockBuilder {
         BlockBuilder {
             disk,
+            concurrent: None,
             read_only: false,
             serial: Vec::new(),
             queues: NonZeroU16::MIN,
@@ -267,6 +293,11 @@ impl Block {
             rate: None,
             metrics: None,
         }
+    }
+
+    /// The same, whose requests go on while others are made.
+    pub fn concurrent(disk: Arc<dyn ConcurrentDisk>) -> BlockBuilder {
+        BlockBuilder { concurrent: Some(Concurrent(Arc::clone(&disk))), ..Self::builder(disk.disk()) }
     }
 
     /// Reaches the device after a transport has taken it.
@@ -291,8 +322,13 @@ impl Block {
         features | WRITE_ZEROES
     }
 
-    fn begin_with(&self, writeback: bool) {
-        self.shared.writeback.store(writeback, Ordering::SeqCst);
+    fn queues(&self) -> u16 {
+        // Made of one.
+        u16::try_from(self.sizes.len()).unwrap_or(u16::MAX)
+    }
+
+    fn set_cache(&self, mode: CacheMode) {
+        self.shared.writeback.store(mode == CacheMode::WriteBack, Ordering::SeqCst);
     }
 }
 
@@ -315,7 +351,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
             sectors: self.shared.sectors.load(Ordering::SeqCst),
             blocks: self.blocks,
             queue_size: self.sizes.first().copied().unwrap_or_default(),
-            queues: self.shared.queues,
+            queues: self.queues(),
             writeback: self.shared.writeback.load(Ordering::SeqCst),
             features: self.offered(),
         };
@@ -326,11 +362,14 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        // The one field that a driver writes, for itself alone (5.2.5.1).
+        // The one field that a driver writes, for itself alone (5.2.5.1). It may do so from FEATURES_OK on (3.1.1): whether the feature
+        // was agreed upon is known to the device when it is activated.
         if let (WRITEBACK_AT, [mode]) = (offset, data)
-            && lock(&self.shared.active).as_ref().is_some_and(|active| active.may_choose)
+            && lock(&self.shared.active).as_ref().is_none_or(|active| active.may_choose)
         {
-            self.begin_with(*mode != 0);
+            let mode = if *mode == 0 { CacheMode::WriteThrough } else { CacheMode::WriteBack };
+            self.chosen = Some(mode);
+            self.set_cache(mode);
         }
     }
 
@@ -348,21 +387,27 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
         let may_choose = has(feature::CONFIG_WCE);
         let several = has(feature::MQ);
         // A driver that cannot flush finds a disk that writes through (5.2.5.2).
-        self.begin_with(self.cache == CacheMode::WriteBack && agreed.flush);
+        let cache = if agreed.flush { self.cache } else { CacheMode::WriteThrough };
+        self.set_cache(self.chosen.filter(|_| may_choose).unwrap_or(cache));
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         // The first queue is always there; of others, those that the driver has set up.
-        for index in 0..if several { self.shared.queues } else { 1 } {
+        for index in 0..if several { self.queues() } else { 1 } {
             let queue = match activation.take_queue(index) {
                 Ok(queue) => queue,
                 Err(_) if index > 0 => continue,
                 Err(error) => return Err(error),
             };
-            let doorbells = Arc::clone(&activation.doorbells);
-            let waker: Waker = Arc::new(move || doorbells.ring(index));
-            let io = Arc::clone(&self.shared.disk).queue(queue.size(), waker)?;
+            let io = self.concurrent.as_ref().map(|Concurrent(disk)| {
+                let doorbells = Arc::clone(&activation.doorbells);
+                disk.queue(queue.size(), Arc::new(move || doorbells.ring(index)))
+            });
+            let io = io.transpose()?;
             workers.push(Box::new(BlockWorker::new(queue, Arc::clone(&self.shared), agreed, io)));
         }
         let Activation { link, doorbells, .. } = activation;
+        if let Some(rate) = &self.shared.rate {
+            rate.register(&doorbells);
+        }
         *lock(&self.shared.active) = Some(Active { link, doorbells, may_choose });
         Ok(workers)
     }
@@ -370,7 +415,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         *lock(&self.shared.active) = None;
         drop(workers);
-        self.begin_with(self.cache == CacheMode::WriteBack);
+        self.chosen = None;
+        self.set_cache(self.cache);
     }
 }
 

@@ -8,10 +8,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use vmm_memory::vm_memory::VolatileSlice;
-
-use super::backend::{Backend, BlockSizes, IoQueue, Job, JobEnd, Waker};
+use super::backend::{Backend, ConcurrentDisk, IoQueue, Job, JobEnd, Waker};
 use crate::interrupt::lock;
+use crate::virtio::device::Progress;
 
 /// Threads that any number of disks share. A disk that hangs holds as many of them as it has requests: what must not wait for it
 /// gets a pool of its own.
@@ -41,12 +40,12 @@ struct Work {
 /// A job, and who wants to know of its end.
 struct Task {
     job: Job,
-    disk: Arc<dyn Backend>,
-    queue: Arc<Ends>,
+    queue: Arc<Origin>,
 }
 
-/// The ends of one queue's jobs.
-struct Ends {
+/// Where jobs come from: one queue of a device.
+struct Origin {
+    disk: Arc<dyn Backend>,
     state: Mutex<State>,
     idle: Condvar,
     waker: Waker,
@@ -56,7 +55,6 @@ struct Ends {
 struct State {
     ended: Vec<JobEnd>,
     under_way: usize,
-    cancelled: bool,
 }
 
 impl ThreadPool {
@@ -106,33 +104,30 @@ impl Shared {
 
 impl Task {
     fn run(self) {
-        let Self { job, disk, queue } = self;
+        let Self { job, queue } = self;
         let tag = job.tag;
-        let cancelled = lock(&queue.state).cancelled;
-        let result = if cancelled {
-            Err(io::ErrorKind::Interrupted.into())
-        } else {
-            // A backend that panics fails its request, and not those who wait for it.
-            let run = catch_unwind(AssertUnwindSafe(|| job.run(&*disk)));
-            run.unwrap_or_else(|_| Err(io::Error::other("the disk's backend has panicked")))
-        };
+        // A backend that panics fails its request, and not those who wait for it.
+        let run = catch_unwind(AssertUnwindSafe(|| job.run(&*queue.disk)));
+        let result = run.unwrap_or_else(|_| Err(io::Error::other("the disk's backend has panicked")));
         // Its memory goes before anybody is told that it has ended.
         drop(job);
         let mut state = lock(&queue.state);
+        // Of others that nobody has looked at yet there is word already.
+        let news = state.ended.is_empty();
         state.ended.push(JobEnd { tag, result });
         state.under_way -= 1;
         if state.under_way == 0 {
             queue.idle.notify_all();
         }
         drop(state);
-        // Last: it may serve the queue on this thread.
-        if !cancelled {
-            (queue.waker)();
+        if news {
+            // Last: it may serve the queue on this thread. What panics there is not this thread's business.
+            let (Ok(()) | Err(_)) = catch_unwind(AssertUnwindSafe(|| (queue.waker)()));
         }
     }
 }
 
-/// A disk whose requests are done by a [`ThreadPool`].
+/// Any disk, whose requests are done by a [`ThreadPool`].
 pub struct Pooled {
     disk: Arc<dyn Backend>,
     pool: Arc<ThreadPool>,
@@ -151,53 +146,23 @@ impl Pooled {
     }
 }
 
-impl Backend for Pooled {
-    fn size(&self) -> io::Result<u64> {
-        self.disk.size()
+impl ConcurrentDisk for Pooled {
+    fn disk(&self) -> Arc<dyn Backend> {
+        Arc::clone(&self.disk)
     }
 
-    fn is_read_only(&self) -> bool {
-        self.disk.is_read_only()
-    }
-
-    fn block_sizes(&self) -> BlockSizes {
-        self.disk.block_sizes()
-    }
-
-    fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
-        self.disk.read_at(buffers, offset)
-    }
-
-    fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
-        self.disk.write_at(buffers, offset, durable)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.disk.flush()
-    }
-
-    fn can_discard(&self) -> bool {
-        self.disk.can_discard()
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.disk.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.disk.write_zeroes(offset, len, unmap)
-    }
-
-    fn queue(self: Arc<Self>, _depth: u16, waker: Waker) -> io::Result<Option<Box<dyn IoQueue>>> {
-        let ends = Arc::new(Ends { state: Mutex::default(), idle: Condvar::new(), waker });
-        Ok(Some(Box::new(PoolQueue { disk: Arc::clone(&self.disk), pool: Arc::clone(&self.pool), ends })))
+    fn queue(&self, _depth: u16, waker: Waker) -> io::Result<Box<dyn IoQueue>> {
+        let (state, idle) = (Mutex::default(), Condvar::new());
+        let origin = Arc::new(Origin { disk: Arc::clone(&self.disk), state, idle, waker });
+        Ok(Box::new(PoolQueue { pool: Arc::clone(&self.pool), origin, submitted: Vec::new() }))
     }
 }
 
 struct PoolQueue {
-    disk: Arc<dyn Backend>,
     pool: Arc<ThreadPool>,
-    ends: Arc<Ends>,
+    origin: Arc<Origin>,
+    /// Since the last kick.
+    submitted: Vec<Job>,
 }
 
 impl fmt::Debug for PoolQueue {
@@ -208,24 +173,40 @@ impl fmt::Debug for PoolQueue {
 
 impl IoQueue for PoolQueue {
     fn submit(&mut self, job: Job) {
-        lock(&self.ends.state).under_way += 1;
-        let task = Task { job, disk: Arc::clone(&self.disk), queue: Arc::clone(&self.ends) };
-        lock(&self.pool.shared.work).tasks.push_back(task);
-        self.pool.shared.changed.notify_one();
+        self.submitted.push(job);
     }
 
-    fn reap(&mut self, ended: &mut Vec<JobEnd>) {
-        ended.append(&mut lock(&self.ends.state).ended);
+    fn kick(&mut self) {
+        let Shared { work, changed } = &*self.pool.shared;
+        let count = self.submitted.len();
+        if count == 0 {
+            return;
+        }
+        lock(&self.origin.state).under_way += count;
+        let tasks = self.submitted.drain(..).map(|job| Task { job, queue: Arc::clone(&self.origin) });
+        lock(work).tasks.extend(tasks);
+        if count == 1 { changed.notify_one() } else { changed.notify_all() }
+    }
+
+    fn reap(&mut self, ended: &mut Vec<JobEnd>) -> Progress {
+        ended.append(&mut lock(&self.origin.state).ended);
+        Progress::Idle
     }
 
     fn cancel(&mut self) {
-        let mut state = lock(&self.ends.state);
-        state.cancelled = true;
+        self.submitted.clear();
+        // What no thread has begun does not wait behind other disks.
+        let mut work = lock(&self.pool.shared.work);
+        let is_own = |task: &Task| Arc::ptr_eq(&task.queue, &self.origin);
+        let (own, others): (VecDeque<_>, _) = std::mem::take(&mut work.tasks).into_iter().partition(is_own);
+        work.tasks = others;
+        drop(work);
+        let mut state = lock(&self.origin.state);
+        state.under_way -= own.len();
         while state.under_way > 0 {
-            state = self.ends.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.origin.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.ended.clear();
-        state.cancelled = false;
     }
 }
 

@@ -14,6 +14,9 @@ use super::vectored;
 
 /// A file, or a block device, each of whose bytes is one of the disk. No format is looked for: an image of another one is a disk
 /// with that file's bytes.
+///
+/// The host's cache is between guest and file: a driver's buffers lie anywhere, which `O_DIRECT` does not take. A flush of the driver
+/// reaches the medium (`fdatasync`).
 #[derive(Debug)]
 pub struct RawFile {
     file: File,
@@ -43,6 +46,11 @@ pub enum RawFileError {
         "the file is open for appending (O_APPEND), where a disk is written at any place; open it without"
     )]
     Append,
+    /// Buffers would have to be aligned, and a driver's are not.
+    #[error(
+        "the file is open past the host's cache (O_DIRECT), which takes aligned buffers alone, and a driver's lie anywhere; open it without"
+    )]
+    Direct,
     /// Asking about it failed.
     #[error("the host does not say what the file is")]
     Host(#[from] io::Error),
@@ -70,11 +78,15 @@ impl RawFile {
     /// Takes a file that is open, for reading, and for writing unless `read_only`.
     ///
     /// # Errors
-    /// If it is neither a regular file nor a block device, or open for appending.
+    /// If it is neither a regular file nor a block device, or open for appending or past the host's cache.
     pub fn new(file: File, read_only: bool) -> Result<Self, RawFileError> {
         let metadata = file.metadata()?;
-        if rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?.contains(OFlags::APPEND) {
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?;
+        if flags.contains(OFlags::APPEND) {
             return Err(RawFileError::Append);
+        }
+        if flags.contains(OFlags::DIRECT) {
+            return Err(RawFileError::Direct);
         }
         let device = metadata.file_type().is_block_device();
         let blocks = if device {
@@ -98,9 +110,9 @@ impl RawFile {
     }
 
     /// Space without contents, in a file or on a device.
-    pub(super) const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+    const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
     /// Zeros that keep their space.
-    pub(super) const ZEROS: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
+    const ZEROS: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
 }
 
 impl Backend for RawFile {

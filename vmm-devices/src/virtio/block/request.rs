@@ -1,9 +1,11 @@
 //! What a driver asks for (Virtio 1.3, 5.2.6), read once and checked before anything is touched.
 
 use std::ops::Deref;
+use std::sync::atomic::Ordering;
 
 use vmm_memory::vm_memory::GuestMemory;
 
+use super::Shared;
 use super::backend::Operation;
 use super::buffers::Area;
 use super::config::{ID_BYTES, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SECTOR};
@@ -36,16 +38,46 @@ pub(super) enum Status {
     Unsupported = 2,
 }
 
-/// What the device can do for this driver now.
+/// What this driver may do.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Terms {
-    /// The first byte beyond the disk.
-    pub(super) end: u64,
-    pub(super) read_only: bool,
-    /// Writes end when they are on stable storage.
-    pub(super) durable: bool,
+pub(super) struct Agreed {
+    pub(super) flush: bool,
     pub(super) discard: bool,
     pub(super) write_zeroes: bool,
+}
+
+/// What the device can do for this driver now: for the requests of one call.
+#[derive(Debug)]
+pub(super) struct Terms<'a> {
+    shared: &'a Shared,
+    agreed: Agreed,
+    /// The first byte beyond the disk, once somebody wanted to know.
+    end: Option<u64>,
+}
+
+impl<'a> Terms<'a> {
+    pub(super) fn new(shared: &'a Shared, agreed: Agreed) -> Self {
+        Self { shared, agreed, end: None }
+    }
+
+    /// Whether the bytes before `end` are those of the disk. A driver may have sent a request that it could not have sent when
+    /// this was looked at last: before one fails it is looked at again.
+    fn holds(&mut self, end: u64) -> bool {
+        if self.end.is_some_and(|known| end <= known) {
+            return true;
+        }
+        let promised = self.shared.sectors.load(Ordering::SeqCst).saturating_mul(SECTOR);
+        // The disk is asked, too, so that none goes beyond the end of a file that has become smaller.
+        let known = promised.min(self.shared.disk.size().unwrap_or(0));
+        self.end = Some(known);
+        end <= known
+    }
+
+    /// Whether writes end when they are on stable storage. Looked at for each request: the driver may have changed it just before
+    /// it sent that one.
+    fn durable(&self) -> bool {
+        !self.agreed.flush || !self.shared.writeback.load(Ordering::SeqCst)
+    }
 }
 
 /// What is to be done.
@@ -68,10 +100,12 @@ pub(super) struct Request {
     pub(super) activity: Activity,
     /// Bytes that rate limits count.
     pub(super) cost: u64,
+    /// The first byte of the disk behind those that it names; 0 if it names none.
+    end: u64,
 }
 
 impl Request {
-    pub(super) fn read<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, terms: &Terms) -> Self {
+    pub(super) fn read<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, terms: &mut Terms<'_>) -> Self {
         let status_at = chain.writable_len().checked_sub(1);
         let mut request = Self {
             task: Task::Fail(Status::IoError),
@@ -79,6 +113,7 @@ impl Request {
             status_at,
             activity: Activity::Other,
             cost: 0,
+            end: 0,
         };
         let mut header = [0; HEADER];
         // Without a place for the status nothing is done that the driver could not learn of.
@@ -101,7 +136,7 @@ impl Request {
         chain: &Chain<T>,
         kind: u32,
         sector: u64,
-        terms: &Terms,
+        terms: &mut Terms<'_>,
     ) -> Result<Task, Status> {
         let to_read = chain.readable_len().saturating_sub(HEADER as u64);
         let to_write = self.status_at.unwrap_or(0);
@@ -109,60 +144,71 @@ impl Request {
         match kind {
             kind::IN => {
                 self.activity = Activity::Read;
-                let offset = range(sector, to_write, terms)?;
+                let offset = self.range(sector, to_write, terms)?;
                 (self.area, self.cost) = (Area::Writable { len: size(to_write)? }, to_write);
                 Ok(Task::Disk(Operation::Read { offset }))
             }
             kind::OUT => {
                 self.activity = Activity::Write;
                 writable(terms)?;
-                let offset = range(sector, to_read, terms)?;
+                let offset = self.range(sector, to_read, terms)?;
                 (self.area, self.cost) = (Area::Readable { at: HEADER as u64, len: size(to_read)? }, to_read);
-                Ok(Task::Disk(Operation::Write { offset, durable: terms.durable }))
+                Ok(Task::Disk(Operation::Write { offset, durable: terms.durable() }))
             }
             kind::FLUSH => Ok(Task::Disk(Operation::Flush)),
             kind::GET_ID if to_write >= ID_BYTES as u64 => Ok(Task::GetId),
             kind::GET_ID => Err(Status::IoError),
-            kind::DISCARD if terms.discard => {
+            kind::DISCARD if terms.agreed.discard => {
                 writable(terms)?;
                 let segment = Segment::read(chain, to_read)?;
                 if segment.flags != 0 {
                     return Err(Status::Unsupported);
                 }
-                let (offset, len) = segment.range(MAX_DISCARD_SECTORS, terms)?;
+                let len = segment.len(MAX_DISCARD_SECTORS)?;
+                let offset = self.range(segment.sector, len, terms)?;
                 Ok(Task::Disk(Operation::Discard { offset, len }))
             }
-            kind::WRITE_ZEROES if terms.write_zeroes => {
+            kind::WRITE_ZEROES if terms.agreed.write_zeroes => {
                 self.activity = Activity::Write;
                 writable(terms)?;
                 let segment = Segment::read(chain, to_read)?;
                 if segment.flags & !UNMAP != 0 {
                     return Err(Status::Unsupported);
                 }
-                let (offset, len) = segment.range(MAX_WRITE_ZEROES_SECTORS, terms)?;
+                let len = segment.len(MAX_WRITE_ZEROES_SECTORS)?;
+                let offset = self.range(segment.sector, len, terms)?;
                 self.cost = len;
                 let unmap = segment.flags & UNMAP != 0;
-                Ok(Task::Disk(Operation::WriteZeroes { offset, len, unmap, durable: terms.durable }))
+                Ok(Task::Disk(Operation::WriteZeroes { offset, len, unmap, durable: terms.durable() }))
             }
             _ => Err(Status::Unsupported),
         }
     }
 
+    /// Where `len` bytes from `sector` on begin, if those are sectors of the disk.
+    fn range(&mut self, sector: u64, len: u64, terms: &mut Terms<'_>) -> Result<u64, Status> {
+        let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
+        self.end = offset.checked_add(len).ok_or(Status::IoError)?;
+        if len.is_multiple_of(SECTOR) && terms.holds(self.end) { Ok(offset) } else { Err(Status::IoError) }
+    }
+
     /// The same, which fails if the disk has meanwhile become too small for it.
-    pub(super) fn within(self, terms: &Terms) -> Self {
-        let end = match self.task {
-            Task::Disk(Operation::Read { offset } | Operation::Write { offset, .. }) => {
-                offset.saturating_add(self.cost)
-            }
-            Task::Disk(Operation::Discard { offset, len } | Operation::WriteZeroes { offset, len, .. }) => {
-                offset.saturating_add(len)
-            }
-            _ => 0,
-        };
-        if end <= terms.end {
+    pub(super) fn within(self, terms: &mut Terms<'_>) -> Self {
+        if terms.holds(self.end) {
             return self;
         }
         Self { task: Task::Fail(Status::IoError), area: Area::None, ..self }
+    }
+
+    /// How long it keeps others waiting, in bytes that are moved meanwhile: each has its price, and that of one that goes to a disk without
+    /// data is guessed.
+    pub(super) fn effort(&self) -> u64 {
+        const EACH: u64 = 32 << 10;
+        const WITHOUT_DATA: u64 = 1 << 20;
+        match self.task {
+            Task::Disk(Operation::Flush | Operation::Discard { .. }) => WITHOUT_DATA,
+            _ => self.cost.max(EACH),
+        }
     }
 
     /// What the used ring says: bytes that were written from the first writable one on, without a gap (2.7.8). Where the
@@ -176,12 +222,9 @@ impl Request {
         if self.status_at == Some(data) { data + 1 } else { data }
     }
 
-    /// Bytes of data that it moved.
+    /// Bytes of data that it moved, for whoever counts: all of its buffers, or none if it failed.
     pub(super) fn moved(&self, status: Status) -> u64 {
-        match self.area {
-            Area::Readable { len, .. } | Area::Writable { len } if status == Status::Ok => len as u64,
-            _ => 0,
-        }
+        if status == Status::Ok { self.area.len() as u64 } else { 0 }
     }
 }
 
@@ -207,24 +250,15 @@ impl Segment {
         })
     }
 
-    fn range(&self, max_sectors: u32, terms: &Terms) -> Result<(u64, u64), Status> {
+    /// How many bytes it names.
+    fn len(&self, max_sectors: u32) -> Result<u64, Status> {
         if self.sectors > max_sectors {
             return Err(Status::IoError);
         }
-        let len = u64::from(self.sectors) * SECTOR;
-        Ok((range(self.sector, len, terms)?, len))
+        Ok(u64::from(self.sectors) * SECTOR)
     }
 }
 
-fn writable(terms: &Terms) -> Result<(), Status> {
-    if terms.read_only { Err(Status::IoError) } else { Ok(()) }
-}
-
-/// Where `len` bytes from `sector` on begin, if those are sectors of the disk.
-fn range(sector: u64, len: u64, terms: &Terms) -> Result<u64, Status> {
-    let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
-    match offset.checked_add(len) {
-        Some(end) if end <= terms.end && len.is_multiple_of(SECTOR) => Ok(offset),
-        _ => Err(Status::IoError),
-    }
+fn writable(terms: &Terms<'_>) -> Result<(), Status> {
+    if terms.shared.read_only { Err(Status::IoError) } else { Ok(()) }
 }

@@ -10,36 +10,36 @@ use std::sync::Arc;
 
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, Probe, opcode, types};
-use rustix::fs::FallocateFlags;
-use vmm_memory::vm_memory::VolatileSlice;
 
-use super::backend::{Backend, BlockSizes, IoQueue, Job, JobEnd, Operation, Waker, behind};
+use super::backend::{Backend, ConcurrentDisk, IoQueue, Job, JobEnd, Operation, Waker, behind};
 use super::pool::{Pooled, ThreadPool};
 use super::raw::RawFile;
+use super::vectored::{Vectors, vectors};
+use crate::virtio::device::Progress;
 
 /// What a ring holds at most; further requests wait here.
 const MOST: u16 = 256;
-/// Vectors of one submission (IOV_MAX).
-const VECTORS: usize = 1024;
-/// How often the kernel is asked again that has no memory for a submission.
+/// How often the kernel is asked again for the end of what it has, if it says that it cannot wait.
 const TRIES: u32 = 1000;
 
-/// A [`RawFile`] whose requests are done by io_uring, or by a pool of threads where the kernel does not grant a ring: it is too
-/// old, or io_uring is forbidden.
+/// A [`RawFile`] whose reads, writes and flushes are done by io_uring. What else there is, and all where the kernel does not grant a
+/// ring (it is too old, or io_uring is forbidden), is done by a pool of threads.
 ///
 /// Requests that have ended make [`Worker::sources`](crate::virtio::Worker::sources) readable: the executor must look at them.
 /// [`Inline`](crate::virtio::Inline) does not; there, [`Pooled`] is what to use.
 #[derive(Debug)]
 pub struct UringFile {
     file: Arc<RawFile>,
-    fallback: Arc<ThreadPool>,
+    pooled: Pooled,
     allowed: bool,
 }
 
 impl UringFile {
-    /// Does the requests to `file`, with `fallback` where there is no io_uring.
-    pub fn new(file: RawFile, fallback: Arc<ThreadPool>) -> Self {
-        Self { file: Arc::new(file), fallback, allowed: Self::is_available() }
+    /// Does the requests to `file`, with `pool` for what io_uring is not used for.
+    pub fn new(file: RawFile, pool: Arc<ThreadPool>) -> Self {
+        let file = Arc::new(file);
+        let disk: Arc<dyn Backend> = Arc::<RawFile>::clone(&file);
+        Self { file, pooled: Pooled::new(disk, pool), allowed: Self::is_available() }
     }
 
     /// Whether the kernel grants rings, with the operations that are needed here, to this process.
@@ -59,158 +59,104 @@ fn new_ring(entries: u16) -> io::Result<IoUring> {
     let ring = IoUring::builder().dontfork().setup_clamp().build(entries.into())?;
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
-    let needed = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
+    let needed = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
     if ring.params().is_feature_nodrop() && needed.into_iter().all(|code| probe.is_supported(code)) {
         return Ok(ring);
     }
     Err(io::ErrorKind::Unsupported.into())
 }
 
-impl Backend for UringFile {
-    fn size(&self) -> io::Result<u64> {
-        self.file.size()
+impl ConcurrentDisk for UringFile {
+    fn disk(&self) -> Arc<dyn Backend> {
+        self.pooled.disk()
     }
 
-    fn is_read_only(&self) -> bool {
-        self.file.is_read_only()
-    }
-
-    fn block_sizes(&self) -> BlockSizes {
-        self.file.block_sizes()
-    }
-
-    fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
-        self.file.read_at(buffers, offset)
-    }
-
-    fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
-        self.file.write_at(buffers, offset, durable)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.flush()
-    }
-
-    fn can_discard(&self) -> bool {
-        self.file.can_discard()
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.file.write_zeroes(offset, len, unmap)
-    }
-
-    fn queue(self: Arc<Self>, depth: u16, waker: Waker) -> io::Result<Option<Box<dyn IoQueue>>> {
-        let ring =
-            if self.allowed { new_ring(depth.min(MOST)) } else { Err(io::ErrorKind::Unsupported.into()) };
-        match ring {
-            Ok(ring) => Ok(Some(Box::new(UringQueue::new(ring, Arc::clone(&self.file))))),
-            // Granted to others, maybe, or before: there is a way without.
-            Err(_) => {
-                let file: Arc<dyn Backend> = Arc::<RawFile>::clone(&self.file);
-                Arc::new(Pooled::new(file, Arc::clone(&self.fallback))).queue(depth, waker)
-            }
+    fn queue(&self, depth: u16, waker: Waker) -> io::Result<Box<dyn IoQueue>> {
+        let pooled = self.pooled.queue(depth, waker)?;
+        if !self.allowed {
+            return Ok(pooled);
         }
+        Ok(match new_ring(depth.min(MOST)) {
+            Ok(ring) => Box::new(UringQueue::new(ring, Arc::clone(&self.file), pooled)),
+            // Granted to others, maybe, or before: there is a way without.
+            Err(_) => pooled,
+        })
     }
 }
 
 /// Addresses that the kernel has.
-struct Vectors(Vec<libc::iovec>);
+struct Addresses(Vectors);
 
-// SAFETY: the addresses are of guest memory, which any thread may use by way of volatile accesses, as VolatileSlice is Send.
-unsafe impl Send for Vectors {}
+// SAFETY: they are of guest memory, which any thread may use by way of volatile accesses, as VolatileSlice is Send.
+unsafe impl Send for Addresses {}
 
 /// A job that the kernel has.
 struct UnderWay {
     job: Job,
-    vectors: Vectors,
+    addresses: Addresses,
     /// Bytes that were moved so far.
     done: usize,
-    /// Zeros are written, and now brought to stable storage.
-    flushing: bool,
 }
 
 impl UnderWay {
-    fn total(&self) -> io::Result<usize> {
-        Ok(self.job.buffers.slices()?.iter().map(VolatileSlice::len).sum())
-    }
-
-    /// What is to be done next. The vectors are no others until that has ended.
+    /// What is to be done next. The addresses are no others until that has ended.
     fn entry(&mut self, file: types::Fd) -> io::Result<Entry> {
-        let datasync = || opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build();
-        let allocate = |flags: FallocateFlags, offset, len| {
-            // The kernel has the flags in the same bits.
-            let mode = i32::try_from(flags.bits()).unwrap_or(i32::MAX);
-            opcode::Fallocate::new(file, len).offset(offset).mode(mode).build()
-        };
+        let at = |offset: u64| offset.saturating_add(self.done as u64);
         Ok(match self.job.operation {
-            _ if self.flushing => datasync(),
-            Operation::Flush => datasync(),
-            Operation::Discard { offset, len } => allocate(RawFile::HOLE, offset, len),
-            Operation::WriteZeroes { offset, len, unmap: true, .. } => allocate(RawFile::HOLE, offset, len),
-            Operation::WriteZeroes { offset, len, .. } => allocate(RawFile::ZEROS, offset, len),
+            Operation::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
             Operation::Read { offset } => {
-                let (address, count) = self.fill_vectors()?;
-                let offset = offset.saturating_add(self.done as u64);
+                let offset = at(offset);
+                let (address, count) = self.fill()?;
                 opcode::Readv::new(file, address, count).offset(offset).build()
             }
             Operation::Write { offset, durable } => {
-                let (address, count) = self.fill_vectors()?;
-                let offset = offset.saturating_add(self.done as u64);
+                let offset = at(offset);
+                let (address, count) = self.fill()?;
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
                 opcode::Writev::new(file, address, count).offset(offset).rw_flags(flags).build()
+            }
+            // The pool has those.
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => {
+                return Err(io::ErrorKind::Unsupported.into());
             }
         })
     }
 
-    /// The vectors of what is left to move.
-    fn fill_vectors(&mut self) -> io::Result<(*const libc::iovec, u32)> {
+    /// The addresses of what is left to move.
+    fn fill(&mut self) -> io::Result<(*const libc::iovec, u32)> {
         let slices = self.job.buffers.slices()?;
-        let vector = |slice: VolatileSlice<'_>| libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        };
-        self.vectors.0 = behind(&slices, self.done).into_iter().take(VECTORS).map(vector).collect();
-        Ok((self.vectors.0.as_ptr(), u32::try_from(self.vectors.0.len()).unwrap_or(0)))
+        let left = if self.done == 0 { vectors(&slices) } else { vectors(&behind(&slices, self.done)) };
+        let Addresses(kept) = &mut self.addresses;
+        *kept = left;
+        Ok((kept.as_ptr(), u32::try_from(kept.len()).unwrap_or(0)))
     }
-}
 
-/// What follows when the kernel has done a step.
-enum Step {
-    Again,
-    Ended(io::Result<()>),
-}
-
-impl UnderWay {
-    fn after(&mut self, result: i32, file: &RawFile) -> Step {
-        let error = io::Error::from_raw_os_error(result.wrapping_neg());
-        match (self.job.operation, usize::try_from(result)) {
-            // A file that was opened not to block, or no zeros in this file system: as without a ring.
-            (_, Err(_)) if error.kind() == io::ErrorKind::WouldBlock => Step::Ended(self.job.run(file)),
-            (Operation::WriteZeroes { .. }, Err(_)) if error.kind() == io::ErrorKind::Unsupported => {
-                Step::Ended(self.job.run(file))
-            }
-            (_, Err(_)) if error.kind() == io::ErrorKind::Interrupted => Step::Again,
-            (_, Err(_)) => Step::Ended(Err(error)),
-            (Operation::Read { .. } | Operation::Write { .. }, Ok(moved)) => {
-                self.done = self.done.saturating_add(moved);
-                match self.total() {
-                    Ok(total) if self.done >= total => Step::Ended(Ok(())),
-                    Ok(_) if moved == 0 => Step::Ended(Err(io::ErrorKind::UnexpectedEof.into())),
-                    Ok(_) => Step::Again,
-                    Err(error) => Step::Ended(Err(error)),
-                }
-            }
-            (Operation::WriteZeroes { durable: true, .. }, Ok(_)) if !self.flushing => {
-                self.flushing = true;
-                Step::Again
-            }
-            (_, Ok(_)) => Step::Ended(Ok(())),
+    /// What follows when the kernel has done a step.
+    fn after(&mut self, result: i32) -> Step {
+        let Ok(moved) = usize::try_from(result) else {
+            let error = io::Error::from_raw_os_error(result.wrapping_neg());
+            return match error.kind() {
+                io::ErrorKind::Interrupted => Step::Again,
+                // A file that was opened not to block: threads can wait for it.
+                io::ErrorKind::WouldBlock => Step::Pool,
+                _ => Step::Ended(Err(error)),
+            };
+        };
+        self.done = self.done.saturating_add(moved);
+        if self.done >= self.job.buffers.len() {
+            Step::Ended(Ok(()))
+        } else if moved == 0 {
+            Step::Ended(Err(io::ErrorKind::UnexpectedEof.into()))
+        } else {
+            Step::Again
         }
     }
+}
+
+enum Step {
+    Again,
+    Pool,
+    Ended(io::Result<()>),
 }
 
 struct UringQueue {
@@ -222,8 +168,10 @@ struct UringQueue {
     /// To be begun, or to go on.
     waiting: VecDeque<Box<UnderWay>>,
     ended: Vec<JobEnd>,
-    /// The ring has entries that the kernel was not told of.
+    /// The ring has entries that the kernel has not taken.
     pushed: bool,
+    /// Does what the ring does not.
+    pooled: Box<dyn IoQueue>,
 }
 
 impl fmt::Debug for UringQueue {
@@ -233,12 +181,12 @@ impl fmt::Debug for UringQueue {
 }
 
 impl UringQueue {
-    fn new(ring: IoUring, file: Arc<RawFile>) -> Self {
+    fn new(ring: IoUring, file: Arc<RawFile>, pooled: Box<dyn IoQueue>) -> Self {
         // Never more than there are entries, so that none is too many for either ring.
         let places = usize::try_from(ring.params().sq_entries()).unwrap_or(1);
         let (waiting, ended) = (VecDeque::new(), Vec::new());
         let under_way = (0..places).map(|_| None).collect();
-        Self { ring, file, under_way, free: (0..places).collect(), waiting, ended, pushed: false }
+        Self { ring, file, under_way, free: (0..places).collect(), waiting, ended, pushed: false, pooled }
     }
 
     fn is_busy(&self) -> bool {
@@ -260,7 +208,7 @@ impl UringQueue {
             let entry = job.entry(file).map(|entry| entry.user_data(index as u64));
             let job = place.insert(job);
             let refused = match entry {
-                // SAFETY: the file is open as long as `self.file` is there. The vectors, and the memory that they name, which
+                // SAFETY: the file is open as long as `self.file` is there. The addresses, and the memory that they name, which
                 // `job.buffers` keeps mapped, stay where they are in their boxes until the completion was seen:
                 // `under_way` is emptied there alone, and left undropped if it cannot be.
                 Ok(entry) => match unsafe { self.ring.submission().push(&entry) } {
@@ -280,23 +228,6 @@ impl UringQueue {
         }
     }
 
-    /// Tells the kernel of what is on the ring.
-    fn submit(&mut self) {
-        for _ in 0..TRIES {
-            match self.ring.submit() {
-                Ok(_) => {
-                    self.pushed = !self.ring.submission().is_empty();
-                    if !self.pushed {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // No memory for now. The next call tries again.
-                Err(_) => std::thread::yield_now(),
-            }
-        }
-    }
-
     /// Takes back what the kernel has done with, and how it went.
     fn completions(&mut self) -> Vec<(Box<UnderWay>, i32)> {
         let mut done = Vec::new();
@@ -313,40 +244,48 @@ impl UringQueue {
 
 impl IoQueue for UringQueue {
     fn submit(&mut self, job: Job) {
-        // The kernel takes no range of 0 bytes.
-        let empty = matches!(
-            job.operation,
-            Operation::Discard { len: 0, .. } | Operation::WriteZeroes { len: 0, .. }
-        );
-        let job = Box::new(UnderWay { job, vectors: Vectors(Vec::new()), done: 0, flushing: false });
-        match (job.job.operation, job.total()) {
-            (Operation::Read { .. } | Operation::Write { .. }, Ok(0)) => self.end(job.job.tag, Ok(())),
-            _ if empty => self.end(job.job.tag, Ok(())),
-            _ => self.waiting.push_back(job),
+        match job.operation {
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => self.pooled.submit(job),
+            Operation::Read { .. } | Operation::Write { .. } if job.buffers.is_empty() => {
+                self.end(job.tag, Ok(()));
+            }
+            _ => self.waiting.push_back(Box::new(UnderWay {
+                job,
+                addresses: Addresses(Vectors::new()),
+                done: 0,
+            })),
         }
     }
 
     fn kick(&mut self) {
+        self.pooled.kick();
         self.push();
         if self.pushed {
-            self.submit();
+            // Without memory, or interrupted, it takes some of them or none.
+            let (Ok(_) | Err(_)) = self.ring.submit();
+            self.pushed = !self.ring.submission().is_empty();
         }
     }
 
-    fn reap(&mut self, ended: &mut Vec<JobEnd>) {
+    fn reap(&mut self, ended: &mut Vec<JobEnd>) -> Progress {
         for (mut job, result) in self.completions() {
-            match job.after(result, &self.file) {
+            match job.after(result) {
                 Step::Again => self.waiting.push_front(job),
+                Step::Pool => self.pooled.submit(job.job),
                 Step::Ended(result) => self.end(job.job.tag, result),
             }
         }
         // What goes on, and what had no place on the ring before.
         self.kick();
         ended.append(&mut self.ended);
+        let progress = self.pooled.reap(ended);
+        // Nothing else brings the kernel to take the rest.
+        if self.pushed { Progress::More } else { progress }
     }
 
     fn cancel(&mut self) {
         self.waiting.clear();
+        self.pooled.cancel();
         let mut tries = 0;
         while self.is_busy() && tries < TRIES {
             drop(self.completions());
@@ -378,5 +317,49 @@ impl IoQueue for UringQueue {
 impl Drop for UringQueue {
     fn drop(&mut self) {
         self.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+    use crate::testkit::{DriverQueue, LinkRecorder, guest_memory};
+    use crate::virtio::Virtqueue;
+    use crate::virtio::block::buffers::{Area, Buffers};
+
+    /// A ring that is not enabled yet stands for a kernel that has no memory.
+    #[test]
+    fn what_the_kernel_does_not_take_is_offered_again() {
+        if !UringFile::is_available() {
+            println!("skipped: no io_uring");
+            return;
+        }
+        let memory = guest_memory(1 << 20).unwrap();
+        let mut driver = DriverQueue::new(memory.clone(), 0x1000, 4).unwrap();
+        let link = Arc::new(LinkRecorder::default());
+        let mut queue = Virtqueue::new(driver.device_side().unwrap(), 0, memory, link).unwrap();
+        driver.chain().readable(0x8000, 16).submit().unwrap();
+        let chain = queue.pop(queue.memory()).unwrap().unwrap();
+        let job = Job { tag: 3, operation: Operation::Flush, buffers: Buffers::new(chain, Area::None) };
+
+        let file = RawFile::new(tempfile::tempfile().unwrap(), false).unwrap();
+        let disk = UringFile::new(file, ThreadPool::new(NonZeroUsize::MIN).unwrap());
+        let pooled = disk.pooled.queue(4, Arc::new(|| ())).unwrap();
+        let ring = IoUring::builder().setup_r_disabled().build(4).unwrap();
+        let mut queue = UringQueue::new(ring, Arc::clone(&disk.file), pooled);
+        let mut ended = Vec::new();
+        queue.submit(job);
+        queue.kick();
+        for _ in 0..3 {
+            assert_eq!(queue.reap(&mut ended), Progress::More);
+        }
+        assert!(ended.is_empty());
+        queue.ring.submitter().register_enable_rings().unwrap();
+        while ended.is_empty() {
+            assert_eq!(queue.reap(&mut ended), Progress::Idle);
+        }
+        assert!(matches!(ended[..], [JobEnd { tag: 3, result: Ok(()) }]));
     }
 }

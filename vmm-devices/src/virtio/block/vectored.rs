@@ -14,9 +14,11 @@ use vmm_memory::vm_memory::VolatileSlice;
 /// What the kernel takes at once (IOV_MAX).
 const MOST: usize = 1024;
 
-type Vectors = SmallVec<[libc::iovec; 4]>;
+/// Addresses as the kernel takes them.
+pub(super) type Vectors = SmallVec<[libc::iovec; 4]>;
 
-fn vectors(buffers: &[VolatileSlice<'_>]) -> Vectors {
+/// Those of the first slices, as many as the kernel takes. They are good as long as the slices' memory is there.
+pub(super) fn vectors(buffers: &[VolatileSlice<'_>]) -> Vectors {
     let vector = |slice: &VolatileSlice<'_>| libc::iovec {
         iov_base: slice.ptr_guard_mut().as_ptr().cast(),
         iov_len: slice.len(),

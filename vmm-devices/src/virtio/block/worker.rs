@@ -4,38 +4,35 @@ use std::io;
 use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use vmm_memory::vm_memory::GuestAddressSpace;
 
 use super::Shared;
 use super::backend::{IoQueue, Job, JobEnd};
-use super::buffers::{Buffers, mark_written, slices, with_slices};
-use super::config::{ID_BYTES, SECTOR};
-use super::request::{Request, Status, Task, Terms};
+use super::buffers::{Buffers, mark_written, with_slices};
+use super::config::ID_BYTES;
+use super::request::{Agreed, Request, Status, Task, Terms};
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
 use crate::virtio::metrics::Ended;
 use crate::virtio::queue::{Chain, QueueError, Virtqueue};
 use crate::virtio::rate::Throttled;
 
-/// Bytes that are moved before others have their turn.
+/// Bytes that are moved before others have their turn, or what takes as long.
 const SHARE: u64 = 8 << 20;
 
-type Guard<M> = <M as GuestAddressSpace>::T;
+/// Segments of what is under way, from which on no more is taken: each chain may have as many as the queue has descriptors, and is
+/// remembered as long as it is under way.
+const MOST_SEGMENTS: usize = 1 << 16;
 
-/// What this driver may do.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Agreed {
-    pub(super) flush: bool,
-    pub(super) discard: bool,
-    pub(super) write_zeroes: bool,
-}
+type Guard<M> = <M as GuestAddressSpace>::T;
 
 /// A request that the device has taken, and keeps.
 struct Taken<M: DeviceMemory> {
     chain: Chain<Guard<M>>,
     request: Request,
     begun_ns: u64,
+    /// How often the disk had become smaller before.
+    shrinks: u64,
 }
 
 pub(super) struct BlockWorker<M: DeviceMemory> {
@@ -45,9 +42,14 @@ pub(super) struct BlockWorker<M: DeviceMemory> {
     io: Option<Box<dyn IoQueue>>,
     /// By head, what `io` has.
     under_way: Vec<Option<Taken<M>>>,
+    /// All their segments.
+    segments: usize,
     ended: Vec<JobEnd>,
-    /// What waits for a rate limit, and until when. Nothing behind it is taken.
-    waiting: Option<(Taken<M>, u64)>,
+    /// What waits for a rate limit. Nothing behind it is taken.
+    waiting: Option<(Taken<M>, Throttled)>,
+    /// How often the disk had become smaller when the oldest request was let in that may be under way, as others were told; `None` after
+    /// a stop.
+    shrinks: Option<u64>,
 }
 
 impl<M: DeviceMemory> BlockWorker<M> {
@@ -59,34 +61,35 @@ impl<M: DeviceMemory> BlockWorker<M> {
     ) -> Self {
         let places = if io.is_some() { queue.size().into() } else { 0 };
         let under_way = (0..places).map(|_| None).collect();
-        Self { queue, shared, agreed, io, under_way, ended: Vec::new(), waiting: None }
+        let shrinks = shared.shrinks.count();
+        shared.shrinks.tell(queue.index(), Some(shrinks));
+        let (ended, waiting) = (Vec::new(), None);
+        Self { queue, shared, agreed, io, under_way, segments: 0, ended, waiting, shrinks: Some(shrinks) }
     }
 
-    /// What holds for the requests of one call. The disk is asked once how large it is, so that none goes beyond
-    /// the end of a file that has become smaller.
-    fn terms(&self) -> Terms {
-        let shared = &*self.shared;
-        let promised = shared.sectors.load(Ordering::SeqCst).saturating_mul(SECTOR);
-        Terms {
-            end: promised.min(shared.disk.size().unwrap_or(0)),
-            read_only: shared.read_only,
-            durable: !self.agreed.flush || !shared.writeback.load(Ordering::SeqCst),
-            discard: self.agreed.discard,
-            write_zeroes: self.agreed.write_zeroes,
+    /// Tells who waits for it that no request is left that was let in when the disk was larger than at the last of so many times.
+    fn settle(&mut self, shrinks: u64) {
+        if self.shrinks.is_none_or(|told| told == shrinks) {
+            return;
+        }
+        let oldest = self.under_way.iter().flatten().map(|taken| taken.shrinks).min().unwrap_or(shrinks);
+        if self.shrinks.replace(oldest) != Some(oldest) {
+            self.shared.shrinks.tell(self.queue.index(), Some(oldest));
         }
     }
 
     /// Gives back what has ended.
-    fn reap(&mut self) -> Result<(), QueueError> {
-        let Some(io) = &mut self.io else { return Ok(()) };
-        io.reap(&mut self.ended);
+    fn reap(&mut self) -> Result<Progress, QueueError> {
+        let Some(io) = &mut self.io else { return Ok(Progress::Idle) };
+        let progress = io.reap(&mut self.ended);
         for JobEnd { tag, result } in self.ended.drain(..) {
             let taken = self.under_way.get_mut(usize::from(tag)).and_then(Option::take);
-            let Some(Taken { chain, request, begun_ns }) = taken else { continue };
+            let Some(Taken { chain, request, begun_ns, .. }) = taken else { continue };
+            self.segments = self.segments.saturating_sub(chain.segments());
             mark_written(&chain, request.area);
             finish(&mut self.queue, &self.shared, &chain, &request, status(result), begun_ns)?;
         }
-        Ok(())
+        Ok(progress)
     }
 
     /// Does a request, or begins it.
@@ -94,7 +97,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
         &mut self,
         chain: Chain<T>,
         request: Request,
-        begun_ns: u64,
+        (begun_ns, shrinks): (u64, u64),
         hold: impl FnOnce() -> Guard<M>,
     ) -> Result<(), QueueError>
     where
@@ -107,13 +110,13 @@ impl<M: DeviceMemory> BlockWorker<M> {
                 _ => Status::IoError,
             },
             Task::Disk(operation) => match &mut self.io {
-                Some(_) if slices(&chain, request.area).is_none() => Status::IoError,
                 Some(io) => {
-                    let (tag, chain) = (chain.head(), chain.with_memory(hold()));
+                    let (tag, chain) = (chain.head(), chain.in_memory(hold()));
                     let buffers = Buffers::new(chain.clone(), request.area);
                     // A head is in flight once, so the place is free.
                     if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
-                        *place = Some(Taken { chain, request, begun_ns });
+                        self.segments += chain.segments();
+                        *place = Some(Taken { chain, request, begun_ns, shrinks });
                         io.submit(Job { tag, operation, buffers });
                     }
                     return Ok(());
@@ -128,44 +131,44 @@ impl<M: DeviceMemory> BlockWorker<M> {
         finish(&mut self.queue, &self.shared, &chain, &request, status, begun_ns)
     }
 
-    /// Whether a request has to wait.
-    fn admit(&self, request: &Request) -> Result<(), Throttled> {
-        self.shared.rate.as_ref().map_or(Ok(()), |rate| rate.admit(request.cost))
+    /// Whether some have to end before more are taken.
+    fn is_full(&self) -> bool {
+        self.segments >= MOST_SEGMENTS
     }
 
     /// Takes requests, until there are no more, one has to wait, or it is the turn of others.
-    fn serve(&mut self) -> Result<Next, QueueError> {
+    fn serve(&mut self, shrinks: u64) -> Result<Next, QueueError> {
         let (shared, memory) = (Arc::clone(&self.shared), self.queue.memory());
-        let terms = self.terms();
+        let mut terms = Terms::new(&shared, self.agreed);
         let mut left = SHARE;
-        if let Some((taken, _)) = self.waiting.take() {
-            if let Err(Throttled { until_ns }) = self.admit(&taken.request) {
-                self.waiting = Some((taken, until_ns));
+        if let Some((taken, throttled)) = self.waiting.take() {
+            if let Err(throttled) = throttled.retry() {
+                self.waiting = Some((taken, throttled));
                 return Ok(Next::Wait);
             }
-            let Taken { chain, request, begun_ns } = taken;
+            let Taken { chain, request, begun_ns, .. } = taken;
             // The disk may have become smaller meanwhile.
-            let request = request.within(&terms);
-            left = left.saturating_sub(request.cost);
-            self.execute(chain, request, begun_ns, || memory.clone())?;
+            let request = request.within(&mut terms);
+            left = left.saturating_sub(request.effort());
+            self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
         }
-        for _ in 0..self.queue.size() {
+        while left > 0 {
+            if self.is_full() {
+                return Ok(Next::Full);
+            }
             let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Next::Empty) };
             let begun_ns = shared.now_ns();
-            let request = Request::read(&chain, &terms);
-            if let Err(Throttled { until_ns }) = self.admit(&request) {
+            let request = Request::read(&chain, &mut terms);
+            if let Err(throttled) = shared.rate.as_ref().map_or(Ok(()), |rate| rate.admit(request.cost)) {
                 if let Some(metrics) = &shared.metrics {
                     metrics.sink.throttled();
                 }
-                let chain = chain.with_memory(memory.clone());
-                self.waiting = Some((Taken { chain, request, begun_ns }, until_ns));
+                let chain = chain.in_memory(memory.clone());
+                self.waiting = Some((Taken { chain, request, begun_ns, shrinks }, throttled));
                 return Ok(Next::Wait);
             }
-            self.execute(chain, request, begun_ns, || memory.clone())?;
-            left = left.saturating_sub(request.cost);
-            if left == 0 {
-                break;
-            }
+            self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
+            left = left.saturating_sub(request.effort());
         }
         Ok(Next::Others)
     }
@@ -175,6 +178,8 @@ impl<M: DeviceMemory> BlockWorker<M> {
 enum Next {
     Empty,
     Wait,
+    /// It goes on when some have ended.
+    Full,
     Others,
 }
 
@@ -215,19 +220,22 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
-        self.reap()?;
-        self.queue.want_doorbell(false)?;
-        let next = self.serve();
+        let shrinks = self.shared.shrinks.count();
+        let (Progress::Idle | Progress::More) = self.reap()?;
+        self.queue.decline_doorbells()?;
+        let next = self.serve(shrinks);
         if let Some(io) = &mut self.io {
             io.kick();
         }
         let next = next?;
         // What the host had at hand has ended already.
-        self.reap()?;
-        self.queue.interrupt()?;
+        let progress = self.reap()?;
+        self.settle(shrinks);
+        let more = self.queue.rest()?;
         Ok(match next {
-            Next::Empty if self.queue.want_doorbell(true)? => Progress::More,
-            Next::Empty | Next::Wait => Progress::Idle,
+            Next::Empty if more == Progress::More => Progress::More,
+            Next::Full if !self.is_full() => Progress::More,
+            Next::Empty | Next::Wait | Next::Full => progress,
             Next::Others => Progress::More,
         })
     }
@@ -237,15 +245,21 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
     }
 
     fn deadline(&self) -> Option<u64> {
-        self.waiting.as_ref().map(|(_, until_ns)| *until_ns)
+        self.waiting.as_ref().map(|(_, throttled)| throttled.until_ns())
     }
 
     fn stop(&mut self) {
         if let Some(io) = &mut self.io {
             io.cancel();
         }
-        self.under_way.iter_mut().for_each(|taken| *taken = None);
-        (self.waiting, self.ended) = (None, Vec::new());
+        // What has ended, or was cancelled, may have been written to all the same.
+        for Taken { chain, request, .. } in self.under_way.iter_mut().filter_map(Option::take) {
+            mark_written(&chain, request.area);
+        }
+        (self.waiting, self.ended, self.segments) = (None, Vec::new(), 0);
+        if self.shrinks.take().is_some() {
+            self.shared.shrinks.tell(self.queue.index(), None);
+        }
     }
 }
 

@@ -44,11 +44,10 @@ impl<M: DeviceMemory> ControlWorker<M> {
     /// What the driver says. `false` if there is more.
     fn hear(&mut self) -> Result<bool, QueueError> {
         let memory = self.tx.memory();
-        self.tx.want_doorbell(false)?;
+        self.tx.decline_doorbells()?;
         for _ in 0..self.tx.size() {
             let Some(chain) = self.tx.pop(&*memory)? else {
-                self.tx.interrupt()?;
-                return Ok(!self.tx.want_doorbell(true)?);
+                return Ok(self.tx.rest()? == Progress::Idle);
             };
             let mut bytes = [0; message::LEN];
             let understood = chain.read_some(0, &mut bytes) == bytes.len() && self.obey(bytes);
@@ -57,8 +56,7 @@ impl<M: DeviceMemory> ControlWorker<M> {
             }
             self.tx.complete(chain.head(), 0)?;
         }
-        self.tx.interrupt()?;
-        Ok(false)
+        self.tx.rest().map(|_| false)
     }
 
     /// Whether it makes sense.
@@ -97,7 +95,7 @@ impl<M: DeviceMemory> ControlWorker<M> {
 
     /// What the driver is to be told. `false` if there is more, and room for it.
     fn tell(&mut self) -> Result<bool, QueueError> {
-        self.rx.want_doorbell(false)?;
+        self.rx.decline_doorbells()?;
         for _ in 0..self.rx.size() {
             if !self.has_news() {
                 self.rx.interrupt()?;
@@ -110,8 +108,7 @@ impl<M: DeviceMemory> ControlWorker<M> {
             };
             let Some(chain) = chain else {
                 // It stays where it is until the driver has a buffer for it.
-                self.rx.interrupt()?;
-                return Ok(!self.rx.want_doorbell(true)?);
+                return Ok(self.rx.rest()? == Progress::Idle);
             };
             let room = chain.writable_len();
             let mut written = 0;
@@ -127,8 +124,7 @@ impl<M: DeviceMemory> ControlWorker<M> {
             }
             self.rx.complete(chain.head(), u32::try_from(written).unwrap_or(0))?;
         }
-        self.rx.interrupt()?;
-        Ok(false)
+        self.rx.rest().map(|_| false)
     }
 
     fn listening(&self) -> bool {

@@ -24,7 +24,7 @@ impl<M: DeviceMemory> Worker for InputWorker<M> {
 
     fn process(&mut self) -> Result<Progress, QueueError> {
         // A buffer alone is no reason to come here.
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         for _ in 0..self.queue.size() {
             let Some(port) = self.shared.port(self.id).filter(|port| port.has_input()) else {
                 self.queue.interrupt()?;
@@ -35,11 +35,7 @@ impl<M: DeviceMemory> Worker for InputWorker<M> {
                 Some(chain) => Some(chain.in_memory(&*memory)),
                 None => self.queue.pop(&*memory)?,
             };
-            let Some(chain) = chain else {
-                self.queue.interrupt()?;
-                let more = self.queue.want_doorbell(true)?;
-                return Ok(if more { Progress::More } else { Progress::Idle });
-            };
+            let Some(chain) = chain else { return self.queue.rest() };
             let begun_ns = self.shared.now_ns();
             match port.deliver(&chain) {
                 // Below the largest capacity of a port.
@@ -50,8 +46,7 @@ impl<M: DeviceMemory> Worker for InputWorker<M> {
                 None => self.spare = Some(chain.in_memory(())),
             }
         }
-        self.queue.interrupt()?;
-        Ok(Progress::More)
+        self.queue.rest().map(|_| Progress::More)
     }
 
     fn stop(&mut self) {

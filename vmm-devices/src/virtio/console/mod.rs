@@ -237,7 +237,12 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console {
             workers.push(Box::new(InputWorker { id, queue: rx, shared: input, spare: None }));
             workers.push(Box::new(OutputWorker::new(id, tx, output)));
         }
-        let Activation { link, doorbells, .. } = activation;
+        let Activation { features, link, doorbells, .. } = activation;
+        let (columns, rows, _) = shared.size();
+        if !multiport && features & feature::SIZE != 0 && (columns, rows) != (0, 0) {
+            // Linux reads the size when it hears of another one, and not before.
+            link.config_changed();
+        }
         shared.begin(Session { doorbells, link, multiport });
         Ok(workers)
     }

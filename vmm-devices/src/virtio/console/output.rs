@@ -115,7 +115,7 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
-        self.queue.want_doorbell(false)?;
+        self.queue.decline_doorbells()?;
         for _ in 0..PIECES {
             match self.step()? {
                 Step::On => {}
@@ -123,9 +123,7 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
                     if let Some(port) = self.port() {
                         port.flush();
                     }
-                    self.queue.interrupt()?;
-                    let more = self.queue.want_doorbell(true)?;
-                    return Ok(if more { Progress::More } else { Progress::Idle });
+                    return self.queue.rest();
                 }
                 // No doorbell of the guest is worth anything now.
                 Step::WriterIsFull => {
@@ -134,8 +132,7 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
                 }
             }
         }
-        self.queue.interrupt()?;
-        Ok(Progress::More)
+        self.queue.rest().map(|_| Progress::More)
     }
 
     fn stop(&mut self) {

@@ -10,9 +10,12 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
+use vmm_memory::vm_memory::GuestAddress;
+
 use self::vectors::Vectors;
 use super::control::{Control, Parts};
 use super::device::{DeviceMemory, DeviceType, VirtioDevice};
+use super::doorbell_host::{AttachedDoorbells, DoorbellHost};
 use super::executor::Executor;
 use super::queue::QueueError;
 use crate::interrupt::MsiSink;
@@ -84,15 +87,22 @@ pub enum VirtioPciError {
     /// Its configuration space cannot be.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// The host has no eventfds for its doorbells.
+    #[error("the host refuses eventfds for the doorbells")]
+    Notifiers(#[from] std::io::Error),
 }
 
 /// A virtio device as a PCI function.
+///
+/// Where it departs from what a driver may expect: the bus master bit holds back messages, and not what the device does to
+/// memory; that ends with a reset of the device. A queue is taken back by a reset of the device alone (2.6.1 is not offered).
 pub struct VirtioPci<M: DeviceMemory> {
     config: ConfigSpace,
     /// The capability that is a window on the BAR.
     window: CapabilityOffset,
     vectors: Arc<Vectors>,
     control: Control<M, Arc<Vectors>>,
+    doorbells: Option<AttachedDoorbells>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioPci<M> {
@@ -123,21 +133,21 @@ impl<M: DeviceMemory> VirtioPci<M> {
         memory: M,
         sink: impl MsiSink + 'static,
     ) -> VirtioPciBuilder<M> {
-        VirtioPciBuilder { parts: Parts::new(device, memory), sink: Arc::new(sink) }
+        VirtioPciBuilder { parts: Parts::new(device, memory), sink: Arc::new(sink), doorbells: None }
     }
 
-    /// What the window of configuration space looks at: BAR and offset, if the driver set it up for `len` bytes.
-    fn window_target(&self, len: usize) -> Option<(usize, u64)> {
+    /// What the window of configuration space looks at, if the driver has set it up: BAR, offset, and how many of its data's
+    /// bytes count, whatever the width of the access to them.
+    fn window_target(&self) -> Option<(usize, u64, usize)> {
         let register = |offset| self.config.register(self.window.get() + offset);
         let [bar, ..] = register(window::BAR).to_le_bytes();
         let (offset, length) = (register(window::OFFSET), register(window::LENGTH));
-        let fits = usize::try_from(length).is_ok_and(|length| length == len) && matches!(len, 1 | 2 | 4);
-        (fits && offset.is_multiple_of(length)).then_some((bar.into(), offset.into()))
+        let len = usize::try_from(length).ok().filter(|len| matches!(len, 1 | 2 | 4))?;
+        offset.is_multiple_of(length).then_some((bar.into(), offset.into(), len))
     }
 
-    /// Whether an access of configuration space is one to the window's data.
-    fn is_window(&self, offset: u16) -> bool {
-        offset == self.window.get() + window::DATA
+    fn window_data(&self) -> u16 {
+        self.window.get() + window::DATA
     }
 }
 
@@ -187,23 +197,39 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
         }
     }
 
+    fn bar_moved(&mut self, bar: usize, at: Option<u64>) {
+        let Some(doorbells) = self.doorbells.as_mut().filter(|_| bar == BAR) else { return };
+        match at {
+            // The driver writes the queue's number, of 16 bits (4.1.5.2).
+            Some(base) => {
+                doorbells.attach(2, |queue| GuestAddress(base + place::NOTIFY + u64::from(queue) * DOORBELL))
+            }
+            None => doorbells.detach(),
+        }
+    }
+
     fn read_config(&mut self, offset: u16, data: &mut [u8]) {
-        if self.is_window(offset)
-            && let Some((bar, at)) = self.window_target(data.len())
+        let place = self.window_data();
+        if offset & !3 == place
+            && let Some((bar, at, len)) = self.window_target()
         {
-            self.bar_read(bar, at, data);
-            return;
+            let mut word = self.config.register(place).to_le_bytes();
+            if let Some(bytes) = word.get_mut(..len) {
+                self.bar_read(bar, at, bytes);
+            }
+            self.config.set_register(place, u32::from_le_bytes(word));
         }
         self.config.read(offset, data);
     }
 
     fn write_config(&mut self, offset: u16, data: &[u8]) {
-        self.config.write(offset, data);
+        let written = self.config.write(offset, data);
         self.vectors.config_written(&self.config);
-        if self.is_window(offset)
-            && let Some((bar, at)) = self.window_target(data.len())
+        if written.is_some_and(|written| written.reaches(self.window, window::DATA))
+            && let Some((bar, at, len)) = self.window_target()
+            && let Some(bytes) = self.config.register(self.window_data()).to_le_bytes().get(..len)
         {
-            self.bar_write(bar, at, data);
+            self.bar_write(bar, at, bytes);
         }
     }
 
@@ -217,6 +243,7 @@ impl<M: DeviceMemory> PciFunction for VirtioPci<M> {
 pub struct VirtioPciBuilder<M: DeviceMemory> {
     parts: Parts<M>,
     sink: Arc<dyn MsiSink>,
+    doorbells: Option<Box<dyn DoorbellHost>>,
 }
 
 impl<M: DeviceMemory> fmt::Debug for VirtioPciBuilder<M> {
@@ -240,8 +267,15 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
         self
     }
 
+    /// Has a kernel ring the doorbells, wherever the guest puts them, if the executor polls eventfds; [`Inline`](super::Inline) does not.
+    #[must_use]
+    pub fn doorbells(mut self, host: impl DoorbellHost + 'static) -> Self {
+        self.doorbells = Some(Box::new(host));
+        self
+    }
+
     /// # Errors
-    /// As [`VirtioPci::new`].
+    /// As [`VirtioPci::new`], or if the host has no descriptors for doorbells.
     pub fn build(self) -> Result<VirtioPci<M>, VirtioPciError> {
         let kind = self.parts.device.device_type();
         let queues = self.parts.device.queue_sizes().len();
@@ -273,8 +307,12 @@ impl<M: DeviceMemory> VirtioPciBuilder<M> {
         let config = config.build();
         let pin = config.intx().cloned().unwrap_or_default();
         let vectors = Arc::new(Vectors::new(queues, msix, Box::new(pin)));
-        let control = Control::new(self.parts, Arc::clone(&vectors))?;
-        Ok(VirtioPci { config, window, vectors, control })
+        let mut control = Control::new(self.parts, Arc::clone(&vectors))?;
+        let doorbells = match self.doorbells {
+            Some(host) => Some(AttachedDoorbells::new(host, control.notifiers()?)),
+            None => None,
+        };
+        Ok(VirtioPci { config, window, vectors, control, doorbells })
     }
 }
 

@@ -152,6 +152,18 @@ fn the_window_of_configuration_space_reaches_the_bar() {
     assert_eq!(look(0, 0x12, 2)[..2], [1, 0], "number of queues");
     t.driver.set_status(3);
     assert_eq!(look(0, 0x14, 1)[0], 3, "status");
+    // The length that was set up counts, not the width of the access: what is behind stays as it was.
+    look(0, 0, 0);
+    t.driver.write_config_space(at + 16, &[0x55; 4]);
+    t.driver.write_config_space(at + 8, &0x14_u32.to_le_bytes());
+    t.driver.write_config_space(at + 12, &1_u32.to_le_bytes());
+    let mut word = [0; 4];
+    t.driver.read_config_space(at + 16, &mut word);
+    assert_eq!(word, [3, 0x55, 0x55, 0x55]);
+    t.driver.write_config_space(at + 16, &[0x83, 0, 0, 0]);
+    assert_eq!(t.driver.status(), 0x83, "a narrow write by a wide one");
+    t.driver.write_config_space(at + 17, &[0]);
+    assert_eq!(t.driver.status(), 0x83, "data behind the first byte is no access yet");
     // BARs, lengths and offsets that cannot be read what is in the register.
     for (bar, offset, length) in [(1, 0, 4), (0xff, 0, 4), (0, 2, 4), (0, 0, 3), (0, u32::MAX, 4), (0, 0, 0)]
     {

@@ -95,8 +95,9 @@ impl Signal for Arc<Vectors> {
     }
 
     fn config(&self, wanted: &dyn Fn() -> bool) {
-        if wanted() && !self.msix.notify(Vectors::config(self)) {
-            self.causes.raise_if(Causes::CONFIG, wanted);
+        // The status says so with MSI-X as well, and before the message is sent (4.1.4.5.1).
+        if self.causes.raise_if(Causes::CONFIG, wanted) {
+            self.msix.notify(Vectors::config(self));
         }
     }
 
@@ -104,6 +105,8 @@ impl Signal for Arc<Vectors> {
         for vector in self.queues.iter().chain([&self.config]) {
             vector.store(NO_VECTOR, Ordering::SeqCst);
         }
+        // What was signalled and is masked is of a driver that has gone.
+        self.msix.forget_pending();
         self.take_isr();
     }
 }
@@ -183,7 +186,7 @@ mod tests {
         vectors.used(7);
         assert_eq!(*lock(&sent), [0, 2], "no message for those without a vector");
         assert!(line.take().is_empty());
-        assert_eq!(vectors.take_isr(), 0);
+        assert_eq!(vectors.take_isr(), Causes::CONFIG, "for what has no ring to look at");
     }
 
     #[test]
@@ -203,6 +206,20 @@ mod tests {
         function.vectors.reset_function();
         function.vectors.used(0);
         assert_eq!(function.line.take(), [true], "a reset turns MSI-X off");
+    }
+
+    #[test]
+    fn a_reset_of_the_device_forgets_what_is_masked() {
+        let mut function = Function::new();
+        function.enable(true);
+        let Function { vectors, sent, .. } = function;
+        let mask = |masked: u8| assert!(vectors.msix().write(0, 16 + 12, &[masked, 0, 0, 0]));
+        vectors.set_queue(0, 1);
+        mask(1);
+        vectors.used(0);
+        vectors.reset();
+        mask(0);
+        assert!(lock(&sent).is_empty());
     }
 
     #[test]

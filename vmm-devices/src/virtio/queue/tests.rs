@@ -58,7 +58,7 @@ fn interrupts_and_doorbells_can_be_declined() {
     let (mut driver, mut device, link) = queue(&memory, 8);
     driver.write_available_flags(1).unwrap();
     let head = driver.chain().writable(0x8000, 1).submit().unwrap();
-    assert!(device.want_doorbell(true).unwrap(), "one is there already");
+    assert_eq!(device.rest().unwrap(), Progress::More, "one is there already");
     pop(&mut device).unwrap().unwrap();
     device.complete(head, 0).unwrap();
     device.interrupt().unwrap();
@@ -66,9 +66,9 @@ fn interrupts_and_doorbells_can_be_declined() {
     driver.write_available_flags(0).unwrap();
     device.interrupt().unwrap();
     assert!(link.take_used().is_empty(), "what it declined does not come later");
-    assert!(!device.want_doorbell(true).unwrap());
+    assert_eq!(device.rest().unwrap(), Progress::Idle);
     assert_eq!(driver.used_flags().unwrap(), 0);
-    device.want_doorbell(false).unwrap();
+    device.decline_doorbells().unwrap();
     assert_eq!(driver.used_flags().unwrap(), 1);
 }
 
@@ -89,6 +89,27 @@ fn one_interrupt_for_many_chains() {
         device.interrupt().unwrap();
         assert_eq!(link.take_used().len(), interrupts, "after {completed}");
     }
+}
+
+/// Who rests before it has served all, as at a rate limit, is rung for what is added then, not for what was there.
+#[test]
+fn a_driver_rings_for_what_it_adds_to_chains_that_wait() {
+    let memory = guest_memory(1 << 20).unwrap();
+    let mut driver = DriverQueue::new(memory.clone(), AT, 8).unwrap();
+    let mut queue = driver.device_side().unwrap();
+    queue.set_event_idx(true);
+    let mut device = Virtqueue::new(queue, 0, memory.clone(), Arc::new(LinkRecorder::default())).unwrap();
+    let [.., used] = driver.rings();
+    let event = || memory.memory().read_obj::<u16>(GuestAddress(used + 4 + 8 * 8)).unwrap();
+    for _ in 0..3 {
+        driver.chain().writable(0x8000, 1).submit().unwrap();
+    }
+    pop(&mut device).unwrap().unwrap();
+    assert_eq!(device.rest().unwrap(), Progress::More);
+    assert_eq!(event(), driver.submitted(), "the next entry is worth a doorbell");
+    while pop(&mut device).unwrap().is_some() {}
+    assert_eq!(device.rest().unwrap(), Progress::Idle);
+    assert_eq!(event(), driver.submitted());
 }
 
 /// A chain that is none ends the queue with an error that names it.

@@ -100,6 +100,57 @@ fn the_driver_chooses_the_cache_mode() {
 }
 
 #[test]
+fn the_cache_mode_may_be_chosen_before_the_driver_is_ready() {
+    for (features, chosen, call) in [
+        (ALL, Some(0), "write durably 0 512"),
+        (ALL, Some(1), "write 0 512"),
+        (ALL, None, "write 0 512"),
+        // Without the feature it is not the driver's to choose, and without a flush it changes nothing.
+        (ALL & !feature::CONFIG_WCE, Some(0), "write 0 512"),
+        (ALL & !feature::FLUSH, Some(1), "write durably 0 512"),
+    ] {
+        let (mut rig, probe) = probed(features);
+        // Another driver's choice is forgotten.
+        rig.driver.write_config(32, &[0]);
+        rig.driver.set_status(0);
+        rig.driver.set_status(1 | 2);
+        rig.driver.set_driver_features(features | crate::virtio::feature::VERSION_1);
+        rig.driver.set_status(1 | 2 | 8);
+        assert_eq!(rig.driver.status(), 1 | 2 | 8);
+        if let Some(mode) = chosen {
+            rig.driver.write_config(32, &[mode]);
+            assert_eq!(config(&rig, 32), [mode]);
+        }
+        rig.queue = DriverQueue::new(rig.memory.clone(), 0x1000, 64).unwrap();
+        rig.driver.set_queue(0, rig.queue.size(), rig.queue.rings());
+        rig.driver.enable_queue(0);
+        rig.driver.set_status(1 | 2 | 8 | 4);
+        assert_eq!(rig.write(0, &[1; 512]), OK);
+        assert_eq!(probe.calls(), [call], "{features:#x} {chosen:?}");
+    }
+}
+
+#[test]
+fn a_request_goes_by_the_cache_mode_that_it_was_sent_in() {
+    let probe = Probe::new(512);
+    let (memory, mut queue, mut worker, mut block) = bare(Block::builder(probe.clone()), ALL);
+    memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
+    queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    let queue = Arc::new(Mutex::new(queue));
+    let theirs = Arc::clone(&queue);
+    // While the device serves the first, the driver chooses another mode and sends the second.
+    let during = move || {
+        VirtioDevice::<Memory>::write_config(&mut block, 32, &[0]);
+        let mut queue = theirs.lock().unwrap();
+        queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    };
+    probe.set(|state| state.during = Some(Box::new(during)));
+    assert!(worker.process().is_ok());
+    assert_eq!(queue.lock().unwrap().used_index().unwrap(), 2);
+    assert_eq!(probe.calls(), ["write 0 512", "write durably 0 512"]);
+}
+
+#[test]
 fn it_grows_and_shrinks_while_it_is_used() {
     let (mut rig, probe) = probed(ALL);
     let generation = rig.driver.config_generation();
@@ -127,6 +178,63 @@ fn it_grows_and_shrinks_while_it_is_used() {
     rig.driver.set_status(0);
     rig.handle.resize().unwrap();
     assert_eq!((rig.driver.interrupt_status(), capacity(&rig)), (0, 100));
+}
+
+#[test]
+fn a_request_for_what_was_just_added_is_served() {
+    let probe = Probe::new(512);
+    let (memory, mut queue, mut worker, block) = bare(Block::builder(probe.clone()), ALL);
+    for sector in [0, 1] {
+        let at = HEADER + 16 * sector;
+        memory.memory().write_slice(&header(kind::OUT, sector), GuestAddress(at)).unwrap();
+    }
+    queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    let queue = Arc::new(Mutex::new(queue));
+    let (theirs, disk) = (Arc::clone(&queue), Arc::clone(&probe));
+    // While the device serves the first, the disk becomes larger, and the driver has read of it.
+    let during = move || {
+        disk.disk.set_size(1024).unwrap();
+        block.handle().resize().unwrap();
+        let mut queue = theirs.lock().unwrap();
+        queue.chain().readable(HEADER + 16, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    };
+    probe.set(|state| state.during = Some(Box::new(during)));
+    assert!(worker.process().is_ok());
+    assert_eq!(queue.lock().unwrap().used_index().unwrap(), 2);
+    assert_eq!(probe.calls(), ["write 0 512", "write 512 512"]);
+}
+
+#[test]
+fn the_disk_is_asked_for_its_size_where_it_matters() {
+    struct Asked(MemoryDisk, AtomicU64);
+    impl Backend for Asked {
+        fn size(&self) -> io::Result<u64> {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            self.0.size()
+        }
+        fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+            self.0.read_at(buffers, offset)
+        }
+        fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
+            self.0.write_at(buffers, offset, durable)
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let disk = Arc::new(Asked(MemoryDisk::new(4096), AtomicU64::new(0)));
+    let mut rig = Rig::new(Block::builder(disk.clone()), feature::FLUSH);
+    disk.1.store(0, Ordering::SeqCst);
+    assert_eq!(rig.give(kind::FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(rig.ask(kind::GET_ID, 0, 20).0, OK);
+    rig.driver.notify(0);
+    assert_eq!(disk.1.load(Ordering::SeqCst), 0);
+    rig.put_header(kind::IN, 1);
+    for _ in 0..5 {
+        rig.queue.chain().readable(HEADER, 16).writable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    }
+    rig.driver.notify(0);
+    assert_eq!(disk.1.load(Ordering::SeqCst), 1);
 }
 
 #[test]
@@ -202,28 +310,30 @@ fn mistakes_of_the_operator_are_named() {
 fn limits_hold_requests_back_until_their_time() {
     let (clock, probe, metrics) =
         (Arc::new(ManualClock::new(0)), Probe::new(1 << 20), Arc::new(DeviceMetrics::default()));
-    let limits = Limits { bytes: Rate::new(512_000, 1024), operations: None };
+    let limits = Limits { bytes: Rate::new(512_000, 1000), operations: None };
     let rate = RateLimiter::new(clock.clone(), limits);
     let builder = Block::builder(probe.clone()).rate(rate).metrics(metrics.clone(), clock.clone());
-    let (memory, mut queue, mut worker, handle) = bare(builder, ALL);
+    let (memory, mut queue, mut worker, block) = bare(builder, ALL);
+    let handle = block.handle();
     memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
     for _ in 0..4 {
         queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     }
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
-    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(1_000_000)));
+    // 24 bytes are owed, and one is to be there.
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(48_829)));
     // What the driver makes of the header meanwhile is not looked at again.
     memory.memory().write_slice(&header(kind::OUT, 7), GuestAddress(HEADER)).unwrap();
-    clock.set(999_999);
+    clock.set(48_828);
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
-    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(1_000_000)));
-    clock.set(1_000_000);
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (2, Some(48_829)));
+    clock.set(48_829);
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
-    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (3, Some(2_000_000)));
+    assert_eq!((queue.used_index().unwrap(), worker.deadline()), (3, Some(1_048_829)));
     assert_eq!(probe.calls(), ["write 0 512"; 3]);
     let snapshot = metrics.snapshot();
     assert_eq!(snapshot.write, Totals { requests: 3, bytes: 1536, errors: 0 });
-    assert_eq!((snapshot.latency_total_ns, snapshot.throttled), (1_000_000, 2));
+    assert_eq!((snapshot.latency_total_ns, snapshot.throttled), (48_829, 2));
     // The fourth was read when it was taken, and the disk becomes too small for it while it waits.
     handle.set_capacity(7 * 512).unwrap();
     assert!(handle.set_limits(Limits::default()));
@@ -231,6 +341,24 @@ fn limits_hold_requests_back_until_their_time() {
     assert_eq!((queue.used_index().unwrap(), worker.deadline()), (4, None));
     assert!(probe.calls().is_empty());
     assert_eq!(metrics.snapshot().write, Totals { requests: 4, bytes: 1536, errors: 1 });
+}
+
+#[test]
+fn limits_that_disks_share_are_changed_for_all() {
+    let limits = Limits { bytes: None, operations: Rate::new(1, 1) };
+    let rate = RateLimiter::new(ManualClock::new(0), limits);
+    let mut rigs = [0, 1].map(|_| {
+        let builder = Block::builder(Probe::new(512)).rate(rate.clone());
+        Rig::new(builder, ALL)
+    });
+    assert_eq!(rigs[0].write(0, &[1; 512]), OK);
+    let [first, second] = &mut rigs;
+    second.put_header(kind::OUT, 0);
+    second.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
+    second.driver.notify(0);
+    assert_eq!(second.queue.used_index().unwrap(), 0);
+    assert!(first.handle.set_limits(Limits::default()));
+    assert_eq!(second.queue.used_index().unwrap(), 1);
 }
 
 #[test]

@@ -166,6 +166,19 @@ fn a_read_only_disk_is_not_written() {
     assert!(probe.calls().is_empty());
 }
 
+#[test]
+fn files_that_want_aligned_buffers_are_refused() {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let direct = File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(file.path());
+    let Ok(direct) = direct else {
+        println!("skipped: this file system has no O_DIRECT");
+        return;
+    };
+    let refused = RawFile::new(direct, false).unwrap_err();
+    assert!(matches!(refused, RawFileError::Direct) && refused.to_string().contains("O_DIRECT"));
+}
+
 /// CVE-2020-35517: only regular files and block devices are opened as disks.
 #[test]
 fn cve_2020_35517_special_files_are_no_disks() {

@@ -27,7 +27,7 @@ fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
     let probe = Probe::new(SECTORS as u64 * 512);
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let disk = Arc::new(Pooled::new(probe.clone(), pool));
-    let mut rig = Rig::new(Block::builder(disk), ALL);
+    let mut rig = Rig::new(Block::concurrent(disk), ALL);
     let closed = probe.close();
     rig.put(DATA, &[0xaa; 512]);
     for (header_at, sector) in [(HEADER, 40), (HEADER + 16, 10)] {
@@ -74,7 +74,7 @@ fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
 fn cve_2026_45782_a_head_in_flight_is_not_taken_again() {
     let probe = Probe::new(SECTORS as u64 * 512);
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
-    let mut rig = Rig::new(Block::builder(Arc::new(Pooled::new(probe.clone(), pool))), ALL);
+    let mut rig = Rig::new(Block::concurrent(Arc::new(Pooled::new(probe.clone(), pool))), ALL);
     let closed = probe.close();
     rig.put_header(kind::IN, 0);
     let head =

@@ -1,6 +1,7 @@
 //! The device in isolation: driven over MMIO by the kit's driver, or as a bare worker, on disks that fail, hang, and come back short.
 
 mod device;
+mod dirty;
 mod disks;
 mod flaws;
 mod model;
@@ -165,6 +166,8 @@ struct ProbeState {
     /// Calls wait.
     closed: bool,
     waiting: usize,
+    /// Done once, within the next call.
+    during: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Probe {
@@ -208,6 +211,11 @@ impl Probe {
             state = self.opened.wait(state).unwrap();
         }
         state.waiting -= 1;
+        if let Some(during) = state.during.take() {
+            drop(state);
+            during();
+            state = self.state.lock().unwrap();
+        }
         if let Some(interrupted) = &mut state.interrupted {
             *interrupted = !*interrupted;
             if *interrupted {
@@ -296,14 +304,20 @@ fn probed(features: u64) -> (Rig, Arc<Probe>) {
     (Rig::new(Block::builder(probe.clone()), features), probe)
 }
 
-/// A worker without a transport.
-fn bare(builder: BlockBuilder, features: u64) -> (Memory, DriverQueue<Memory>, Box<dyn Worker>, BlockHandle) {
-    let (memory, link) = (memory(), Arc::new(LinkRecorder::default()));
-    let queue = DriverQueue::new(memory.clone(), 0x1000, 64).unwrap();
+type Bare = (Memory, DriverQueue<Memory>, Box<dyn Worker>, Block);
+
+/// A worker without a transport, and its device.
+fn bare(builder: BlockBuilder, features: u64) -> Bare {
+    bare_in(memory(), 64, builder, features)
+}
+
+fn bare_in(memory: Memory, size: u16, builder: BlockBuilder, features: u64) -> Bare {
+    let link = Arc::new(LinkRecorder::default());
+    let queue = DriverQueue::new(memory.clone(), 0x1000, size).unwrap();
     let own = Virtqueue::new(queue.device_side().unwrap(), 0, memory.clone(), link.clone()).unwrap();
     let mut block = builder.build().unwrap();
     let activation =
         Activation { features, queues: vec![Some(own)], link, doorbells: Arc::new(Doorbells::new(1)) };
     let mut workers = block.activate(activation).unwrap();
-    (memory, queue, workers.pop().unwrap(), block.handle())
+    (memory, queue, workers.pop().unwrap(), block)
 }

@@ -154,8 +154,8 @@ fn file() -> RawFile {
     RawFile::new(file, false).unwrap()
 }
 
-fn patient(disk: Arc<dyn Backend>) -> Rig {
-    Rig { patient: true, ..Rig::new(Block::builder(disk), ALL) }
+fn patient(disk: Arc<dyn ConcurrentDisk>) -> Rig {
+    Rig { patient: true, ..Rig::new(Block::concurrent(disk), ALL) }
 }
 
 proptest! {

@@ -12,6 +12,27 @@ fn what_is_written_is_read() {
 }
 
 #[test]
+fn a_driver_with_a_small_queue_may_have_as_many_segments_as_it_is_told() {
+    let probe = Probe::new(1 << 20);
+    let mut rig = Rig::new(Block::builder(probe.clone()).queue_size(256), ALL);
+    assert_eq!(rig.queue.size(), 64);
+    let mut told = [0; 4];
+    rig.driver.read_config(12, &mut told);
+    for (more, fails) in [(0, false), (1, true)] {
+        rig.put_header(kind::IN, 0);
+        let mut chain = rig.queue.chain().readable(HEADER, 16);
+        for i in 0..u32::from_le_bytes(told) + more {
+            chain = chain.writable(DATA + u64::from(i) * 512, 512);
+        }
+        chain.writable(STATUS, 1).submit_indirect(0x80000).unwrap();
+        rig.driver.notify(0);
+        assert_eq!(rig.driver.status() & 0x40 != 0, fails);
+    }
+    assert_eq!(rig.queue.used_index().unwrap(), 1);
+    assert_eq!(probe.calls(), ["read 0 130048"]);
+}
+
+#[test]
 fn a_request_of_no_data_moves_none() {
     let (mut rig, _) = probed(ALL);
     assert_eq!(rig.give(kind::OUT, 0, &[]), (OK, 1));
@@ -212,4 +233,20 @@ fn many_requests_are_served_at_one_doorbell() {
     assert_eq!(std::iter::from_fn(|| rig.queue.take_used().unwrap()).count(), 21);
     assert_eq!(probe.calls().len(), 21);
     assert_eq!(rig.line.take(), [true]);
+}
+
+#[test]
+fn others_have_their_turn_among_requests_of_all_kinds() {
+    for (kind, most) in [(kind::FLUSH, 8), (kind::GET_ID, 256), (99, 256), (kind::DISCARD, 256)] {
+        let disk = Block::builder(Probe::new(512));
+        let (memory, mut queue, mut worker, _) = bare_in(memory(), 1024, disk, ALL);
+        memory.memory().write_slice(&header(kind, 0), GuestAddress(0x20000)).unwrap();
+        for _ in 0..500 {
+            queue.chain().readable(0x20000, 16).writable(0x20100, 21).submit().unwrap();
+        }
+        assert_eq!(worker.process().unwrap(), crate::virtio::Progress::More);
+        assert_eq!(queue.used_index().unwrap(), most, "{kind}");
+        while worker.process().unwrap() == crate::virtio::Progress::More {}
+        assert_eq!(queue.used_index().unwrap(), 500);
+    }
 }

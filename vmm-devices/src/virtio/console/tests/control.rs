@@ -270,9 +270,28 @@ fn a_port_is_replaced_while_the_guest_does_not_listen() {
     assert_eq!(guest.heard(), [plain(1, message::PORT_ADD, 0)]);
 }
 
+/// Linux would not look.
+#[test]
+fn a_driver_is_told_that_there_is_a_size() {
+    let told = |features, size: Option<(u16, u16)>| {
+        let port = PortConfig::console(std::io::sink());
+        let port = match size {
+            Some((columns, rows)) => port.size(columns, rows),
+            None => port,
+        };
+        let mut guest = Guest::new(Console::new(port).unwrap().0);
+        guest.start(features);
+        (guest.line.is_asserted(), guest.driver.interrupt_status())
+    };
+    assert_eq!(told(SIZE, Some((80, 25))), (true, 2));
+    assert_eq!(told(SIZE, None), (false, 0));
+    assert_eq!(told(0, Some((80, 25))), (false, 0));
+}
+
 #[test]
 fn sizes_change_at_run_time() {
     let (mut guest, port, ..) = single(|port| port.size(80, 25));
+    guest.driver.acknowledge(2);
     let size = |guest: &Guest| {
         let mut size = [0; 4];
         guest.driver.read_config(0, &mut size);

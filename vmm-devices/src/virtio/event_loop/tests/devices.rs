@@ -5,11 +5,17 @@ use std::sync::atomic::AtomicU32;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
+use crate::pci::{FunctionAddress, HostBridge, PciLayout};
+use crate::testkit::PciDriver;
 use crate::testkit::{Driver as _, DriverQueue, Memory, MmioDriver, guest_memory};
-use crate::virtio::{ActivateError, Activation, DeviceType, Inline, Rng, VirtioDevice, VirtioMmio};
+use crate::virtio::{
+    ActivateError, Activation, DeviceType, DoorbellHost, GuestDoorbell, Inline, Rng, VirtioDevice,
+    VirtioMmio, VirtioPci,
+};
+use crate::{MmioBus, PioBus};
 
 /// Executors under test, with what keeps them going.
-fn executors() -> Vec<(&'static str, Arc<dyn Executor>, Option<LoopThread>)> {
+pub(super) fn executors() -> Vec<(&'static str, Arc<dyn Executor>, Option<LoopThread>)> {
     let thread = EventLoop::new(|| 0).unwrap().spawn("loop").unwrap();
     vec![
         ("Inline", Arc::new(Inline), None),
@@ -18,8 +24,35 @@ fn executors() -> Vec<(&'static str, Arc<dyn Executor>, Option<LoopThread>)> {
     ]
 }
 
+/// A kernel that rings what it was told of.
+#[derive(Clone, Default)]
+struct Kernel(Arc<Mutex<Vec<GuestDoorbell>>>);
+
+impl DoorbellHost for Kernel {
+    fn attach(&mut self, doorbell: &GuestDoorbell) -> bool {
+        lock(&self.0).push(doorbell.clone());
+        true
+    }
+
+    fn detach(&mut self, doorbell: &GuestDoorbell) {
+        let mut all = lock(&self.0);
+        let place = all.iter().position(|other| other.gpa == doorbell.gpa).unwrap();
+        all.remove(place);
+    }
+}
+
+impl Kernel {
+    fn places(&self) -> Vec<u64> {
+        lock(&self.0).iter().map(|doorbell| doorbell.gpa.0).collect()
+    }
+
+    fn ring(&self) {
+        lock(&self.0).iter().for_each(|doorbell| poller::signal(&doorbell.fd));
+    }
+}
+
 struct Guest {
-    transport: Arc<Mutex<VirtioMmio<Memory>>>,
+    kernel: Kernel,
     driver: MmioDriver,
     memory: Memory,
     interrupts: Receiver<()>,
@@ -35,14 +68,13 @@ impl Guest {
                 let (Ok(()) | Err(_)) = interrupt.send(());
             }
         };
-        let transport = VirtioMmio::builder(device, memory.clone(), line).executor(executor).build().unwrap();
-        let transport = Arc::new(Mutex::new(transport));
-        Self {
-            driver: MmioDriver::new(Arc::clone(&transport) as Arc<dyn crate::BusDevice>),
-            transport,
-            memory,
-            interrupts,
-        }
+        let kernel = Kernel::default();
+        let transport = VirtioMmio::builder(device, memory.clone(), line)
+            .executor(executor)
+            .doorbells(GuestAddress(0xd000_0000), kernel.clone())
+            .build()
+            .unwrap();
+        Self { kernel, driver: MmioDriver::new(Arc::new(Mutex::new(transport))), memory, interrupts }
     }
 
     /// Makes `count` requests, rings by `ring`, and waits until all have come back.
@@ -113,38 +145,73 @@ fn a_kernel_may_ring_by_eventfd() {
     for (name, executor, _thread) in executors().split_off(1) {
         println!("{name}");
         let guest = Guest::new(Rng::new(io::repeat(7)), executor);
-        let notifiers = lock(&guest.transport).notifiers().unwrap();
-        let [notifier] = &notifiers[..] else { panic!("{notifiers:?}") };
-        assert_eq!((notifier.queue, notifier.offset, notifier.width, notifier.value), (0, 0x50, 4, 0));
+        let bell = lock(&guest.kernel.0)[0].clone();
+        assert_eq!((bell.queue, bell.gpa.0, bell.width, bell.value), (0, 0xd000_0050, 4, 0));
         for _ in 0..3 {
             // Nobody is there.
-            poller::signal(&notifier.fd);
+            guest.kernel.ring();
             let mut queue = DriverQueue::new(guest.memory.clone(), 0x1000, 16).unwrap();
             guest.driver.start(0, &[(0, &queue)]).unwrap();
             for _ in 0..200 {
-                guest.request(&mut queue, 16, || poller::signal(&notifier.fd));
+                guest.request(&mut queue, 16, || guest.kernel.ring());
                 guest.request(&mut queue, 16, || guest.driver.notify(0));
             }
             guest.driver.set_status(0);
         }
-        let again = lock(&guest.transport).notifiers().unwrap();
-        assert!(Arc::ptr_eq(&again[0].fd, &notifier.fd), "they stay what they are");
+        let kernel = guest.kernel.clone();
+        assert_eq!(kernel.places().len(), 1);
+        drop(guest);
+        assert!(kernel.places().is_empty(), "the device has gone");
     }
+    let guest = Guest::new(Rng::new(io::empty()), Arc::new(Inline));
+    assert!(guest.kernel.places().is_empty(), "nobody would hear them");
 }
 
+/// Where the guest puts the BAR, there the kernel rings, and nowhere else.
 #[test]
-fn notifiers_are_asked_for_in_time_or_not_at_all() {
+fn a_kernel_follows_the_bar() {
     let thread = EventLoop::new(|| 0).unwrap().spawn("loop").unwrap();
-    let guest = Guest::new(Rng::new(io::empty()), thread.executor());
-    guest.driver.start::<Memory>(0, &[]).unwrap_err();
-    let queue = DriverQueue::new(guest.memory.clone(), 0x1000, 16).unwrap();
-    guest.driver.start(0, &[(0, &queue)]).unwrap();
-    let late = lock(&guest.transport).notifiers().unwrap_err();
-    assert_eq!(late.kind(), io::ErrorKind::ResourceBusy);
-    guest.driver.set_status(0);
-    assert_eq!(lock(&guest.transport).notifiers().unwrap().len(), 1);
-    let inline = Guest::new(Rng::new(io::empty()), Arc::new(Inline));
-    assert!(lock(&inline.transport).notifiers().unwrap().is_empty());
+    let (mmio, pio): (Arc<MmioBus>, Arc<PioBus>) = Default::default();
+    let bridge = HostBridge::new(PciLayout::default(), &mmio, &pio).unwrap();
+    let (kernel, memory) = (Kernel::default(), guest_memory(1 << 20).unwrap());
+    let function = VirtioPci::builder(Rng::new(io::repeat(7)), memory.clone(), |_: u64, _: u32| {})
+        .executor(thread.executor())
+        .doorbells(kernel.clone())
+        .build()
+        .unwrap();
+    let function = Arc::new(Mutex::new(function));
+    let address = bridge.add(function.clone()).unwrap();
+    assert_eq!((address, kernel.places()), (FunctionAddress::new(1, 0).unwrap(), vec![]));
+    let ecam = PciLayout::default().ecam_range().base + (1 << 15);
+    let store =
+        |offset: u64, value: u32| assert!(mmio.write(GuestAddress(ecam + offset), &value.to_le_bytes()));
+    let base = u64::from({
+        let mut bar = [0; 4];
+        assert!(mmio.read(GuestAddress(ecam + 0x10), &mut bar));
+        u32::from_le_bytes(bar) & !0xf
+    });
+    store(4, 6);
+    assert_eq!(kernel.places(), [base + 0x3000]);
+    let driver = PciDriver::new(function.clone()).unwrap();
+    for moved in [0, 0x10_0000] {
+        store(0x10, u32::try_from(base + moved).unwrap());
+        assert_eq!(kernel.places(), [base + moved + 0x3000]);
+        let mut queue = DriverQueue::new(memory.clone(), 0x1000, 16).unwrap();
+        driver.start(0, &[(0, &queue)]).unwrap();
+        queue.chain().writable(0x8000, 64).submit().unwrap();
+        kernel.ring();
+        while queue.take_used().unwrap().is_none() {
+            thread::yield_now();
+        }
+    }
+    let doorbell = lock(&kernel.0)[0].clone();
+    assert_eq!((doorbell.queue, doorbell.width, doorbell.value), (0, 2, 0));
+    store(4, 0);
+    assert!(kernel.places().is_empty(), "no decoding, no doorbells");
+    store(4, 6);
+    assert_eq!(kernel.places().len(), 1);
+    drop(bridge.remove(address).unwrap());
+    assert!(kernel.places().is_empty());
 }
 
 /// A vCPU resets with the transport locked, while the worker interrupts through it.

@@ -2,6 +2,7 @@
 //! turn by turn, or a channel is waited at.
 
 mod devices;
+mod disks;
 mod storms;
 mod threads;
 mod time;
