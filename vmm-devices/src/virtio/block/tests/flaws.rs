@@ -46,9 +46,10 @@ fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
     });
     // However long this is, the reset has not ended; without the wait it would have, as a rule.
     std::thread::sleep(std::time::Duration::from_millis(150));
-    assert!(resetting.load(Ordering::SeqCst), "it waits for the write that goes on");
+    let waited = resetting.load(Ordering::SeqCst);
     drop(closed);
     resetter.join().unwrap();
+    assert!(waited, "it waits for the write that goes on");
     assert_eq!(driver.status(), 0);
     // The second write was begun before the reset came, or never.
     let begun = calls(&probe);
