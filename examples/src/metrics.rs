@@ -181,6 +181,9 @@ impl Collector for Sources {
 /// Writes families of metrics.
 struct Families<'a>(DescriptorEncoder<'a>);
 
+/// Name and help of a metric, and what of `T` it shows.
+type Family<T, N> = (&'static str, &'static str, fn(&T) -> N);
+
 impl Families<'_> {
     /// By device and activity.
     fn of_requests(
@@ -237,7 +240,7 @@ impl Families<'_> {
     fn of_balloons(&mut self, balloons: &[(String, BalloonHandle)]) -> fmt::Result {
         let bytes = Some(&Unit::Bytes);
         let counted: Vec<_> = balloons.iter().map(|(name, balloon)| (&**name, balloon.counters())).collect();
-        let families: [(_, _, fn(&BalloonCounters) -> u64); 3] = [
+        let families: [Family<BalloonCounters, u64>; 3] = [
             ("virtio_balloon_inflated", "Memory that the guest gave back when asked", |counted| {
                 counted.inflated
             }),
@@ -253,7 +256,7 @@ impl Families<'_> {
                 counted.iter().map(|(device, counted)| (*device, pages(counted).saturating_mul(PAGE)));
             self.counters(name, help, bytes, figures)?;
         }
-        let families: [(_, _, fn(&BalloonHandle) -> u32); 2] = [
+        let families: [Family<BalloonHandle, u32>; 2] = [
             ("virtio_balloon_target", "Asked for", BalloonHandle::target),
             ("virtio_balloon_actual", "In the balloon, as the guest says", BalloonHandle::actual),
         ];
