@@ -56,7 +56,7 @@ impl FromStr for NamedPort {
 
 impl NamedPort {
     /// Makes it port `id` of a console, and starts the thread that serves its clients.
-    pub(super) fn start(&self, ports: &Ports, id: u32) -> Result<()> {
+    pub(super) fn start(&self, ports: &Ports, id: u32) -> Result<Port> {
         let Self { name, path } = self;
         let listener = socket::listen(path).with_context(|| format!("port {name}"))?;
         let bell = Arc::new(Bell::new().context("an eventfd")?);
@@ -70,14 +70,14 @@ impl NamedPort {
                 }
             }),
         )?;
-        let shown = name.clone();
+        let (shown, served) = (name.clone(), port.clone());
         let clients = move || {
-            if let Err(error) = serve(&listener, &port, &bell) {
+            if let Err(error) = serve(&listener, &served, &bell) {
                 tracing::warn!(port = shown, %error, "no more clients");
             }
         };
         std::thread::Builder::new().name(format!("port {name}")).spawn(clients).context("a thread")?;
-        Ok(())
+        Ok(port)
     }
 }
 
@@ -190,7 +190,48 @@ fn converse(mut client: &UnixStream, port: &Port, bell: &Bell) -> io::Result<()>
 
 #[cfg(test)]
 mod tests {
+    use std::net::Shutdown;
+    use std::time::{Duration, Instant};
+
+    use vmm_devices::virtio::Console;
+
     use super::*;
+
+    fn wait_until(is_so: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !is_so() {
+            assert!(started.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_client_is_there_until_the_guest_has_what_it_sent() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let (_console, ports) = Console::multiport(2).unwrap();
+        let port = NamedPort { name: "talk".to_owned(), path: path.clone() }.start(&ports, 1).unwrap();
+        assert!(!port.is_open(), "nobody is there");
+        let mut client = UnixStream::connect(&path).unwrap();
+        // More than waits for a guest, and less than the socket takes beside it.
+        client.write_all(&vec![7; CAPACITY + 100]).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut next = UnixStream::connect(&path).unwrap();
+        next.write_all(b"next").unwrap();
+        wait_until(|| port.room() == 0);
+        // The guest reads, here all at once.
+        assert_eq!(port.discard_input(), CAPACITY);
+        wait_until(|| port.room() == CAPACITY - 100);
+        // Time for what must not be. The guest would take it for the end.
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(port.is_open() && port.room() == CAPACITY - 100);
+        assert_eq!(port.discard_input(), 100);
+        assert_eq!(client.read(&mut [0]).unwrap(), 0, "its conversation has ended");
+        wait_until(|| port.is_open() && port.room() == CAPACITY - 4);
+        assert_eq!(port.discard_input(), 4);
+        drop(next);
+        wait_until(|| !port.is_open());
+    }
 
     #[test]
     fn a_port_has_a_name_that_a_shell_and_a_directory_take() {
