@@ -96,6 +96,8 @@ impl SerialPort {
 pub enum Wiring {
     /// The serial ports of a PC.
     SerialPorts,
+    /// The same, but the shell is on a virtio console; the kernel's log stays where it was from the start.
+    VirtioConsole,
     /// The one console of a paravirtual guest, which [`pv_console`](crate::pv_console) takes apart.
     PvConsole,
 }
@@ -105,7 +107,7 @@ impl Wiring {
     #[must_use]
     pub fn parameters(self) -> String {
         match self {
-            Self::SerialPorts => {
+            Self::SerialPorts | Self::VirtioConsole => {
                 format!("console=ttyS0 earlyprintk=serial,ttyS0 8250.nr_uarts={}", SerialPort::ALL.len())
             }
             // The kernel would otherwise patch itself for one processor, an entry of its page tables at a time.
@@ -116,11 +118,29 @@ impl Wiring {
     /// The file in the guest that stands for a port in a session.
     fn device(self, port: SerialPort, session: &Session) -> &'static str {
         match (self, port, session) {
-            (Self::SerialPorts, ..) => port.device(),
+            (Self::VirtioConsole, SerialPort::Console, _) => "/dev/hvc0",
+            (Self::SerialPorts | Self::VirtioConsole, ..) => port.device(),
             // The user's shell has the console for itself.
             (Self::PvConsole, SerialPort::Control, Session::Shell(_)) => "/dev/null",
             (Self::PvConsole, ..) => "/dev/hvc0",
         }
+    }
+}
+
+/// What a guest has to work with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hardware<'a> {
+    /// What connects it with the program.
+    pub wiring: Wiring,
+    /// Modules of its kernel that are loaded first, by name.
+    pub modules: &'a [&'a str],
+    /// Names of the ports that its devices have, which are names of files and words of the shell as well.
+    pub ports: &'a [&'a str],
+}
+
+impl From<Wiring> for Hardware<'_> {
+    fn from(wiring: Wiring) -> Self {
+        Self { wiring, modules: &[], ports: &[] }
     }
 }
 
@@ -165,7 +185,7 @@ pub struct GuestRun {
 
 impl GuestRun {
     /// A run of `session` on `kernel` with `userspace`, which is [`initramfs::userspace`](crate::initramfs::userspace)'s,
-    /// connected by `wiring`. `modules` are loaded first, by name; `append` ends the kernel's command line.
+    /// on `hardware`. `append` ends the kernel's command line.
     ///
     /// # Errors
     /// Fails on a shell line that is too long or has a zero byte, and if an archive cannot be made.
@@ -173,13 +193,12 @@ impl GuestRun {
         kernel: PathBuf,
         userspace: &Archive,
         session: &Session,
-        wiring: Wiring,
-        modules: &[&str],
+        hardware: Hardware<'_>,
         append: &str,
     ) -> Result<Self> {
         let mut initrd = userspace.to_bytes()?;
-        initrd.extend(run_archive(session, wiring, modules)?.to_bytes()?);
-        let mut command_line = format!("{} panic=-1", wiring.parameters());
+        initrd.extend(run_archive(session, hardware)?.to_bytes()?);
+        let mut command_line = format!("{} panic=-1", hardware.wiring.parameters());
         if *session != Session::Log {
             command_line.push_str(" quiet");
         }
@@ -192,9 +211,10 @@ impl GuestRun {
 }
 
 /// The archive with what init is told.
-fn run_archive(session: &Session, wiring: Wiring, modules: &[&str]) -> Result<Archive> {
+fn run_archive(session: &Session, hardware: Hardware<'_>) -> Result<Archive> {
+    let Hardware { wiring, modules, ports: channels } = hardware;
     let mut archive = Archive::new();
-    let mut set = vec![("modules", modules.join(" "))];
+    let mut set = vec![("modules", modules.join(" ")), ("ports", channels.join(" "))];
     let ports = [
         ("console", SerialPort::Console),
         ("output", SerialPort::Output),
@@ -467,10 +487,9 @@ mod tests {
     fn the_shell_reads_back_the_command_as_it_was() {
         let line = "echo 'a'\\''b' \"$HOME\" `id` \\\n# é\n";
         let session = Session::Command { line: line.to_owned(), input: Some(vec![0, 255]) };
-        let bytes = run_archive(&session, Wiring::SerialPorts, &["virtio_blk", "overlay"])
-            .unwrap()
-            .to_bytes()
-            .unwrap();
+        let modules = ["virtio_blk", "overlay"];
+        let hardware = Hardware { modules: &modules, ..Wiring::SerialPorts.into() };
+        let bytes = run_archive(&session, hardware).unwrap().to_bytes().unwrap();
         let directory = tempfile::tempdir().unwrap();
         let script = directory.path().join("run");
         std::fs::write(&script, entry(&bytes, "vmm/run")).unwrap();
@@ -503,7 +522,7 @@ mod tests {
             [("x".repeat(LONGEST_COMMAND + 1), "131072 bytes"), ("a\0b".to_owned(), "zero byte")]
         {
             let session = Session::Command { line, input: None };
-            let error = run_archive(&session, Wiring::SerialPorts, &[]).unwrap_err().to_string();
+            let error = run_archive(&session, Wiring::SerialPorts.into()).unwrap_err().to_string();
             assert!(error.contains(reason), "{error}");
         }
     }
@@ -512,7 +531,7 @@ mod tests {
     fn a_run_is_quiet_unless_its_log_is_what_is_wanted() {
         let archive = Archive::new();
         let run = |session: &Session| {
-            GuestRun::new("kernel".into(), &archive, session, Wiring::SerialPorts, &[], " nosmp ").unwrap()
+            GuestRun::new("kernel".into(), &archive, session, Wiring::SerialPorts.into(), " nosmp ").unwrap()
         };
         let log = run(&Session::Log);
         assert!(log.command_line.ends_with(" panic=-1 nosmp"), "{}", log.command_line);

@@ -1,15 +1,17 @@
 //! What the example programs share: a kernel and a userspace to run, how a guest is told what to do and answers, the
-//! PC around a vCPU, deterministic runs, the user's terminal, and what the process gives up before a guest runs.
+//! PC around a vCPU, deterministic runs, figures for Prometheus, the user's terminal, and what the process gives up before a guest runs.
 
 pub mod confine;
 pub mod debian;
 pub mod debug;
 pub mod guest_command;
 pub mod initramfs;
+pub mod metrics;
 pub mod pc;
 pub mod pv_console;
 pub mod race;
 pub mod replay;
+pub mod socket;
 pub mod terminal;
 pub mod trial;
 pub mod virtio;

@@ -137,15 +137,27 @@ impl Service for Timed<AcpiPm> {
     }
 }
 
-/// Told when the console has room for input.
+/// Told when a console has room for input.
 #[derive(Default)]
-struct Drained {
+pub(crate) struct Drained {
     room: Mutex<bool>,
     wakeup: Condvar,
 }
 
 impl Drained {
-    fn notify(&self) {
+    /// Has `offer` take all of `input`, which it takes as much of as finds room.
+    pub(crate) fn give(&self, input: &[u8], offer: impl Fn(&[u8]) -> usize) {
+        let mut left = input;
+        loop {
+            left = left.get(offer(left)..).unwrap_or_default();
+            if left.is_empty() {
+                return;
+            }
+            self.wait();
+        }
+    }
+
+    pub(crate) fn notify(&self) {
         *self.room.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.wakeup.notify_one();
     }
@@ -402,15 +414,7 @@ impl Pc {
 
     /// Types `input` at the console, and waits until all of it has found room there.
     pub fn type_in(&self, input: &[u8]) {
-        let mut left = input;
-        loop {
-            let taken = self.console.lock().unwrap_or_else(PoisonError::into_inner).enqueue(left);
-            left = left.get(taken..).unwrap_or_default();
-            if left.is_empty() {
-                return;
-            }
-            self.drained.wait();
-        }
+        self.drained.give(input, |left| self.offer(left));
     }
 
     /// How the guest ended the machine, if it has.

@@ -8,7 +8,7 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use anyhow::{Context, Result};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
@@ -95,6 +95,24 @@ fn restore_on_signals() -> io::Result<()> {
         })?;
         *waiting = true;
     }
+    Ok(())
+}
+
+/// Has `tell` hear of the lines and columns that the terminal at standard input has whenever they change, on a thread of its
+/// own. Call it before the process is confined.
+///
+/// # Errors
+/// Fails if signals cannot be waited for.
+pub fn on_resize(tell: impl Fn(u16, u16) + Send + 'static) -> Result<()> {
+    let mut signals = Signals::new([SIGWINCH]).context("waiting for signals")?;
+    let wait = move || {
+        for _ in signals.forever() {
+            if let Some((rows, columns)) = size() {
+                tell(rows, columns);
+            }
+        }
+    };
+    std::thread::Builder::new().name("resize".to_owned()).spawn(wait).context("a thread")?;
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use vmm_examples::debian::{self, Kernel, MODULES, Module, ModuleTree, Series};
-use vmm_examples::guest_command::{GuestRun, GuestStreams, SerialPort, Session, Wiring};
+use vmm_examples::guest_command::{GuestRun, GuestStreams, Hardware, SerialPort, Session, Wiring};
 use vmm_examples::initramfs::{Userspace, userspace};
 use vmm_memory::boot::KernelImage;
 
@@ -63,9 +63,8 @@ fn under_qemu(test: &str, series: Series, line: &str, input: &[u8], packages: &[
     }
     let session = Session::Command { line: line.to_owned(), input: Some(input.to_vec()) };
     let archive = userspace(&parts).unwrap();
-    let run =
-        GuestRun::new(kernel.image, &archive, &session, Wiring::SerialPorts, &["virtio_net", "overlay"], "")
-            .unwrap();
+    let hardware = Hardware { modules: &["virtio_net", "overlay"], ..Wiring::SerialPorts.into() };
+    let run = GuestRun::new(kernel.image, &archive, &session, hardware, "").unwrap();
 
     let directory = tempfile::tempdir().unwrap();
     let initrd = directory.path().join("initrd");

@@ -4,11 +4,10 @@
 #![no_main]
 
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use libfuzzer_sys::fuzz_target;
-use vmm_devices::testkit::{Action, LineRecorder, MIN_MEMORY, MmioDriver, guest_memory_of, replay};
-use vmm_devices::virtio::VirtioMmio;
+use vmm_devices::testkit::{Action, MIN_MEMORY, MmioDriver, guest_memory_of, replay};
 use vmm_devices::virtio::balloon::{Balloon, BalloonHandle, MemoryRelease, PAGE};
 use vmm_devices::vmm_memory::vm_memory::GuestAddress;
 
@@ -44,9 +43,7 @@ fuzz_target!(|input: (u64, Vec<Action>)| {
     let balloon = Balloon::builder(host.clone()).must_tell_host(true).build();
     let handle = balloon.handle();
     host.0.get_or_init(|| handle.clone());
-    let transport =
-        VirtioMmio::new(balloon, memory.clone(), LineRecorder::default()).expect("its queues can be");
-    let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
+    let (driver, _) = MmioDriver::of(balloon, &memory).expect("its queues can be");
     if let Err(violation) = replay(&driver, &memory, &actions) {
         panic!("{violation}: {violation:?}");
     }

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::fuzz_target;
 use vmm_devices::ManualClock;
-use vmm_devices::testkit::{Action, LineRecorder, MIN_MEMORY, MmioDriver, guest_memory_of, replay};
+use vmm_devices::testkit::{Action, MIN_MEMORY, MmioDriver, guest_memory_of, replay};
+use vmm_devices::virtio::Rng;
 use vmm_devices::virtio::metrics::DeviceMetrics;
 use vmm_devices::virtio::rate::{Limits, Rate, RateLimiter};
-use vmm_devices::virtio::{Rng, VirtioMmio};
 
 /// Time passes with every read, and each read is another one: whole, short, interrupted, failed, the end.
 struct Source {
@@ -49,8 +49,7 @@ fuzz_target!(|input: (u64, Option<u32>, Vec<Action>)| {
     let rng = Rng::new(source)
         .rate(RateLimiter::new(Arc::clone(&clock), limits))
         .metrics(Arc::clone(&metrics) as Arc<_>, clock);
-    let transport = VirtioMmio::new(rng, memory.clone(), LineRecorder::default()).expect("its queue can be");
-    let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
+    let (driver, _) = MmioDriver::of(rng, &memory).expect("its queue can be");
     if let Err(violation) = replay(&driver, &memory, &actions) {
         panic!("{violation}: {violation:?}");
     }

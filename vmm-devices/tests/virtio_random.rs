@@ -8,36 +8,15 @@
 #[allow(dead_code)]
 #[path = "support/virtio.rs"]
 mod virtio;
-
-use std::cell::Cell;
+#[path = "support/virtio_life.rs"]
+mod virtio_life;
 
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
-use virtio::{DISK, Guest, Kind, Outside, Transport};
-use vmm_devices::pci::PciLayout;
-use vmm_devices::testkit::{
-    Action, Buffer, Interposed, MIN_MEMORY, Place, Replayed, guest_memory_of, hostile_queue, replay,
-};
-use vmm_devices::vmm_memory::vm_memory::GuestAddress;
-
-const REGIONS: [(u64, u64); 3] = [(0, MIN_MEMORY), (MIN_MEMORY, 0x3000), (2 * MIN_MEMORY, 0x1000)];
-
-/// An access to registers, or, with PCI, to configuration space.
-#[derive(Clone, Debug)]
-struct Access {
-    config: bool,
-    offset: u32,
-    size: u8,
-    value: Option<u64>,
-}
-
-/// What happens until the driver begins anew.
-#[derive(Clone, Debug)]
-struct Round {
-    accesses: Vec<Access>,
-    actions: Vec<Action>,
-}
+use virtio::{Kind, Transport};
+use virtio_life::{Access, Round, live, words};
+use vmm_devices::testkit::{Action, Buffer, Place, Replayed, hostile_queue};
 
 fn access() -> impl Strategy<Value = Access> {
     // Mostly where registers are, whatever the transport.
@@ -55,31 +34,6 @@ fn access() -> impl Strategy<Value = Access> {
         size,
         value,
     })
-}
-
-/// Headers of the disk's requests, and messages to the console, for chains at [`Place::Data`]: 16 bytes each.
-fn words(kind: Kind) -> Vec<u8> {
-    let each: Vec<[u8; 16]> = match kind {
-        Kind::Block => [0_u64, 1, 1, 4, 8, 11, 13, 99]
-            .into_iter()
-            .flat_map(|kind| [0, 2, DISK as u64 / 512 - 1, u64::MAX].map(|sector| (kind, sector)))
-            .map(|(kind, sector)| u128::to_le_bytes(u128::from(sector) << 64 | u128::from(kind)))
-            .collect(),
-        _ => [
-            (0_u32, 0_u32, 1_u32),
-            (0, 3, 1),
-            (0, 6, 1),
-            (0, 6, 0),
-            (1, 3, 1),
-            (1, 6, 1),
-            (9, 6, 1),
-            (0, 0, 0),
-        ]
-        .into_iter()
-        .map(|(id, event, value)| u128::to_le_bytes(u128::from(id) | u128::from(event | value << 16) << 32))
-        .collect(),
-    };
-    each.concat()
 }
 
 /// A request that is nearly one.
@@ -140,104 +94,6 @@ fn rounds(kind: Kind) -> impl Strategy<Value = Vec<Round>> {
         },
     );
     prop::collection::vec(round, 1..4)
-}
-
-/// What a monitor does, a little of it each time.
-fn monitor(guest: &Guest, step: u32) {
-    guest.pass();
-    match &guest.outside {
-        Outside::Block { handle, .. } => {
-            handle.set_capacity(DISK as u64 - u64::from(step % 3) * 512).unwrap()
-        }
-        Outside::Console { port, screen, .. } => match step % 7 {
-            0 => port.close(),
-            1 => port.open(),
-            2 => port.resize(step as u16, 1),
-            3 => screen.block(true),
-            4 => {
-                screen.block(false);
-                port.resume();
-            }
-            5 => {
-                port.discard_input();
-            }
-            _ => {
-                port.enqueue(&[b'i'; 100]);
-            }
-        },
-        Outside::Rng => {}
-        Outside::Balloon { handle, .. } => {
-            handle.set_target(step);
-            handle.request_statistics();
-        }
-    }
-}
-
-fn perform(guest: &Guest, access: &Access) {
-    let range = if access.config { PciLayout::default().ecam_range() } else { guest.registers };
-    let at = GuestAddress(range.base + u64::from(access.offset) % range.size);
-    let mut data = vec![0; access.size.into()];
-    match access.value {
-        Some(value) => {
-            for (byte, value) in data.iter_mut().zip(value.to_le_bytes().into_iter().cycle()) {
-                *byte = value;
-            }
-            guest.mmio.write(at, &data);
-        }
-        None => {
-            guest.mmio.read(at, &mut data);
-        }
-    }
-}
-
-/// A whole life, and what must hold whatever it was.
-fn live(kind: Kind, transport: Transport, rounds: &[Round]) -> Replayed {
-    let memory = guest_memory_of(&REGIONS).unwrap();
-    let mut guest = Guest::new(kind, transport, memory.clone(), memory.clone());
-    let mut sum = Replayed::default();
-    for Round { accesses, actions } in rounds {
-        for access in accesses {
-            perform(&guest, access);
-        }
-        let step = Cell::new(0);
-        let driver = Interposed::new(&guest.driver).around_doorbells(|| {
-            step.set(step.get() + 1);
-            monitor(&guest, step.get());
-        });
-        match replay(&driver, &memory, actions) {
-            Ok(replayed) => {
-                sum.used += replayed.used;
-                sum.starts += replayed.starts;
-                sum.failures += replayed.failures;
-            }
-            Err(violation) => panic!("{kind:?}, {transport:?}: {violation}: {violation:?}"),
-        }
-    }
-    guest.assert_beyond_untouched();
-    match &guest.outside {
-        Outside::Block { handle, .. } => handle.set_capacity(DISK as u64).unwrap(),
-        Outside::Console { screen, port, .. } => {
-            assert!(!port.is_guest_open());
-            screen.block(false);
-            port.open();
-            port.discard_input();
-            // And what was written in an emergency.
-            assert_eq!(port.counters().output, screen.take().len() as u64);
-        }
-        Outside::Rng => {}
-        Outside::Balloon { ledger, handle } => {
-            assert_eq!((handle.is_active(), handle.actual(), handle.statistics()), (false, 0, None));
-            for (page, pages) in ledger.take() {
-                let (start, end) = (page * 4096, (page + pages) * 4096);
-                let within = |(region, size): (u64, u64)| region <= start && end <= region + size;
-                assert!(REGIONS.into_iter().any(within), "{start:#x} to {end:#x}");
-            }
-        }
-    }
-    // It works for a driver that begins anew.
-    guest.start();
-    guest.exchange(0x1_0000);
-    sum
 }
 
 macro_rules! tests {

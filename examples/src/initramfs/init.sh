@@ -2,9 +2,10 @@
 # The guest's first process: runs what /vmm/run says and powers off. That file sets
 #   mode      command, shell or log
 #   command   the shell line, and input, the file that it reads
-#   console, output, errors, control: the serial ports
+#   console, output, errors, control: the serial ports, or what stands for them
 #   shared    not empty if they are all the one console: each line then has a mark of whose it is
 #   modules   the kernel modules to load first
+#   ports     names of the ports of virtio consoles
 # Every program that is started here costs the guest time, so there are few.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root USER=root
 mount -a
@@ -16,6 +17,16 @@ if [ -n "$shared" ]; then
 fi
 echo "${mark}init" >"$control"
 [ -z "$modules" ] || modprobe -a $modules
+# The device says their names when the driver is there; that one that has no driver ends the wait as well.
+[ -z "$ports" ] || mkdir /dev/virtio-ports
+for name in $ports; do
+    for second in 0 1 2 3 4 5 6 7 8 9; do
+        port=$(grep -lFx "$name" /sys/class/virtio-ports/*/name 2>/dev/null) && break
+        sleep 1
+    done
+    port=${port%/name}
+    [ -z "$port" ] || ln -s "/dev/${port##*/}" "/dev/virtio-ports/$name"
+done
 
 case $mode in
 command)

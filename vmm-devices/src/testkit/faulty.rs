@@ -158,14 +158,12 @@ impl<'a, I: GuestMemorySliceIterator<'a, BS<'a, Bitmap>>> GuestMemorySliceIterat
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use vmm_memory::vm_memory::Bytes as _;
 
     use super::*;
-    use crate::testkit::{Driver, DriverQueue, LineRecorder, MmioDriver, guest_memory, guest_memory_of};
+    use crate::testkit::{Driver, DriverQueue, MmioDriver, guest_memory, guest_memory_of};
     use crate::virtio::balloon::{Balloon, MemoryRelease};
-    use crate::virtio::{Rng, VirtioDevice, VirtioMmio};
+    use crate::virtio::{Rng, VirtioDevice};
 
     #[test]
     fn pieces_make_up_the_whole() {
@@ -188,8 +186,7 @@ mod tests {
     }
 
     fn mmio(device: impl VirtioDevice<FaultyMemory> + 'static, memory: &FaultyMemory) -> MmioDriver {
-        let transport = VirtioMmio::new(device, memory.clone(), LineRecorder::default()).unwrap();
-        MmioDriver::new(Arc::new(Mutex::new(transport)))
+        MmioDriver::of(device, memory).unwrap().0
     }
 
     /// CVE-2023-41051: all of a buffer is written, whatever the pieces, and no more is said than was written.

@@ -45,14 +45,14 @@
 //!     fn process(&mut self) -> Result<Progress, QueueError> {
 //!         let memory = self.0.memory();
 //!         for _ in 0..self.0.size() { // and no more at once, whatever the driver adds meanwhile
-//!             let Some(chain) = self.0.pop(&*memory)? else { return self.0.rest() };
+//!             let Some(chain) = self.0.pop(&*memory)? else { break };
 //!             let mut text = [0; 64];
 //!             let len = chain.read_some(0, &mut text);
 //!             text.make_ascii_uppercase();
 //!             let written = chain.write_some(0, &text[..len]);
 //!             self.0.complete(chain.head(), written as u32)?;
 //!         }
-//!         self.0.rest().map(|_| Progress::More)
+//!         self.0.rest()
 //!     }
 //! }
 //!
@@ -163,19 +163,23 @@ mod faulty;
 mod hostile;
 mod interposed;
 mod memory;
+mod mmio;
 mod output;
+mod pci;
 mod queue;
 mod racer;
 mod recorder;
 
 pub use accesses::{Access, MemoryRecorder, RecordedMap};
 pub use disk::{BlockedDisk, DiskCall, FaultyDisk};
-pub use driver::{Driver, MissingStructure, MmioDriver, PciDriver, StartError};
+pub use driver::{Driver, StartError};
 pub use faulty::{FaultyMap, FaultyMemory};
 pub use hostile::{Action, Buffer, Entry, MIN_MEMORY, Place, Replayed, Violation, hostile_queue, replay};
 pub use interposed::Interposed;
 pub use memory::{Memory, guest_memory, guest_memory_of};
+pub use mmio::MmioDriver;
 pub use output::OutputRecorder;
+pub use pci::{MissingStructure, PciDriver};
 pub use queue::{ChainBuilder, DriverQueue};
 pub use racer::Racer;
 pub use recorder::{LineRecorder, LinkRecorder, MsiRecorder};

@@ -5,12 +5,9 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use vmm_devices::testkit::{
-    Action, Interposed, LineRecorder, MIN_MEMORY, MmioDriver, Place, Replayed, guest_memory_of, replay,
+    Action, Interposed, MIN_MEMORY, MmioDriver, Place, Replayed, guest_memory_of, replay,
 };
-use vmm_devices::virtio::VirtioMmio;
-use vmm_devices::virtio::console::{
-    Console, ControlCounters, Port, PortConfig, Ports, ResizeOrder, WhenFull,
-};
+use vmm_devices::virtio::console::{Console, ControlCounters, Port, PortConfig, Ports, WhenFull};
 
 /// Ports of the device: with those for control, as many queues as a replay uses.
 const PORTS: u32 = 3;
@@ -152,12 +149,11 @@ impl Monitor {
 pub(crate) fn run(actions: &[Action], steps: Vec<u16>) -> (Replayed, ControlCounters) {
     let regions = [(0, MIN_MEMORY), (MIN_MEMORY, 0x3000), (2 * MIN_MEMORY, 0x1000)];
     let memory = guest_memory_of(&regions).unwrap();
-    let (console, ports) = Console::multiport(PORTS, ResizeOrder::default()).unwrap();
+    let (console, ports) = Console::multiport(PORTS).unwrap();
     let mut monitor =
         Monitor { ports: ports.clone(), known: Vec::new(), present: [None; 3], steps: steps.into_iter() };
     (0..PORTS).for_each(|id| monitor.add(id, u16::try_from(id).unwrap()));
-    let transport = VirtioMmio::new(console, memory.clone(), LineRecorder::default()).unwrap();
-    let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
+    let (driver, _) = MmioDriver::of(console, &memory).unwrap();
     let monitor = RefCell::new(monitor);
     let watched = Interposed::new(driver).around_doorbells(|| {
         let mut monitor = monitor.borrow_mut();

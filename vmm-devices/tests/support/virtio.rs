@@ -4,19 +4,20 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use arbitrary::Arbitrary;
 use vmm_devices::pci::{HostBridge, PciFunction, PciLayout};
 use vmm_devices::testkit::{
     Driver, DriverQueue, LineRecorder, Memory, MmioDriver, OutputRecorder, PciDriver,
 };
 use vmm_devices::virtio::balloon::{Balloon, BalloonHandle, MemoryRelease};
 use vmm_devices::virtio::block::{Block, BlockHandle, MemoryDisk};
-use vmm_devices::virtio::console::{Console, Port, PortConfig, Ports, ResizeOrder};
+use vmm_devices::virtio::console::{Console, Port, PortConfig, Ports};
 use vmm_devices::virtio::rate::{Limits, Rate, RateLimiter};
 use vmm_devices::virtio::{DeviceMemory, Rng, VirtioDevice, VirtioMmio, VirtioPci};
 use vmm_devices::vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 use vmm_devices::{BusRange, ManualClock, MmioBus, PioBus};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
 pub(crate) enum Kind {
     Block,
     Console,
@@ -24,7 +25,7 @@ pub(crate) enum Kind {
     Balloon,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
 pub(crate) enum Transport {
     Mmio,
     Pci,
@@ -88,7 +89,7 @@ fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn Vir
             (Box::new(block), Outside::Block { disk, handle })
         }
         Kind::Console => {
-            let (console, ports) = Console::multiport(2, ResizeOrder::default()).unwrap();
+            let (console, ports) = Console::multiport(2).unwrap();
             let screen = OutputRecorder::default();
             let port = ports.add(0, PortConfig::console(screen.clone())).unwrap();
             (Box::new(console), Outside::Console { screen, port, ports })

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use vmm_examples::debian::{self, MODULES, ModuleTree};
-use vmm_examples::guest_command::{GuestRun, Session, Wiring};
+use vmm_examples::guest_command::{GuestRun, Hardware, Session};
 use vmm_examples::initramfs::{Userspace, userspace};
 use vmm_memory::boot::KernelImage;
 
@@ -20,8 +20,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// `load` are modules of the kernel that init loads before anything else.
-    pub(crate) fn get(options: &Options, session: &Session, wiring: Wiring, load: &[&str]) -> Result<Self> {
+    /// For a machine with that `hardware`.
+    pub(crate) fn get(options: &Options, session: &Session, hardware: Hardware<'_>) -> Result<Self> {
         let debian = if options.kernel.is_none() { Some(debian::kernel(options.series)?) } else { None };
         let kernel = match (&options.kernel, &debian) {
             (Some(path), _) => path.clone(),
@@ -40,7 +40,7 @@ impl Guest {
         }
         let append = format!("tsc_early_khz={TSC_KHZ} {}", options.append);
         if let Some(initrd) = &options.initrd {
-            let command_line = format!("{} panic=-1 {append}", wiring.parameters());
+            let command_line = format!("{} panic=-1 {append}", hardware.wiring.parameters());
             return Ok(Self { kernel, image, initrd: Some(read(initrd)?), command_line });
         }
         let modules = match &debian {
@@ -57,7 +57,11 @@ impl Guest {
         if let Some(packages) = &packages {
             tree = tree.packages(packages);
         }
-        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, wiring, load, &append)?;
+        // Some are part of one kernel and not of another.
+        let is_there = |name: &&str| modules.iter().any(|module| module.name == *name);
+        let load: Vec<&str> = hardware.modules.iter().copied().filter(is_there).collect();
+        let hardware = Hardware { modules: &load, ..hardware };
+        let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, hardware, &append)?;
         Ok(Self { kernel, image, initrd: Some(run.initrd), command_line: run.command_line })
     }
 

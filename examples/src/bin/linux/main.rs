@@ -31,7 +31,7 @@ use vmm_cpu::{
 };
 use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debug::Devices;
-use vmm_examples::guest_command::{Session, Wiring};
+use vmm_examples::guest_command::{Hardware, SerialPort, Session};
 use vmm_examples::pc::{Buses, Clocks, Pc};
 use vmm_examples::replay::{Finish, Machine, Rerun};
 use vmm_examples::terminal::{self, RawMode};
@@ -41,7 +41,7 @@ use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
 
 use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
-use crate::options::{Options, session};
+use crate::options::{Options, Virtio, session};
 use crate::watch::{StopSign, Watch, alarm, read_keys};
 
 /// Statuses of the program's own; those of commands end at 123 by custom, and a debug exit's is QEMU's.
@@ -79,9 +79,14 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         None => session(options)?,
     };
     let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
-    let virtio = options.virtio(&ram)?;
-    let modules = virtio.as_ref().map(VirtioDevices::modules).unwrap_or_default();
-    let guest = Guest::get(options, &session, Wiring::SerialPorts, &modules)?;
+    let stop = Arc::new(StopSign::default());
+    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
+    let output = |port| Watch::port(&watch, port);
+    let Virtio { devices, console, exporter } = options.virtio(&ram, || output(SerialPort::Console))?;
+    let modules = devices.as_ref().map(VirtioDevices::modules).unwrap_or_default();
+    let ports: Vec<&str> = options.port.iter().map(|port| &*port.name).collect();
+    let hardware = Hardware { wiring: options.wiring(), modules: &modules, ports: &ports };
+    let guest = Guest::get(options, &session, hardware)?;
 
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
     let is_linux = kernel.setup_header().is_some();
@@ -89,8 +94,8 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     if let Some(initrd) = &guest.initrd {
         boot = boot.initrd(initrd);
     }
-    let tables = Pc::write_tables(&ram, options.cpus, |tables| match &virtio {
-        Some(virtio) => virtio.describe(tables),
+    let tables = Pc::write_tables(&ram, options.cpus, |tables| match &devices {
+        Some(devices) => devices.describe(tables),
         None => tables,
     })?;
     if is_linux {
@@ -108,16 +113,13 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     entry_state(&entry)?.apply(&mut **bootstrap)?;
     let bootstrap = bootstrap.handle();
 
-    let stop = Arc::new(StopSign::default());
-    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let messages = vm.msi().context("the backend takes no interrupt messages")?;
     let at_end = Arc::clone(&stop);
     // One clock for all where it may stop.
     let one_clock = options.rerun.is_deterministic() || endpoint.is_some();
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
-    let output = |port| Watch::port(&watch, port);
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
-    let _served = virtio.map(|virtio| virtio.attach(&pc, &ram)).transpose()?;
+    let _served = devices.map(|devices| devices.attach(&pc, &*vm, &ram, exporter)).transpose()?;
     if options.rerun.is_deterministic() {
         let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
         stop.reaches(move || bootstrap.kick());
@@ -131,7 +133,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         let time_is_up = alarm(options.seconds, &stop)?;
         let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-        confine(&*hypervisor, &inherited, false)?;
+        confine(&*hypervisor, &inherited, options.has_clients())?;
         let machine = Machine { vm: &*vm, vcpu: &mut *vcpu, pc: &pc };
         let guest_ended = || pc.end().is_some() || watch.done.load(Ordering::SeqCst);
         let wanted = || {
@@ -165,7 +167,15 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
     if !matches!(session, Session::Command { .. }) {
         let typed = Arc::clone(&pc);
-        read_keys(move |keys| typed.type_in(keys), &watch, raw.is_some())?;
+        let keyboard = console.clone();
+        let type_in = move |keys: &[u8]| match &keyboard {
+            Some(console) => console.type_in(keys),
+            None => typed.type_in(keys),
+        };
+        read_keys(type_in, &watch, raw.is_some())?;
+    }
+    if let Some(console) = console {
+        terminal::on_resize(move |rows, columns| console.resize(rows, columns))?;
     }
     let time_is_up = alarm(options.seconds, &stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
@@ -178,7 +188,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         None => None,
     };
-    confine(&*hypervisor, &inherited, debugger.is_some())?;
+    confine(&*hypervisor, &inherited, options.has_clients())?;
 
     match &debugger {
         None => threads.resume(),
@@ -232,11 +242,11 @@ fn machine(hypervisor: &dyn Hypervisor, deterministic: bool) -> VmConfig {
     config
 }
 
-/// Gives up what the process does not need from here on. Where debuggers may connect, it lets them.
-fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], debuggers: bool) -> Result<()> {
+/// Gives up what the process does not need from here on. Where clients may connect, it lets them.
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], clients: bool) -> Result<()> {
     let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
     let confinement = Confinement::new(engine).deny_descriptors(inherited);
-    if debuggers {
+    if clients {
         return confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt).enter();
     }
     confinement.enter()

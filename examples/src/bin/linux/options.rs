@@ -3,15 +3,17 @@
 use std::io::{self, Read as _};
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, ensure};
-use clap::Parser;
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, ValueEnum};
 use vmm_examples::debian::Series;
 use vmm_examples::debug::DebugOptions;
-use vmm_examples::guest_command::{Screen, Session};
+use vmm_examples::guest_command::{Screen, Session, Wiring};
 use vmm_examples::initramfs::AddedFile;
+use vmm_examples::metrics::Exporter;
+use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
-use vmm_examples::virtio::{Disk, Transport, VirtioDevices};
+use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices};
 use vmm_memory::GuestRam;
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
@@ -65,6 +67,17 @@ pub(crate) struct Options {
     /// Gives the guest a memory balloon, and has it fill that with so many MiB.
     #[arg(long, value_name = "MIB")]
     pub(crate) balloon: Option<u64>,
+    /// Which console the shell has: `serial`, or `virtio`, where it is on /dev/hvc0 and sees the terminal's size change. The
+    /// kernel's log is on the serial one; add `--append console=hvc0` to have it on both.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) console: ConsoleKind,
+    /// Joins /dev/virtio-ports/NAME of the guest to a Unix socket, which programs here connect to, one at a time. Repeatable.
+    #[arg(long, value_name = "NAME,PATH")]
+    pub(crate) port: Vec<NamedPort>,
+    /// Serves what virtio devices have done to Prometheus (`GET /metrics`) at HOST:PORT, at :PORT on the loopback interface, or
+    /// at unix:PATH.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) metrics: Option<String>,
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
@@ -77,21 +90,66 @@ pub(crate) struct Options {
     pub(crate) timings: bool,
 }
 
+/// Which console the shell has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConsoleKind {
+    /// The first serial port of a PC.
+    #[default]
+    Serial,
+    /// A virtio device.
+    Virtio,
+}
+
+/// The virtio devices of a machine, and what the monitor keeps of them.
+#[derive(Default)]
+pub(crate) struct Virtio {
+    pub(crate) devices: Option<VirtioDevices>,
+    pub(crate) console: Option<VirtioConsole>,
+    pub(crate) exporter: Option<Exporter>,
+}
+
 impl Options {
     /// The transport of virtio devices, if any are wanted.
     pub(crate) fn wanted_transport(&self) -> Option<Transport> {
-        let wanted = !self.disk.is_empty() || self.balloon.is_some();
+        let wanted = self.metrics.is_some() || self.unrecorded().is_some();
         self.transport.or(wanted.then_some(Transport::Mmio))
     }
 
-    /// The virtio devices that are asked for. A run that can be had again has the same random numbers each time.
-    pub(crate) fn virtio(&self, ram: &GuestRam) -> Result<Option<VirtioDevices>> {
-        let Some(transport) = self.wanted_transport() else { return Ok(None) };
+    /// The first of the options for devices that do something to a run which is not recorded.
+    fn unrecorded(&self) -> Option<&'static str> {
+        let given = [
+            (!self.disk.is_empty(), "--disk"),
+            (self.balloon.is_some(), "--balloon"),
+            (self.console == ConsoleKind::Virtio, "--console virtio"),
+            (!self.port.is_empty(), "--port"),
+        ];
+        given.into_iter().find_map(|(given, name)| given.then_some(name))
+    }
+
+    /// Whether the program has sockets that others connect to while the guest runs.
+    pub(crate) fn has_clients(&self) -> bool {
+        self.debug.is_wanted() || self.metrics.is_some() || !self.port.is_empty()
+    }
+
+    /// What connects the guest with the program.
+    pub(crate) fn wiring(&self) -> Wiring {
+        match self.console {
+            ConsoleKind::Serial => Wiring::SerialPorts,
+            ConsoleKind::Virtio => Wiring::VirtioConsole,
+        }
+    }
+
+    /// The virtio devices that are asked for, with the output of a console going where `output` says. A run that can be had
+    /// again has the same random numbers each time.
+    pub(crate) fn virtio(&self, ram: &GuestRam, output: impl FnOnce() -> Output) -> Result<Virtio> {
+        let Some(transport) = self.wanted_transport() else { return Ok(Virtio::default()) };
         let deterministic = self.rerun.is_deterministic();
-        ensure!(
-            !deterministic || (self.disk.is_empty() && self.balloon.is_none()),
-            "--disk and --balloon do not go with --deterministic: what they do to a run is not recorded"
-        );
+        if let Some(option) = self.unrecorded().filter(|_| deterministic) {
+            bail!(
+                "{option} goes with no deterministic run: what it does to one is not recorded, so leave {option} or \
+                 --deterministic, --record, --replay and --state-hashes out"
+            );
+        }
         let seed: Option<&[u8]> = deterministic.then_some(b"entropy device");
         let mut devices = VirtioDevices::new(transport, deterministic)?.entropy(seed)?;
         for disk in &self.disk {
@@ -100,7 +158,16 @@ impl Options {
         if let Some(mib) = self.balloon {
             devices = devices.balloon(ram, mib)?;
         }
-        Ok(Some(devices))
+        let mut console = None;
+        if self.console == ConsoleKind::Virtio {
+            let (with_console, keyboard) = devices.console(output(), terminal::size())?;
+            (devices, console) = (with_console, Some(keyboard));
+        }
+        if !self.port.is_empty() {
+            devices = devices.ports(&self.port)?;
+        }
+        let exporter = self.metrics.as_deref().map(Exporter::listen).transpose().context("--metrics")?;
+        Ok(Virtio { devices: Some(devices), console, exporter })
     }
 }
 

@@ -38,7 +38,8 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     );
     ensure!(
         options.wanted_transport().is_none(),
-        "--transport, --disk and --balloon do not go with --backend {}: its guest has no PC whose buses the devices could be on",
+        "--transport, --disk, --balloon, --console virtio, --port and --metrics do not go with --backend {}: its guest has no \
+         PC whose buses the devices could be on",
         xen_pv::NAME
     );
     // With the in-guest fast path behind the name of the backend below.
@@ -47,7 +48,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     let engine: Arc<dyn Hypervisor> = Arc::from(choose(below)?);
     let hypervisor = XenPvHypervisor::new(Arc::clone(&engine))?.shim(shim);
     let session = session(options)?;
-    let guest = Guest::get(options, &session, Wiring::PvConsole, &[])?;
+    let guest = Guest::get(options, &session, Wiring::PvConsole.into())?;
 
     // Without the hole that a PC has below 4 GiB.
     let whole = RegionConfig::new(GuestAddress(0), options.memory << 20);

@@ -1,6 +1,6 @@
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
@@ -8,11 +8,10 @@ use proptest::test_runner::TestRunner;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
-use crate::testkit::{Interposed, LineRecorder, Memory, MmioDriver, guest_memory, guest_memory_of};
+use crate::testkit::{Interposed, Memory, MmioDriver, guest_memory, guest_memory_of};
 use crate::virtio::balloon::{Balloon, MemoryRelease};
 use crate::virtio::{
-    ActivateError, Activation, DeviceType, Progress, QueueError, Rng, VirtioDevice, VirtioMmio, Virtqueue,
-    Worker,
+    ActivateError, Activation, DeviceType, Progress, QueueError, Rng, VirtioDevice, Virtqueue, Worker,
 };
 
 /// Regions that touch, a hole, and a small one behind it.
@@ -28,8 +27,7 @@ fn is_ram(gpa: u64, len: u64) -> bool {
 }
 
 fn mmio(device: impl VirtioDevice<Memory> + 'static, memory: &Memory) -> MmioDriver {
-    let transport = VirtioMmio::new(device, memory.clone(), LineRecorder::default()).unwrap();
-    MmioDriver::new(Arc::new(Mutex::new(transport)))
+    MmioDriver::of(device, memory).unwrap().0
 }
 
 /// Counts pages; every range must lie in one region of RAM.

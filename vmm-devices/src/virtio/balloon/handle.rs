@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use super::Callback;
 use super::statistics::Statistics;
+use crate::clock::Clock;
 use crate::interrupt::lock;
+use crate::virtio::metrics::{Activity, Ended, Metrics};
 use crate::virtio::{Doorbells, DriverLink};
 
 /// The monitor's end of a [`Balloon`](super::Balloon). Clones are the same; methods may be called from any thread, also while there is
@@ -149,6 +151,12 @@ pub(super) struct Active {
     pub(super) statistics: Option<u16>,
 }
 
+/// Where figures go, and what time it is.
+pub(super) struct Measured {
+    pub(super) sink: Arc<dyn Metrics>,
+    pub(super) clock: Box<dyn Clock>,
+}
+
 pub(super) struct Shared {
     config: Mutex<Config>,
     active: Mutex<Option<Active>>,
@@ -157,6 +165,7 @@ pub(super) struct Shared {
     statistics: Mutex<Option<Statistics>>,
     callback: Option<Callback>,
     pub(super) counters: Counters,
+    metrics: Option<Measured>,
 }
 
 impl fmt::Debug for Shared {
@@ -169,7 +178,7 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub(super) fn new(target: u32, callback: Option<Callback>) -> Self {
+    pub(super) fn new(target: u32, callback: Option<Callback>, metrics: Option<Measured>) -> Self {
         Self {
             config: Mutex::new(Config { target, actual: 0, poison: 0, generation: 0 }),
             active: Mutex::new(None),
@@ -177,6 +186,20 @@ impl Shared {
             statistics: Mutex::new(None),
             callback,
             counters: Counters::default(),
+            metrics,
+        }
+    }
+
+    /// When a request is taken, if anybody wants to know.
+    pub(super) fn now_ns(&self) -> u64 {
+        self.metrics.as_ref().map_or(0, |metrics| metrics.clock.now_ns())
+    }
+
+    /// A request is about to be given back.
+    pub(super) fn ended(&self, activity: Activity, bytes: u64, succeeded: bool, begun_ns: u64) {
+        if let Some(Measured { sink, clock }) = &self.metrics {
+            let latency_ns = clock.now_ns().saturating_sub(begun_ns);
+            sink.ended(Ended { activity, bytes, succeeded, latency_ns });
         }
     }
 

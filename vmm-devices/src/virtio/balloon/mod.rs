@@ -27,7 +27,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, VirtioDevice, Worker};
-use handle::{Active, Shared};
+use super::metrics::Metrics;
+use crate::clock::Clock;
+use handle::{Active, Measured, Shared};
 use pages::{Kind, PageWorker};
 use statistics::StatisticsWorker;
 
@@ -88,7 +90,7 @@ impl Balloon {
     pub fn builder(release: impl MemoryRelease + 'static) -> BalloonBuilder {
         let features =
             feature::STATS_VQ | feature::DEFLATE_ON_OOM | feature::PAGE_POISON | feature::PAGE_REPORTING;
-        BalloonBuilder { release: Arc::new(release), features, target: 0, callback: None }
+        BalloonBuilder { release: Arc::new(release), features, target: 0, callback: None, metrics: None }
     }
 
     /// The monitor's end.
@@ -105,6 +107,7 @@ pub struct BalloonBuilder {
     features: u64,
     target: u32,
     callback: Option<Callback>,
+    metrics: Option<Measured>,
 }
 
 impl fmt::Debug for BalloonBuilder {
@@ -152,16 +155,26 @@ impl BalloonBuilder {
         self.feature(feature::PAGE_REPORTING | feature::PAGE_POISON, offered)
     }
 
-    /// Called with statistics whenever the guest tells them, on the thread that serves the queue.
+    /// Called with statistics whenever the guest tells them, asked or not, on the thread that serves the queue.
     #[must_use]
     pub fn on_statistics(mut self, callback: impl Fn(&Statistics) + Send + Sync + 'static) -> Self {
         self.callback = Some(Box::new(callback));
         self
     }
 
+    /// Tells `metrics` of each request: memory that the guest gave, asked or not, is an
+    /// [`Activity::Write`](super::metrics::Activity::Write) of so many bytes, memory that it took back a
+    /// [`Read`](super::metrics::Activity::Read), statistics are [`Other`](super::metrics::Activity::Other). What could not be
+    /// read or released makes it an error, which the guest does not hear of. Latencies go by `clock`.
+    #[must_use]
+    pub fn metrics(mut self, metrics: Arc<dyn Metrics>, clock: impl Clock + 'static) -> Self {
+        self.metrics = Some(Measured { sink: metrics, clock: Box::new(clock) });
+        self
+    }
+
     /// Makes the device.
     pub fn build(self) -> Balloon {
-        let shared = Arc::new(Shared::new(self.target, self.callback));
+        let shared = Arc::new(Shared::new(self.target, self.callback, self.metrics));
         Balloon { release: self.release, features: self.features, shared }
     }
 }

@@ -8,6 +8,7 @@ use vmm_memory::vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend as _, 
 
 use super::handle::{Shared, count};
 use super::{MemoryRelease, PAGE};
+use crate::virtio::metrics::Activity;
 use crate::virtio::{Chain, DeviceMemory, Progress, QueueError, Virtqueue, Worker};
 
 /// What a call of a worker may cost, in pages: 64 MiB of memory in one run, or some 500 pages that lie apart.
@@ -65,13 +66,13 @@ impl<M: DeviceMemory> Worker for PageWorker<M> {
             let mut request = match self.current.take() {
                 Some(request) => request.in_memory(&*memory),
                 None => match self.queue.pop(&*memory)? {
-                    Some(chain) => Request { chain, next: 0, runs: Vec::new() },
+                    Some(chain) => Request::new(chain, self.pages.shared.now_ns()),
                     None => return self.queue.rest(),
                 },
             };
             budget = budget.saturating_sub(REQUEST);
             if self.pages.go_on(&*memory, &mut request, &mut self.numbers, &mut budget) {
-                count(&self.pages.shared.counters.requests, 1);
+                self.pages.ended(&request);
                 self.queue.complete(request.chain.head(), 0)?;
             } else {
                 self.current = Some(request.in_memory(()));
@@ -94,11 +95,20 @@ struct Request<T> {
     next: u64,
     /// Numbers of pages that were read and are still to be dealt with, the next ones last.
     runs: Vec<Range<u64>>,
+    begun_ns: u64,
+    /// Bytes that changed hands, and whether something went wrong.
+    bytes: u64,
+    failed: bool,
 }
 
 impl<T> Request<T> {
+    fn new(chain: Chain<T>, begun_ns: u64) -> Self {
+        Self { chain, next: 0, runs: Vec::new(), begun_ns, bytes: 0, failed: false }
+    }
+
     fn in_memory<U>(self, memory: U) -> Request<U> {
-        Request { chain: self.chain.in_memory(memory), next: self.next, runs: self.runs }
+        let Self { chain, next, runs, begun_ns, bytes, failed } = self;
+        Request { chain: chain.in_memory(memory), next, runs, begun_ns, bytes, failed }
     }
 }
 
@@ -109,6 +119,15 @@ struct Pages {
 }
 
 impl Pages {
+    fn ended<T>(&self, request: &Request<T>) {
+        count(&self.shared.counters.requests, 1);
+        let activity = match self.kind {
+            Kind::Inflate | Kind::Report { .. } => Activity::Write,
+            Kind::Deflate => Activity::Read,
+        };
+        self.shared.ended(activity, request.bytes, !request.failed, request.begun_ns);
+    }
+
     /// Deals with as much of `request` as `budget` allows; whether that is all of it.
     fn go_on<G: GuestMemory>(
         &self,
@@ -119,7 +138,8 @@ impl Pages {
     ) -> bool {
         while *budget > 0 {
             if let Some(run) = request.runs.pop() {
-                request.runs.extend(self.release_some(memory, run, budget));
+                let rest = self.release_some(memory, request, run, budget);
+                request.runs.extend(rest);
                 continue;
             }
             let more = match self.kind {
@@ -143,6 +163,7 @@ impl Pages {
         let mut bytes = [0; BLOCK * NUMBER];
         let Ok(len) = request.chain.read(request.next, &mut bytes) else {
             count(&self.shared.counters.unreadable, 1);
+            request.failed = true;
             return false;
         };
         request.next += len as u64;
@@ -179,6 +200,7 @@ impl Pages {
     fn release_some<G: GuestMemory>(
         &self,
         memory: &G,
+        request: &mut Request<&G>,
         run: Range<u64>,
         budget: &mut u64,
     ) -> Option<Range<u64>> {
@@ -193,14 +215,17 @@ impl Pages {
         *budget = budget.saturating_sub(RELEASE + pages);
         // RAM ends within the address space.
         let (gpa, len) = (GuestAddress(ram.start * PAGE), pages * PAGE);
+        let moved = |done: std::io::Result<()>| done.map(|()| len);
         let (done, counter) = match self.kind {
-            Kind::Inflate => (self.release.release(gpa, len), &counters.inflated),
-            Kind::Deflate => (self.release.reclaim(gpa, len), &counters.deflated),
+            Kind::Inflate => (moved(self.release.release(gpa, len)), &counters.inflated),
+            Kind::Deflate => (moved(self.release.reclaim(gpa, len)), &counters.deflated),
             // Released pages read as zero; another poison is to stay (5.5.6.7.2).
-            Kind::Report { poison: true } if self.shared.poison() != 0 => (Ok(()), &counters.poisoned),
-            Kind::Report { .. } => (self.release.release(gpa, len), &counters.reported),
+            Kind::Report { poison: true } if self.shared.poison() != 0 => (Ok(0), &counters.poisoned),
+            Kind::Report { .. } => (moved(self.release.release(gpa, len)), &counters.reported),
         };
         count(if done.is_ok() { counter } else { &counters.failed }, pages);
+        request.failed |= done.is_err();
+        request.bytes += done.unwrap_or(0);
         Some(ram.start + pages..run.end).filter(|rest| !rest.is_empty())
     }
 }

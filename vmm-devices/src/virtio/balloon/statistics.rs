@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::handle::{Shared, count};
+use crate::virtio::metrics::Activity;
 use crate::virtio::{DeviceMemory, Progress, QueueError, Virtqueue, Worker};
 
 /// Statistics that are taken of one buffer; the specification has 16. What comes behind is left out.
@@ -148,13 +149,17 @@ impl<M: DeviceMemory> Worker for StatisticsWorker<M> {
             self.give_back()?;
             self.held = Some(chain.head());
             count(&self.shared.counters.requests, 1);
+            let begun_ns = self.shared.now_ns();
             let mut bytes = [0; MAX_STATISTICS * ENTRY];
-            match chain.read(0, &mut bytes) {
+            let read = chain.read(0, &mut bytes);
+            match &read {
                 // The first buffer of all may be empty.
-                Ok(len) if len < ENTRY => {}
-                Ok(len) => self.shared.deliver(Statistics::parse(bytes.get(..len).unwrap_or_default())),
+                Ok(len) if *len < ENTRY => {}
+                Ok(len) => self.shared.deliver(Statistics::parse(bytes.get(..*len).unwrap_or_default())),
                 Err(_) => count(&self.shared.counters.unreadable, 1),
             }
+            let len = *read.as_ref().unwrap_or(&0) as u64;
+            self.shared.ended(Activity::Other, len, read.is_ok(), begun_ns);
         }
         self.queue.rest().map(|_| Progress::More)
     }

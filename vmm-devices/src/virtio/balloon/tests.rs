@@ -12,6 +12,7 @@ use crate::testkit::{
     Driver, DriverQueue, LineRecorder, LinkRecorder, Memory, MmioDriver, StartError, guest_memory,
     guest_memory_of,
 };
+use crate::virtio::metrics::Totals;
 use crate::virtio::{Doorbells, Progress, VirtioMmio, Virtqueue};
 
 mod hostile;
@@ -336,4 +337,44 @@ fn memory_that_is_not_to_be_given_back_stays() {
     let counters = t.handle.counters();
     assert_eq!((counters.inflated, counters.failed, counters.skipped), (1, 1, 1));
     assert_eq!(t.memory.memory().read_obj::<u8>(GuestAddress(MIB)).unwrap(), 7);
+}
+
+/// Takes its time.
+struct Slow(Arc<crate::ManualClock>);
+
+impl MemoryRelease for Slow {
+    fn release(&self, gpa: GuestAddress, _: u64) -> io::Result<()> {
+        self.0.advance(500);
+        if gpa.0 == 0x6_6000 { Err(io::ErrorKind::PermissionDenied.into()) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn requests_are_measured() {
+    let clock = Arc::new(crate::ManualClock::new(100));
+    let metrics = Arc::new(crate::virtio::metrics::DeviceMetrics::default());
+    let balloon = Balloon::builder(Slow(Arc::clone(&clock)));
+    let balloon = balloon.metrics(Arc::clone(&metrics) as Arc<_>, Arc::clone(&clock)).build();
+    let mut t = Test::new(balloon, guest_memory(MIB).unwrap());
+    let features = feature::STATS_VQ | feature::PAGE_REPORTING | feature::PAGE_POISON;
+    t.start(features, &[0, 1, 2, 4]);
+    t.send(0, &[0x20, 0x21, 0x40]);
+    // One page stays, and one is no RAM, which is no fault of anybody's.
+    t.send(0, &[0x66, 0x68, 0x10_0000]);
+    t.send(1, &[0x20]);
+    t.report(&[(0x3_0000, 0x4000)]);
+    t.driver.write_config(12, &1_u32.to_le_bytes());
+    t.report(&[(0x3_0000, 0x4000)]);
+    t.queues[0].chain().readable(MIB, 4).submit().unwrap();
+    t.driver.notify(0);
+    t.queues[2].chain().readable(NUMBERS, 10).submit().unwrap();
+    t.driver.notify(2);
+
+    let counted = metrics.snapshot();
+    let totals = |requests, pages: u64, errors| Totals { requests, bytes: pages * PAGE, errors };
+    assert_eq!(counted.write, totals(5, 3 + 1 + 4, 2));
+    assert_eq!(counted.read, totals(1, 1, 0));
+    assert_eq!(counted.other, Totals { requests: 1, bytes: 10, errors: 0 });
+    // Two runs, two runs, one run.
+    assert_eq!(counted.latency_total_ns, 5 * 500);
 }

@@ -105,7 +105,7 @@ pub enum PortEvent<'a> {
 
 /// Who is told of a [`PortEvent`]. A closure is one.
 ///
-/// Called by what serves the queue, from any thread, with no lock of the port held: it may call any method of a
+/// Called as often as the guest likes, by what serves the queue, from any thread, with no lock of the port held: it may call any method of a
 /// [`Port`](super::Port). It must not touch the transport, which may wait for it. What two threads tell at once may come in either
 /// order: [`Port::is_guest_open`](super::Port::is_guest_open) says what is so now.
 pub trait PortEvents: Send + Sync {

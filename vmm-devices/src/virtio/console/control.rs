@@ -69,8 +69,8 @@ impl<M: DeviceMemory> ControlWorker<M> {
                 true
             }
             (message::PORT_READY, 0 | 1) => {
-                let ready = value == 1;
-                let Some(port) = shared.slot(id).and_then(|slot| lock(slot).ready(ready)) else {
+                let (ready, listening) = (value == 1, self.listening());
+                let Some(port) = shared.slot(id).and_then(|slot| lock(slot).ready(ready, listening)) else {
                     return false;
                 };
                 if !ready {
@@ -138,11 +138,12 @@ impl<M: DeviceMemory> ControlWorker<M> {
 
     /// The next message that fits. One without its tail would say something else, so one that does not fit is not sent at all.
     fn next_message(&mut self, room: u64) -> Option<Vec<u8>> {
-        let (listening, order, ports) = (self.listening(), self.shared.order, self.shared.ports());
+        let (listening, ports) = (self.listening(), self.shared.ports());
+        let rows_first = self.shared.rows_first.load(Ordering::SeqCst);
         for step in 1..=ports {
             let id = (self.last + step) % ports;
             let Some(slot) = self.shared.slot(id) else { continue };
-            while let Some(message) = lock(slot).next_message(id, listening, order) {
+            while let Some(message) = lock(slot).next_message(id, listening, rows_first) {
                 if message.len() as u64 <= room {
                     self.last = id;
                     return Some(message);

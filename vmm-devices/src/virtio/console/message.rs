@@ -1,7 +1,5 @@
 //! Control messages (Virtio 1.3, 5.3.6.2): a port, an event, a value, and for some more behind.
 
-use super::ResizeOrder;
-
 pub(super) const DEVICE_READY: u16 = 0;
 pub(super) const PORT_ADD: u16 = 1;
 pub(super) const PORT_REMOVE: u16 = 2;
@@ -20,11 +18,8 @@ pub(super) fn of(id: u32, event: u16, value: u16) -> Vec<u8> {
     vec![a, b, c, d, e, f, g, h]
 }
 
-pub(super) fn resize(id: u32, (columns, rows): (u16, u16), order: ResizeOrder) -> Vec<u8> {
-    let (first, second) = match order {
-        ResizeOrder::ColumnsFirst => (columns, rows),
-        ResizeOrder::RowsFirst => (rows, columns),
-    };
+pub(super) fn resize(id: u32, (columns, rows): (u16, u16), rows_first: bool) -> Vec<u8> {
+    let (first, second) = if rows_first { (rows, columns) } else { (columns, rows) };
     let mut message = of(id, RESIZE, 0);
     message.extend(first.to_le_bytes());
     message.extend(second.to_le_bytes());

@@ -34,21 +34,17 @@
 //! transport, a driver, and queues in that memory.
 //!
 //! ```
-//! use std::sync::{Arc, Mutex};
-//! use vmm_devices::testkit::{Driver, DriverQueue, LineRecorder, MmioDriver, OutputRecorder, guest_memory};
+//! use vmm_devices::testkit::{Driver, DriverQueue, MmioDriver, OutputRecorder, guest_memory};
 //! use vmm_devices::virtio::console::{Console, PortConfig};
-//! use vmm_devices::virtio::VirtioMmio;
-//! use vmm_devices::vmm_memory::vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 //!
-//! let (memory, line, screen) = (guest_memory(1 << 20)?, LineRecorder::default(), OutputRecorder::default());
+//! let (memory, screen) = (guest_memory(1 << 20)?, OutputRecorder::default());
 //! let (console, port) = Console::new(PortConfig::console(screen.clone()))?;
-//! let transport = VirtioMmio::new(console, memory.clone(), line.clone())?;
-//! let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
+//! let (driver, line) = MmioDriver::of(console, &memory)?;
 //! let mut rx = DriverQueue::new(memory.clone(), 0x1000, 8)?;
-//! let mut tx = DriverQueue::new(memory.clone(), 0x2000, 8)?;
+//! let mut tx = DriverQueue::new(memory, 0x2000, 8)?;
 //! driver.start(0, &[(0, &rx), (1, &tx)])?;
 //!
-//! memory.memory().write_slice(b"login: ", GuestAddress(0x8000))?;
+//! tx.put(0x8000, b"login: ")?;
 //! let head = tx.chain().readable(0x8000, 7).submit()?;
 //! driver.notify(1);
 //! assert_eq!(screen.take(), b"login: ");
@@ -58,6 +54,7 @@
 //! let head = rx.chain().writable(0x9000, 3).writable(0xa000, 100).submit()?;
 //! driver.notify(0);
 //! assert_eq!(rx.take_used()?, Some((head.into(), 5)));
+//! assert_eq!(rx.get(0xa000, 2)?, b"t\n");
 //! assert!(line.is_asserted());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -141,7 +138,7 @@ impl Console {
     /// # Errors
     /// If the port cannot be as it is described.
     pub fn new(port: PortConfig) -> Result<(Self, Port), ConsoleError> {
-        let shared = Shared::new(1, ResizeOrder::default());
+        let shared = Shared::new(1);
         let port = shared.add(0, port)?;
         Ok((Self { shared, multiport: false, queue_sizes: vec![QUEUE_SIZE; 2] }, port))
     }
@@ -149,18 +146,24 @@ impl Console {
     /// A device with places for `ports` ports, 1 to [`MAX_PORTS`], none of which is there yet. A driver without
     /// VIRTIO_CONSOLE_F_MULTIPORT has port 0 alone, which is to be a console therefore.
     ///
-    /// `order` is for the drivers that are to be expected: [`ResizeOrder::ColumnsFirst`] is by the book.
-    ///
     /// # Errors
     /// If it cannot have so many.
-    pub fn multiport(ports: u32, order: ResizeOrder) -> Result<(Self, Ports), ConsoleError> {
+    pub fn multiport(ports: u32) -> Result<(Self, Ports), ConsoleError> {
         if !(1..=MAX_PORTS).contains(&ports) {
             return Err(ConsoleError::Ports { ports });
         }
-        let shared = Shared::new(ports, order);
+        let shared = Shared::new(ports);
         // Each port's, and those for control.
         let queue_sizes = (0..2 * ports + 2).map(|_| QUEUE_SIZE).collect();
         Ok((Self { shared: Arc::clone(&shared), multiport: true, queue_sizes }, Ports { shared }))
+    }
+
+    /// The order of columns and rows for the drivers that are to be expected: [`ResizeOrder::ColumnsFirst`], by the book, unless
+    /// said.
+    #[must_use]
+    pub fn resize_order(self, order: ResizeOrder) -> Self {
+        self.shared.rows_first.store(order == ResizeOrder::RowsFirst, Ordering::SeqCst);
+        self
     }
 
     /// Tells `metrics` of each buffer of data that is given back: output is an [`Activity::Write`](super::metrics::Activity::Write), an error if not all of it
@@ -234,7 +237,12 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console {
             workers.push(Box::new(InputWorker { id, queue: rx, shared: input, spare: None }));
             workers.push(Box::new(OutputWorker::new(id, tx, output)));
         }
-        let Activation { link, doorbells, .. } = activation;
+        let Activation { features, link, doorbells, .. } = activation;
+        let (columns, rows, _) = shared.size();
+        if !multiport && features & feature::SIZE != 0 && (columns, rows) != (0, 0) {
+            // Linux reads the size when it hears of another one, and not before.
+            link.config_changed();
+        }
         shared.begin(Session { doorbells, link, multiport });
         Ok(workers)
     }

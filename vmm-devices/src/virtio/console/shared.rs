@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::config::{ConsoleError, PortConfig};
 use super::port::{Port, PortCore};
 use super::slot::Slot;
-use super::{CONTROL_RX, ResizeOrder, rx_queue, tx_queue};
+use super::{CONTROL_RX, rx_queue, tx_queue};
 use crate::clock::Clock;
 use crate::interrupt::lock;
 use crate::virtio::device::DriverLink;
@@ -17,7 +17,8 @@ use crate::virtio::metrics::{Activity, Ended, Metrics};
 /// in this order: the session's, a place's, the size's.
 pub(super) struct Shared {
     slots: Box<[Mutex<Slot>]>,
-    pub(super) order: ResizeOrder,
+    /// See [`ResizeOrder`](super::ResizeOrder).
+    pub(super) rows_first: AtomicBool,
     /// Columns and rows of port 0, and how often they changed.
     size: Mutex<(u16, u16, u32)>,
     session: Mutex<Option<Session>>,
@@ -50,10 +51,10 @@ pub(super) struct ControlCounters {
 }
 
 impl Shared {
-    pub(super) fn new(ports: u32, order: ResizeOrder) -> Arc<Self> {
+    pub(super) fn new(ports: u32) -> Arc<Self> {
         Arc::new(Self {
             slots: (0..ports).map(|_| Mutex::default()).collect(),
-            order,
+            rows_first: AtomicBool::new(false),
             size: Mutex::default(),
             session: Mutex::default(),
             listening: AtomicBool::new(false),

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::message;
 use super::port::PortCore;
-use super::{ResizeOrder, message};
 
 /// One of the places of a device.
 #[derive(Default)]
@@ -60,9 +60,10 @@ impl Slot {
         self.port.clone().filter(|port| port.guest_open.swap(false, Ordering::SeqCst))
     }
 
-    /// The driver says that it can serve the port, or cannot. The port, if it knows of one.
-    pub(super) fn ready(&mut self, ready: bool) -> Option<Arc<PortCore>> {
-        let port = self.port.clone().filter(|_| self.told.added)?;
+    /// The driver says that it can serve the port, or cannot. The port, if it knows of one: by what it was told, or, one that
+    /// is not `listening`, from before a reset. Linux goes on like that after a suspension.
+    pub(super) fn ready(&mut self, ready: bool, listening: bool) -> Option<Arc<PortCore>> {
+        let port = self.port.clone().filter(|_| self.told.added || !listening)?;
         self.told = Told {
             added: true,
             ready,
@@ -100,18 +101,18 @@ impl Slot {
         if removal_due {
             return true;
         }
-        let Some(port) = self.port.as_ref().filter(|_| listening) else { return false };
+        let Some(port) = self.port.as_ref().filter(|_| listening || added) else { return false };
         let is_open = port.open.load(Ordering::SeqCst);
         !added || ready && (console_due || size_due || name_due || blinked || open != is_open)
     }
 
     /// The next message, which counts as told.
-    pub(super) fn next_message(&mut self, id: u32, listening: bool, order: ResizeOrder) -> Option<Vec<u8>> {
+    pub(super) fn next_message(&mut self, id: u32, listening: bool, rows_first: bool) -> Option<Vec<u8>> {
         let told = &mut self.told;
         if std::mem::take(&mut told.removal_due) {
             return Some(message::of(id, message::PORT_REMOVE, 0));
         }
-        let port = self.port.as_ref().filter(|_| listening)?;
+        let port = self.port.as_ref().filter(|_| listening || told.added)?;
         if !told.added {
             told.added = true;
             return Some(message::of(id, message::PORT_ADD, 0));
@@ -125,7 +126,7 @@ impl Slot {
         if std::mem::take(&mut told.size_due)
             && let Some(size) = self.size
         {
-            return Some(message::resize(id, size, order));
+            return Some(message::resize(id, size, rows_first));
         }
         if std::mem::take(&mut told.name_due)
             && let Some(name) = &port.name

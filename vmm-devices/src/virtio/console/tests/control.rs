@@ -1,10 +1,8 @@
 use super::*;
 
-const COMMON: ResizeOrder = ResizeOrder::ColumnsFirst;
-
 /// A device with four places and a driver that has said nothing yet.
 fn multi() -> (Guest, Ports) {
-    let (console, ports) = Console::multiport(4, COMMON).unwrap();
+    let (console, ports) = Console::multiport(4).unwrap();
     let mut guest = Guest::new(console);
     guest.start(SIZE | MULTIPORT);
     (guest, ports)
@@ -32,7 +30,7 @@ fn plain(id: u32, event: u16, value: u16) -> (u32, u16, u16, Vec<u8>) {
 #[test]
 fn queues_and_configuration_are_those_of_so_many_ports() {
     for ports in 1..=MAX_PORTS {
-        let (console, _) = Console::multiport(ports, COMMON).unwrap();
+        let (console, _) = Console::multiport(ports).unwrap();
         let guest = Guest::new(console);
         assert_eq!(guest.driver.device_features() & 7, 7);
         let queues = (0..100).filter(|index| guest.driver.queue_max_size(*index) == QUEUE_SIZE).count();
@@ -42,7 +40,7 @@ fn queues_and_configuration_are_those_of_so_many_ports() {
         assert_eq!(u32::from_le_bytes(config[..4].try_into().unwrap()), ports);
     }
     for ports in [0, MAX_PORTS + 1, u32::MAX] {
-        assert_eq!(Console::multiport(ports, COMMON).unwrap_err(), ConsoleError::Ports { ports });
+        assert_eq!(Console::multiport(ports).unwrap_err(), ConsoleError::Ports { ports });
     }
 }
 
@@ -208,6 +206,39 @@ fn a_port_that_is_removed_drops_its_writer() {
     assert_eq!(Arc::strong_count(&writers), 1);
 }
 
+/// Linux resets the device when it is suspended, and goes on with the ports that it knows: without DEVICE_READY.
+#[test]
+fn a_driver_goes_on_after_a_suspension() {
+    let (mut guest, ports) = multi();
+    let (config, output, events) = channel("agent");
+    let port = known(&mut guest, &ports, 1, config);
+    guest.say(1, message::PORT_OPEN, 1);
+    guest.start(MULTIPORT);
+    guest.listen(8);
+    guest.say(1, message::PORT_READY, 1);
+    guest.say(1, message::PORT_OPEN, 1);
+    guest.say(2, message::PORT_READY, 1);
+    assert_eq!(ports.counters().ignored, 1, "one that there is not");
+    assert_eq!(
+        guest.heard(),
+        [(1, message::PORT_NAME, 1, b"agent".to_vec()), plain(1, message::PORT_OPEN, 1)]
+    );
+    guest.give(4, 8);
+    port.enqueue(b"in");
+    assert_eq!(guest.taken(4).unwrap(), b"in");
+    assert!(guest.send(5, b"out"));
+    assert_eq!(output.take(), b"out");
+    assert_eq!(events.take(), ["GuestOpened", "GuestClosed", "GuestOpened"]);
+    port.close();
+    ports.remove(1).unwrap();
+    let (config, ..) = channel("new");
+    ports.add(1, config).unwrap();
+    assert_eq!(guest.heard(), [plain(1, message::PORT_OPEN, 0), plain(1, message::PORT_REMOVE, 0)]);
+    // It hears of new ones once it asks.
+    guest.say(0, message::DEVICE_READY, 1);
+    assert_eq!(guest.heard(), [plain(1, message::PORT_ADD, 0)]);
+}
+
 /// The guest hears of a removal, and then of the new port, though it gave no buffer between.
 #[test]
 fn a_port_is_replaced_while_the_guest_does_not_listen() {
@@ -239,9 +270,28 @@ fn a_port_is_replaced_while_the_guest_does_not_listen() {
     assert_eq!(guest.heard(), [plain(1, message::PORT_ADD, 0)]);
 }
 
+/// Linux would not look.
+#[test]
+fn a_driver_is_told_that_there_is_a_size() {
+    let told = |features, size: Option<(u16, u16)>| {
+        let port = PortConfig::console(std::io::sink());
+        let port = match size {
+            Some((columns, rows)) => port.size(columns, rows),
+            None => port,
+        };
+        let mut guest = Guest::new(Console::new(port).unwrap().0);
+        guest.start(features);
+        (guest.line.is_asserted(), guest.driver.interrupt_status())
+    };
+    assert_eq!(told(SIZE, Some((80, 25))), (true, 2));
+    assert_eq!(told(SIZE, None), (false, 0));
+    assert_eq!(told(0, Some((80, 25))), (false, 0));
+}
+
 #[test]
 fn sizes_change_at_run_time() {
     let (mut guest, port, ..) = single(|port| port.size(80, 25));
+    guest.driver.acknowledge(2);
     let size = |guest: &Guest| {
         let mut size = [0; 4];
         guest.driver.read_config(0, &mut size);
@@ -283,8 +333,8 @@ fn with_multiport_every_console_is_told_its_size() {
 
 #[test]
 fn older_versions_of_linux_have_rows_first() {
-    let (console, ports) = Console::multiport(1, ResizeOrder::RowsFirst).unwrap();
-    let mut guest = Guest::new(console);
+    let (console, ports) = Console::multiport(1).unwrap();
+    let mut guest = Guest::new(console.resize_order(ResizeOrder::RowsFirst));
     guest.start(SIZE | MULTIPORT);
     known(&mut guest, &ports, 0, PortConfig::console(std::io::sink())).resize(80, 25);
     assert_eq!(guest.heard(), [(0, message::RESIZE, 0, vec![25, 0, 80, 0])]);
@@ -293,7 +343,7 @@ fn older_versions_of_linux_have_rows_first() {
 /// A driver that knows nothing of ports has the first as a console.
 #[test]
 fn a_driver_without_multiport_has_port_0() {
-    let (console, ports) = Console::multiport(4, COMMON).unwrap();
+    let (console, ports) = Console::multiport(4).unwrap();
     let screen = OutputRecorder::default();
     let port = ports.add(0, PortConfig::console(screen.clone())).unwrap();
     let mut guest = Guest::new(console);
@@ -316,7 +366,7 @@ fn a_driver_without_multiport_has_port_0() {
 
 #[test]
 fn queues_that_are_missing() {
-    let (console, _) = Console::multiport(2, COMMON).unwrap();
+    let (console, _) = Console::multiport(2).unwrap();
     let guest = Guest::new(console);
     let queue = |index: u64| DriverQueue::new(guest.memory.clone(), 0x1000 * (index + 1), LEN).unwrap();
     let queues: Vec<_> = (0..6).map(queue).collect();
@@ -334,7 +384,7 @@ fn queues_that_are_missing() {
 
 #[test]
 fn ports_that_cannot_be() {
-    let (_, ports) = Console::multiport(2, COMMON).unwrap();
+    let (_, ports) = Console::multiport(2).unwrap();
     let console = || PortConfig::console(std::io::sink());
     for (name, len) in [(String::new(), 0), ("a\0b".into(), 3), ("n".repeat(513), 513)] {
         assert_eq!(ports.add(1, console().name(name)).unwrap_err(), ConsoleError::Name { id: 1, len });

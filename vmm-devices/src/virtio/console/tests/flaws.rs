@@ -13,7 +13,7 @@ fn resident() -> u64 {
 /// Floods in both directions with no reader. 256 MiB are offered; tests beside this one need a little memory too.
 #[test]
 fn cve_2020_27174_a_flood_with_no_reader_is_not_kept() {
-    let (console, ports) = Console::multiport(2, ResizeOrder::default()).unwrap();
+    let (console, ports) = Console::multiport(2).unwrap();
     let screen = OutputRecorder::default();
     let port = ports.add(0, PortConfig::console(screen.clone())).unwrap();
     let mut guest = Guest::new(console);
@@ -117,7 +117,7 @@ fn cve_2024_3446_an_echo_does_not_enter_the_device_again() {
 /// What is said to be written is what was written, to the byte, in every queue.
 #[test]
 fn cve_2024_8612_the_used_length_is_what_was_written() {
-    let (console, ports) = Console::multiport(2, ResizeOrder::default()).unwrap();
+    let (console, ports) = Console::multiport(2).unwrap();
     let mut guest = Guest::new(console);
     guest.start(MULTIPORT);
     let poison = vec![0xee; usize::try_from(END - IN).unwrap()];
@@ -157,7 +157,7 @@ fn cve_2024_8612_the_used_length_is_what_was_written() {
 #[test]
 fn cve_2019_18960_buffers_across_regions() {
     let screen = OutputRecorder::default();
-    let (console, ports) = Console::multiport(1, ResizeOrder::default()).unwrap();
+    let (console, ports) = Console::multiport(1).unwrap();
     let port = ports.add(0, PortConfig::console(screen.clone())).unwrap();
     let memory = guest_memory_of(&[(0, 0x10_0000), (0x10_0000, 0x10_0000), (0x40_0000, 0x1000)]).unwrap();
     let line = LineRecorder::default();
@@ -200,7 +200,7 @@ fn cve_2015_3456_input_is_overfilled_in_every_state() {
     for state in 0..64_u32 {
         let [driver, multiport, guest_open, host_open, buffers, reset] =
             [0, 1, 2, 3, 4, 5].map(|bit| state >> bit & 1 == 1);
-        let (console, ports) = Console::multiport(1, ResizeOrder::default()).unwrap();
+        let (console, ports) = Console::multiport(1).unwrap();
         let port = ports.add(0, PortConfig::console(std::io::sink()).input_capacity(100)).unwrap();
         let mut guest = Guest::new(console);
         let fill = |port: &Port| {

@@ -211,7 +211,7 @@ impl Write for Blocking {
 fn a_writer_that_blocks_holds_its_own_queue_only() {
     let (entered, has_entered) = mpsc::channel();
     let (leave, may_leave) = mpsc::channel();
-    let (console, ports) = Console::multiport(2, ResizeOrder::default()).unwrap();
+    let (console, ports) = Console::multiport(2).unwrap();
     let slow = ports.add(0, PortConfig::console(Blocking { entered, leave: may_leave })).unwrap();
     let screen = OutputRecorder::default();
     ports.add(1, PortConfig::channel("fast", screen.clone())).unwrap();
