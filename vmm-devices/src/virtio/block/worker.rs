@@ -103,8 +103,8 @@ impl<M: DeviceMemory> BlockWorker<M> {
     where
         T: Deref<Target = M::M> + Clone,
     {
-        let status = match request.task {
-            Task::Fail(status) => status,
+        let status = match &request.task {
+            Task::Fail(status) => *status,
             Task::GetId => match chain.write(0, &self.shared.serial) {
                 Ok(ID_BYTES) => Status::Ok,
                 _ => Status::IoError,
@@ -117,7 +117,7 @@ impl<M: DeviceMemory> BlockWorker<M> {
                     if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
                         self.segments += chain.segments();
                         *place = Some(Taken { chain, request: *request, begun_ns, shrinks });
-                        io.submit(Job { tag, operation, buffers });
+                        io.submit(Job { tag, operation: *operation, buffers });
                     }
                     return Ok(());
                 }
