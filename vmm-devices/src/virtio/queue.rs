@@ -137,7 +137,9 @@ impl<M: DeviceMemory> Virtqueue<M> {
     ) -> Result<Option<Chain<T>>, QueueError> {
         let index = self.index;
         let ring = |source| QueueError::Ring { index, source };
-        let Some(mut raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
+        let mut next = self.queue.iter(&*memory).map_err(ring)?.next();
+        // By reference: to move it takes as long as to read a descriptor.
+        let Some(raw) = &mut next else {
             self.check_next_entry(&*memory).map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
             return Ok(None);
         };
@@ -149,7 +151,7 @@ impl<M: DeviceMemory> Virtqueue<M> {
         // In a table of its own a chain may be as long as the device's queue can be (2.7.5.3.1), however few descriptors its driver has
         // chosen: devices say how long requests may be, and know nothing of that choice.
         let most = usize::from(self.queue.max_size());
-        for descriptor in raw.by_ref() {
+        for descriptor in raw {
             if ended || chain.segments.len() >= most {
                 return Err(QueueError::Chain { index, head });
             }
