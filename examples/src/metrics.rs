@@ -22,7 +22,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use vmm_devices::virtio::balloon::{BalloonHandle, PAGE, Statistic};
+use vmm_devices::virtio::balloon::{BalloonCounters, BalloonHandle, PAGE, Statistic};
 use vmm_devices::virtio::metrics::{
     DeviceMetrics, LATENCY_BUCKETS, MetricsSnapshot, Totals, latency_bound_ns,
 };
@@ -178,11 +178,11 @@ impl Collector for Sources {
     }
 }
 
-/// A figure of a balloon.
-type Pages = fn(&BalloonHandle) -> u64;
-
 /// Writes families of metrics.
 struct Families<'a>(DescriptorEncoder<'a>);
+
+/// Name and help of a metric, and what of `T` it shows.
+type Family<T, N> = (&'static str, &'static str, fn(&T) -> N);
 
 impl Families<'_> {
     /// By device and activity.
@@ -238,30 +238,33 @@ impl Families<'_> {
     }
 
     fn of_balloons(&mut self, balloons: &[(String, BalloonHandle)]) -> fmt::Result {
-        let counters: [(&str, &str, Pages); 3] = [
-            ("inflated", "Memory that the guest gave back when asked", |balloon| balloon.counters().inflated),
-            ("deflated", "Memory that the guest took back of that", |balloon| balloon.counters().deflated),
-            ("reported", "Memory that the guest gave back because it was free", |balloon| {
-                balloon.counters().reported
+        let bytes = Some(&Unit::Bytes);
+        let counted: Vec<_> = balloons.iter().map(|(name, balloon)| (&**name, balloon.counters())).collect();
+        let families: [Family<BalloonCounters, u64>; 3] = [
+            ("virtio_balloon_inflated", "Memory that the guest gave back when asked", |counted| {
+                counted.inflated
+            }),
+            ("virtio_balloon_deflated", "Memory that the guest took back of that", |counted| {
+                counted.deflated
+            }),
+            ("virtio_balloon_reported", "Memory that the guest gave back because it was free", |counted| {
+                counted.reported
             }),
         ];
-        let gauges: [(&str, &str, Pages); 2] = [
-            ("target", "Asked for", |balloon| balloon.target().into()),
-            ("actual", "In the balloon, as the guest says", |balloon| balloon.actual().into()),
-        ];
-        let name = |what| format!("virtio_balloon_{what}");
-        let unit = Some(&Unit::Bytes);
-        let figures = |pages: Pages| {
-            balloons.iter().map(move |(device, balloon)| (&**device, pages(balloon).saturating_mul(PAGE)))
-        };
-        for (what, help, pages) in counters {
-            self.counters(&name(what), help, unit, figures(pages))?;
+        for (name, help, pages) in families {
+            let figures =
+                counted.iter().map(|(device, counted)| (*device, pages(counted).saturating_mul(PAGE)));
+            self.counters(name, help, bytes, figures)?;
         }
-        for (what, help, pages) in gauges {
-            let name = name(what);
-            let mut family = self.0.encode_descriptor(&name, help, unit, MetricType::Gauge)?;
-            for (device, figure) in figures(pages) {
-                ConstGauge::new(figure).encode(family.encode_family(&[("device", device)])?)?;
+        let families: [Family<BalloonHandle, u32>; 2] = [
+            ("virtio_balloon_target", "Asked for", BalloonHandle::target),
+            ("virtio_balloon_actual", "In the balloon, as the guest says", BalloonHandle::actual),
+        ];
+        for (name, help, pages) in families {
+            let mut family = self.0.encode_descriptor(name, help, bytes, MetricType::Gauge)?;
+            for (device, balloon) in balloons {
+                let figure = u64::from(pages(balloon)) * PAGE;
+                ConstGauge::new(figure).encode(family.encode_family(&[("device", &**device)])?)?;
             }
         }
         self.guest_memory(balloons)

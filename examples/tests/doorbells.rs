@@ -8,14 +8,12 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use vmm_cpu::state::{GeneralRegisters, Segment, SystemRegisters};
-use vmm_cpu::{
-    CpuModel, Doorbell, DoorbellAddress, Doorbells, Halt, Notifier, VcpuHandle, VcpuIo, Vm, VmConfig,
-    open_backend,
-};
+use vmm_cpu::{CpuModel, Halt, VcpuHandle, VcpuIo, Vm, VmConfig, open_backend};
 use vmm_devices::pci::{HostBridge, PciLayout};
 use vmm_devices::testkit::{Driver, DriverQueue, MmioDriver, PciDriver};
-use vmm_devices::virtio::{DoorbellHost, EventLoop, Executor, GuestDoorbell, Rng, VirtioMmio, VirtioPci};
+use vmm_devices::virtio::{EventLoop, Executor, Rng, VirtioMmio, VirtioPci};
 use vmm_devices::{BusDevice, BusRange, MmioBus};
+use vmm_examples::virtio::KernelDoorbells;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 use vmm_memory::{GuestRam, RegionConfig};
 
@@ -53,28 +51,6 @@ struct Device<D> {
     code: &'static [u8],
 }
 
-/// The kernel of a backend that has doorbells.
-struct Kernel(Arc<dyn Doorbells>);
-
-impl Kernel {
-    fn translate(found: &GuestDoorbell) -> (Doorbell, Notifier) {
-        let doorbell = Doorbell::new(DoorbellAddress::Mmio(found.gpa), found.width).matching(found.value);
-        (doorbell, Notifier::from(found.fd.try_clone().unwrap()))
-    }
-}
-
-impl DoorbellHost for Kernel {
-    fn attach(&mut self, doorbell: &GuestDoorbell) -> bool {
-        let (doorbell, notifier) = Self::translate(doorbell);
-        self.0.attach_doorbell(&doorbell, &notifier).is_ok()
-    }
-
-    fn detach(&mut self, doorbell: &GuestDoorbell) {
-        let (doorbell, notifier) = Self::translate(doorbell);
-        self.0.detach_doorbell(&doorbell, &notifier).unwrap();
-    }
-}
-
 type Build<D> = fn(&dyn Vm, &GuestRam, Arc<dyn Executor>, &Arc<MmioBus>) -> Device<D>;
 
 fn mmio_device(
@@ -86,7 +62,7 @@ fn mmio_device(
     let rng = Rng::new(io::repeat(7));
     let mut builder = VirtioMmio::builder(rng, ram.address_space(), |_: bool| {}).executor(executor);
     if let Some(doorbells) = vm.doorbells() {
-        builder = builder.doorbells(GuestAddress(DEVICE), Kernel(doorbells));
+        builder = builder.doorbells(GuestAddress(DEVICE), KernelDoorbells(doorbells));
     }
     let device: Arc<dyn BusDevice> = Arc::new(Mutex::new(builder.build().unwrap()));
     bus.insert("rng", BusRange::new(DEVICE, 0x200), Arc::clone(&device)).unwrap();
@@ -104,7 +80,7 @@ fn pci_device(
     let rng = Rng::new(io::repeat(7));
     let mut builder = VirtioPci::builder(rng, ram.address_space(), |_: u64, _: u32| {}).executor(executor);
     if let Some(doorbells) = vm.doorbells() {
-        builder = builder.doorbells(Kernel(doorbells));
+        builder = builder.doorbells(KernelDoorbells(doorbells));
     }
     let function = Arc::new(Mutex::new(builder.build().unwrap()));
     let address = bridge.add(function.clone()).unwrap();

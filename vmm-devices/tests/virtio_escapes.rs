@@ -530,7 +530,7 @@ fn cve_2023_41051_short_slices_are_not_trusted(kind: Kind, transport: Transport)
         let seen = FaultyMemory::new(memory.clone()).in_pieces_of(piece);
         let mut guest = Guest::new(kind, transport, memory, seen);
         guest.start();
-        guest.exchange(DATA + 11);
+        guest.exchange(DATA + 13);
     }
 }
 

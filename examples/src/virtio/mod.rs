@@ -4,9 +4,11 @@
 //! Over PCI each is a function of bus 0, which the guest finds by itself, and interrupts by messages.
 
 mod console;
+mod doorbells;
 mod port;
 
 pub use console::VirtioConsole;
+pub use doorbells::KernelDoorbells;
 pub use port::NamedPort;
 
 use std::error::Error;
@@ -19,6 +21,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
+use vmm_cpu::Vm;
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
 use vmm_devices::pci::PciLayout;
 use vmm_devices::virtio::block::{self, RawFile};
@@ -27,7 +30,7 @@ use vmm_devices::virtio::{
     Balloon, Block, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio, VirtioPci,
 };
 use vmm_devices::{BusRange, Clock};
-use vmm_memory::vm_memory::GuestMemoryAtomic;
+use vmm_memory::vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_memory::{GuestMemoryMap, GuestRam};
 
 use crate::metrics::{Exporter, Sources};
@@ -226,11 +229,12 @@ impl VirtioDevices {
         }
     }
 
-    /// Puts them on the machine's buses. Their figures are at `exporter`.
+    /// Puts them on the machine's buses, with doorbells that the kernel rings where the backend has such. Their figures are at
+    /// `exporter`.
     ///
     /// # Errors
     /// If a place is taken.
-    pub fn attach(self, pc: &Pc, ram: &GuestRam, exporter: Option<Exporter>) -> Result<Served> {
+    pub fn attach(self, pc: &Pc, vm: &dyn Vm, ram: &GuestRam, exporter: Option<Exporter>) -> Result<Served> {
         let Self { transport, devices, served_by, figures, .. } = self;
         let executor = || -> Arc<dyn Executor> {
             match &served_by {
@@ -238,12 +242,17 @@ impl VirtioDevices {
                 None => Arc::new(Inline),
             }
         };
+        let kernel = vm.doorbells().map(KernelDoorbells);
         match transport {
             Transport::Mmio => {
                 for ((_, base, input), Device { name, device, .. }) in places().zip(devices) {
                     let transport = VirtioMmio::builder(device, ram.address_space(), pc.io_apic_line(input)?);
-                    let transport = transport.executor(executor()).on_failure(failed(&name)).build()?;
-                    pc.attach_mmio(&name, BusRange::new(base, PAGE), Arc::new(Mutex::new(transport)))?;
+                    let mut transport = transport.executor(executor()).on_failure(failed(&name));
+                    if let Some(kernel) = &kernel {
+                        transport = transport.doorbells(GuestAddress(base), kernel.clone());
+                    }
+                    let transport = Arc::new(Mutex::new(transport.build()?));
+                    pc.attach_mmio(&name, BusRange::new(base, PAGE), transport)?;
                 }
             }
             Transport::Pci => {
@@ -251,8 +260,11 @@ impl VirtioDevices {
                 let bridge = pc.add_pci(layout, inputs)?;
                 for Device { name, device, .. } in devices {
                     let function = VirtioPci::builder(device, ram.address_space(), pc.message_sink());
-                    let function = function.executor(executor()).on_failure(failed(&name)).build()?;
-                    bridge.add(Arc::new(Mutex::new(function))).with_context(|| name)?;
+                    let mut function = function.executor(executor()).on_failure(failed(&name));
+                    if let Some(kernel) = &kernel {
+                        function = function.doorbells(kernel.clone());
+                    }
+                    bridge.add(Arc::new(Mutex::new(function.build()?))).with_context(|| name)?;
                 }
             }
         }

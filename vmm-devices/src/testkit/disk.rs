@@ -44,6 +44,7 @@ struct State {
     interrupted: Option<bool>,
     blocked: bool,
     waiting: usize,
+    during: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// What a disk was asked for.
@@ -119,6 +120,11 @@ impl FaultyDisk {
         lock(&self.0.state).size = size;
     }
 
+    /// What happens in the middle of the next call.
+    pub fn during(&self, what: impl FnOnce() + Send + 'static) {
+        lock(&self.0.state).during = Some(Box::new(what));
+    }
+
     /// Calls wait, until what this returns is dropped: by a test that fails, too.
     pub fn block(&self) -> BlockedDisk {
         lock(&self.0.state).blocked = true;
@@ -143,6 +149,11 @@ impl FaultyDisk {
             state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting -= 1;
+        if let Some(during) = state.during.take() {
+            drop(state);
+            during();
+            state = lock(&self.0.state);
+        }
         if let Some(interrupted) = &mut state.interrupted {
             let now = *interrupted;
             *interrupted = !now;
@@ -250,6 +261,12 @@ mod tests {
         let mut bytes = [9; 613];
         disk.contents().read(0, &mut bytes).unwrap();
         assert!(bytes[..512] == [0; 512] && bytes[512..612] == [2; 100] && bytes[612] == 0);
+        let (told, other) = (Arc::new(Mutex::new(0)), disk.clone());
+        let tell = Arc::clone(&told);
+        disk.during(move || *lock(&tell) += other.take_calls().len());
+        disk.flush().unwrap();
+        disk.flush().unwrap();
+        assert_eq!((*lock(&told), disk.take_calls().len()), (1, 1), "once, when the call is noted down");
         disk.claim_size(Some(1));
         assert_eq!((disk.size().unwrap(), disk.contents().size().unwrap()), (1, 4096));
         assert!(disk.take_calls().is_empty());

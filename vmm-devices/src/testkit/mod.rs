@@ -45,14 +45,14 @@
 //!     fn process(&mut self) -> Result<Progress, QueueError> {
 //!         let memory = self.0.memory();
 //!         for _ in 0..self.0.size() { // and no more at once, whatever the driver adds meanwhile
-//!             let Some(chain) = self.0.pop(&*memory)? else { return self.0.rest() };
+//!             let Some(chain) = self.0.pop(&*memory)? else { break };
 //!             let mut text = [0; 64];
 //!             let len = chain.read_some(0, &mut text);
 //!             text.make_ascii_uppercase();
 //!             let written = chain.write_some(0, &text[..len]);
 //!             self.0.complete(chain.head(), written as u32)?;
 //!         }
-//!         self.0.rest().map(|_| Progress::More)
+//!         self.0.rest()
 //!     }
 //! }
 //!

@@ -137,26 +137,30 @@ impl<M: DeviceMemory> Virtqueue<M> {
     ) -> Result<Option<Chain<T>>, QueueError> {
         let index = self.index;
         let ring = |source| QueueError::Ring { index, source };
-        let Some(raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
+        let Some(mut raw) = self.queue.iter(&*memory).map_err(ring)?.next() else {
             self.check_next_entry(&*memory).map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
             return Ok(None);
         };
         let head = raw.head_index();
-        let mut chain = Chain { head, memory: memory.clone(), segments: SmallVec::new(), readable: 0 };
+        let mut chain =
+            Chain { head, memory: memory.clone(), segments: SmallVec::new(), readable: 0, lens: [0; 2] };
+        let [readable_len, writable_len] = &mut chain.lens;
         let mut ended = false;
         // In a table of its own a chain may be as long as the device's queue can be (2.7.5.3.1), however few descriptors its driver has
         // chosen: devices say how long requests may be, and know nothing of that choice.
         let most = usize::from(self.queue.max_size());
-        for descriptor in raw {
+        for descriptor in raw.by_ref() {
             if ended || chain.segments.len() >= most {
                 return Err(QueueError::Chain { index, head });
             }
             let segment = Segment { gpa: descriptor.addr(), len: descriptor.len() };
             if descriptor.is_write_only() {
                 chain.segments.push(segment);
+                *writable_len += u64::from(segment.len);
             } else if chain.readable == chain.segments.len() {
                 chain.segments.push(segment);
                 chain.readable += 1;
+                *readable_len += u64::from(segment.len);
             } else {
                 return Err(QueueError::Order { index, head });
             }
@@ -298,6 +302,8 @@ pub struct Chain<T> {
     /// The first `readable` of them are for the device to read.
     segments: SmallVec<[Segment; 6]>,
     readable: usize,
+    /// Bytes to read, and to write.
+    lens: [u64; 2],
 }
 
 impl<T> fmt::Debug for Chain<T> {
@@ -313,8 +319,8 @@ impl<T> Chain<T> {
     /// The same buffers, looked for in `memory`: what [`Virtqueue::memory`] gave, for a chain that was taken by reference and is
     /// now to stay in flight; `()` for one that holds no snapshot meanwhile.
     pub fn in_memory<U>(self, memory: U) -> Chain<U> {
-        let Self { head, segments, readable, .. } = self;
-        Chain { head, memory, segments, readable }
+        let Self { head, segments, readable, lens, .. } = self;
+        Chain { head, memory, segments, readable, lens }
     }
 }
 
@@ -346,12 +352,14 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
 
     /// Bytes to read, all in all.
     pub fn readable_len(&self) -> u64 {
-        self.readable().map(|(_, len)| u64::from(len)).sum()
+        let [readable, _] = self.lens;
+        readable
     }
 
     /// Bytes that may be written, all in all.
     pub fn writable_len(&self) -> u64 {
-        self.writable().map(|(_, len)| u64::from(len)).sum()
+        let [_, writable] = self.lens;
+        writable
     }
 
     /// Reads from byte `offset` of what is to be read on; how many bytes there were, `data.len()` at most.

@@ -38,44 +38,51 @@ impl Area {
     }
 }
 
-/// Where the data lies; `None` if not all of it is in RAM.
-pub(super) fn slices<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area) -> Option<Slices<'_>> {
-    let mut all = Slices::new();
-    let complete = match area {
+/// Adds where the data lies, as it is handed to `also`, too; whether all of it is in RAM.
+fn gather<'a, T: Deref<Target: GuestMemory>>(
+    chain: &'a Chain<T>,
+    area: &Area,
+    all: &mut Slices<'a>,
+    mut also: impl FnMut(VolatileSlice<'a, BS<'a, <T::Target as GuestMemory>::Bitmap>>),
+) -> bool {
+    let each = |slice| {
+        all.push(erase(&slice));
+        also(slice);
+    };
+    match *area {
         Area::None => true,
         Area::Readable { at, len } => {
-            each_slice(chain.memory(), pieces(chain.readable(), at, len), Permissions::Read, |s| {
-                all.push(erase(&s))
-            }) == Some(len)
+            let pieces = pieces(chain.readable(), at, len);
+            each_slice(chain.memory(), pieces, Permissions::Read, each) == Some(len)
         }
         Area::Writable { len } => {
-            each_slice(chain.memory(), pieces(chain.writable(), 0, len), Permissions::Write, |s| {
-                all.push(erase(&s))
-            }) == Some(len)
+            let pieces = pieces(chain.writable(), 0, len);
+            each_slice(chain.memory(), pieces, Permissions::Write, each) == Some(len)
         }
-    };
-    complete.then_some(all)
+    }
 }
 
 /// Calls `f` with the data, and tells the dirty bitmaps what it has written; `None` if not all of it is in RAM.
 pub(super) fn with_slices<T: Deref<Target: GuestMemory>, R>(
     chain: &Chain<T>,
-    area: Area,
+    area: &Area,
     f: impl FnOnce(&[VolatileSlice<'_>]) -> R,
 ) -> Option<R> {
-    let Area::Writable { len } = area else { return slices(chain, area).map(|slices| f(&slices)) };
+    let mut all = Slices::new();
+    if !matches!(area, Area::Writable { .. }) {
+        return gather(chain, area, &mut all, drop).then(|| f(&all));
+    }
     // Kept, for looking them up again takes as long as a short request.
     let mut own: SmallVec<[_; 4]> = SmallVec::new();
-    let pieces = pieces(chain.writable(), 0, len);
-    if each_slice(chain.memory(), pieces, Permissions::Write, |s| own.push(s)) != Some(len) {
+    if !gather(chain, area, &mut all, |slice| own.push(slice)) {
         return None;
     }
-    let result = f(&own.iter().map(erase).collect::<Slices<'_>>());
+    let result = f(&all);
     own.iter().for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
     Some(result)
 }
 
-/// Tells the dirty bitmaps that the data was written, by who had it since [`slices`].
+/// Tells the dirty bitmaps that the data was written, by who had it from [`Buffers::slices`].
 pub(super) fn mark_written<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area) {
     if let Area::Writable { len } = area {
         let pieces = pieces(chain.writable(), 0, len);
@@ -164,6 +171,7 @@ trait Held: Send {
 
 impl<T: Deref<Target: GuestMemory> + Send> Held for (Chain<T>, Area) {
     fn slices(&self) -> Option<Slices<'_>> {
-        slices(&self.0, self.1)
+        let mut all = Slices::new();
+        gather(&self.0, &self.1, &mut all, drop).then_some(all)
     }
 }

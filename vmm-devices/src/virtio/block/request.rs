@@ -122,11 +122,8 @@ impl Request {
         }
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
         let (kind, sector) = (u32::from_le_bytes([t0, t1, t2, t3]), u64::from_le_bytes(sector));
-        match request.fill(chain, kind, sector, terms) {
-            Ok(task) => request.task = task,
-            Err(status) => {
-                (request.task, request.area, request.cost) = (Task::Fail(status), Area::None, 0);
-            }
+        if let Err(status) = request.fill(chain, kind, sector, terms) {
+            (request.task, request.area, request.cost) = (Task::Fail(status), Area::None, 0);
         }
         request
     }
@@ -137,27 +134,27 @@ impl Request {
         kind: u32,
         sector: u64,
         terms: &mut Terms<'_>,
-    ) -> Result<Task, Status> {
+    ) -> Result<(), Status> {
         let to_read = chain.readable_len().saturating_sub(HEADER as u64);
         let to_write = self.status_at.unwrap_or(0);
         let size = |len: u64| usize::try_from(len).map_err(|_| Status::IoError);
-        match kind {
+        self.task = match kind {
             kind::IN => {
                 self.activity = Activity::Read;
                 let offset = self.range(sector, to_write, terms)?;
                 (self.area, self.cost) = (Area::Writable { len: size(to_write)? }, to_write);
-                Ok(Task::Disk(Operation::Read { offset }))
+                Task::Disk(Operation::Read { offset })
             }
             kind::OUT => {
                 self.activity = Activity::Write;
                 writable(terms)?;
                 let offset = self.range(sector, to_read, terms)?;
                 (self.area, self.cost) = (Area::Readable { at: HEADER as u64, len: size(to_read)? }, to_read);
-                Ok(Task::Disk(Operation::Write { offset, durable: terms.durable() }))
+                Task::Disk(Operation::Write { offset, durable: terms.durable() })
             }
-            kind::FLUSH => Ok(Task::Disk(Operation::Flush)),
-            kind::GET_ID if to_write >= ID_BYTES as u64 => Ok(Task::GetId),
-            kind::GET_ID => Err(Status::IoError),
+            kind::FLUSH => Task::Disk(Operation::Flush),
+            kind::GET_ID if to_write >= ID_BYTES as u64 => Task::GetId,
+            kind::GET_ID => return Err(Status::IoError),
             kind::DISCARD if terms.agreed.discard => {
                 writable(terms)?;
                 let segment = Segment::read(chain, to_read)?;
@@ -166,7 +163,7 @@ impl Request {
                 }
                 let len = segment.len(MAX_DISCARD_SECTORS)?;
                 let offset = self.range(segment.sector, len, terms)?;
-                Ok(Task::Disk(Operation::Discard { offset, len }))
+                Task::Disk(Operation::Discard { offset, len })
             }
             kind::WRITE_ZEROES if terms.agreed.write_zeroes => {
                 self.activity = Activity::Write;
@@ -179,10 +176,11 @@ impl Request {
                 let offset = self.range(segment.sector, len, terms)?;
                 self.cost = len;
                 let unmap = segment.flags & UNMAP != 0;
-                Ok(Task::Disk(Operation::WriteZeroes { offset, len, unmap, durable: terms.durable() }))
+                Task::Disk(Operation::WriteZeroes { offset, len, unmap, durable: terms.durable() })
             }
-            _ => Err(Status::Unsupported),
-        }
+            _ => return Err(Status::Unsupported),
+        };
+        Ok(())
     }
 
     /// Where `len` bytes from `sector` on begin, if those are sectors of the disk.

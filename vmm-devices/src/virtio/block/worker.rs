@@ -95,13 +95,13 @@ impl<M: DeviceMemory> BlockWorker<M> {
     /// Does a request, or begins it.
     fn execute<T>(
         &mut self,
-        chain: Chain<T>,
-        request: Request,
+        chain: &Chain<T>,
+        request: &Request,
         (begun_ns, shrinks): (u64, u64),
         hold: impl FnOnce() -> Guard<M>,
     ) -> Result<(), QueueError>
     where
-        T: Deref<Target = M::M>,
+        T: Deref<Target = M::M> + Clone,
     {
         let status = match request.task {
             Task::Fail(status) => status,
@@ -111,24 +111,24 @@ impl<M: DeviceMemory> BlockWorker<M> {
             },
             Task::Disk(operation) => match &mut self.io {
                 Some(io) => {
-                    let (tag, chain) = (chain.head(), chain.in_memory(hold()));
+                    let (tag, chain) = (chain.head(), chain.clone().in_memory(hold()));
                     let buffers = Buffers::new(chain.clone(), request.area);
                     // A head is in flight once, so the place is free.
                     if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
                         self.segments += chain.segments();
-                        *place = Some(Taken { chain, request, begun_ns, shrinks });
+                        *place = Some(Taken { chain, request: *request, begun_ns, shrinks });
                         io.submit(Job { tag, operation, buffers });
                     }
                     return Ok(());
                 }
                 None => {
                     // Nothing is done with buffers that are not in RAM.
-                    with_slices(&chain, request.area, |slices| operation.run(&*self.shared.disk, slices))
+                    with_slices(chain, &request.area, |slices| operation.run(&*self.shared.disk, slices))
                         .map_or(Status::IoError, status)
                 }
             },
         };
-        finish(&mut self.queue, &self.shared, &chain, &request, status, begun_ns)
+        finish(&mut self.queue, &self.shared, chain, request, status, begun_ns)
     }
 
     /// Whether some have to end before more are taken.
@@ -150,24 +150,30 @@ impl<M: DeviceMemory> BlockWorker<M> {
             // The disk may have become smaller meanwhile.
             let request = request.within(&mut terms);
             left = left.saturating_sub(request.effort());
-            self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
+            self.execute(&chain, &request, (begun_ns, shrinks), || memory.clone())?;
         }
         while left > 0 {
             if self.is_full() {
                 return Ok(Next::Full);
             }
-            let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Next::Empty) };
+            let popped = self.queue.pop(&*memory);
+            // It stays where it is: moving it about takes as long as reading it.
+            let chain = match &popped {
+                Ok(Some(chain)) => chain,
+                Ok(None) => return Ok(Next::Empty),
+                Err(_) => return popped.map(|_| Next::Empty),
+            };
             let begun_ns = shared.now_ns();
-            let request = Request::read(&chain, &mut terms);
+            let request = Request::read(chain, &mut terms);
             if let Err(throttled) = shared.rate.as_ref().map_or(Ok(()), |rate| rate.admit(request.cost)) {
                 if let Some(metrics) = &shared.metrics {
                     metrics.sink.throttled();
                 }
-                let chain = chain.in_memory(memory.clone());
+                let chain = chain.clone().in_memory(memory.clone());
                 self.waiting = Some((Taken { chain, request, begun_ns, shrinks }, throttled));
                 return Ok(Next::Wait);
             }
-            self.execute(chain, request, (begun_ns, shrinks), || memory.clone())?;
+            self.execute(chain, &request, (begun_ns, shrinks), || memory.clone())?;
             left = left.saturating_sub(request.effort());
         }
         Ok(Next::Others)

@@ -69,8 +69,8 @@ impl<M: DeviceMemory> ControlWorker<M> {
                 true
             }
             (message::PORT_READY, 0 | 1) => {
-                let ready = value == 1;
-                let Some(port) = shared.slot(id).and_then(|slot| lock(slot).ready(ready)) else {
+                let (ready, listening) = (value == 1, self.listening());
+                let Some(port) = shared.slot(id).and_then(|slot| lock(slot).ready(ready, listening)) else {
                     return false;
                 };
                 if !ready {

@@ -60,9 +60,10 @@ impl Slot {
         self.port.clone().filter(|port| port.guest_open.swap(false, Ordering::SeqCst))
     }
 
-    /// The driver says that it can serve the port, or cannot. The port, if it knows of one.
-    pub(super) fn ready(&mut self, ready: bool) -> Option<Arc<PortCore>> {
-        let port = self.port.clone().filter(|_| self.told.added)?;
+    /// The driver says that it can serve the port, or cannot. The port, if it knows of one: by what it was told, or, one that
+    /// is not `listening`, from before a reset. Linux goes on like that after a suspension.
+    pub(super) fn ready(&mut self, ready: bool, listening: bool) -> Option<Arc<PortCore>> {
+        let port = self.port.clone().filter(|_| self.told.added || !listening)?;
         self.told = Told {
             added: true,
             ready,
@@ -100,7 +101,7 @@ impl Slot {
         if removal_due {
             return true;
         }
-        let Some(port) = self.port.as_ref().filter(|_| listening) else { return false };
+        let Some(port) = self.port.as_ref().filter(|_| listening || added) else { return false };
         let is_open = port.open.load(Ordering::SeqCst);
         !added || ready && (console_due || size_due || name_due || blinked || open != is_open)
     }
@@ -111,7 +112,7 @@ impl Slot {
         if std::mem::take(&mut told.removal_due) {
             return Some(message::of(id, message::PORT_REMOVE, 0));
         }
-        let port = self.port.as_ref().filter(|_| listening)?;
+        let port = self.port.as_ref().filter(|_| listening || told.added)?;
         if !told.added {
             told.added = true;
             return Some(message::of(id, message::PORT_ADD, 0));

@@ -69,15 +69,15 @@ fn without_flush_every_write_is_durable() {
         (0, CacheMode::WriteBack, "write durably 0 512"),
         (feature::CONFIG_WCE, CacheMode::WriteBack, "write durably 0 512"),
     ] {
-        let probe = Probe::new(512);
+        let probe = faulty(512);
         let mut rig = Rig::new(Block::builder(probe.clone()).cache(cache), features);
         assert_eq!(rig.write(0, &[1; 512]), OK);
-        assert_eq!(probe.calls(), [call], "{features:#x} {cache:?}");
+        assert_eq!(calls(&probe), [call], "{features:#x} {cache:?}");
         assert_eq!(config(&rig, 32), [u8::from(!call.contains("durably"))]);
         // Only who has agreed on it chooses, and without a flush the choice changes nothing.
         rig.driver.write_config(32, &[1]);
         assert_eq!(rig.write(0, &[1; 512]), OK);
-        assert_eq!(probe.calls(), [call]);
+        assert_eq!(calls(&probe), [call]);
     }
 }
 
@@ -88,7 +88,7 @@ fn the_driver_chooses_the_cache_mode() {
         rig.driver.write_config(32, &[mode]);
         assert_eq!(config(&rig, 32), [mode]);
         assert_eq!(rig.write(0, &[1; 512]), OK);
-        assert_eq!(probe.calls(), [call]);
+        assert_eq!(calls(&probe), [call]);
     }
     // Other fields are not the driver's, nor are other widths.
     for (offset, bytes) in [(0, &[0xff; 8][..]), (31, &[1, 1]), (32, &[1, 1]), (33, &[1]), (0xff, &[1])] {
@@ -126,13 +126,13 @@ fn the_cache_mode_may_be_chosen_before_the_driver_is_ready() {
         rig.driver.enable_queue(0);
         rig.driver.set_status(1 | 2 | 8 | 4);
         assert_eq!(rig.write(0, &[1; 512]), OK);
-        assert_eq!(probe.calls(), [call], "{features:#x} {chosen:?}");
+        assert_eq!(calls(&probe), [call], "{features:#x} {chosen:?}");
     }
 }
 
 #[test]
 fn a_request_goes_by_the_cache_mode_that_it_was_sent_in() {
-    let probe = Probe::new(512);
+    let probe = faulty(512);
     let (memory, mut queue, mut worker, mut block) = bare(Block::builder(probe.clone()), ALL);
     memory.memory().write_slice(&header(kind::OUT, 0), GuestAddress(HEADER)).unwrap();
     queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
@@ -144,10 +144,10 @@ fn a_request_goes_by_the_cache_mode_that_it_was_sent_in() {
         let mut queue = theirs.lock().unwrap();
         queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     };
-    probe.set(|state| state.during = Some(Box::new(during)));
+    probe.during(during);
     assert!(worker.process().is_ok());
     assert_eq!(queue.lock().unwrap().used_index().unwrap(), 2);
-    assert_eq!(probe.calls(), ["write 0 512", "write durably 0 512"]);
+    assert_eq!(calls(&probe), ["write 0 512", "write durably 0 512"]);
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn it_grows_and_shrinks_while_it_is_used() {
     assert_eq!((rig.driver.config_generation(), rig.driver.interrupt_status()), (generation, 0));
     assert_eq!(rig.write(SECTORS as u64, &[1; 512]), IO_ERROR);
     rig.driver.acknowledge(3);
-    probe.disk.set_size(100 * 512).unwrap();
+    probe.contents().set_size(100 * 512).unwrap();
     assert_eq!(rig.write(SECTORS as u64, &[1; 512]), IO_ERROR, "nobody has told the driver");
     rig.driver.acknowledge(3);
     rig.handle.resize().unwrap();
@@ -182,7 +182,7 @@ fn it_grows_and_shrinks_while_it_is_used() {
 
 #[test]
 fn a_request_for_what_was_just_added_is_served() {
-    let probe = Probe::new(512);
+    let probe = faulty(512);
     let (memory, mut queue, mut worker, block) = bare(Block::builder(probe.clone()), ALL);
     for sector in [0, 1] {
         let at = HEADER + 16 * sector;
@@ -193,15 +193,15 @@ fn a_request_for_what_was_just_added_is_served() {
     let (theirs, disk) = (Arc::clone(&queue), Arc::clone(&probe));
     // While the device serves the first, the disk becomes larger, and the driver has read of it.
     let during = move || {
-        disk.disk.set_size(1024).unwrap();
+        disk.contents().set_size(1024).unwrap();
         block.handle().resize().unwrap();
         let mut queue = theirs.lock().unwrap();
         queue.chain().readable(HEADER + 16, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     };
-    probe.set(|state| state.during = Some(Box::new(during)));
+    probe.during(during);
     assert!(worker.process().is_ok());
     assert_eq!(queue.lock().unwrap().used_index().unwrap(), 2);
-    assert_eq!(probe.calls(), ["write 0 512", "write 512 512"]);
+    assert_eq!(calls(&probe), ["write 0 512", "write 512 512"]);
 }
 
 #[test]
@@ -240,7 +240,7 @@ fn the_disk_is_asked_for_its_size_where_it_matters() {
 #[test]
 fn a_reader_that_sees_half_of_a_change_sees_another_generation() {
     let (rig, probe) = probed(ALL);
-    probe.set(|state| state.size = Some(0x1_0000_0000 * 512));
+    probe.claim_size(Some(0x1_0000_0000 * 512));
     // Both halves differ between the two sizes.
     let sizes = [0x1_0000_0000u64, 0x0000_0001];
     rig.handle.set_capacity(sizes[0] * 512).unwrap();
@@ -264,7 +264,7 @@ fn a_reader_that_sees_half_of_a_change_sees_another_generation() {
 
 #[test]
 fn each_queue_has_its_worker() {
-    let probe = Probe::new(SECTORS as u64 * 512);
+    let probe = faulty(SECTORS as u64 * 512);
     let builder = Block::builder(probe.clone()).queues(NonZeroU16::new(4).unwrap());
     let mut rig = Rig::new(builder, ALL | feature::MQ);
     // A driver may leave queues out (5.2.5).
@@ -293,13 +293,13 @@ fn each_queue_has_its_worker() {
 #[test]
 fn mistakes_of_the_operator_are_named() {
     let build = |change: fn(BlockBuilder) -> BlockBuilder| {
-        change(Block::builder(Probe::new(512))).build().unwrap_err().to_string()
+        change(Block::builder(faulty(512))).build().unwrap_err().to_string()
     };
     assert!(build(|b| b.queue_size(2)).contains("2 descriptors"));
     assert!(build(|b| b.queue_size(48)).contains("48 descriptors"));
     assert!(build(|b| b.serial([b'x'; 21])).contains("21 bytes"));
-    let unknown = Probe::new(512);
-    unknown.set(|state| state.size = Some(5));
+    let unknown = faulty(512);
+    unknown.claim_size(Some(5));
     assert!(matches!(
         Block::builder(unknown).build(),
         Err(BlockError::Size(ResizeError::Sectors { bytes: 5 }))
@@ -309,7 +309,7 @@ fn mistakes_of_the_operator_are_named() {
 #[test]
 fn limits_hold_requests_back_until_their_time() {
     let (clock, probe, metrics) =
-        (Arc::new(ManualClock::new(0)), Probe::new(1 << 20), Arc::new(DeviceMetrics::default()));
+        (Arc::new(ManualClock::new(0)), faulty(1 << 20), Arc::new(DeviceMetrics::default()));
     let limits = Limits { bytes: Rate::new(512_000, 1000), operations: None };
     let rate = RateLimiter::new(clock.clone(), limits);
     let builder = Block::builder(probe.clone()).rate(rate).metrics(metrics.clone(), clock.clone());
@@ -330,7 +330,7 @@ fn limits_hold_requests_back_until_their_time() {
     clock.set(48_829);
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
     assert_eq!((queue.used_index().unwrap(), worker.deadline()), (3, Some(1_048_829)));
-    assert_eq!(probe.calls(), ["write 0 512"; 3]);
+    assert_eq!(calls(&probe), ["write 0 512"; 3]);
     let snapshot = metrics.snapshot();
     assert_eq!(snapshot.write, Totals { requests: 3, bytes: 1536, errors: 0 });
     assert_eq!((snapshot.latency_total_ns, snapshot.throttled), (48_829, 2));
@@ -339,7 +339,7 @@ fn limits_hold_requests_back_until_their_time() {
     assert!(handle.set_limits(Limits::default()));
     assert_eq!(worker.process().unwrap(), crate::virtio::Progress::Idle);
     assert_eq!((queue.used_index().unwrap(), worker.deadline()), (4, None));
-    assert!(probe.calls().is_empty());
+    assert!(calls(&probe).is_empty());
     assert_eq!(metrics.snapshot().write, Totals { requests: 4, bytes: 1536, errors: 1 });
 }
 
@@ -348,7 +348,7 @@ fn limits_that_disks_share_are_changed_for_all() {
     let limits = Limits { bytes: None, operations: Rate::new(1, 1) };
     let rate = RateLimiter::new(ManualClock::new(0), limits);
     let mut rigs = [0, 1].map(|_| {
-        let builder = Block::builder(Probe::new(512)).rate(rate.clone());
+        let builder = Block::builder(faulty(512)).rate(rate.clone());
         Rig::new(builder, ALL)
     });
     assert_eq!(rigs[0].write(0, &[1; 512]), OK);
@@ -364,7 +364,7 @@ fn limits_that_disks_share_are_changed_for_all() {
 #[test]
 fn what_waits_for_a_limit_is_given_up_at_a_stop() {
     let clock = Arc::new(ManualClock::new(0));
-    let probe = Probe::new(1 << 20);
+    let probe = faulty(1 << 20);
     let limits = Limits { bytes: None, operations: Rate::new(1, 1) };
     let builder = Block::builder(probe.clone()).rate(RateLimiter::new(clock.clone(), limits));
     let (memory, mut queue, mut worker, _) = bare(builder, ALL);
@@ -374,5 +374,5 @@ fn what_waits_for_a_limit_is_given_up_at_a_stop() {
     }
     assert!(worker.process().is_ok());
     worker.stop();
-    assert_eq!((worker.deadline(), queue.used_index().unwrap(), probe.calls().len()), (None, 1, 1));
+    assert_eq!((worker.deadline(), queue.used_index().unwrap(), calls(&probe).len()), (None, 1, 1));
 }

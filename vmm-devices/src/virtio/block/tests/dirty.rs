@@ -25,7 +25,7 @@ fn data_is_dirty(tracker: &DirtyTracker) -> bool {
 
 #[test]
 fn what_was_read_is_dirty() {
-    let (tracker, queue, mut worker) = waiting(Block::builder(Probe::new(8192)));
+    let (tracker, queue, mut worker) = waiting(Block::builder(faulty(8192)));
     assert!(worker.process().is_ok());
     assert_eq!(queue.used_index().unwrap(), 1);
     assert!(data_is_dirty(&tracker));
@@ -34,7 +34,7 @@ fn what_was_read_is_dirty() {
 #[test]
 fn so_is_what_was_read_by_others() {
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
-    let disk = Arc::new(Pooled::new(Probe::new(8192), pool));
+    let disk = Arc::new(Pooled::new(faulty(8192), pool));
     let (tracker, queue, mut worker) = waiting(Block::concurrent(disk));
     while queue.used_index().unwrap() == 0 {
         assert!(worker.process().is_ok());
@@ -45,15 +45,15 @@ fn so_is_what_was_read_by_others() {
 
 #[test]
 fn so_is_what_was_being_read_at_a_stop() {
-    let probe = Probe::new(8192);
+    let probe = faulty(8192);
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let disk = Arc::new(Pooled::new(probe.clone(), pool));
     let (tracker, queue, mut worker) = waiting(Block::concurrent(disk));
-    let closed = probe.close();
+    let closed = probe.block();
     assert!(worker.process().is_ok());
-    probe.await_waiting(1);
+    probe.await_blocked(1);
     drop(closed);
     worker.stop();
-    assert_eq!((queue.used_index().unwrap(), probe.calls().len()), (0, 1));
+    assert_eq!((queue.used_index().unwrap(), calls(&probe).len()), (0, 1));
     assert!(data_is_dirty(&tracker));
 }

@@ -8,15 +8,15 @@ use super::*;
 #[test]
 fn a_disk_that_fails_fails_requests() {
     let (mut rig, probe) = probed(ALL);
-    probe.set(|state| state.fail = Some(io::ErrorKind::PermissionDenied));
+    probe.fail(Some(io::ErrorKind::PermissionDenied));
     assert_eq!(rig.give(kind::OUT, 0, &[1; 512]), (IO_ERROR, 1));
     assert_eq!(rig.ask(kind::IN, 0, 512), (IO_ERROR, 0, vec![POISON; 512]));
     assert_eq!(rig.give(kind::FLUSH, 0, &[]), (IO_ERROR, 1));
     assert_eq!(rig.segment(kind::DISCARD, 0, 1, 0), (IO_ERROR, 1));
     assert_eq!(rig.segment(kind::WRITE_ZEROES, 0, 1, 0), (IO_ERROR, 1));
-    probe.set(|state| state.fail = Some(io::ErrorKind::Unsupported));
+    probe.fail(Some(io::ErrorKind::Unsupported));
     assert_eq!(rig.segment(kind::DISCARD, 0, 1, 0), (UNSUPPORTED, 1));
-    probe.set(|state| state.fail = None);
+    probe.fail(None);
     assert_eq!(rig.write(0, &[1; 512]), OK, "it goes on when the disk does");
 }
 
@@ -24,12 +24,12 @@ fn a_disk_that_fails_fails_requests() {
 fn short_transfers_are_continued() {
     let (mut rig, probe) = probed(ALL);
     let data = pattern(2);
-    probe.set(|state| state.short = Some(300));
+    probe.shorten(Some(300));
     assert_eq!(rig.write(1, &data), OK);
-    assert_eq!(probe.calls(), ["write 512 1024", "write 812 724", "write 1112 424", "write 1412 124"]);
+    assert_eq!(calls(&probe), ["write 512 1024", "write 812 724", "write 1112 424", "write 1412 124"]);
     assert_eq!(rig.read(1, 1024), data);
     // An end that comes early.
-    probe.set(|state| state.short = Some(0));
+    probe.shorten(Some(0));
     assert_eq!(rig.write(1, &data), IO_ERROR);
     assert_eq!(rig.ask(kind::IN, 1, 512).0, IO_ERROR);
 }
@@ -37,7 +37,8 @@ fn short_transfers_are_continued() {
 #[test]
 fn interrupted_calls_are_made_again() {
     let (mut rig, probe) = probed(ALL);
-    probe.set(|state| (state.interrupted, state.short) = (Some(false), Some(512)));
+    probe.interrupt(true);
+    probe.shorten(Some(512));
     let data = pattern(3);
     assert_eq!(rig.write(0, &data), OK);
     assert_eq!(rig.read(0, data.len()), data);
@@ -45,7 +46,7 @@ fn interrupted_calls_are_made_again() {
 
 #[test]
 fn a_disk_without_zeros_of_its_own_writes_them() {
-    struct Plain(Arc<Probe>);
+    struct Plain(Arc<FaultyDisk>);
     impl Backend for Plain {
         fn size(&self) -> io::Result<u64> {
             self.0.size()
@@ -60,15 +61,15 @@ fn a_disk_without_zeros_of_its_own_writes_them() {
             self.0.flush()
         }
     }
-    let probe = Probe::new(1 << 20);
+    let probe = faulty(1 << 20);
     let mut rig = Rig::new(Block::builder(Arc::new(Plain(probe.clone()))), feature::WRITE_ZEROES);
     assert_eq!(rig.driver.device_features() & feature::DISCARD, 0);
-    probe.disk.write(0, &vec![5; 1 << 20]).unwrap();
+    probe.contents().write(0, &vec![5; 1 << 20]).unwrap();
     assert_eq!(rig.segment(kind::WRITE_ZEROES, 1, 300, 1), (OK, 1));
     // It cannot ask for a flush, so there is one.
-    assert_eq!(probe.calls(), ["write 512 65536", "write 66048 65536", "write 131584 22528", "flush"]);
+    assert_eq!(calls(&probe), ["write 512 65536", "write 66048 65536", "write 131584 22528", "flush"]);
     let mut bytes = vec![0; 302 * 512];
-    probe.disk.read(0, &mut bytes).unwrap();
+    probe.contents().read(0, &mut bytes).unwrap();
     assert!(bytes[..512].iter().chain(&bytes[301 * 512..]).all(|byte| *byte == 5));
     assert!(bytes[512..301 * 512].iter().all(|byte| *byte == 0));
 }
@@ -160,10 +161,10 @@ fn a_read_only_disk_is_not_written() {
     assert_eq!(rig.read(0, 512), pattern(1));
     assert_eq!(std::fs::read(&path).unwrap(), pattern(SECTORS));
     // And a disk that could be written, for a device that may not.
-    let probe = Probe::new(512);
+    let probe = faulty(512);
     let mut rig = Rig::new(Block::builder(probe.clone()).read_only(true), 0);
     assert_eq!(rig.write(0, &[1; 512]), IO_ERROR);
-    assert!(probe.calls().is_empty());
+    assert!(calls(&probe).is_empty());
 }
 
 #[test]

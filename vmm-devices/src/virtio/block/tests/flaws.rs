@@ -12,7 +12,8 @@ fn cve_2024_8612_the_used_length_is_what_was_written() {
     assert_eq!(rig.ask(kind::IN, 0, 1024).1, 1025);
     // The disk fails, or ends within the data: the status is written, and what lies before it is not said to be.
     for state in [(Some(io::ErrorKind::Other), None), (None, Some(0))] {
-        probe.set(|s| (s.fail, s.short) = state);
+        probe.fail(state.0);
+        probe.shorten(state.1);
         assert_eq!(rig.ask(kind::IN, 0, 1024), (IO_ERROR, 0, vec![POISON; 1024]));
     }
     assert_eq!(rig.ask(kind::OUT, 0, 1024).1, 0, "a write that has room for data");
@@ -24,18 +25,18 @@ fn cve_2024_8612_the_used_length_is_what_was_written() {
 /// where it was to; those that had not begun never do, and the driver that has gone hears of none.
 #[test]
 fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
-    let probe = Probe::new(SECTORS as u64 * 512);
+    let probe = faulty(SECTORS as u64 * 512);
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let disk = Arc::new(Pooled::new(probe.clone(), pool));
     let mut rig = Rig::new(Block::concurrent(disk), ALL);
-    let closed = probe.close();
+    let closed = probe.block();
     rig.put(DATA, &[0xaa; 512]);
     for (header_at, sector) in [(HEADER, 40), (HEADER + 16, 10)] {
         rig.put(header_at, &header(kind::OUT, sector));
         rig.queue.chain().readable(header_at, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     }
     rig.driver.notify(0);
-    probe.await_waiting(1);
+    probe.await_blocked(1);
     let driver = Arc::new(rig.driver);
     let (resetting, theirs) = (Arc::new(AtomicBool::new(true)), Arc::clone(&driver));
     let flag = Arc::clone(&resetting);
@@ -45,18 +46,19 @@ fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
     });
     // However long this is, the reset has not ended; without the wait it would have, as a rule.
     std::thread::sleep(std::time::Duration::from_millis(150));
-    assert!(resetting.load(Ordering::SeqCst), "it waits for the write that goes on");
+    let waited = resetting.load(Ordering::SeqCst);
     drop(closed);
     resetter.join().unwrap();
+    assert!(waited, "it waits for the write that goes on");
     assert_eq!(driver.status(), 0);
     // The second write was begun before the reset came, or never.
-    let calls = probe.calls();
-    assert_eq!(calls[0], "write 20480 512");
-    assert!(calls[1..].is_empty() || calls[1..] == ["write 5120 512"], "{calls:?}");
+    let begun = calls(&probe);
+    assert_eq!(begun[0], "write 20480 512");
+    assert!(begun[1..].is_empty() || begun[1..] == ["write 5120 512"], "{begun:?}");
     let mut bytes = vec![0; SECTORS * 512];
-    probe.disk.read(0, &mut bytes).unwrap();
+    probe.contents().read(0, &mut bytes).unwrap();
     for (sector, bytes) in bytes.chunks(512).enumerate() {
-        let written = sector == 40 || sector == 10 && calls.len() > 1;
+        let written = sector == 40 || sector == 10 && begun.len() > 1;
         assert_eq!(bytes, [if written { 0xaa } else { 0 }; 512], "sector {sector}");
     }
     // Nobody is left who would touch anything.
@@ -65,28 +67,28 @@ fn cve_2023_5088_a_reset_with_io_in_flight_misdirects_no_write() {
     driver.notify(0);
     assert_eq!(rig.queue.used_index().unwrap(), used);
     assert_eq!(rig.memory.memory().read_obj::<u8>(GuestAddress(STATUS)).unwrap(), POISON);
-    assert!(probe.calls().is_empty());
+    assert!(calls(&probe).is_empty());
 }
 
 /// CVE-2026-45782: a head that was made available again while its request was in flight. The driver has broken the rules: the
 /// device stops, and what was in flight ends once.
 #[test]
 fn cve_2026_45782_a_head_in_flight_is_not_taken_again() {
-    let probe = Probe::new(SECTORS as u64 * 512);
+    let probe = faulty(SECTORS as u64 * 512);
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     let mut rig = Rig::new(Block::concurrent(Arc::new(Pooled::new(probe.clone(), pool))), ALL);
-    let closed = probe.close();
+    let closed = probe.block();
     rig.put_header(kind::IN, 0);
     let head =
         rig.queue.chain().readable(HEADER, 16).writable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     rig.driver.notify(0);
-    probe.await_waiting(1);
+    probe.await_blocked(1);
     rig.queue.make_available(head).unwrap();
     rig.driver.notify(0);
     assert_eq!(rig.driver.status() & 0x40, 0x40);
     drop(closed);
     rig.driver.set_status(0);
-    assert_eq!((probe.calls().len(), rig.queue.used_index().unwrap()), (1, 0));
+    assert_eq!((calls(&probe).len(), rig.queue.used_index().unwrap()), (1, 0));
 }
 
 /// CVE-2021-3929 and CVE-2024-3446: descriptors that point at the registers of the device itself, or of any other. Those are
@@ -112,7 +114,7 @@ fn cve_2021_3929_buffers_reach_no_registers() {
     }
     let head = rig.queue.chain().readable(registers, 16).writable(STATUS, 1).submit().unwrap();
     assert_eq!(rig.ended(head).0, IO_ERROR);
-    assert!(probe.calls().is_empty());
+    assert!(calls(&probe).is_empty());
     assert_eq!(rig.driver.status(), status);
 }
 
@@ -140,7 +142,7 @@ fn cve_2020_14364_a_refused_request_leaves_no_trace() {
     let mut config = [[0; 8]; 8];
     (0..).step_by(8).zip(&mut config).for_each(|(at, bytes)| rig.driver.read_config(at, bytes));
     let generation = rig.driver.config_generation();
-    probe.calls();
+    calls(&probe);
     for _ in 0..3 {
         rig.give(kind::OUT, SECTORS as u64, &[1; 512]);
         rig.give(kind::OUT, u64::MAX, &[1; 512]);
@@ -151,7 +153,7 @@ fn cve_2020_14364_a_refused_request_leaves_no_trace() {
         rig.ask(kind::GET_ID, 0, 3);
         rig.give(99, 0, &[1; 512]);
     }
-    assert!(probe.calls().is_empty());
+    assert!(calls(&probe).is_empty());
     assert_eq!(rig.read(0, data.len()), data);
     for (at, bytes) in (0..).step_by(8).zip(config) {
         let mut now = [0; 8];
@@ -167,7 +169,7 @@ fn cve_2020_14364_a_refused_request_leaves_no_trace() {
 fn cve_2023_41051_short_slices_are_not_trusted() {
     let memory = short::memory();
     let mut queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
-    let probe = Probe::new(4096);
+    let probe = faulty(4096);
     let line = LineRecorder::default();
     let block = Block::builder(probe.clone()).build().unwrap();
     let transport = VirtioMmio::new(block, memory.clone(), line).unwrap();
@@ -186,7 +188,7 @@ fn cve_2023_41051_short_slices_are_not_trusted() {
         assert_eq!(used, Some((head.into(), if kind == kind::IN { 0 } else { 1 })));
         assert_eq!(memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), IO_ERROR);
     }
-    assert!(probe.calls().is_empty());
+    assert!(calls(&probe).is_empty());
 }
 
 /// A memory with a page whose slices are short.

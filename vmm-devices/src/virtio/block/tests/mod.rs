@@ -11,14 +11,14 @@ mod threads;
 mod uring;
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _, VolatileSlice};
 
 use super::request::kind;
 use super::*;
 use crate::testkit::{
-    Driver as _, DriverQueue, LineRecorder, LinkRecorder, Memory, MmioDriver, guest_memory_of,
+    Driver as _, DriverQueue, FaultyDisk, LineRecorder, LinkRecorder, Memory, MmioDriver, guest_memory_of,
 };
 use crate::virtio::{VirtioMmio, Virtqueue};
 
@@ -145,146 +145,14 @@ fn pattern(sectors: usize) -> Vec<u8> {
     (0..sectors * 512).map(|i| u8::try_from((i / 512 * 31 + i % 251) % 255).unwrap()).collect()
 }
 
-/// A disk that notes what it is asked for, and misbehaves as it is told.
-struct Probe {
-    disk: MemoryDisk,
-    state: Mutex<ProbeState>,
-    opened: Condvar,
+/// A disk that does as it is told, with room to grow.
+fn faulty(size: u64) -> Arc<FaultyDisk> {
+    Arc::new(FaultyDisk::with_room(size, 4 << 20))
 }
 
-#[derive(Default)]
-struct ProbeState {
-    calls: Vec<String>,
-    /// Calls fail so.
-    fail: Option<io::ErrorKind>,
-    /// At most so many bytes a call; 0 is an end.
-    short: Option<usize>,
-    /// It says this size.
-    size: Option<u64>,
-    /// Every other call is interrupted.
-    interrupted: Option<bool>,
-    /// Calls wait.
-    closed: bool,
-    waiting: usize,
-    /// Done once, within the next call.
-    during: Option<Box<dyn FnOnce() + Send>>,
-}
-
-impl Probe {
-    fn new(size: u64) -> Arc<Self> {
-        Arc::new(Self {
-            disk: MemoryDisk::with_room(size, 4 << 20),
-            state: Mutex::default(),
-            opened: Condvar::new(),
-        })
-    }
-
-    fn set(&self, change: impl FnOnce(&mut ProbeState)) {
-        change(&mut self.state.lock().unwrap());
-        self.opened.notify_all();
-    }
-
-    /// Calls wait until this is dropped, by a test that fails too.
-    fn close(&self) -> Closed<'_> {
-        self.set(|state| state.closed = true);
-        Closed(self)
-    }
-
-    fn calls(&self) -> Vec<String> {
-        std::mem::take(&mut self.state.lock().unwrap().calls)
-    }
-
-    /// Returns when so many calls wait.
-    fn await_waiting(&self, calls: usize) {
-        let mut state = self.state.lock().unwrap();
-        while state.waiting < calls {
-            state = self.opened.wait(state).unwrap();
-        }
-    }
-
-    fn enter(&self, call: String) -> io::Result<usize> {
-        let mut state = self.state.lock().unwrap();
-        state.calls.push(call);
-        state.waiting += 1;
-        self.opened.notify_all();
-        while state.closed {
-            state = self.opened.wait(state).unwrap();
-        }
-        state.waiting -= 1;
-        if let Some(during) = state.during.take() {
-            drop(state);
-            during();
-            state = self.state.lock().unwrap();
-        }
-        if let Some(interrupted) = &mut state.interrupted {
-            *interrupted = !*interrupted;
-            if *interrupted {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-        }
-        match state.fail {
-            Some(kind) => Err(kind.into()),
-            None => Ok(state.short.unwrap_or(usize::MAX)),
-        }
-    }
-}
-
-struct Closed<'a>(&'a Probe);
-
-impl Drop for Closed<'_> {
-    fn drop(&mut self) {
-        self.0.set(|state| state.closed = false);
-    }
-}
-
-/// The first `len` bytes.
-fn cut<'a>(buffers: &[VolatileSlice<'a>], mut len: usize) -> Vec<VolatileSlice<'a>> {
-    let mut parts = Vec::new();
-    for buffer in buffers {
-        let part = len.min(buffer.len());
-        parts.push(buffer.subslice(0, part).unwrap());
-        len -= part;
-    }
-    parts
-}
-
-fn total(buffers: &[VolatileSlice<'_>]) -> usize {
-    buffers.iter().map(VolatileSlice::len).sum()
-}
-
-impl Backend for Probe {
-    fn size(&self) -> io::Result<u64> {
-        self.state.lock().unwrap().size.map_or_else(|| self.disk.size(), Ok)
-    }
-
-    fn read_at(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
-        let short = self.enter(format!("read {offset} {}", total(buffers)))?;
-        self.disk.read_at(&cut(buffers, short), offset)
-    }
-
-    fn write_at(&self, buffers: &[VolatileSlice<'_>], offset: u64, durable: bool) -> io::Result<usize> {
-        let how = if durable { "write durably" } else { "write" };
-        let short = self.enter(format!("{how} {offset} {}", total(buffers)))?;
-        self.disk.write_at(&cut(buffers, short), offset, durable)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.enter("flush".into()).map(drop)
-    }
-
-    fn can_discard(&self) -> bool {
-        true
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.enter(format!("discard {offset} {len}"))?;
-        self.disk.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.enter(format!("zero {offset} {len} {unmap}"))?;
-        self.disk.write_zeroes(offset, len, unmap)
-    }
+/// What it was asked for, in words.
+fn calls(disk: &FaultyDisk) -> Vec<String> {
+    disk.take_calls().iter().map(ToString::to_string).collect()
 }
 
 /// What a driver of today takes.
@@ -299,8 +167,8 @@ const ALL: u64 = feature::FLUSH
 const SECTORS: usize = 64;
 
 /// A guest with a disk of [`SECTORS`] sectors.
-fn probed(features: u64) -> (Rig, Arc<Probe>) {
-    let probe = Probe::new(SECTORS as u64 * 512);
+fn probed(features: u64) -> (Rig, Arc<FaultyDisk>) {
+    let probe = faulty(SECTORS as u64 * 512);
     (Rig::new(Block::builder(probe.clone()), features), probe)
 }
 

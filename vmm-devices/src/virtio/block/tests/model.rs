@@ -162,7 +162,7 @@ proptest! {
     #[test]
     fn a_disk_is_a_vec(steps in prop::collection::vec(step(), 1..40), short in prop::option::of(1usize..1500)) {
         let (rig, probe) = probed(ALL);
-        probe.set(|state| state.short = short);
+        probe.shorten(short);
         check(rig, steps);
     }
 }
@@ -178,8 +178,8 @@ proptest! {
     #[test]
     fn so_is_one_that_threads_serve(steps in prop::collection::vec(step(), 1..40), short in prop::option::of(1usize..1500)) {
         let pool = ThreadPool::new(std::num::NonZeroUsize::MIN).unwrap();
-        let probe = Probe::new(SECTORS as u64 * 512);
-        probe.set(|state| state.short = short);
+        let probe = faulty(SECTORS as u64 * 512);
+        probe.shorten(short);
         check(patient(Arc::new(Pooled::new(probe, pool))), steps);
     }
 

@@ -8,8 +8,8 @@ use crate::ManualClock;
 use crate::virtio::Progress;
 use crate::virtio::metrics::Ended;
 
-fn pooled(threads: usize) -> (Rig, Arc<Probe>) {
-    let probe = Probe::new(SECTORS as u64 * 512);
+fn pooled(threads: usize) -> (Rig, Arc<FaultyDisk>) {
+    let probe = faulty(SECTORS as u64 * 512);
     let pool = ThreadPool::new(NonZeroUsize::new(threads).unwrap()).unwrap();
     (Rig::new(Block::concurrent(Arc::new(Pooled::new(probe.clone(), pool))), ALL), probe)
 }
@@ -24,15 +24,15 @@ fn await_used(rig: &Rig, used: u16) {
 #[test]
 fn requests_overtake_each_other() {
     let (mut rig, probe) = pooled(2);
-    probe.disk.write(0, &pattern(SECTORS)).unwrap();
-    let closed = probe.close();
+    probe.contents().write(0, &pattern(SECTORS)).unwrap();
+    let closed = probe.block();
     for i in 0..2 {
         let (at, data) = (HEADER + 32 * i, DATA + 1024 * i);
         rig.put(at, &header(kind::IN, 5 + i));
         rig.queue.chain().readable(at, 16).writable(data, 512).writable(STATUS + i, 1).submit().unwrap();
     }
     rig.driver.notify(0);
-    probe.await_waiting(2);
+    probe.await_blocked(2);
     assert_eq!(rig.queue.take_used().unwrap(), None);
     // What needs no disk does not wait for it.
     rig.put(HEADER + 64, &header(kind::GET_ID, 0));
@@ -58,14 +58,14 @@ fn requests_overtake_each_other() {
 fn a_disk_is_cut_off_when_nothing_writes_there_any_more() {
     let (mut rig, probe) = pooled(2);
     assert!(rig.handle.settle(Duration::ZERO), "it never was larger");
-    let closed = probe.close();
+    let closed = probe.block();
     for (i, sector) in [(0, 60), (1, 1)] {
         rig.put(HEADER + 16 * i, &header(kind::OUT, sector));
         let chain = rig.queue.chain().readable(HEADER + 16 * i, 16).readable(DATA, 512);
         chain.writable(STATUS, 1).submit().unwrap();
     }
     rig.driver.notify(0);
-    probe.await_waiting(2);
+    probe.await_blocked(2);
     rig.handle.set_capacity(10 * 512).unwrap();
     assert!(!rig.handle.settle(Duration::ZERO));
     // What comes later goes to the new end, and is not waited for.
@@ -78,7 +78,7 @@ fn a_disk_is_cut_off_when_nothing_writes_there_any_more() {
     assert!(!waiter.is_finished());
     drop(closed);
     assert!(waiter.join().unwrap());
-    let mut calls = probe.calls();
+    let mut calls = calls(&probe);
     calls[..2].sort_unstable();
     assert_eq!(calls[..2], ["write 30720 512", "write 512 512"]);
     // Nobody is left at all.
@@ -91,17 +91,17 @@ fn a_disk_is_cut_off_when_nothing_writes_there_any_more() {
 fn what_comes_after_a_disk_has_become_smaller_is_not_waited_for() {
     let (mut rig, probe) = pooled(1);
     rig.handle.set_capacity(10 * 512).unwrap();
-    let _closed = probe.close();
+    let _closed = probe.block();
     rig.put_header(kind::OUT, 9);
     rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     rig.driver.notify(0);
-    probe.await_waiting(1);
+    probe.await_blocked(1);
     assert!(rig.handle.settle(Duration::ZERO));
 }
 
 #[test]
 fn who_waits_for_itself_waits_no_longer_than_it_says() {
-    let probe = Probe::new(SECTORS as u64 * 512);
+    let probe = faulty(SECTORS as u64 * 512);
     let mut rig = Rig::new(Block::builder(probe.clone()), ALL);
     let (handle, heard) = (rig.handle.clone(), Arc::new(AtomicBool::new(true)));
     let tell = Arc::clone(&heard);
@@ -109,7 +109,7 @@ fn who_waits_for_itself_waits_no_longer_than_it_says() {
         handle.set_capacity(512).unwrap();
         tell.store(handle.settle(Duration::from_millis(20)), Ordering::SeqCst);
     };
-    probe.set(|state| state.during = Some(Box::new(during)));
+    probe.during(during);
     assert_eq!(rig.write(60, &[1; 512]), OK);
     assert!(!heard.load(Ordering::SeqCst));
     assert!(rig.handle.settle(Duration::ZERO));
@@ -118,7 +118,7 @@ fn who_waits_for_itself_waits_no_longer_than_it_says() {
 #[test]
 fn failures_come_back_too() {
     let (mut rig, probe) = pooled(1);
-    probe.set(|state| state.fail = Some(io::ErrorKind::Other));
+    probe.fail(Some(io::ErrorKind::Other));
     rig.put_header(kind::OUT, 0);
     rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     rig.driver.notify(0);
@@ -137,7 +137,7 @@ fn a_backend_that_panics_fails_its_request() {
             panic!("the test wants it")
         }
         fn write_at(&self, buffers: &[VolatileSlice<'_>], _: u64, _: bool) -> io::Result<usize> {
-            Ok(total(buffers))
+            Ok(buffers.iter().map(VolatileSlice::len).sum())
         }
         fn flush(&self) -> io::Result<()> {
             Ok(())
@@ -165,14 +165,14 @@ fn a_panic_of_who_is_told_ends_no_thread() {
         }
     }
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
-    let probe = Probe::new(512);
+    let probe = faulty(512);
     let disk = Arc::new(Pooled::new(probe.clone(), pool));
     let metrics = Arc::new(Panics(AtomicBool::new(false)));
     let mut rig = Rig::new(Block::concurrent(disk).metrics(metrics.clone(), ManualClock::new(0)), ALL);
     rig.put_header(kind::OUT, 0);
     for used in 0..2 {
         rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
-        let closed = probe.close();
+        let closed = probe.block();
         rig.driver.notify(0);
         drop(closed);
         // Who is told of the first, by the thread that has ended it, panics, and the guest never hears of that request.
@@ -191,17 +191,17 @@ fn a_panic_of_who_is_told_ends_no_thread() {
 #[test]
 fn what_has_not_begun_is_given_up_at_once() {
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
-    let probes = [0, 1].map(|_| Probe::new(512));
+    let probes = [0, 1].map(|_| faulty(512));
     let mut rigs = probes
         .each_ref()
         .map(|probe| Rig::new(Block::concurrent(Arc::new(Pooled::new(probe.clone(), pool.clone()))), ALL));
-    let closed = probes[0].close();
+    let closed = probes[0].block();
     for rig in &mut rigs {
         rig.put_header(kind::OUT, 0);
         rig.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
         rig.driver.notify(0);
     }
-    probes[0].await_waiting(1);
+    probes[0].await_blocked(1);
     let [_first, second] = rigs;
     let (tell, told) = std::sync::mpsc::channel();
     let resetter = std::thread::spawn(move || {
@@ -212,7 +212,7 @@ fn what_has_not_begun_is_given_up_at_once() {
     drop(closed);
     resetter.join().unwrap();
     assert_eq!(told, Ok(()));
-    assert!(probes[1].calls().is_empty());
+    assert!(calls(&probes[1]).is_empty());
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn a_host_that_takes_no_more_is_asked_again_soon() {
     struct Disk;
     impl ConcurrentDisk for Disk {
         fn disk(&self) -> Arc<dyn Backend> {
-            Probe::new(512)
+            faulty(512)
         }
         fn queue(&self, _: u16, _: Waker) -> io::Result<Box<dyn IoQueue>> {
             Ok(Box::new(Stuck(None, 6)))
@@ -275,7 +275,7 @@ fn what_is_under_way_is_bounded_and_all_is_served() {
     struct Disk(Jobs);
     impl ConcurrentDisk for Disk {
         fn disk(&self) -> Arc<dyn Backend> {
-            Probe::new(1 << 20)
+            faulty(1 << 20)
         }
         fn queue(&self, _: u16, _: Waker) -> io::Result<Box<dyn IoQueue>> {
             Ok(Box::new(Keeps(Arc::clone(&self.0))))
@@ -307,7 +307,7 @@ fn a_pool_serves_all_queues_of_all_disks() {
     let pool = ThreadPool::new(NonZeroUsize::new(2).unwrap()).unwrap();
     let mut rigs: Vec<_> = (0..3)
         .map(|_| {
-            let probe = Probe::new(SECTORS as u64 * 512);
+            let probe = faulty(SECTORS as u64 * 512);
             let disk = Arc::new(Pooled::new(probe.clone(), Arc::clone(&pool)));
             (Rig::new(Block::concurrent(disk), ALL), probe)
         })
@@ -328,7 +328,7 @@ fn a_pool_serves_all_queues_of_all_disks() {
         // The threads end with the last disk.
         drop(rig);
         let mut bytes = vec![0; 20 * 512];
-        probe.disk.read(0, &mut bytes).unwrap();
+        probe.contents().read(0, &mut bytes).unwrap();
         assert!((0..20).all(|round| bytes[usize::from(round) * 512..][..512] == [round + i; 512]));
     }
 }

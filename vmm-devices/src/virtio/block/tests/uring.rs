@@ -55,13 +55,13 @@ fn threads_do_what_the_ring_does_not() {
         return;
     }
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
-    let hangs = Probe::new(512);
+    let hangs = faulty(512);
     let mut other = Rig::new(Block::concurrent(Arc::new(Pooled::new(hangs.clone(), pool.clone()))), ALL);
-    let closed = hangs.close();
+    let closed = hangs.block();
     other.put_header(kind::OUT, 0);
     other.queue.chain().readable(HEADER, 16).readable(DATA, 512).writable(STATUS, 1).submit().unwrap();
     other.driver.notify(0);
-    hangs.await_waiting(1);
+    hangs.await_blocked(1);
     let file = tempfile::tempfile().unwrap();
     file.set_len(SECTORS as u64 * 512).unwrap();
     let disk = Arc::new(UringFile::new(RawFile::new(file, false).unwrap(), pool));

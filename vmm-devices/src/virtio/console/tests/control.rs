@@ -206,6 +206,39 @@ fn a_port_that_is_removed_drops_its_writer() {
     assert_eq!(Arc::strong_count(&writers), 1);
 }
 
+/// Linux resets the device when it is suspended, and goes on with the ports that it knows: without DEVICE_READY.
+#[test]
+fn a_driver_goes_on_after_a_suspension() {
+    let (mut guest, ports) = multi();
+    let (config, output, events) = channel("agent");
+    let port = known(&mut guest, &ports, 1, config);
+    guest.say(1, message::PORT_OPEN, 1);
+    guest.start(MULTIPORT);
+    guest.listen(8);
+    guest.say(1, message::PORT_READY, 1);
+    guest.say(1, message::PORT_OPEN, 1);
+    guest.say(2, message::PORT_READY, 1);
+    assert_eq!(ports.counters().ignored, 1, "one that there is not");
+    assert_eq!(
+        guest.heard(),
+        [(1, message::PORT_NAME, 1, b"agent".to_vec()), plain(1, message::PORT_OPEN, 1)]
+    );
+    guest.give(4, 8);
+    port.enqueue(b"in");
+    assert_eq!(guest.taken(4).unwrap(), b"in");
+    assert!(guest.send(5, b"out"));
+    assert_eq!(output.take(), b"out");
+    assert_eq!(events.take(), ["GuestOpened", "GuestClosed", "GuestOpened"]);
+    port.close();
+    ports.remove(1).unwrap();
+    let (config, ..) = channel("new");
+    ports.add(1, config).unwrap();
+    assert_eq!(guest.heard(), [plain(1, message::PORT_OPEN, 0), plain(1, message::PORT_REMOVE, 0)]);
+    // It hears of new ones once it asks.
+    guest.say(0, message::DEVICE_READY, 1);
+    assert_eq!(guest.heard(), [plain(1, message::PORT_ADD, 0)]);
+}
+
 /// The guest hears of a removal, and then of the new port, though it gave no buffer between.
 #[test]
 fn a_port_is_replaced_while_the_guest_does_not_listen() {
