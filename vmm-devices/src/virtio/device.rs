@@ -184,7 +184,8 @@ pub trait DriverLink: Send + Sync {
     /// The configuration is another one.
     fn config_changed(&self);
 
-    /// The device cannot go on until it is reset (DEVICE_NEEDS_RESET, 2.1.1), and why. It touches no queue after this.
+    /// The device cannot go on until it is reset (DEVICE_NEEDS_RESET, 2.1.1), and why. Who says so touches no queue after this; other
+    /// workers of the device may go on, on which a driver does not rely (2.1.2).
     fn needs_reset(&self, why: &dyn std::error::Error);
 }
 

@@ -100,13 +100,19 @@ struct RngWorker<M: DeviceMemory> {
     limiter: Option<RateLimiter>,
     metrics: Option<Measured>,
     bytes: Vec<u8>,
-    /// A request that the limit holds up.
-    waiting: Option<(Request<M::T>, Throttled)>,
+    /// A request that the limit holds up. It holds no memory meanwhile.
+    waiting: Option<(Request<()>, Throttled)>,
 }
 
 struct Request<T> {
     chain: Chain<T>,
     begun_ns: u64,
+}
+
+impl<T> Request<T> {
+    fn in_memory<U>(self, memory: U) -> Request<U> {
+        Request { chain: self.chain.in_memory(memory), begun_ns: self.begun_ns }
+    }
 }
 
 impl<M: DeviceMemory> RngWorker<M> {
@@ -127,18 +133,18 @@ impl<M: DeviceMemory> RngWorker<M> {
     }
 
     /// The next request.
-    fn next(&mut self) -> Result<Option<Request<M::T>>, QueueError> {
+    fn next<'a>(&mut self, memory: &'a M::M) -> Result<Option<Request<&'a M::M>>, QueueError> {
         let begun_ns = self.metrics.as_ref().map_or(0, |metrics| metrics.clock.now_ns());
-        let chain = self.queue.pop(self.queue.memory())?;
+        let chain = self.queue.pop(memory)?;
         Ok(chain.map(|chain| Request { chain, begun_ns }))
     }
 
     /// What a request gets at most.
-    fn room(request: &Request<M::T>) -> usize {
+    fn room(request: &Request<&M::M>) -> usize {
         usize::try_from(request.chain.writable_len()).unwrap_or(usize::MAX).min(MAX_REQUEST)
     }
 
-    fn fill(&mut self, request: &Request<M::T>) -> Result<(), QueueError> {
+    fn fill(&mut self, request: &Request<&M::M>) -> Result<(), QueueError> {
         let room = Self::room(request);
         let bytes = self.gather(room);
         // What lies behind a buffer that is not in RAM gets nothing, and is told so.
@@ -161,22 +167,23 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
+        let memory = self.queue.memory();
         self.queue.decline_doorbells()?;
         if let Some((request, throttled)) = self.waiting.take() {
             if let Err(throttled) = throttled.retry() {
                 self.waiting = Some((request, throttled));
                 return self.queue.rest().map(|_| Progress::Idle);
             }
-            self.fill(&request)?;
+            self.fill(&request.in_memory(&*memory))?;
         }
         for _ in 0..self.queue.size() {
-            let Some(request) = self.next()? else { return self.queue.rest() };
+            let Some(request) = self.next(&memory)? else { return self.queue.rest() };
             let cost = Self::room(&request) as u64;
             if let Err(throttled) = self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(cost)) {
                 if let Some(metrics) = &self.metrics {
                     metrics.sink.throttled();
                 }
-                self.waiting = Some((request, throttled));
+                self.waiting = Some((request.in_memory(()), throttled));
                 // What is behind it waits as well.
                 return self.queue.rest().map(|_| Progress::Idle);
             }
@@ -190,7 +197,6 @@ impl<M: DeviceMemory> Worker for RngWorker<M> {
     }
 
     fn stop(&mut self) {
-        // Its memory may go.
         self.waiting = None;
     }
 }

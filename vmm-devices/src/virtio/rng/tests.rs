@@ -212,3 +212,26 @@ fn large_requests_are_charged_and_not_refused() {
     assert_eq!(worker.process().unwrap(), Progress::Idle);
     assert_eq!(metrics.snapshot().read.errors, 1);
 }
+
+/// Where memory is exchanged meanwhile, as when some is plugged in, the old is held by nobody.
+#[test]
+fn a_request_that_waits_holds_no_memory() {
+    let memory = guest_memory(1 << 20).unwrap();
+    let clock = Arc::new(ManualClock::new(0));
+    let limits = Limits { bytes: Rate::new(1_000_000, 100), ..Limits::default() };
+    let rng = Rng::new(io::repeat(7)).rate(RateLimiter::new(Arc::clone(&clock), limits));
+    let (driver, _) = MmioDriver::of(rng, &memory).unwrap();
+    let mut queue = DriverQueue::new(memory.clone(), 0x1000, 8).unwrap();
+    driver.start(0, &[(0, &queue)]).unwrap();
+    for len in [100, 50] {
+        queue.chain().writable(0x8000, len).submit().unwrap();
+    }
+    driver.notify(0);
+    assert_eq!(queue.used_index().unwrap(), 1);
+    let old = memory.memory().into_inner();
+    memory.lock().unwrap().replace(vmm_memory::GuestMemoryMap::clone(&old));
+    assert_eq!(Arc::strong_count(&old), 1);
+    clock.advance(1_000_000);
+    driver.notify(0);
+    assert_eq!((queue.take_used().unwrap(), queue.take_used().unwrap()), (Some((0, 100)), Some((1, 50))));
+}
