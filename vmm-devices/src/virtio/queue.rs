@@ -217,14 +217,17 @@ impl<M: DeviceMemory> Virtqueue<M> {
     /// # Errors
     /// If the rings are in RAM no more.
     pub fn interrupt(&mut self) -> Result<(), QueueError> {
+        self.interrupt_in(&self.memory())
+    }
+
+    fn interrupt_in(&mut self, memory: &M::M) -> Result<(), QueueError> {
         if !std::mem::take(&mut self.completed) {
             return Ok(());
         }
         let index = self.index;
-        let memory = self.memory.memory();
         let ring = |source| QueueError::Ring { index, source };
         // What was completed is visible before this looks whether the driver wants to hear of it.
-        let mut wanted = self.queue.needs_notification(&*memory).map_err(ring)?;
+        let mut wanted = self.queue.needs_notification(memory).map_err(ring)?;
         if !self.queue.event_idx_enabled() {
             let flags: u16 = memory
                 .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
@@ -253,9 +256,9 @@ impl<M: DeviceMemory> Virtqueue<M> {
     /// # Errors
     /// If the rings are in RAM no more.
     pub fn rest(&mut self) -> Result<Progress, QueueError> {
-        self.interrupt()?;
+        let memory = self.memory();
+        self.interrupt_in(&memory)?;
         let index = self.index;
-        let memory = self.memory.memory();
         let ring = |source| QueueError::Ring { index, source };
         if !self.queue.enable_notification(&*memory).map_err(ring)? {
             return Ok(Progress::Idle);
