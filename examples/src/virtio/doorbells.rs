@@ -1,6 +1,5 @@
 //! Doorbells of virtio devices that a backend's kernel rings, so that a guest's write does not come to the monitor.
 
-use std::io;
 use std::sync::Arc;
 
 use vmm_cpu::{Doorbell, DoorbellAddress, Doorbells, Notifier};
@@ -10,16 +9,22 @@ use vmm_devices::virtio::{DoorbellHost, GuestDoorbell};
 #[derive(Clone, Debug)]
 pub struct KernelDoorbells(pub Arc<dyn Doorbells>);
 
-fn as_backends_have_it(found: &GuestDoorbell) -> io::Result<(Doorbell, Notifier)> {
-    let doorbell = Doorbell::new(DoorbellAddress::Mmio(found.gpa), found.width).matching(found.value);
-    Ok((doorbell, Notifier::from(found.fd.try_clone()?)))
+impl KernelDoorbells {
+    /// Asks the backend to attach or to detach what a device has, in the backend's terms.
+    fn ask(
+        &self,
+        found: &GuestDoorbell,
+        what: impl FnOnce(&dyn Doorbells, &Doorbell, &Notifier) -> vmm_cpu::Result<()>,
+    ) -> anyhow::Result<()> {
+        let doorbell = Doorbell::new(DoorbellAddress::Mmio(found.gpa), found.width).matching(found.value);
+        let notifier = Notifier::from(found.fd.try_clone()?);
+        Ok(what(&*self.0, &doorbell, &notifier)?)
+    }
 }
 
 impl DoorbellHost for KernelDoorbells {
     fn attach(&mut self, found: &GuestDoorbell) -> bool {
-        let attached = as_backends_have_it(found)
-            .map_err(anyhow::Error::from)
-            .and_then(|(doorbell, notifier)| Ok(self.0.attach_doorbell(&doorbell, &notifier)?));
+        let attached = self.ask(found, |kernel, doorbell, fd| kernel.attach_doorbell(doorbell, fd));
         if let Err(error) = &attached {
             tracing::warn!(gpa = found.gpa.0, %error, "a doorbell comes by the bus");
         }
@@ -27,10 +32,7 @@ impl DoorbellHost for KernelDoorbells {
     }
 
     fn detach(&mut self, found: &GuestDoorbell) {
-        let detached = as_backends_have_it(found)
-            .map_err(anyhow::Error::from)
-            .and_then(|(doorbell, notifier)| Ok(self.0.detach_doorbell(&doorbell, &notifier)?));
-        if let Err(error) = detached {
+        if let Err(error) = self.ask(found, |kernel, doorbell, fd| kernel.detach_doorbell(doorbell, fd)) {
             tracing::warn!(gpa = found.gpa.0, %error, "a doorbell stays where no device is");
         }
     }
