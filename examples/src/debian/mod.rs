@@ -147,12 +147,17 @@ impl Kernel {
     }
 }
 
-/// `debian` in cargo's target directory, which is the one above this program that cargo has marked.
+/// Cargo's target directory: the one above `program` that cargo has marked. It writes the first of these files only if
+/// it creates the directory itself.
+fn target_directory(program: &Path) -> Option<&Path> {
+    let marks = ["CACHEDIR.TAG", ".rustc_info.json"];
+    program.ancestors().skip(1).find(|directory| marks.iter().any(|mark| directory.join(mark).exists()))
+}
+
+/// `debian` in cargo's target directory.
 fn cache_directory() -> Result<PathBuf> {
     let program = std::env::current_exe().context("finding this program's own path")?;
-    let target = program
-        .ancestors()
-        .find(|directory| directory.join("CACHEDIR.TAG").exists())
+    let target = target_directory(&program)
         .with_context(|| format!("{} is in no target directory of cargo; {BY_HAND}", program.display()))?;
     let cache = target.join("debian");
     fs::create_dir_all(&cache).with_context(|| format!("creating {}", cache.display()))?;
@@ -216,6 +221,20 @@ fn newest(names: impl IntoIterator<Item = String>) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_target_directory_is_found_by_either_mark() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("target");
+        let program = target.join("release/linux");
+        fs::create_dir_all(target.join("release")).unwrap();
+        for mark in ["CACHEDIR.TAG", ".rustc_info.json"] {
+            assert_eq!(target_directory(&program), None);
+            fs::write(target.join(mark), "").unwrap();
+            assert_eq!(target_directory(&program), Some(target.as_path()));
+            fs::remove_file(target.join(mark)).unwrap();
+        }
+    }
 
     #[test]
     fn newest_compares_numbers_not_text() {
