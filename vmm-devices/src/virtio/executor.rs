@@ -59,9 +59,10 @@ pub trait Running: Send {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Inline;
 
-/// How often a worker that has more to do is called at one doorbell. Only a driver that adds chains all the while, from another
-/// vCPU, gets there; what is then left waits for the next doorbell, and the driver rings for whatever it adds next.
-const ROUNDS: u32 = 4096;
+/// How often a worker that has more to do is called at one doorbell: once for each request of the largest queue. Only a driver
+/// that adds chains all the while, from another vCPU, gets there; what is then left waits for the next doorbell, and the driver
+/// rings for whatever it adds next.
+const ROUNDS: u32 = 1 << 15;
 
 /// A worker, and who calls it.
 struct Served {
