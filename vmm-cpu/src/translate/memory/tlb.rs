@@ -1,7 +1,8 @@
 //! The software TLB: from linear pages to host pages.
 //!
-//! An entry serves one kind of access rights, since its tags hold the mode of whoever filled it. Tags are compared with
-//! the page of an access's last byte, so that one comparison also finds accesses which cross into the next page.
+//! Each kind of access rights has a table of its own. An entry's tags are compared with the page of an access's last byte,
+//! so that one comparison also finds accesses which cross into the next page. The tables lie in the [`Frame`], where
+//! translated code finds them, too.
 //!
 //! What it holds is the outcome of the guest's accesses and flushes alone: that stores are to be noticed, or that whoever
 //! runs blocks looks anew, takes nothing out. So it shows in no accessed bit and in no stale translation when that happens.
@@ -15,28 +16,30 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
+use super::frame::{ENTRIES, Entry, Frame, nothing_at};
 use super::host::{HostWord, Order};
 use super::map::MemoryMap;
 use super::walk::{Access, Translation};
 use super::{PAGE, PAGE_MASK};
-
-const ENTRIES: usize = 2048;
-
-/// No access has this tag: the low bits are not those of a mode.
-const INVALID: u64 = u64::MAX;
+use crate::translate::segment::low8;
 
 const GLOBAL: u64 = 1 << 0;
 /// Writes are allowed, noticed or not.
 const WRITABLE: u64 = 1 << 1;
-/// Binary logarithm of the size of the page, from this bit of an entry's `kind`.
-const SIZE: u32 = 8;
+/// There is a translation.
+const PRESENT: u64 = 1 << 2;
+/// Binary logarithm of the size of the page, six bits from this one of an entry's `kind`.
+const SIZE: u32 = 3;
 /// That of the smallest.
 const SMALL: u32 = PAGE.trailing_zeros();
 
 /// Pages of code that are kept.
 const FETCHED: usize = 4096;
 
-/// Whose rights an access has. In tags.
+/// Entries that are listed as not global.
+const LOCAL: usize = 2 * ENTRIES;
+
+/// Whose rights an access has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Reach {
@@ -50,33 +53,16 @@ pub(crate) enum Reach {
     UserAligned = 3,
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Entry {
-    /// Page and [`Reach`] if reads are allowed.
-    read: u64,
-    /// Page and [`Reach`] if writes are allowed and nothing has to be noted about them.
-    write: u64,
-    /// Host address of the page less its linear address.
-    addend: u64,
-    /// Flags.
-    kind: u64,
-}
-
-const EMPTY: Entry = Entry { read: INVALID, write: INVALID, addend: 0, kind: 0 };
-
 /// See the module.
 pub(crate) struct Tlb {
-    entries: Box<[Entry; ENTRIES]>,
-    /// Guest-physical page of each entry.
-    gpas: Box<[u64; ENTRIES]>,
+    frame: Box<Frame>,
     /// Pages that instructions were fetched from, by tag. All that whoever runs blocks remembers in this generation is
     /// among them, so it does not matter when that is looked up here.
     fetched: FxHashMap<u64, u64>,
     map: Arc<MemoryMap>,
-    reach: u64,
-    /// Indices of entries that are not global.
-    local: Vec<u16>,
+    reach: Reach,
+    /// Entries that are not global: table and index.
+    local: Vec<(u8, u16)>,
     /// There may be entries of pages larger than 4 KiB.
     large: bool,
     /// Changes whenever an entry may have gone: whoever remembers a translation elsewhere compares.
@@ -92,12 +78,11 @@ impl fmt::Debug for Tlb {
 impl Tlb {
     pub(crate) fn new(map: Arc<MemoryMap>) -> Self {
         Self {
-            entries: Box::new([EMPTY; ENTRIES]),
-            gpas: Box::new([0; ENTRIES]),
+            frame: Frame::new(),
             fetched: FxHashMap::default(),
             map,
-            reach: Reach::SupervisorAll as u64,
-            local: Vec::with_capacity(ENTRIES),
+            reach: Reach::SupervisorAll,
+            local: Vec::with_capacity(LOCAL),
             large: false,
             generation: 1,
         }
@@ -114,7 +99,7 @@ impl Tlb {
     }
 
     pub(crate) fn set_reach(&mut self, reach: Reach) {
-        self.reach = reach as u64;
+        self.reach = reach;
     }
 
     pub(crate) fn generation(&self) -> u64 {
@@ -126,25 +111,24 @@ impl Tlb {
         self.generation += 1;
     }
 
-    #[allow(clippy::cast_possible_truncation, reason = "the low bits select")]
-    fn index(va: u64) -> usize {
-        (va / PAGE) as usize % ENTRIES
-    }
-
-    #[allow(clippy::indexing_slicing, reason = "the index is reduced to the length")]
     #[inline(always)]
     fn entry(&self, va: u64) -> &Entry {
-        &self.entries[Self::index(va)]
+        self.frame.entry(self.reach, va)
     }
 
+    /// The page of the last byte of an access.
     #[inline(always)]
-    fn tag<W: HostWord>(&self, va: u64) -> u64 {
-        va.wrapping_add(W::BYTES as u64 - 1) & PAGE_MASK | self.reach
+    fn tag<W: HostWord>(va: u64) -> u64 {
+        va.wrapping_add(W::BYTES as u64 - 1) & PAGE_MASK
+    }
+
+    /// Key of a page that instructions are fetched from.
+    fn fetch_tag(&self, va: u64) -> u64 {
+        va & PAGE_MASK | self.reach as u64
     }
 
     /// The translation of the page of `va`, if it is here and allows `access`.
     pub(crate) fn translation(&self, va: u64, access: Access) -> Option<Translation> {
-        let tag = va & PAGE_MASK | self.reach;
         let found = Translation {
             gpa: 0,
             readable: true,
@@ -154,16 +138,16 @@ impl Tlb {
             size: PAGE,
         };
         if access == Access::Execute {
-            let gpa = *self.fetched.get(&tag)?;
+            let gpa = *self.fetched.get(&self.fetch_tag(va))?;
             return Some(Translation { gpa, executable: true, ..found });
         }
         let entry = self.entry(va);
         let writable = entry.kind & WRITABLE != 0;
-        if entry.read != tag || access == Access::Write && !writable {
+        if entry.read != va & PAGE_MASK || access == Access::Write && !writable {
             return None;
         }
-        let gpa = self.gpas.get(Self::index(va)).copied()?;
-        let (global, size) = (entry.kind & GLOBAL != 0, 1 << (entry.kind >> SIZE & 63));
+        let gpa = entry.kind & PAGE_MASK;
+        let (global, size) = (entry.kind & GLOBAL != 0, 1 << size_of(entry));
         Some(Translation { gpa, writable, global, size, ..found })
     }
 
@@ -173,17 +157,17 @@ impl Tlb {
             self.fetched.clear();
             self.generation += 1;
         }
-        self.fetched.insert(va & PAGE_MASK | self.reach, gpa);
+        self.fetched.insert(self.fetch_tag(va), gpa);
     }
 
     /// Reads guest memory if the TLB has its page.
     #[inline(always)]
     pub(crate) fn load<W: HostWord>(&self, va: u64) -> Option<W> {
         let entry = self.entry(va);
-        if entry.read != self.tag::<W>(va) {
+        if entry.read != Self::tag::<W>(va) {
             return None;
         }
-        let address = host_pointer(va.wrapping_add(entry.addend));
+        let address = host_pointer(entry, va);
         // SAFETY: a valid entry says that the whole access lies in a page of a region, which `self.map` keeps mapped.
         Some(unsafe { W::load(address) })
     }
@@ -192,10 +176,10 @@ impl Tlb {
     #[inline(always)]
     pub(crate) fn store<W: HostWord>(&self, va: u64, value: W) -> bool {
         let entry = self.entry(va);
-        if entry.write != self.tag::<W>(va) {
+        if entry.write != Self::tag::<W>(va) {
             return false;
         }
-        let address = host_pointer(va.wrapping_add(entry.addend));
+        let address = host_pointer(entry, va);
         // SAFETY: as for `load`; the entry says that the region is writable.
         unsafe { W::store(address, value) };
         true
@@ -206,10 +190,10 @@ impl Tlb {
     #[inline(always)]
     pub(crate) fn compare_exchange<W: HostWord>(&self, va: u64, old: W, new: W) -> Option<Result<W, W>> {
         let entry = self.entry(va);
-        if entry.write != self.tag::<W>(va) || va & (W::BYTES as u64 - 1) != 0 {
+        if entry.write != Self::tag::<W>(va) || va & (W::BYTES as u64 - 1) != 0 {
             return None;
         }
-        let address = host_pointer(va.wrapping_add(entry.addend));
+        let address = host_pointer(entry, va);
         // SAFETY: as for `store`; aligned, since host and guest pages are.
         Some(unsafe { W::compare_exchange(address, old, new) })
     }
@@ -218,10 +202,10 @@ impl Tlb {
     pub(crate) fn load_bytes(&self, va: u64, bytes: &mut [u8], order: Order) -> bool {
         let entry = self.entry(va);
         let last = va.wrapping_add((bytes.len() as u64).saturating_sub(1));
-        if entry.read != (last & PAGE_MASK | self.reach) || bytes.len() as u64 > PAGE {
+        if entry.read != last & PAGE_MASK || bytes.len() as u64 > PAGE {
             return false;
         }
-        let address = host_pointer(va.wrapping_add(entry.addend));
+        let address = host_pointer(entry, va);
         // SAFETY: as for `load`: first and last byte lie in the entry's page.
         unsafe { super::host::copy_from(address, bytes, order) };
         true
@@ -231,10 +215,10 @@ impl Tlb {
     pub(crate) fn store_bytes(&self, va: u64, bytes: &[u8], order: Order) -> bool {
         let entry = self.entry(va);
         let last = va.wrapping_add((bytes.len() as u64).saturating_sub(1));
-        if entry.write != (last & PAGE_MASK | self.reach) || bytes.len() as u64 > PAGE {
+        if entry.write != last & PAGE_MASK || bytes.len() as u64 > PAGE {
             return false;
         }
-        let address = host_pointer(va.wrapping_add(entry.addend));
+        let address = host_pointer(entry, va);
         // SAFETY: as for `store`: first and last byte lie in the entry's page.
         unsafe { super::host::copy_to(address, bytes, order) };
         true
@@ -242,7 +226,7 @@ impl Tlb {
 
     /// Remembers a translation, if it leads to RAM. `writes` says whether stores may go unnoticed.
     pub(crate) fn fill(&mut self, va: u64, translation: &Translation, writes: bool) {
-        if self.reach == Reach::UserAligned as u64 {
+        if self.reach == Reach::UserAligned {
             return;
         }
         let Some(slot) = self.map.slot(translation.gpa) else { return };
@@ -252,46 +236,44 @@ impl Tlb {
         }
         let writable = translation.writable && slot.is_writable();
         let writes = writes && writable;
-        let page = va & PAGE_MASK;
-        let tag = page | self.reach;
+        let (page, index) = (va & PAGE_MASK, Frame::index(va));
         let size = translation.size.trailing_zeros();
+        let global = if translation.global { GLOBAL } else { 0 };
+        let kind = translation.gpa & PAGE_MASK
+            | u64::from(size) << SIZE
+            | if writable { WRITABLE } else { 0 }
+            | global
+            | PRESENT;
         let entry = Entry {
-            read: if translation.readable { tag } else { INVALID },
-            write: if writes { tag } else { INVALID },
-            addend: (host.expose_provenance() as u64).wrapping_sub(page),
-            kind: u64::from(size) << SIZE
-                | if translation.global { GLOBAL } else { 0 }
-                | if writable { WRITABLE } else { 0 },
+            read: if translation.readable { page } else { nothing_at(index) },
+            write: if writes { page } else { nothing_at(index) },
+            host: host.expose_provenance() as u64,
+            kind,
         };
         self.large |= size > SMALL;
-        let index = Self::index(va);
-        if let Some(gpa) = self.gpas.get_mut(index) {
-            *gpa = translation.gpa;
-        }
-        let replaced = self.entries.get_mut(index).map(|slot| std::mem::replace(slot, entry));
-        let was_local = replaced.is_some_and(|old| old.read != INVALID && old.kind & GLOBAL == 0);
+        let old = std::mem::replace(self.frame.entry_mut(self.reach, va), entry);
+        let was_local = old.kind & (PRESENT | GLOBAL) == PRESENT;
         if !translation.global && !was_local {
-            if self.local.len() >= ENTRIES {
+            if self.local.len() >= LOCAL {
                 self.collect_local();
             }
-            self.local.extend(u16::try_from(index));
+            self.local.extend(u16::try_from(index).map(|index| (self.reach as u8, index)));
         }
     }
 
     /// Rebuilds the list of entries that are not global, which grew by replaced ones.
     fn collect_local(&mut self) {
         self.local.clear();
-        let local = self.entries.iter().zip(0_u16..);
-        self.local.extend(
-            local
-                .filter(|(entry, _)| entry.read != INVALID && entry.kind & GLOBAL == 0)
-                .map(|(_, index)| index),
-        );
+        for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
+            let table = self.frame.table_mut(reach as u8).iter().zip(0_u16..);
+            let local = table.filter(|(entry, _)| entry.kind & (PRESENT | GLOBAL) == PRESENT);
+            self.local.extend(local.map(|(_, index)| (reach as u8, index)));
+        }
     }
 
     /// Forgets everything.
     pub(crate) fn flush_all(&mut self) {
-        self.entries.fill(EMPTY);
+        self.frame.clear();
         self.local.clear();
         self.large = false;
         self.fetched.clear();
@@ -300,11 +282,12 @@ impl Tlb {
 
     /// Forgets what is not global.
     pub(crate) fn flush_local(&mut self) {
-        for index in self.local.drain(..) {
-            if let Some(entry) = self.entries.get_mut(usize::from(index))
+        for (table, index) in self.local.drain(..) {
+            let index = usize::from(index);
+            if let Some(entry) = self.frame.table_mut(table).get_mut(index)
                 && entry.kind & GLOBAL == 0
             {
-                *entry = EMPTY;
+                *entry = Entry::nothing(index);
             }
         }
         self.fetched.clear();
@@ -317,41 +300,46 @@ impl Tlb {
         self.generation += 1;
         if self.large {
             // Other parts of a large page can be anywhere.
-            for entry in self.entries.iter_mut() {
-                let size = entry.kind >> SIZE & 63;
-                if size > u64::from(SMALL) && entry.read >> size == va >> size {
-                    *entry = EMPTY;
+            for (index, entry) in self.frame.entries_mut() {
+                let size = size_of(entry);
+                if size > SMALL && entry.read >> size == va >> size {
+                    *entry = Entry::nothing(index);
                 }
             }
         }
-        if let Some(entry) = self.entries.get_mut(Self::index(va)) {
-            *entry = EMPTY;
+        for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
+            *self.frame.entry_mut(reach, va) = Entry::nothing(Frame::index(va));
         }
     }
 
     /// Lets stores to a page of RAM be noticed again.
     pub(crate) fn watch_stores(&mut self, gpa: u64) {
-        let Some((host, _)) = self.map.slot(gpa).and_then(|slot| slot.host(gpa & PAGE_MASK)) else { return };
-        let host = host.addr() as u64;
-        for entry in self.entries.iter_mut() {
-            if entry.write != INVALID && (entry.write & PAGE_MASK).wrapping_add(entry.addend) == host {
-                entry.write = INVALID;
+        let gpa = gpa & PAGE_MASK;
+        for (index, entry) in self.frame.entries_mut() {
+            if entry.kind & PAGE_MASK == gpa {
+                entry.write = nothing_at(index);
             }
         }
     }
 
     /// Lets all stores be noticed again.
     pub(crate) fn watch_all_stores(&mut self) {
-        for entry in self.entries.iter_mut() {
-            entry.write = INVALID;
+        for (index, entry) in self.frame.entries_mut() {
+            entry.write = nothing_at(index);
         }
     }
 }
 
+/// Binary logarithm of the size of an entry's page.
+fn size_of(entry: &Entry) -> u32 {
+    low8(entry.kind >> SIZE & 63).into()
+}
+
+/// Where `va` lies in the entry's page.
 #[allow(clippy::cast_possible_truncation, reason = "an address of this host")]
 #[inline(always)]
-fn host_pointer(address: u64) -> *mut u8 {
-    std::ptr::with_exposed_provenance_mut(address as usize)
+fn host_pointer(entry: &Entry, va: u64) -> *mut u8 {
+    std::ptr::with_exposed_provenance_mut((entry.host | va & !PAGE_MASK) as usize)
 }
 
 #[cfg(test)]

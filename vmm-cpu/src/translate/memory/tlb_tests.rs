@@ -28,7 +28,7 @@ fn the_list_of_local_entries_stays_small() {
         tlb.fill(0, &page(0, true), true);
         tlb.fill(0, &page(0, false), true);
     }
-    assert!(tlb.local.len() <= ENTRIES + 1, "{}", tlb.local.len());
+    assert!(tlb.local.len() <= LOCAL + 1, "{}", tlb.local.len());
 }
 
 #[test]
