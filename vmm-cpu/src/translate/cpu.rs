@@ -255,6 +255,14 @@ impl Cpu {
         self.xmm[usize::from(index & 15)] = value;
     }
 
+    pub(crate) fn all_xmm(&self) -> [u128; 16] {
+        self.xmm
+    }
+
+    pub(crate) fn set_all_xmm(&mut self, values: [u128; 16]) {
+        self.xmm = values;
+    }
+
     pub(crate) fn cs(&self) -> &SegmentRegister {
         self.segment(index::CS)
     }

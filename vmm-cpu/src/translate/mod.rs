@@ -7,6 +7,7 @@
 //! only through [`VcpuIo`](crate::VcpuIo) and through the memory map; the few modules that go to host memory directly are
 //! `memory/host.rs`, `memory/map.rs` and `memory/tlb.rs`.
 
+mod alarm;
 mod apic;
 mod block;
 mod clock;
@@ -21,6 +22,7 @@ mod flags;
 mod float;
 mod hypervisor;
 mod interrupts;
+mod jit;
 mod memory;
 mod msr;
 mod ops;

@@ -8,6 +8,7 @@ use super::core::{CodeStore, Core, Flow, Machine, Place, Reason, own_map};
 use super::cpu::{Activity, BLOCK};
 use super::exception::{Event, Exception, dr6};
 use super::flags::bits;
+use super::jit::{Ran, Tier1};
 use super::memory::{Access, PAGE_MASK, Reach, VcpuSet};
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
@@ -30,11 +31,13 @@ enum Next {
 }
 
 /// Runs until something ends the stay.
-pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
+pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Tier1>) -> Result<Halt> {
     // The VMM may have changed anything.
     m.tlb.forget_lookups();
     m.update_mode();
-    let result = run_blocks(m, cache);
+    let gs = tier1.is_some().then(|| Tier1::prepare(m));
+    let result = run_blocks(m, cache, tier1);
+    drop(gs);
     // Other vCPUs go on, and the clock is looked at, also where this vCPU is not run again.
     drop_changed_code(m, cache);
     m.now();
@@ -42,7 +45,7 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
 }
 
 /// From block to block until something ends the stay.
-fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
+fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Tier1>) -> Result<Halt> {
     loop {
         let mut single = false;
         m.held = (false, false);
@@ -61,7 +64,15 @@ fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache) -> Result<Halt> {
             // Those of the last block, and of whatever was delivered since.
             drop_changed_code(m, cache);
         }
-        let left = execute(m, cache, single).is_err();
+        let ran = match tier1 {
+            Some(tier1) if !single => tier1.run(m, cache),
+            _ => Ok(Ran::Nothing),
+        };
+        let left = match ran {
+            Ok(Ran::Something) => continue,
+            Ok(Ran::Nothing) => execute(m, cache, single).is_err(),
+            Err(_) => true,
+        };
         if left {
             if matches!(m.reason, Reason::None) {
                 // It goes on: what was held off for this instruction still is.
@@ -101,7 +112,7 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
             break;
         }
         m.position = done;
-        let unwinding = Unwinding { m: &mut *m, block };
+        let unwinding = Unwinding { m: &mut *m, block, at: done };
         let result = (op.run)(unwinding.m, op);
         std::mem::forget(unwinding);
         if let Err(leave) = result {
@@ -118,19 +129,52 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
     }
 }
 
+/// Executes instruction `at` of `block`, which runs at `rip`; whether the one behind it may follow at once. RIP is that of
+/// the next instruction in any case.
+pub(super) fn execute_one(m: &mut Machine<'_>, block: &Block, rip: u64, at: usize) -> Flow<bool> {
+    let Some(op) = block.ops.get(at) else { return Ok(false) };
+    m.cpu.set_r(BLOCK, rip);
+    m.cpu.rip = rip.wrapping_add(block.len()) & m.mode.ip_mask;
+    m.limit = usize::MAX;
+    m.position = 0;
+    let unwinding = Unwinding { m: &mut *m, block, at };
+    let result = (op.run)(unwinding.m, op);
+    std::mem::forget(unwinding);
+    if let Err(leave) = result {
+        m.cpu.rip = rip.wrapping_add(u64::from(op.start)) & m.mode.ip_mask;
+        return Err(leave);
+    }
+    if let Some(next) = block.ops.get(at + 1) {
+        m.cpu.rip = rip.wrapping_add(u64::from(next.start)) & m.mode.ip_mask;
+    }
+    m.count(1);
+    Ok(m.limit != 0)
+}
+
+/// The block at `rip`, if its code is safe from unseen stores.
+pub(super) fn settled_block(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<Option<u32>> {
+    if let Some(id) = cache.find(rip, m.stamp()) {
+        return Ok(Some(id));
+    }
+    find(m, cache, rip)?;
+    Ok(cache.find(rip, m.stamp()))
+}
+
 /// Dropped only where a callback panics: RIP, which is that of the end of the block, becomes that of the next
 /// instruction. The access is not repeated.
 struct Unwinding<'m, 'a, 'b> {
     m: &'m mut Machine<'a>,
     block: &'b Block,
+    /// Number of the instruction.
+    at: usize,
 }
 
 impl Drop for Unwinding<'_, '_, '_> {
     #[cold]
     fn drop(&mut self) {
-        let done = self.m.position + 1;
-        let next = self.block.ops.get(done).map_or(self.block.len(), |op| op.start.into());
+        let next = self.block.ops.get(self.at + 1).map_or(self.block.len(), |op| op.start.into());
         self.m.cpu.rip = self.m.cpu.r(BLOCK).wrapping_add(next) & self.m.mode.ip_mask;
+        let done = self.m.position + 1;
         self.m.count(done);
     }
 }

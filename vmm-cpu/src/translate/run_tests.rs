@@ -26,7 +26,7 @@ fn put(guest: &mut Guest, gpa: u64, code: &[u8]) {
 }
 
 fn run_on(guest: &mut Guest, cache: &mut BlockCache) -> Halt {
-    run(&mut guest.machine(), cache).unwrap()
+    run(&mut guest.machine(), cache, &mut None).unwrap()
 }
 
 /// Runs from [`CODE`] to a HLT.
@@ -207,7 +207,7 @@ fn a_handler_that_its_own_frame_overwrites_is_decoded_anew() {
     // Nothing else makes the loop look at code anew.
     guest.core.see_epoch();
     let mut bus = Nmi(Arc::clone(&guest.core.signals));
-    let halt = run(&mut Machine::new(&mut guest.core, &mut bus), &mut BlockCache::new()).unwrap();
+    let halt = run(&mut Machine::new(&mut guest.core, &mut bus), &mut BlockCache::new(), &mut None).unwrap();
     assert_eq!(halt, Halt::Halted);
     assert_eq!((guest.core.cpu.r(RSI), guest.core.cpu.rip), (1, OTHER + 6));
 }
@@ -398,7 +398,7 @@ fn others_know_of_changed_code_before_the_vmm_is_called() {
     core.update_mode();
     core.signals.intr.set(true);
     let mut bus = Told { other, told: Vec::new() };
-    let halt = run(&mut Machine::new(&mut core, &mut bus), &mut BlockCache::new()).unwrap();
+    let halt = run(&mut Machine::new(&mut core, &mut bus), &mut BlockCache::new(), &mut None).unwrap();
     assert_eq!((halt, bus.told), (Halt::Halted, vec![1]));
 }
 
@@ -456,7 +456,7 @@ fn devices_see_the_time_before_the_instruction_wherever_its_block_begins() {
         let mut stamps = Stamps { clock: Arc::clone(&guest.core.shared.clock), seen: Vec::new() };
         guest.core.stop.instructions = stop;
         let mut cache = BlockCache::new();
-        while run(&mut Machine::new(&mut guest.core, &mut stamps), &mut cache).unwrap() != Halt::Halted {}
+        while run(&mut Machine::new(&mut guest.core, &mut stamps), &mut cache, &mut None).unwrap() != Halt::Halted {}
         assert_eq!(stamps.seen, [5], "{stop:?}");
         assert_eq!(guest.core.retired(), 7);
     }
@@ -510,7 +510,7 @@ fn a_string_instruction_that_goes_on_is_still_in_the_shadow_of_sti() {
     guest.core.cpu.set_r(RCX, 0x20);
     let mut bus = Vectors;
     let mut cache = BlockCache::new();
-    assert_eq!(run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache).unwrap(), Halt::Halted);
+    assert_eq!(run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache, &mut None).unwrap(), Halt::Halted);
     assert_eq!((guest.core.cpu.rip, guest.core.cpu.r(RCX)), (end, 0));
 }
 
@@ -540,7 +540,7 @@ fn a_panic_of_a_callback_leaves_the_rest_of_the_block_to_be_run() {
     let mut cache = BlockCache::new();
     let mut bus = Broken;
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache)
+        run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache, &mut None)
     }));
     assert!(result.is_err());
     assert_eq!(guest.core.cpu.rip, CODE + 6);

@@ -26,6 +26,8 @@ const MAX_CODE_STORES: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Signals {
     attention: AtomicBool,
+    /// Zero where `attention` was set, for translated code. It may be zero once more than that.
+    go: AtomicU64,
     requests: AtomicU32,
     pub(crate) intr: IntrPin,
     in_guest: AtomicBool,
@@ -38,6 +40,7 @@ impl Signals {
     pub(crate) fn new() -> Self {
         Self {
             attention: AtomicBool::new(false),
+            go: AtomicU64::new(1),
             requests: AtomicU32::new(0),
             intr: IntrPin::default(),
             in_guest: AtomicBool::new(false),
@@ -54,12 +57,23 @@ impl Signals {
     }
 
     pub(crate) fn take_attention(&self) -> bool {
+        self.go.store(1, Ordering::SeqCst);
         self.attention.swap(false, Ordering::SeqCst)
+    }
+
+    fn want_attention(&self) {
+        self.attention.store(true, Ordering::SeqCst);
+        self.go.store(0, Ordering::SeqCst);
+    }
+
+    /// Host address of a quadword that is zero while somebody wants attention.
+    pub(crate) fn go_address(&self) -> u64 {
+        self.go.as_ptr().expose_provenance() as u64
     }
 
     /// Makes the vCPU look, and wakes it.
     pub(crate) fn attract(&self) {
-        self.attention.store(true, Ordering::SeqCst);
+        self.want_attention();
         self.sleeper.wake();
     }
 
@@ -138,7 +152,7 @@ impl Signals {
     fn wait_until(&self, done: impl Fn(&Self) -> bool) {
         let mut spins = 0_u32;
         while !done(self) {
-            self.attention.store(true, Ordering::SeqCst);
+            self.want_attention();
             spins += 1;
             if spins < 64 {
                 std::hint::spin_loop();

@@ -10,6 +10,7 @@ use super::block::BlockCache;
 use super::core::{Core, Machine};
 use super::cpu::Activity;
 use super::exception::Event;
+use super::jit::Tier1;
 use super::memory::{Access, PAGE_MASK, Paging, walk};
 use super::signals::{Handle, Signals};
 use super::vm::{Peer, Shared};
@@ -45,6 +46,8 @@ pub(crate) struct Counts {
 pub(crate) struct TranslateVcpu {
     core: Core,
     cache: BlockCache,
+    /// `None` where nothing is translated.
+    tier1: Option<Tier1>,
     signals: Arc<Signals>,
 }
 
@@ -66,7 +69,7 @@ impl TranslateVcpu {
             core.cpu.activity = Activity::WaitForInit;
             core.cpu.apic_base &= !(1 << 8);
         }
-        Self { core, cache: BlockCache::new(), signals }
+        Self { core, cache: BlockCache::new(), tier1: Tier1::new(), signals }
     }
 }
 
@@ -104,7 +107,7 @@ impl Vcpu for TranslateVcpu {
             return Err(Error::unsupported("running a vCPU", "the clock is paused"));
         }
         let _in_guest = InGuest::enter(&mut self.core);
-        run::run(&mut Machine::new(&mut self.core, io), &mut self.cache)
+        run::run(&mut Machine::new(&mut self.core, io), &mut self.cache, &mut self.tier1)
     }
 
     fn handle(&self) -> Arc<dyn VcpuHandle> {
@@ -199,7 +202,14 @@ impl Vcpu for TranslateVcpu {
 
     fn exit_counts(&self) -> Vec<(&'static str, u64)> {
         let counts = &self.core.counts;
+        let figures = self.tier1.as_ref().map(|tier1| tier1.figures).unwrap_or_default();
         vec![
+            ("translations", figures.translations),
+            ("translation-clears", figures.clears),
+            ("translation-links", figures.links),
+            ("translation-suspensions", figures.suspended),
+            ("translation-entries", figures.entries),
+            ("translation-interpreted", figures.interpreted),
             ("pio-in", counts.pio_in),
             ("pio-out", counts.pio_out),
             ("mmio-read", counts.mmio_read),

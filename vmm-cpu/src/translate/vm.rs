@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion};
 use vmm_memory::{DirtyLog, GuestRegion, PAGE_SIZE, PageBitmap};
 
+use super::alarm::Alarm;
 use super::apic::Inbox;
 use super::clock::Clock;
 use super::core::CodeStore;
@@ -40,6 +41,14 @@ pub(crate) struct Shared {
     peers: Mutex<Vec<Peer>>,
     created: Mutex<BTreeSet<u32>>,
     pub(crate) exclusive: Exclusive,
+    /// `None` where time is counted, or the host had no thread for it: then nothing is translated.
+    pub(crate) alarm: Option<Alarm>,
+}
+
+fn start_alarm(clock: &Arc<Clock>) -> Option<Alarm> {
+    Alarm::start(Arc::clone(clock))
+        .inspect_err(|error| tracing::warn!(%error, "translate: no thread for timers, blocks are interpreted"))
+        .ok()
 }
 
 /// How to reach one vCPU.
@@ -52,18 +61,21 @@ pub(crate) struct Peer {
 impl Shared {
     pub(crate) fn new(cpuid: CpuidTable, interrupts: InterruptMode, max_vcpus: u32, clock: Clock) -> Self {
         let apics = if interrupts == InterruptMode::LocalApic { max_vcpus } else { 0 };
+        let clock = Arc::new(clock);
+        let alarm = if clock.is_deterministic() { None } else { start_alarm(&clock) };
         Self {
             cpuid,
             interrupts,
             max_vcpus,
             inboxes: (0..apics).map(|index| Arc::new(Inbox::new(index))).collect(),
-            clock: Arc::new(clock),
+            clock,
             passed_on: Arc::default(),
             map: Mutex::default(),
             epoch: AtomicU64::new(1),
             peers: Mutex::default(),
             created: Mutex::default(),
             exclusive: Exclusive::default(),
+            alarm,
         }
     }
 

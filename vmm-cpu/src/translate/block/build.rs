@@ -61,7 +61,7 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
         }
     }
     let code = bytes.get(..length).unwrap_or_default();
-    Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits })
+    Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits, runs: 0 })
 }
 
 /// What becomes of an instruction, with which `rest` begins.
@@ -110,5 +110,5 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
     let instruction = decoder.decode();
     let code = bytes.get(..instruction.len()).unwrap_or_default();
     let lowered = lower(m, &instruction, &bytes, 0);
-    Ok(Block { ops: [lowered.op].into(), bytes: code.into(), gpa, second_page: Some(second_page), code_bits })
+    Ok(Block { ops: [lowered.op].into(), bytes: code.into(), gpa, second_page: Some(second_page), code_bits, runs: 0 })
 }

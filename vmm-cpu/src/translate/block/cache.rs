@@ -42,6 +42,8 @@ pub(crate) struct BlockCache {
     jumps: Box<[Jump; JUMPS]>,
     /// Changes whenever a block's place may have become another's.
     epoch: u32,
+    /// Blocks that are gone since somebody asked; `None`: all that there were.
+    dropped: Option<Vec<u32>>,
 }
 
 impl BlockCache {
@@ -54,7 +56,27 @@ impl BlockCache {
             by_page: FxHashMap::default(),
             jumps: Box::new([Jump::default(); JUMPS]),
             epoch: 1,
+            dropped: Some(Vec::new()),
         }
+    }
+
+    /// Whether blocks are gone of which nobody heard yet.
+    pub(crate) fn has_dropped(&self) -> bool {
+        self.dropped.as_ref().is_none_or(|blocks| !blocks.is_empty())
+    }
+
+    /// The blocks that are gone since this was last asked, or `Some(None)` if all that there were are.
+    pub(crate) fn take_dropped(&mut self) -> Option<Option<Vec<u32>>> {
+        self.has_dropped().then(|| self.dropped.replace(Vec::new()))
+    }
+
+    /// Counts a run of a block; how many there were before.
+    pub(crate) fn count_run(&mut self, block: u32) -> u32 {
+        self.blocks.get_mut(block as usize).map_or(0, |block| {
+            let before = block.runs;
+            block.runs = before.saturating_add(1);
+            before
+        })
     }
 
     #[allow(clippy::cast_possible_truncation, reason = "the low bits select")]
@@ -147,6 +169,7 @@ impl BlockCache {
     pub(crate) fn clear(&mut self) {
         self.blocks.clear();
         self.free.clear();
+        self.dropped = None;
         self.ops = 0;
         self.by_address.clear();
         self.by_page.clear();
@@ -210,5 +233,8 @@ impl BlockCache {
         }
         self.forget_jumps();
         self.free.push(id);
+        if let Some(dropped) = &mut self.dropped {
+            dropped.push(id);
+        }
     }
 }

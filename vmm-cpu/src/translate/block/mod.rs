@@ -10,9 +10,7 @@ mod build;
 mod cache;
 mod length;
 
-#[cfg(test)]
-pub(crate) use build::DECODING;
-pub(crate) use build::build;
+pub(crate) use build::{DECODING, build};
 pub(crate) use cache::{BlockCache, Stamp};
 
 use super::memory::PAGE_MASK;
@@ -32,6 +30,8 @@ pub(crate) struct Block {
     pub(crate) second_page: Option<u64>,
     /// Width of the code in bits.
     pub(crate) code_bits: u32,
+    /// How often it has run before it was translated.
+    pub(crate) runs: u32,
 }
 
 impl Block {

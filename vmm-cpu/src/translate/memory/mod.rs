@@ -4,7 +4,7 @@
 //! write at the same time. An entry is read once and judged by what was read.
 
 mod code_pages;
-mod frame;
+pub(crate) mod frame;
 mod host;
 mod map;
 mod tlb;

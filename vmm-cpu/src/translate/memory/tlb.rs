@@ -40,7 +40,7 @@ const FETCHED: usize = 4096;
 const LOCAL: usize = 2 * ENTRIES;
 
 /// Whose rights an access has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub(crate) enum Reach {
     /// Privilege level 3.
@@ -86,6 +86,10 @@ impl Tlb {
             large: false,
             generation: 1,
         }
+    }
+
+    pub(crate) fn frame(&mut self) -> &mut Frame {
+        &mut self.frame
     }
 
     pub(crate) fn map(&self) -> &Arc<MemoryMap> {

@@ -1,0 +1,16 @@
+//! Tier 1: blocks that run more than once or twice become code of the host's own instruction set.
+
+mod branch;
+mod builder;
+mod effect;
+mod emit;
+mod entry;
+mod host;
+mod instruction;
+mod memory;
+mod registers;
+mod run;
+mod site;
+mod translator;
+
+pub(crate) use run::{Ran, Tier1};

@@ -1,0 +1,256 @@
+//! Runs translated code, and does what it is left for.
+
+use std::sync::Arc;
+
+use super::builder::Mode;
+use super::entry::{self, Gs};
+use super::site::Kind;
+use super::translator::{NO_BRANCH, Translator};
+use crate::translate::block::BlockCache;
+use crate::translate::core::{Flow, Machine};
+use crate::translate::cpu::BLOCK;
+use crate::translate::flags::bits;
+use crate::translate::memory::Reach;
+use crate::translate::memory::frame::{Branch, Frame};
+use crate::translate::run;
+use crate::translate::segment::index;
+
+/// How often the interpreter runs a block before it is translated.
+const THRESHOLD: u32 = 2;
+
+/// Masks of all exceptions in MXCSR.
+const MASKS: u32 = 0x1f80;
+
+/// What came of an attempt to run translated code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ran {
+    /// There is none; the interpreter goes on.
+    Nothing,
+    /// Some ran. The loop has to look around.
+    Something,
+}
+
+/// Figures of a vCPU's translated code.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Figures {
+    pub(crate) translations: u64,
+    pub(crate) clears: u64,
+    pub(crate) entries: u64,
+    pub(crate) interpreted: u64,
+    pub(crate) links: u64,
+    pub(crate) suspended: u64,
+}
+
+/// Translated code of one vCPU.
+#[derive(Debug)]
+pub(crate) struct Tier1 {
+    translator: Translator,
+    /// Generation of the TLB that pages were last taken up in.
+    generation: u64,
+    /// When the alarm is to call.
+    alarm: Option<u64>,
+    pub(crate) figures: Figures,
+}
+
+impl Tier1 {
+    /// `None` where this host does not let anybody make code.
+    pub(crate) fn new() -> Option<Self> {
+        match Translator::new() {
+            Ok(translator) => Some(Self { translator, generation: 0, alarm: None, figures: Figures::default() }),
+            Err(error) => {
+                tracing::warn!(%error, "translate: no memory for translated code, blocks are interpreted");
+                None
+            }
+        }
+    }
+
+    /// Makes GS refer to the vCPU's frame while it runs.
+    pub(crate) fn prepare(m: &mut Machine<'_>) -> Gs {
+        let go = m.signals.go_address();
+        let frame = m.tlb.frame();
+        frame.state.leave = entry::leave_address();
+        frame.state.go = go;
+        for table in &mut frame.branches {
+            if table.first().is_some_and(|branch| branch.rip == 0) {
+                table.fill(Branch { rip: NO_BRANCH, code: 0 });
+            }
+        }
+        Gs::set(frame)
+    }
+
+    /// Runs translated code from RIP on, if there is or comes to be some.
+    pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
+        let Some(mode) = mode(m) else { return Ok(Ran::Nothing) };
+        self.set_alarm(m);
+        self.catch_up(m, cache);
+        let Some(mut translation) = self.find(m, cache, mode)? else { return Ok(Ran::Nothing) };
+        let Some(mut code) = self.translator.entry(translation) else { return Ok(Ran::Nothing) };
+        load(m);
+        loop {
+            self.figures.entries += 1;
+            if self.translator.take_patched() {
+                entry::serialize();
+            }
+            // SAFETY: `prepare` has set GS and the frame; the address is that of code that holds.
+            #[allow(unsafe_code, reason = "translated code is not Rust's")]
+            let number = unsafe { entry::enter(code) };
+            let Some(site) = self.translator.site(number) else { return Ok(Ran::Nothing) };
+            let Some((rip, block)) = self.translator.get(site.translation).map(|t| (t.rip, t.block)) else {
+                return Ok(Ran::Nothing);
+            };
+            store(m);
+            let mut link = None;
+            match site.kind {
+                Kind::Instruction { op, resume } => {
+                    self.figures.interpreted += 1;
+                    let Some(found) = cache.get(block) else { return Ok(Ran::Nothing) };
+                    let is_last = usize::from(op) + 1 == found.ops.len();
+                    let goes_on = run::execute_one(m, found, rip, op.into())?;
+                    if !goes_on || m.urgent || m.signals.wants_attention() || !m.code_stores.is_empty() {
+                        return Ok(Ran::Something);
+                    }
+                    if !is_last && self.is_current(m, cache) {
+                        code = self.translator.address(resume);
+                        load(m);
+                        continue;
+                    }
+                }
+                Kind::Jump(jump) => {
+                    m.cpu.rip = jump.target;
+                    link = Some(jump);
+                }
+                Kind::Poll { target } => {
+                    m.cpu.rip = target;
+                    return Ok(Ran::Something);
+                }
+                Kind::Gate => m.cpu.rip = rip,
+            }
+            self.catch_up(m, cache);
+            let Some(next) = self.find(m, cache, mode)? else { return Ok(Ran::Something) };
+            match link {
+                Some(jump) if self.translator.site(number).is_some() => {
+                    self.figures.links += 1;
+                    self.translator.link(number, &jump, next);
+                }
+                _ => self.translator.remember_branch(next, m.tlb.frame()),
+            }
+            translation = next;
+            let Some(entry) = self.translator.entry(translation) else { return Ok(Ran::Something) };
+            code = entry;
+            load(m);
+        }
+    }
+
+    /// Lets the alarm call when the vCPU's timer is due.
+    fn set_alarm(&mut self, m: &Machine<'_>) {
+        if self.alarm != m.deadline
+            && let Some(alarm) = &m.shared.alarm
+        {
+            alarm.set(m.index, m.deadline, &m.signals);
+            self.alarm = m.deadline;
+        }
+    }
+
+    /// Whether what holds has not changed.
+    fn is_current(&self, m: &Machine<'_>, cache: &BlockCache) -> bool {
+        self.generation == m.tlb.generation() && !cache.has_dropped()
+    }
+
+    /// Does what changed blocks and translations of addresses ask for.
+    fn catch_up(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) {
+        if let Some(dropped) = cache.take_dropped() {
+            match dropped {
+                Some(blocks) => {
+                    for block in blocks {
+                        self.translator.drop_block(block, m.tlb.frame());
+                    }
+                }
+                None => self.clear(m),
+            }
+        }
+        let generation = m.tlb.generation();
+        if self.generation != generation {
+            self.generation = generation;
+            self.figures.suspended += 1;
+            self.translator.suspend_all(m.tlb.frame());
+        }
+    }
+
+    fn clear(&mut self, m: &mut Machine<'_>) {
+        self.figures.clears += 1;
+        self.translator.clear(m.tlb.frame());
+    }
+
+    /// The translation of what runs at RIP; it is made if the block has run often enough.
+    fn find(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache, mode: Mode) -> Flow<Option<u32>> {
+        let rip = m.cpu.rip;
+        if let Some(found) = self.translator.find(rip, mode) {
+            return Ok(Some(found));
+        }
+        let Some(id) = run::settled_block(m, cache, rip)? else { return Ok(None) };
+        // Looking may have changed what there is.
+        self.catch_up(m, cache);
+        let map = Arc::clone(m.map());
+        let Some(block) = cache.get(id) else { return Ok(None) };
+        if block.second_page.is_some() {
+            return Ok(None);
+        }
+        let page = self.translator.take_up(rip, mode, block, &map, m.tlb.frame(), cache);
+        let Some(page) = page else { return Ok(None) };
+        if let Some(found) = self.translator.find(rip, mode) {
+            return Ok(Some(found));
+        }
+        if cache.count_run(id) < THRESHOLD {
+            return Ok(None);
+        }
+        if self.translator.is_full() {
+            self.clear(m);
+            return Ok(None);
+        }
+        let Some(block) = cache.get(id) else { return Ok(None) };
+        self.figures.translations += 1;
+        Ok(self.translator.translate(rip, mode, id, block, page, m.tlb.frame()))
+    }
+}
+
+/// What code is to be translated for, if any is.
+fn mode(m: &Machine<'_>) -> Option<Mode> {
+    let reach = m.mode.reach;
+    let fits = m.mode.code_bits == 64
+        && matches!(m.mode.cpl, 0 | 3)
+        && reach != Reach::UserAligned
+        && m.cpu.mxcsr & MASKS == MASKS
+        && m.shared.alarm.is_some();
+    fits.then_some(Mode { reach, sse: m.mode.sse })
+}
+
+/// Makes the vCPU's registers those of translated code.
+fn load(m: &mut Machine<'_>) {
+    let registers: [u64; 16] = std::array::from_fn(|n| m.cpu.r(crate::translate::segment::low8(n as u64)));
+    let (fs, gs) = (m.cpu.segment(index::FS).base, m.cpu.segment(index::GS).base);
+    let xmm = m.cpu.all_xmm();
+    let flags = m.cpu.flags.get();
+    let (mxcsr, kernel_gs_base) = (m.cpu.mxcsr, m.cpu.msr.kernel_gs_base);
+    let state = &mut m.tlb.frame().state;
+    state.registers = registers;
+    (state.fs_base, state.gs_base, state.kernel_gs_base) = (fs, gs, kernel_gs_base);
+    state.xmm = xmm;
+    state.mxcsr = mxcsr;
+    // As LAHF and SETO have them.
+    state.flags = (flags & 0xff) << 8 | flags >> 11 & 1;
+    state.control = flags & !bits::STATUS;
+}
+
+/// Makes the registers of translated code the vCPU's.
+fn store(m: &mut Machine<'_>) {
+    let frame: &Frame = m.tlb.frame();
+    let (registers, xmm, mxcsr, flags) =
+        (frame.state.registers, frame.state.xmm, frame.state.mxcsr, frame.state.flags);
+    for (slot, value) in (0..).zip(registers) {
+        m.cpu.set_r(slot, value);
+    }
+    m.cpu.set_all_xmm(xmm);
+    m.cpu.mxcsr = mxcsr;
+    m.cpu.flags.replace_status(bits::STATUS, flags >> 8 & 0xff | (flags & 1) << 11);
+    m.cpu.set_r(BLOCK, 0);
+}
