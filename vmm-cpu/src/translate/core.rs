@@ -390,7 +390,7 @@ impl Core {
         match walk(self.tlb.map(), &self.paging(), va, access) {
             Ok(translation) => {
                 if access == Access::Execute {
-                    self.tlb.fetched(va, translation.gpa);
+                    self.tlb.fetched(va, &translation);
                 }
                 Ok(translation)
             }

@@ -173,6 +173,11 @@ impl Core {
         self.apic.as_ref().is_some_and(|apic| apic.pending().is_some())
     }
 
+    /// Whether an interrupt would be taken if interrupts were let in.
+    pub(crate) fn has_interrupt(&self) -> bool {
+        self.pending_vector() || self.ext_int || self.signals.intr.is_high() && self.takes_pin()
+    }
+
     /// Whether the INTR pin reaches the processor.
     pub(crate) fn takes_pin(&self) -> bool {
         self.apic.as_ref().is_none_or(|apic| apic.takes_ext_int())

@@ -102,6 +102,8 @@ pub(super) struct Builder<'a> {
     resuming: Vec<u32>,
     /// Number of the running instruction.
     pub(super) op: u16,
+    /// The block ends with STI.
+    pub(super) shadow: bool,
     /// RIP of the page that the block begins in, and whether all of the block lies there.
     page: u64,
     whole: bool,
@@ -157,6 +159,7 @@ impl<'a> Builder<'a> {
             landings: Vec::new(),
             resuming: Vec::new(),
             op: 0,
+            shadow: false,
             page: place.rip & PAGE_MASK,
             whole: place.whole,
         }
@@ -360,7 +363,7 @@ impl<'a> Builder<'a> {
         if aligned {
             // TEST AL, bytes - 1
             self.e.bytes(&[0xa8, crate::translate::segment::low8(bytes as u64 - 1)]);
-            self.interpret_if(NOT_ZERO);
+            self.interpret_if(NOT_EQUAL);
         }
         self.e.op(true, &[0x03], RAX, Rm::FrameAt(RCX, displacement(table + offset_of!(Entry, host))));
     }
@@ -410,7 +413,7 @@ impl<'a> Builder<'a> {
 
     fn jump_site(&mut self, target: u64, at: usize, link: Link, live: bool, from: usize) {
         let at = u32::try_from(self.origin + at).unwrap_or(u32::MAX);
-        let site = self.site(Kind::Jump(Jump { target, at, stub: 0, link, live }));
+        let site = self.site(Kind::Jump(Jump { target, at, stub: 0, link, live, shadow: self.shadow }));
         self.stubs.push(Stub { from: vec![from], site, live });
     }
 
@@ -420,7 +423,7 @@ impl<'a> Builder<'a> {
         debug_assert_eq!(self.flags, Flags::Saved, "the lookup changes flags");
         self.e.load(RAX, Rm::Frame(state!(go)));
         self.e.group1(true, 7, Rm::At(RAX, 0), 0);
-        self.interpret_if(ZERO);
+        self.interpret_if(EQUAL);
         // MOV EAX, ECX
         self.e.bytes(&[0x89, 0xc8]);
         const { assert!(size_of::<Branch>() == 16) };
@@ -431,7 +434,7 @@ impl<'a> Builder<'a> {
         let table = branch_table_offset(self.mode.reach);
         let rip = displacement(table + offset_of!(Branch, rip));
         self.e.op(true, &[0x3b], RCX, Rm::FrameAt(RAX, rip));
-        self.interpret_if(NOT_ZERO);
+        self.interpret_if(NOT_EQUAL);
     }
 
     /// Where the code of the entry is that [`Builder::lookup_branch`] found.
@@ -446,8 +449,8 @@ impl<'a> Builder<'a> {
 }
 
 /// Condition codes of Jcc.
-pub(super) const ZERO: u8 = 4;
-pub(super) const NOT_ZERO: u8 = 5;
+pub(super) const EQUAL: u8 = 4;
+pub(super) const NOT_EQUAL: u8 = 5;
 pub(super) const ABOVE: u8 = 7;
 
 /// Length of a jump through a gate.

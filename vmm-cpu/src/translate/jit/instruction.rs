@@ -5,10 +5,11 @@
 
 use iced_x86::{Code, ConditionCode, EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::builder::{Builder, Flags, NOT_ZERO, slot, state};
+use super::builder::{Builder, Flags, NOT_EQUAL, slot, state};
 use super::effect::{Effect, accesses_memory, effect, is_prefetch};
 use super::emit::{RAX, RCX, RDX, Rm};
 use super::host::host_has;
+use super::special::has_high_byte;
 use super::registers::{GUEST_RAX, GUEST_RCX, Home, home, is_high_byte, number, with_width};
 
 /// The instruction is not translated; the interpreter executes it.
@@ -44,16 +45,22 @@ impl Builder<'_> {
             M::Imul if instruction.op_count() == 1 => self.multiply_or_divide(instruction),
             M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => self.sign_extend(instruction),
             M::Cmpxchg => self.compare_exchange(instruction),
+            M::Cmpxchg8b | M::Cmpxchg16b => self.compare_exchange_pair(instruction),
+            M::Pushfq | M::Popfq | M::Cli | M::Sti | M::Swapgs => self.system(instruction),
+            M::Mov if is_selector(instruction) => self.read_selector(instruction),
+            _ if instruction.is_string_instruction() => self.string(instruction),
+            M::Bt | M::Bts | M::Btr | M::Btc if is_bit_string(instruction) => self.bit_string(instruction),
             M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr if is_by_cl(instruction) => {
                 self.shift_by_cl(instruction)
             }
+            _ if has_high_byte(instruction) && is_general(instruction) => self.high_byte(instruction),
             _ if is_general(instruction) || self.is_vector(instruction) => self.general(instruction),
             _ => Err(Untranslated),
         }
     }
 
-    /// The linear address of the memory operand, in RAX. RCX changes, flags do not.
-    fn address(&mut self, instruction: &Instruction) -> Outcome {
+    /// The linear address of the memory operand, in RAX. RCX changes, and the processor's flags with an operand in FS or GS.
+    pub(super) fn address(&mut self, instruction: &Instruction) -> Outcome {
         self.address_in(instruction, RAX)
     }
 
@@ -75,10 +82,6 @@ impl Builder<'_> {
             if !wide && [base, index].iter().any(|r| *r != Register::None && !r.is_gpr32()) {
                 return Err(Untranslated);
             }
-            if segment.is_some() && index != Register::None {
-                // The offset alone may not be canonical.
-                return Err(Untranslated);
-            }
             #[allow(clippy::cast_possible_truncation, reason = "of such an operand 32 bits are encoded")]
             let disp = displacement.cast_signed() as i32;
             let base = (base != Register::None).then(|| self.in_host(number(base), RAX));
@@ -93,6 +96,16 @@ impl Builder<'_> {
             self.e.op(wide, &[0x8d], to, rm);
         }
         if let Some(segment) = segment {
+            if base != Register::None || index != Register::None {
+                // The offset alone must be canonical on AMD's processors.
+                self.e.mov(RCX, to);
+                self.e.op(true, &[0xc1], 4, Rm::Reg(RCX));
+                self.e.bytes(&[16]);
+                self.e.op(true, &[0xc1], 7, Rm::Reg(RCX));
+                self.e.bytes(&[16]);
+                self.e.op(true, &[0x3b], RCX, Rm::Reg(to));
+                self.interpret_if(NOT_EQUAL);
+            }
             self.e.load(RCX, Rm::Frame(segment));
             self.e.lea(to, Rm::Indexed(to, RCX, 0, 0));
         }
@@ -128,16 +141,15 @@ impl Builder<'_> {
 
     /// An instruction of explicit operands: registers, one in memory, immediates.
     fn general(&mut self, instruction: &Instruction) -> Outcome {
-        let in_memory = (0..instruction.op_count()).find(|n| instruction.op_kind(*n) == OpKind::Memory);
+        let in_memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::Memory);
         let reads_flags = effect(instruction) == Effect::Reads;
         let mut address = RAX;
-        if let Some(n) = in_memory {
+        if in_memory {
             let bytes = instruction.memory_size().size();
             if !matches!(bytes, 1 | 2 | 4 | 8 | 16) {
                 return Err(Untranslated);
             }
-            let write = n == 0 && !matches!(instruction.mnemonic(), Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Bt)
-                || instruction.mnemonic() == Mnemonic::Xchg;
+            let write = writes_memory(instruction);
             self.operand(instruction, bytes, write)?;
             if reads_flags {
                 self.e.mov(RCX, RAX);
@@ -148,7 +160,7 @@ impl Builder<'_> {
             self.need_flags();
         }
         // Of the two registers that translated code has to itself, those that are free.
-        let mut free = match (in_memory.is_some(), address) {
+        let mut free = match (in_memory, address) {
             (false, _) => [Some(RCX), Some(RAX)],
             (true, RAX) => [Some(RCX), None],
             (true, _) => [Some(RAX), None],
@@ -206,15 +218,11 @@ impl Builder<'_> {
                 self.e.load(*host, slot(*guest));
             }
         }
-        if in_memory.is_some() {
+        if in_memory {
             use_host_address(&mut rewritten, address);
         }
         self.encode(&rewritten)?;
-        match effect(instruction) {
-            Effect::None => {}
-            Effect::Overwrites | Effect::Reads if instruction.rflags_modified() != 0 => self.flags = Flags::Live,
-            _ => {}
-        }
+        self.note_flags(instruction);
         for (moved, written) in moved.iter().zip(written) {
             if let (Some((guest, host)), true) = (moved, written) {
                 self.e.store(slot(*guest), *host);
@@ -400,7 +408,7 @@ impl Builder<'_> {
         self.e.op(wide, &[0xc1], 7, Rm::Reg(RAX));
         self.e.bytes(&[if wide { 63 } else { 31 }]);
         self.e.op(wide, &[0x3b], RAX, Rm::Reg(RDX));
-        self.interpret_if(NOT_ZERO);
+        self.interpret_if(NOT_EQUAL);
         self.e.op(wide, &[0x8d], RAX, Rm::At(RCX, 1));
         self.e.group1(wide, 7, Rm::Reg(RAX), 1);
         self.interpret_if(BELOW_OR_EQUAL);
@@ -567,7 +575,7 @@ fn without_accumulator(code: Code) -> Code {
 }
 
 /// Replaces the memory operand by that at the host address in `register`.
-fn use_host_address(instruction: &mut Instruction, register: u8) {
+pub(super) fn use_host_address(instruction: &mut Instruction, register: u8) {
     instruction.set_segment_prefix(Register::None);
     instruction.set_memory_base(with_width(register, Register::RAX));
     instruction.set_memory_index(Register::None);
@@ -584,6 +592,22 @@ fn needs_alignment(instruction: &Instruction) -> bool {
         instruction.mnemonic(),
         Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu | Mnemonic::Lddqu
     )
+}
+
+/// Whether the operand in memory is written.
+pub(super) fn writes_memory(instruction: &Instruction) -> bool {
+    instruction.op0_kind() == OpKind::Memory
+        && !matches!(instruction.mnemonic(), Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Bt)
+        || instruction.mnemonic() == Mnemonic::Xchg
+}
+
+fn is_selector(instruction: &Instruction) -> bool {
+    instruction.op1_kind() == OpKind::Register && instruction.op1_register().is_segment_register()
+}
+
+/// Whether a bit instruction has its bit anywhere from the operand in memory on.
+fn is_bit_string(instruction: &Instruction) -> bool {
+    instruction.op0_kind() == OpKind::Memory && instruction.op1_kind() == OpKind::Register
 }
 
 /// Whether a shift or rotation is by what is in CL.
@@ -624,10 +648,7 @@ fn is_general(instruction: &Instruction) -> bool {
         M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd => {
             !is_by_cl(instruction)
         }
-        M::Bt | M::Bts | M::Btr | M::Btc => {
-            // A bit string in memory.
-            instruction.op0_kind() == OpKind::Register || instruction.op1_kind() != OpKind::Register
-        }
+        M::Bt | M::Bts | M::Btr | M::Btc => !is_bit_string(instruction),
         M::Movbe
         | M::Popcnt
         | M::Lzcnt

@@ -11,6 +11,9 @@ mod memory;
 mod registers;
 mod run;
 mod site;
+mod special;
+mod string;
+mod system;
 mod translator;
 
 pub(crate) use run::{Ran, Tier1};

@@ -45,8 +45,6 @@ pub(crate) struct Figures {
 #[derive(Debug)]
 pub(crate) struct Tier1 {
     translator: Translator,
-    /// Generation of the TLB that pages were last taken up in.
-    generation: u64,
     /// When the alarm is to call.
     alarm: Option<u64>,
     pub(crate) figures: Figures,
@@ -56,7 +54,7 @@ impl Tier1 {
     /// `None` where this host does not let anybody make code.
     pub(crate) fn new() -> Option<Self> {
         match Translator::new() {
-            Ok(translator) => Some(Self { translator, generation: 0, alarm: None, figures: Figures::default() }),
+            Ok(translator) => Some(Self { translator, alarm: None, figures: Figures::default() }),
             Err(error) => {
                 tracing::warn!(%error, "translate: no memory for translated code, blocks are interpreted");
                 None
@@ -109,7 +107,7 @@ impl Tier1 {
                     if !goes_on || m.urgent || m.signals.wants_attention() || !m.code_stores.is_empty() {
                         return Ok(Ran::Something);
                     }
-                    if !is_last && self.is_current(m, cache) {
+                    if !is_last && Self::is_current(m, cache) {
                         code = self.translator.address(resume);
                         load(m);
                         continue;
@@ -117,6 +115,7 @@ impl Tier1 {
                 }
                 Kind::Jump(jump) => {
                     m.cpu.rip = jump.target;
+                    m.cpu.shadow_sti |= jump.shadow;
                     link = Some(jump);
                 }
                 Kind::Poll { target } => {
@@ -126,7 +125,11 @@ impl Tier1 {
                 Kind::Gate => m.cpu.rip = rip,
             }
             self.catch_up(m, cache);
-            let Some(next) = self.find(m, cache, mode)? else { return Ok(Ran::Something) };
+            let Some(next) = self.find(m, cache, mode)? else {
+                m.urgent |= m.cpu.shadow_sti;
+                return Ok(Ran::Something);
+            };
+            m.cpu.shadow_sti = false;
             match link {
                 Some(jump) if self.translator.site(number).is_some() => {
                     self.figures.links += 1;
@@ -152,8 +155,8 @@ impl Tier1 {
     }
 
     /// Whether what holds has not changed.
-    fn is_current(&self, m: &Machine<'_>, cache: &BlockCache) -> bool {
-        self.generation == m.tlb.generation() && !cache.has_dropped()
+    fn is_current(m: &Machine<'_>, cache: &BlockCache) -> bool {
+        !m.tlb.has_forgotten() && !cache.has_dropped()
     }
 
     /// Does what changed blocks and translations of addresses ask for.
@@ -168,11 +171,10 @@ impl Tier1 {
                 None => self.clear(m),
             }
         }
-        let generation = m.tlb.generation();
-        if self.generation != generation {
-            self.generation = generation;
-            self.figures.suspended += 1;
-            self.translator.suspend_all(m.tlb.frame());
+        if m.tlb.has_forgotten() {
+            let forgotten = m.tlb.take_forgotten();
+            self.figures.suspended += u64::from(forgotten.all);
+            self.translator.forget(&forgotten, m.tlb.frame());
         }
     }
 
@@ -195,7 +197,8 @@ impl Tier1 {
         if block.second_page.is_some() {
             return Ok(None);
         }
-        let page = self.translator.take_up(rip, mode, block, &map, m.tlb.frame(), cache);
+        let Some(fetched) = m.tlb.fetch_translation(rip) else { return Ok(None) };
+        let page = self.translator.take_up(rip, mode, block, fetched, &map, m.tlb.frame(), cache);
         let Some(page) = page else { return Ok(None) };
         if let Some(found) = self.translator.find(rip, mode) {
             return Ok(Some(found));
@@ -227,30 +230,38 @@ fn mode(m: &Machine<'_>) -> Option<Mode> {
 /// Makes the vCPU's registers those of translated code.
 fn load(m: &mut Machine<'_>) {
     let registers: [u64; 16] = std::array::from_fn(|n| m.cpu.r(crate::translate::segment::low8(n as u64)));
+    let selectors: [u64; 6] = std::array::from_fn(|n| m.cpu.segment(n).selector.into());
     let (fs, gs) = (m.cpu.segment(index::FS).base, m.cpu.segment(index::GS).base);
     let xmm = m.cpu.all_xmm();
     let flags = m.cpu.flags.get();
+    let held = flags & bits::IF == 0 && m.has_interrupt();
     let (mxcsr, kernel_gs_base) = (m.cpu.mxcsr, m.cpu.msr.kernel_gs_base);
     let state = &mut m.tlb.frame().state;
     state.registers = registers;
+    state.selectors = selectors;
     (state.fs_base, state.gs_base, state.kernel_gs_base) = (fs, gs, kernel_gs_base);
     state.xmm = xmm;
     state.mxcsr = mxcsr;
+    state.held = held.into();
     // As LAHF and SETO have them.
     state.flags = (flags & 0xff) << 8 | flags >> 11 & 1;
-    state.control = flags & !bits::STATUS;
+    // As PUSHF has it.
+    state.control = flags & !(bits::STATUS | bits::RF | bits::VM);
 }
 
 /// Makes the registers of translated code the vCPU's.
 fn store(m: &mut Machine<'_>) {
     let frame: &Frame = m.tlb.frame();
-    let (registers, xmm, mxcsr, flags) =
-        (frame.state.registers, frame.state.xmm, frame.state.mxcsr, frame.state.flags);
+    let state = &frame.state;
+    let (registers, xmm, mxcsr, flags) = (state.registers, state.xmm, state.mxcsr, state.flags);
+    let (gs_base, kernel_gs_base, control) = (state.gs_base, state.kernel_gs_base, state.control);
     for (slot, value) in (0..).zip(registers) {
         m.cpu.set_r(slot, value);
     }
     m.cpu.set_all_xmm(xmm);
     m.cpu.mxcsr = mxcsr;
+    m.cpu.segment_mut(index::GS).base = gs_base;
+    m.cpu.msr.kernel_gs_base = kernel_gs_base;
     m.cpu.flags.replace_status(bits::STATUS, flags >> 8 & 0xff | (flags & 1) << 11);
-    m.cpu.set_r(BLOCK, 0);
+    m.cpu.flags.set_control(bits::IF, control & bits::IF != 0);
 }

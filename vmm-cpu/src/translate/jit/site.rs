@@ -33,6 +33,8 @@ pub(super) struct Jump {
     pub(super) link: Link,
     /// The status flags are in the processor and not in the frame.
     pub(super) live: bool,
+    /// Interrupts are held off for one instruction.
+    pub(super) shadow: bool,
 }
 
 /// How a jump goes to its target.

@@ -17,7 +17,7 @@ use super::memory::CodeMemory;
 use super::site::{Jump, Kind, Link, Site};
 use crate::translate::block::{Block, BlockCache, DECODING};
 use crate::translate::memory::frame::{BRANCHES, Branch, Frame, Gate, TRANSLATIONS};
-use crate::translate::memory::{MemoryMap, PAGE, PAGE_MASK};
+use crate::translate::memory::{Fetched, Forgotten, MemoryMap, PAGE, PAGE_MASK, Reach};
 
 /// Bytes of code memory.
 const CODE_BYTES: usize = 64 << 20;
@@ -31,13 +31,21 @@ const MAX_SITES: usize = 1 << 22;
 /// One page of code: a linear page at a guest-physical page.
 #[derive(Debug)]
 struct Page {
+    va: u64,
+    mode: Mode,
     gpa: u64,
     /// Its translations may be entered.
     holds: bool,
+    /// Of what the page tables have there: whether it is global, and the binary logarithm of its size.
+    global: bool,
+    size: u32,
     translations: Vec<u32>,
     /// What it held when that was last compared.
     bytes: Box<[u8; PAGE as usize]>,
 }
+
+/// Binary logarithm of the size of a small page.
+const SMALL: u32 = PAGE.trailing_zeros();
 
 /// Key of a page: linear page with the mode, guest-physical page.
 type PageKey = (u64, Mode, u64);
@@ -72,6 +80,10 @@ pub(crate) struct Translator {
     by_page: FxHashMap<PageKey, u32>,
     /// Pages that hold, by linear page and mode.
     current: FxHashMap<(u64, Mode), u32>,
+    /// Those that are not global, and maybe some that do not hold any more.
+    local: Vec<u32>,
+    /// Some that hold may be parts of large pages.
+    large: bool,
     /// By page and offset in it.
     by_place: FxHashMap<(u32, u16), u32>,
     /// Translations of each block.
@@ -107,6 +119,8 @@ impl Translator {
             pages: Vec::new(),
             by_page: FxHashMap::default(),
             current: FxHashMap::default(),
+            local: Vec::new(),
+            large: false,
             by_place: FxHashMap::default(),
             by_block: FxHashMap::default(),
             patched: false,
@@ -142,14 +156,50 @@ impl Translator {
         self.get(translation).filter(|found| !found.dropped).map(|found| found.saved)
     }
 
-    /// Nothing may be entered before it is looked at anew.
-    pub(super) fn suspend_all(&mut self, frame: &mut Frame) {
-        for page in std::mem::take(&mut self.current).into_values() {
-            self.suspend(page, frame);
+    /// Lets no page be entered whose translation of addresses is forgotten, before it is looked at anew.
+    pub(super) fn forget(&mut self, forgotten: &Forgotten, frame: &mut Frame) {
+        if forgotten.all {
+            self.local.clear();
+            self.large = false;
+            for page in std::mem::take(&mut self.current).into_values() {
+                self.shut(page, frame);
+            }
+            return;
+        }
+        if forgotten.local {
+            for page in std::mem::take(&mut self.local) {
+                if self.pages.get(page as usize).is_some_and(|page| !page.global) {
+                    self.suspend(page, frame);
+                }
+            }
+        }
+        for va in &forgotten.pages {
+            for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
+                for sse in [false, true] {
+                    if let Some(page) = self.current.get(&(va & PAGE_MASK, Mode { reach, sse })) {
+                        self.suspend(*page, frame);
+                    }
+                }
+            }
+            if self.large {
+                let is_part = |page: &Page| page.size > SMALL && page.va >> page.size == va >> page.size;
+                let is_part = |page: &u32| self.pages.get(*page as usize).is_some_and(is_part);
+                let parts: Vec<u32> = self.current.values().copied().filter(is_part).collect();
+                for page in parts {
+                    self.suspend(page, frame);
+                }
+            }
         }
     }
 
+    /// Lets a page not be entered.
     fn suspend(&mut self, page: u32, frame: &mut Frame) {
+        let Some(found) = self.pages.get(page as usize).filter(|found| found.holds) else { return };
+        self.current.remove(&(found.va, found.mode));
+        self.shut(page, frame);
+    }
+
+    fn shut(&mut self, page: u32, frame: &mut Frame) {
         let Some(page) = self.pages.get_mut(page as usize) else { return };
         page.holds = false;
         for translation in &page.translations {
@@ -165,6 +215,7 @@ impl Translator {
         rip: u64,
         mode: Mode,
         block: &Block,
+        fetched: Fetched,
         map: &MemoryMap,
         frame: &mut Frame,
         cache: &BlockCache,
@@ -182,7 +233,9 @@ impl Translator {
             None => {
                 let page = u32::try_from(self.pages.len()).ok()?;
                 let bytes = Box::new([0; PAGE as usize]);
-                self.pages.push(Page { gpa, holds: false, translations: Vec::new(), bytes });
+                let (global, size) = (fetched.global, fetched.size);
+                let translations = Vec::new();
+                self.pages.push(Page { va, mode, gpa, holds: false, global, size, translations, bytes });
                 self.by_page.insert((va, mode, gpa), page);
                 page
             }
@@ -191,6 +244,11 @@ impl Translator {
         self.current.insert((va, mode), page);
         if let Some(found) = self.pages.get_mut(page as usize) {
             found.holds = true;
+            (found.global, found.size) = (fetched.global, fetched.size);
+            self.large |= found.size > SMALL;
+            if !found.global {
+                self.local.push(page);
+            }
             for translation in &found.translations {
                 if let Some(open) = self.translations.get(*translation as usize) {
                     open.open(*translation, frame);
@@ -262,7 +320,7 @@ impl Translator {
 
     /// Forgets everything.
     pub(super) fn clear(&mut self, frame: &mut Frame) {
-        self.suspend_all(frame);
+        self.forget(&Forgotten { all: true, ..Forgotten::default() }, frame);
         self.used = shared_code().0.len().next_multiple_of(16);
         self.sites.clear();
         self.translations.clear();

@@ -64,6 +64,7 @@ pub(crate) struct State {
     pub(crate) leave: u64,
     /// Of one instruction.
     pub(crate) scratch: u64,
+    pub(crate) scratch2: u64,
     pub(crate) mxcsr: u32,
     pub(crate) host_mxcsr: u32,
     pub(crate) fs_base: u64,
@@ -75,7 +76,8 @@ pub(crate) struct State {
     pub(crate) held: u64,
     /// Instructions that may still start.
     pub(crate) budget: i64,
-    _align: u64,
+    /// Those of the segment registers, by number.
+    pub(crate) selectors: [u64; 6],
     pub(crate) xmm: [u128; 16],
 }
 

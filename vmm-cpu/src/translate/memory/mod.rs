@@ -13,7 +13,7 @@ mod walk;
 pub(crate) use code_pages::VcpuSet;
 pub(crate) use host::{HostWord, Order};
 pub(crate) use map::{MemoryMap, Slot};
-pub(crate) use tlb::{Reach, Tlb};
+pub(crate) use tlb::{Fetched, Forgotten, Reach, Tlb};
 pub(crate) use walk::{Access, GPA_BITS, Paging, Translation, walk};
 
 pub(crate) const PAGE: u64 = 4096;

@@ -53,12 +53,53 @@ pub(crate) enum Reach {
     UserAligned = 3,
 }
 
+/// A page that instructions were fetched from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fetched {
+    pub(crate) gpa: u64,
+    pub(crate) global: bool,
+    /// Binary logarithm of the size of the page that the page tables have there.
+    pub(crate) size: u32,
+}
+
+/// Translations of instruction fetches that hold no more.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Forgotten {
+    /// Of all pages.
+    pub(crate) all: bool,
+    /// Of those that are not global.
+    pub(crate) local: bool,
+    /// Of single pages, whatever their size.
+    pub(crate) pages: Vec<u64>,
+}
+
+impl Forgotten {
+    /// Pages that are listed one by one.
+    const LISTED: usize = 64;
+
+    fn is_empty(&self) -> bool {
+        !self.all && !self.local && self.pages.is_empty()
+    }
+
+    fn add(&mut self, va: u64) {
+        if self.pages.len() < Self::LISTED {
+            self.pages.push(va);
+        } else {
+            self.all = true;
+        }
+    }
+}
+
 /// See the module.
 pub(crate) struct Tlb {
     frame: Box<Frame>,
     /// Pages that instructions were fetched from, by tag. All that whoever runs blocks remembers in this generation is
     /// among them, so it does not matter when that is looked up here.
-    fetched: FxHashMap<u64, u64>,
+    fetched: FxHashMap<u64, Fetched>,
+    /// Those that are global.
+    fetched_global: FxHashMap<u64, Fetched>,
+    /// What was forgotten of them since somebody asked.
+    forgotten: Forgotten,
     map: Arc<MemoryMap>,
     reach: Reach,
     /// Entries that are not global: table and index.
@@ -80,6 +121,8 @@ impl Tlb {
         Self {
             frame: Frame::new(),
             fetched: FxHashMap::default(),
+            fetched_global: FxHashMap::default(),
+            forgotten: Forgotten::default(),
             map,
             reach: Reach::SupervisorAll,
             local: Vec::with_capacity(LOCAL),
@@ -112,7 +155,18 @@ impl Tlb {
 
     /// Makes whoever remembers a translation look again.
     pub(crate) fn forget_lookups(&mut self) {
+        self.forgotten.all = true;
         self.generation += 1;
+    }
+
+    /// Whether translations of instruction fetches hold no more of which nobody heard.
+    pub(crate) fn has_forgotten(&self) -> bool {
+        !self.forgotten.is_empty()
+    }
+
+    /// Those.
+    pub(crate) fn take_forgotten(&mut self) -> Forgotten {
+        std::mem::take(&mut self.forgotten)
     }
 
     #[inline(always)]
@@ -142,8 +196,8 @@ impl Tlb {
             size: PAGE,
         };
         if access == Access::Execute {
-            let gpa = *self.fetched.get(&self.fetch_tag(va))?;
-            return Some(Translation { gpa, executable: true, ..found });
+            let Fetched { gpa, global, size } = self.fetch_translation(va)?;
+            return Some(Translation { gpa, executable: true, global, size: 1 << (size & 63), ..found });
         }
         let entry = self.entry(va);
         let writable = entry.kind & WRITABLE != 0;
@@ -155,13 +209,29 @@ impl Tlb {
         Some(Translation { gpa, writable, global, size, ..found })
     }
 
+    /// The page that instructions at `va` were fetched from.
+    pub(crate) fn fetch_translation(&self, va: u64) -> Option<Fetched> {
+        let tag = self.fetch_tag(va);
+        self.fetched_global.get(&tag).or_else(|| self.fetched.get(&tag)).copied()
+    }
+
     /// Remembers the translation of an instruction fetch.
-    pub(crate) fn fetched(&mut self, va: u64, gpa: u64) {
-        if self.fetched.len() >= FETCHED {
-            self.fetched.clear();
-            self.generation += 1;
+    pub(crate) fn fetched(&mut self, va: u64, translation: &Translation) {
+        if self.fetched.len() + self.fetched_global.len() >= FETCHED {
+            self.forget_fetched();
         }
-        self.fetched.insert(self.fetch_tag(va), gpa);
+        let size = translation.size.trailing_zeros();
+        self.large |= size > SMALL;
+        let fetched = Fetched { gpa: translation.gpa, global: translation.global, size };
+        let tag = self.fetch_tag(va);
+        let pages = if fetched.global { &mut self.fetched_global } else { &mut self.fetched };
+        pages.insert(tag, fetched);
+    }
+
+    fn forget_fetched(&mut self) {
+        self.fetched.clear();
+        self.fetched_global.clear();
+        self.forget_lookups();
     }
 
     /// Reads guest memory if the TLB has its page.
@@ -280,8 +350,7 @@ impl Tlb {
         self.frame.clear();
         self.local.clear();
         self.large = false;
-        self.fetched.clear();
-        self.generation += 1;
+        self.forget_fetched();
     }
 
     /// Forgets what is not global.
@@ -295,14 +364,19 @@ impl Tlb {
             }
         }
         self.fetched.clear();
+        self.forgotten.local = true;
         self.generation += 1;
     }
 
     /// Forgets the page of `va`, whatever its size.
     pub(crate) fn flush_page(&mut self, va: u64) {
-        self.fetched.clear();
+        self.forgotten.add(va);
         self.generation += 1;
         if self.large {
+            let is_other = |tag: &u64, page: &mut Fetched| (*tag & PAGE_MASK) >> page.size != va >> page.size;
+            self.fetched.retain(is_other);
+            self.fetched_global.retain(is_other);
+
             // Other parts of a large page can be anywhere.
             for (index, entry) in self.frame.entries_mut() {
                 let size = size_of(entry);
@@ -311,8 +385,11 @@ impl Tlb {
                 }
             }
         }
-        for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
+        for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll, Reach::UserAligned] {
             *self.frame.entry_mut(reach, va) = Entry::nothing(Frame::index(va));
+            let tag = va & PAGE_MASK | reach as u64;
+            self.fetched.remove(&tag);
+            self.fetched_global.remove(&tag);
         }
     }
 

@@ -1,0 +1,139 @@
+//! Translates what kernels do with flags, interrupts and segments all the time.
+
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+use super::builder::{Builder, EQUAL, NOT_EQUAL, slot, state};
+use super::emit::{RAX, RCX, Rm};
+use super::instruction::{Outcome, Untranslated};
+use super::registers::{GUEST_RSP, Home, home, number};
+use crate::translate::flags::bits;
+use crate::translate::memory::Reach;
+use crate::translate::ops::segment_slot;
+
+/// Bits of RFLAGS as a 32-bit immediate.
+#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "of the low half")]
+const fn imm(flags: u64) -> i32 {
+    flags as i32
+}
+
+/// Extensions of the first group's opcodes.
+const OR: u8 = 1;
+const AND: u8 = 4;
+
+impl Builder<'_> {
+    /// Translates an instruction of this family.
+    pub(super) fn system(&mut self, instruction: &Instruction) -> Outcome {
+        match instruction.mnemonic() {
+            Mnemonic::Pushfq => self.push_flags(),
+            Mnemonic::Popfq => self.pop_flags(),
+            Mnemonic::Cli => self.disable_interrupts(),
+            Mnemonic::Sti => self.enable_interrupts(),
+            Mnemonic::Swapgs => self.swap_gs(),
+            _ => Err(Untranslated),
+        }
+    }
+
+    fn supervisor(&self) -> Outcome {
+        if self.mode.reach == Reach::User { Err(Untranslated) } else { Ok(()) }
+    }
+
+    fn push_flags(&mut self) -> Outcome {
+        self.stack_slot();
+        // The byte that LAHF made is that of RFLAGS.
+        self.e.op(false, &[0x0f, 0xb6], RCX, Rm::Frame(state!(flags) + 1));
+        self.e.op(true, &[0x0b], RCX, Rm::Frame(state!(control)));
+        self.e.store(Rm::At(RAX, 0), RCX);
+        self.e.op(false, &[0x0f, 0xb6], RCX, Rm::Frame(state!(flags)));
+        // SHL ECX, 11
+        self.e.bytes(&[0xc1, 0xe1, 11]);
+        self.e.op(false, &[0x09], RCX, Rm::At(RAX, 0));
+        self.move_stack(-8);
+        Ok(())
+    }
+
+    /// POPF of an image that changes nothing but status flags and maybe IF.
+    fn pop_flags(&mut self) -> Outcome {
+        self.clobber_flags();
+        self.e.mov(RAX, GUEST_RSP);
+        self.lookup(8, false, false);
+        self.e.load(RCX, Rm::At(RAX, 0));
+        self.e.mov(RAX, RCX);
+        // XOR
+        self.e.op(true, &[0x33], RAX, Rm::Frame(state!(control)));
+        // TEST
+        let changeable = if self.mode.reach == Reach::User { bits::STATUS } else { bits::STATUS | bits::IF };
+        self.e.op(true, &[0xf7], 0, Rm::Reg(RAX));
+        self.e.imm32(!imm(changeable));
+        self.interpret_if(NOT_EQUAL);
+        if self.mode.reach != Reach::User {
+            // TEST ECX, IF
+            self.e.op(false, &[0xf7], 0, Rm::Reg(RCX));
+            self.e.imm32(imm(bits::IF));
+            let stays_off = self.e.jump_short(0x70 | EQUAL);
+            self.e.group1(true, 7, Rm::Frame(state!(held)), 0);
+            self.interpret_if(NOT_EQUAL);
+            self.e.land_short(stays_off);
+            self.e.op(false, &[0x8b], RAX, Rm::Reg(RCX));
+            self.e.group1(false, AND, Rm::Reg(RAX), imm(bits::IF));
+            self.e.group1(false, AND, Rm::Frame(state!(control)), !imm(bits::IF));
+            self.e.op(false, &[0x09], RAX, Rm::Frame(state!(control)));
+        }
+        // MOV of CL
+        self.e.op(false, &[0x88], RCX, Rm::Frame(state!(flags) + 1));
+        // SHR ECX, 11; AND ECX, 1
+        self.e.bytes(&[0xc1, 0xe9, 11]);
+        self.e.group1(false, AND, Rm::Reg(RCX), 1);
+        self.e.op(false, &[0x88], RCX, Rm::Frame(state!(flags)));
+        self.move_stack(8);
+        Ok(())
+    }
+
+    fn disable_interrupts(&mut self) -> Outcome {
+        self.supervisor()?;
+        self.clobber_flags();
+        self.e.group1(false, AND, Rm::Frame(state!(control)), !imm(bits::IF));
+        Ok(())
+    }
+
+    /// STI, which ends its block; what follows runs before an interrupt is taken.
+    fn enable_interrupts(&mut self) -> Outcome {
+        self.supervisor()?;
+        self.clobber_flags();
+        self.e.group1(true, 7, Rm::Frame(state!(held)), 0);
+        self.interpret_if(NOT_EQUAL);
+        self.e.group1(false, OR, Rm::Frame(state!(control)), imm(bits::IF));
+        self.shadow = true;
+        Ok(())
+    }
+
+    fn swap_gs(&mut self) -> Outcome {
+        self.supervisor()?;
+        self.e.load(RAX, Rm::Frame(state!(gs_base)));
+        self.e.load(RCX, Rm::Frame(state!(kernel_gs_base)));
+        self.e.store(Rm::Frame(state!(kernel_gs_base)), RAX);
+        self.e.store(Rm::Frame(state!(gs_base)), RCX);
+        Ok(())
+    }
+
+    /// MOV of a segment register's selector to a register.
+    pub(super) fn read_selector(&mut self, instruction: &Instruction) -> Outcome {
+        if instruction.op0_kind() != OpKind::Register
+            || instruction.op1_kind() != OpKind::Register
+            || !instruction.op1_register().is_segment_register()
+            || instruction.op0_register().size() < 4
+        {
+            return Err(Untranslated);
+        }
+        let offset = i32::try_from(8 * segment_slot(instruction.op1_register())).map_err(|_| Untranslated)?;
+        let from = Rm::Frame(state!(selectors) + offset);
+        let to = number(instruction.op0_register());
+        match home(to) {
+            Home::Host(host) => self.e.load(host, from),
+            Home::Frame => {
+                self.e.load(RCX, from);
+                self.e.store(slot(to), RCX);
+            }
+        }
+        Ok(())
+    }
+}
