@@ -151,6 +151,8 @@ pub(crate) struct Core {
     pub(crate) pauses: u32,
     /// Base and limit of CS that remembered blocks were found with.
     code_segment: (u64, u32),
+    /// See [`TranslateOptions::digest`](super::TranslateOptions::digest).
+    pub(crate) digest: Option<u64>,
     pub(crate) signals: Arc<Signals>,
     pub(crate) counts: super::vcpu::Counts,
 }
@@ -235,6 +237,7 @@ impl Core {
             stop: ExactStop::none(),
             pauses: 0,
             code_segment: (0, 0),
+            digest: shared.options.digest.then_some(0),
             signals,
             counts: super::vcpu::Counts::default(),
             shared,
@@ -316,6 +319,21 @@ impl Core {
     pub(crate) fn update_reach(&mut self) {
         self.mode.reach = self.cpu.reach(self.mode.cpl);
         self.tlb.set_reach(self.mode.reach);
+    }
+
+    /// A block begins at RIP.
+    #[cold]
+    pub(crate) fn add_to_digest(&mut self) {
+        let Some(mut digest) = self.digest else { return };
+        let vectors = self.cpu.all_xmm();
+        let words = (0..16)
+            .map(|slot| self.cpu.r(slot))
+            .chain([self.cpu.rip, self.cpu.flags.get()])
+            .chain(vectors.into_iter().flat_map(super::word::halves));
+        for word in words {
+            digest = (digest.rotate_left(5) ^ word).wrapping_mul(0x517c_c1b7_2722_0a95);
+        }
+        self.digest = Some(digest);
     }
 
     /// Whether addresses are those of 64-bit code.

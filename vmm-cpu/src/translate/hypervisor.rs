@@ -14,22 +14,63 @@ use crate::vm::Vm;
 /// vCPUs of one virtual machine, at most.
 const MAX_VCPUS: u32 = 8;
 
+/// How guests are executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TranslateOptions {
+    /// How often a basic block is interpreted before it is translated to the host's instructions; `None`: whatever it is, it
+    /// stays interpreted. On hosts that are not x86-64 or where memory cannot be made executable, nothing is translated.
+    pub translate_after: Option<u32>,
+    /// Whether [`Vcpu::exit_counts`](crate::Vcpu::exit_counts) has a digest of the general registers, status flags and
+    /// vector registers at the start of each basic block, so that runs of deterministic virtual machines can be compared.
+    /// It costs much time.
+    pub digest: bool,
+}
+
+impl Default for TranslateOptions {
+    fn default() -> Self {
+        Self { translate_after: Some(2), digest: false }
+    }
+}
+
+impl TranslateOptions {
+    /// Sets [`TranslateOptions::translate_after`].
+    #[must_use]
+    pub fn translate_after(mut self, runs: Option<u32>) -> Self {
+        self.translate_after = runs;
+        self
+    }
+
+    /// Sets [`TranslateOptions::digest`].
+    #[must_use]
+    pub fn digest(mut self, digest: bool) -> Self {
+        self.digest = digest;
+        self
+    }
+}
+
 /// Runs guests in software. Needs nothing of the host.
 #[derive(Debug)]
 pub struct TranslateHypervisor {
     capabilities: Capabilities,
     cpuid: CpuidTable,
+    options: TranslateOptions,
 }
 
 impl TranslateHypervisor {
     /// Opens the backend.
     pub fn new() -> Self {
+        Self::with_options(TranslateOptions::default())
+    }
+
+    /// Opens the backend for virtual machines that are executed as `options` say.
+    pub fn with_options(options: TranslateOptions) -> Self {
         let mut capabilities = Capabilities::minimal();
         capabilities.max_vcpus = MAX_VCPUS;
         capabilities.gpa_bits = u8::try_from(cpuid::GPA_BITS).unwrap_or(u8::MAX);
         capabilities.interrupt_modes = vec![InterruptMode::External, InterruptMode::LocalApic];
         capabilities.tsc_scaling = true;
-        Self { capabilities, cpuid: cpuid::supported() }
+        Self { capabilities, cpuid: cpuid::supported(), options }
     }
 
     fn create(&self, config: &VmConfig) -> Result<TranslateVm> {
@@ -66,7 +107,8 @@ impl TranslateHypervisor {
         let cpuid = config.cpu.resolve(&self.cpuid)?;
         let clock = Clock::new(config.clock.tsc_khz, config.clock.source);
         tracing::debug!(vcpus = config.max_vcpus, "{NAME}: virtual machine created");
-        Ok(TranslateVm(Arc::new(Shared::new(cpuid, config.interrupts, config.max_vcpus, clock))))
+        let shared = Shared::new(cpuid, config.interrupts, config.max_vcpus, clock, self.options);
+        Ok(TranslateVm(Arc::new(shared)))
     }
 }
 

@@ -9,7 +9,13 @@ use crate::vcpu::EmptyBus;
 #[test]
 fn an_init_to_itself_waits_for_the_end_of_the_instruction() {
     let clock = Clock::new(None, ClockSource::Deterministic);
-    let shared = Shared::new(crate::translate::cpuid::supported(), InterruptMode::LocalApic, 1, clock);
+    let shared = Shared::new(
+        crate::translate::cpuid::supported(),
+        InterruptMode::LocalApic,
+        1,
+        clock,
+        crate::translate::TranslateOptions::default(),
+    );
     let (shared, signals) = (Arc::new(shared), Arc::new(Signals::new()));
     shared.peers().push(Peer { index: 0, signals: Arc::clone(&signals) });
     let features =

@@ -39,7 +39,7 @@ mod vm;
 mod word;
 mod x87;
 
-pub use hypervisor::TranslateHypervisor;
+pub use hypervisor::{TranslateHypervisor, TranslateOptions};
 
 /// Name of the backend.
 pub const NAME: &str = "translate";

@@ -100,6 +100,9 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
         None => find(m, cache, rip)?,
     };
     let Some(block) = cache.get(id) else { return Ok(()) };
+    if m.digest.is_some() {
+        m.add_to_digest();
+    }
     m.cpu.set_r(BLOCK, rip);
     m.cpu.rip = rip.wrapping_add(block.len()) & m.mode.ip_mask;
     m.limit = if single || cut { 1 } else { usize::try_from(m.budget).unwrap_or(1) };
@@ -149,6 +152,16 @@ pub(super) fn execute_one(m: &mut Machine<'_>, block: &Block, rip: u64, at: usiz
     }
     m.count(1);
     Ok(m.limit != 0)
+}
+
+/// Executes the instructions of `block` from `at` on, as [`execute`] does.
+pub(super) fn execute_rest(m: &mut Machine<'_>, block: &Block, rip: u64, at: usize) -> Flow {
+    for at in at..block.ops.len() {
+        if !execute_one(m, block, rip, at)? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// The block at `rip`, if its code is safe from unseen stores.
@@ -350,7 +363,7 @@ impl Core {
 
     /// Accounts for executed instructions.
     #[inline(always)]
-    fn count(&mut self, done: usize) {
+    pub(super) fn count(&mut self, done: usize) {
         self.instructions += done as u64;
         self.position = 0;
         self.budget -= done as i64;

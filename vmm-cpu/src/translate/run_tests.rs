@@ -253,8 +253,13 @@ fn pages_whose_code_is_gone_are_written_at_full_speed_again() {
 /// A vCPU of a machine of two, and the signals of the other one, which is in the guest.
 fn beside_another() -> (Core, Arc<Signals>) {
     let clock = Clock::new(None, ClockSource::Deterministic);
-    let shared =
-        Arc::new(Shared::new(crate::cpuid::CpuidTable::default(), InterruptMode::External, 2, clock));
+    let shared = Arc::new(Shared::new(
+        crate::cpuid::CpuidTable::default(),
+        InterruptMode::External,
+        2,
+        clock,
+        crate::translate::TranslateOptions::default(),
+    ));
     let ram = GuestRam::builder().ram(1 << 20).build().unwrap();
     let vm = TranslateVm(Arc::clone(&shared));
     vm.map_memory(ram.regions().remove(0), GuestAccess::ReadWrite).unwrap();
@@ -456,7 +461,9 @@ fn devices_see_the_time_before_the_instruction_wherever_its_block_begins() {
         let mut stamps = Stamps { clock: Arc::clone(&guest.core.shared.clock), seen: Vec::new() };
         guest.core.stop.instructions = stop;
         let mut cache = BlockCache::new();
-        while run(&mut Machine::new(&mut guest.core, &mut stamps), &mut cache, &mut None).unwrap() != Halt::Halted {}
+        while run(&mut Machine::new(&mut guest.core, &mut stamps), &mut cache, &mut None).unwrap()
+            != Halt::Halted
+        {}
         assert_eq!(stamps.seen, [5], "{stop:?}");
         assert_eq!(guest.core.retired(), 7);
     }
@@ -510,7 +517,10 @@ fn a_string_instruction_that_goes_on_is_still_in_the_shadow_of_sti() {
     guest.core.cpu.set_r(RCX, 0x20);
     let mut bus = Vectors;
     let mut cache = BlockCache::new();
-    assert_eq!(run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache, &mut None).unwrap(), Halt::Halted);
+    assert_eq!(
+        run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache, &mut None).unwrap(),
+        Halt::Halted
+    );
     assert_eq!((guest.core.cpu.rip, guest.core.cpu.r(RCX)), (end, 0));
 }
 

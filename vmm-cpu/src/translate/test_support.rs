@@ -62,7 +62,13 @@ impl Guest {
     /// In real mode, with code at 0x8000 and the stack below 0x10000 of segment 0.
     pub(crate) fn real() -> Self {
         let clock = Clock::new(None, ClockSource::Deterministic);
-        let shared = Arc::new(Shared::new(CpuidTable::default(), InterruptMode::External, 1, clock));
+        let shared = Arc::new(Shared::new(
+            CpuidTable::default(),
+            InterruptMode::External,
+            1,
+            clock,
+            crate::translate::TranslateOptions::default(),
+        ));
         let ram = GuestRam::builder().ram(RAM).build().unwrap();
         for region in ram.regions() {
             TranslateVm(Arc::clone(&shared)).map_memory(region, GuestAccess::ReadWrite).unwrap();

@@ -64,12 +64,13 @@ impl TranslateVcpu {
         let inbox = usize::try_from(index).ok().and_then(|index| shared.inboxes.get(index));
         let apic = inbox.map(|inbox| LocalApic::new(Arc::clone(inbox), features, index == 0));
         let waits = apic.is_some() && index > 0;
+        let tier1 = Tier1::new(&shared);
         let mut core = Core::new(index, shared, Arc::clone(&signals), apic);
         if waits {
             core.cpu.activity = Activity::WaitForInit;
             core.cpu.apic_base &= !(1 << 8);
         }
-        Self { core, cache: BlockCache::new(), tier1: Tier1::new(), signals }
+        Self { core, cache: BlockCache::new(), tier1, signals }
     }
 }
 
@@ -210,6 +211,8 @@ impl Vcpu for TranslateVcpu {
             ("translation-suspensions", figures.suspended),
             ("translation-entries", figures.entries),
             ("translation-interpreted", figures.interpreted),
+            ("translated-instructions", figures.native),
+            ("digest", self.core.digest.unwrap_or(0)),
             ("pio-in", counts.pio_in),
             ("pio-out", counts.pio_out),
             ("mmio-read", counts.mmio_read),

@@ -12,6 +12,7 @@ use super::apic::Inbox;
 use super::clock::Clock;
 use super::core::CodeStore;
 use super::exclusive::Exclusive;
+use super::hypervisor::TranslateOptions;
 use super::memory::{MemoryMap, Slot, VcpuSet};
 use super::signals::Signals;
 use super::vcpu::TranslateVcpu;
@@ -41,13 +42,16 @@ pub(crate) struct Shared {
     peers: Mutex<Vec<Peer>>,
     created: Mutex<BTreeSet<u32>>,
     pub(crate) exclusive: Exclusive,
-    /// `None` where time is counted, or the host had no thread for it: then nothing is translated.
+    pub(crate) options: TranslateOptions,
+    /// For vCPUs whose code is translated and whose time is the host's.
     pub(crate) alarm: Option<Alarm>,
 }
 
 fn start_alarm(clock: &Arc<Clock>) -> Option<Alarm> {
     Alarm::start(Arc::clone(clock))
-        .inspect_err(|error| tracing::warn!(%error, "translate: no thread for timers, blocks are interpreted"))
+        .inspect_err(
+            |error| tracing::warn!(%error, "translate: no thread for timers, blocks are interpreted"),
+        )
         .ok()
 }
 
@@ -59,10 +63,17 @@ pub(crate) struct Peer {
 }
 
 impl Shared {
-    pub(crate) fn new(cpuid: CpuidTable, interrupts: InterruptMode, max_vcpus: u32, clock: Clock) -> Self {
+    pub(crate) fn new(
+        cpuid: CpuidTable,
+        interrupts: InterruptMode,
+        max_vcpus: u32,
+        clock: Clock,
+        options: TranslateOptions,
+    ) -> Self {
         let apics = if interrupts == InterruptMode::LocalApic { max_vcpus } else { 0 };
         let clock = Arc::new(clock);
-        let alarm = if clock.is_deterministic() { None } else { start_alarm(&clock) };
+        let wants_alarm = options.translate_after.is_some() && !clock.is_deterministic();
+        let alarm = if wants_alarm { start_alarm(&clock) } else { None };
         Self {
             cpuid,
             interrupts,
@@ -75,6 +86,7 @@ impl Shared {
             peers: Mutex::default(),
             created: Mutex::default(),
             exclusive: Exclusive::default(),
+            options,
             alarm,
         }
     }

@@ -110,5 +110,12 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
     let instruction = decoder.decode();
     let code = bytes.get(..instruction.len()).unwrap_or_default();
     let lowered = lower(m, &instruction, &bytes, 0);
-    Ok(Block { ops: [lowered.op].into(), bytes: code.into(), gpa, second_page: Some(second_page), code_bits, runs: 0 })
+    Ok(Block {
+        ops: [lowered.op].into(),
+        bytes: code.into(),
+        gpa,
+        second_page: Some(second_page),
+        code_bits,
+        runs: 0,
+    })
 }

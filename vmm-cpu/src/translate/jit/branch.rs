@@ -179,4 +179,3 @@ fn condition(instruction: &Instruction) -> Result<u8, Untranslated> {
         ConditionCode::None => return Err(Untranslated),
     })
 }
-

@@ -37,6 +37,10 @@ pub(super) struct Mode {
     pub(super) reach: Reach,
     /// SSE instructions may run.
     pub(super) sse: bool,
+    /// Instructions are counted, and run only as long as the budget has some left.
+    pub(super) counted: bool,
+    /// Translated code is left at the start of each block.
+    pub(super) traced: bool,
 }
 
 /// Displacement of a field of the state.
@@ -50,7 +54,11 @@ macro_rules! state {
 }
 pub(super) use state;
 
-#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "a frame is smaller than 2 GiB")]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "a frame is smaller than 2 GiB"
+)]
 pub(super) const fn displacement(offset: usize) -> i32 {
     offset as i32
 }
@@ -193,7 +201,9 @@ impl<'a> Builder<'a> {
     /// Emits what enters the translation; where, with flags in the processor and in the frame.
     fn entries(&mut self, instructions: &[Instruction]) -> (usize, usize) {
         // The first that has to do with them says which of the two has less to do.
-        let first = instructions.iter().find(|i| accesses_memory(i) || effect(i) != Effect::None);
+        let plain = !self.mode.counted && !self.mode.traced;
+        let first =
+            instructions.iter().filter(|_| plain).find(|i| accesses_memory(i) || effect(i) != Effect::None);
         if first.is_some_and(|i| !accesses_memory(i) && effect(i) == Effect::Reads) {
             let saved = self.e.len();
             self.restore_flags();
@@ -204,7 +214,22 @@ impl<'a> Builder<'a> {
         self.flags = Flags::Live;
         self.save_flags();
         self.flags = Flags::Saved;
-        (live, self.e.len())
+        let saved = self.e.len();
+        if self.mode.counted {
+            let count = i32::try_from(instructions.len()).unwrap_or(i32::MAX);
+            // SUB
+            self.e.group1(true, 5, Rm::Frame(state!(budget)), count);
+            let from = self.e.jump_if(LESS);
+            let site = self.site(Kind::Budget);
+            self.stubs.push(Stub { from: vec![from], site, live: false });
+        }
+        if self.mode.traced {
+            let site = self.site(Kind::Trace { resume: 0 });
+            self.leave(site, false);
+            let at = self.e.len();
+            self.resume(&[site], at);
+        }
+        (live, saved)
     }
 
     /// What a shut gate leads to.
@@ -289,8 +314,9 @@ impl<'a> Builder<'a> {
         let offset = u32::try_from(self.origin + at).unwrap_or(u32::MAX);
         for site in sites {
             let index = (site - self.first_site) as usize;
-            if let Some(Site { kind: Kind::Instruction { resume, .. }, .. }) = self.sites.get_mut(index) {
-                *resume = offset;
+            match self.sites.get_mut(index).map(|site| &mut site.kind) {
+                Some(Kind::Instruction { resume, .. } | Kind::Trace { resume }) => *resume = offset,
+                _ => {}
             }
         }
     }
@@ -356,7 +382,12 @@ impl<'a> Builder<'a> {
         // MOV ECX, EAX; SHR ECX, 7
         self.e.bytes(&[0x89, 0xc1, 0xc1, 0xe9, 7]);
         const { assert!(size_of::<Entry>() == 32 && PAGE == 4096) };
-        self.e.group1(false, 4, Rm::Reg(RCX), displacement((crate::translate::memory::frame::ENTRIES - 1) * 32));
+        self.e.group1(
+            false,
+            4,
+            Rm::Reg(RCX),
+            displacement((crate::translate::memory::frame::ENTRIES - 1) * 32),
+        );
         self.e.op(true, &[0x2b], RAX, Rm::FrameAt(RCX, displacement(table + tag)));
         self.e.group1(true, 7, Rm::Reg(RAX), 4096 - displacement(bytes));
         self.interpret_if(ABOVE);
@@ -452,6 +483,7 @@ impl<'a> Builder<'a> {
 pub(super) const EQUAL: u8 = 4;
 pub(super) const NOT_EQUAL: u8 = 5;
 pub(super) const ABOVE: u8 = 7;
+const LESS: u8 = 12;
 
 /// Length of a jump through a gate.
 pub(super) const GATE_JUMP: usize = 8;

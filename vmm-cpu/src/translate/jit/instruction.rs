@@ -9,8 +9,8 @@ use super::builder::{Builder, Flags, NOT_EQUAL, slot, state};
 use super::effect::{Effect, accesses_memory, effect, is_prefetch};
 use super::emit::{RAX, RCX, RDX, Rm};
 use super::host::host_has;
-use super::special::has_high_byte;
 use super::registers::{GUEST_RAX, GUEST_RCX, Home, home, is_high_byte, number, with_width};
+use super::special::has_high_byte;
 
 /// The instruction is not translated; the interpreter executes it.
 pub(super) struct Untranslated;
@@ -50,7 +50,9 @@ impl Builder<'_> {
             M::Mov if is_selector(instruction) => self.read_selector(instruction),
             _ if instruction.is_string_instruction() => self.string(instruction),
             M::Bt | M::Bts | M::Btr | M::Btc if is_bit_string(instruction) => self.bit_string(instruction),
-            M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr if is_by_cl(instruction) => {
+            M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr
+                if is_by_cl(instruction) =>
+            {
                 self.shift_by_cl(instruction)
             }
             _ if has_high_byte(instruction) && is_general(instruction) => self.high_byte(instruction),
@@ -73,12 +75,12 @@ impl Builder<'_> {
             Register::GS => Some(state!(gs_base)),
             _ => None,
         };
-        if matches!(base, Register::RIP | Register::EIP)
-            || base == Register::None && index == Register::None
+        if matches!(base, Register::RIP | Register::EIP) || base == Register::None && index == Register::None
         {
             self.e.constant(to, displacement);
         } else {
-            let wide = [base, index].iter().all(|register| *register == Register::None || register.is_gpr64());
+            let wide =
+                [base, index].iter().all(|register| *register == Register::None || register.is_gpr64());
             if !wide && [base, index].iter().any(|r| *r != Register::None && !r.is_gpr32()) {
                 return Err(Untranslated);
             }
@@ -86,7 +88,8 @@ impl Builder<'_> {
             let disp = displacement.cast_signed() as i32;
             let base = (base != Register::None).then(|| self.in_host(number(base), RAX));
             let index = (index != Register::None).then(|| self.in_host(number(index), RCX));
-            let scale = crate::translate::segment::low8(instruction.memory_index_scale().trailing_zeros().into());
+            let scale =
+                crate::translate::segment::low8(instruction.memory_index_scale().trailing_zeros().into());
             let rm = match (base, index) {
                 (Some(base), Some(index)) => Rm::Indexed(base, index, scale, disp),
                 (None, Some(index)) => Rm::Scaled(index, scale, disp),
@@ -484,9 +487,8 @@ impl Builder<'_> {
         self.mode.sse
             && instruction.encoding() == EncodingKind::Legacy
             && operands_fit
-            && (0..instruction.op_count()).any(|n| {
-                instruction.op_kind(n) == OpKind::Register && instruction.op_register(n).is_xmm()
-            })
+            && (0..instruction.op_count())
+                .any(|n| instruction.op_kind(n) == OpKind::Register && instruction.op_register(n).is_xmm())
             && !matches!(
                 instruction.mnemonic(),
                 // These have operands that are not written.

@@ -14,9 +14,7 @@ use crate::translate::memory::Reach;
 use crate::translate::memory::frame::{Branch, Frame};
 use crate::translate::run;
 use crate::translate::segment::index;
-
-/// How often the interpreter runs a block before it is translated.
-const THRESHOLD: u32 = 2;
+use crate::translate::vm::Shared;
 
 /// Masks of all exceptions in MXCSR.
 const MASKS: u32 = 0x1f80;
@@ -37,6 +35,8 @@ pub(crate) struct Figures {
     pub(crate) clears: u64,
     pub(crate) entries: u64,
     pub(crate) interpreted: u64,
+    /// Instructions that were executed by translated code, where instructions are counted.
+    pub(crate) native: u64,
     pub(crate) links: u64,
     pub(crate) suspended: u64,
 }
@@ -45,16 +45,30 @@ pub(crate) struct Figures {
 #[derive(Debug)]
 pub(crate) struct Tier1 {
     translator: Translator,
+    /// How often the interpreter runs a block before it is translated.
+    threshold: u32,
+    /// The budget when translated code was last entered.
+    budget: i64,
     /// When the alarm is to call.
     alarm: Option<u64>,
     pub(crate) figures: Figures,
 }
 
 impl Tier1 {
-    /// `None` where this host does not let anybody make code.
-    pub(crate) fn new() -> Option<Self> {
-        match Translator::new() {
-            Ok(translator) => Some(Self { translator, alarm: None, figures: Figures::default() }),
+    /// `None` where nothing is to be translated, or this host does not let anybody make code.
+    pub(crate) fn new(shared: &Shared) -> Option<Self> {
+        let threshold = shared.options.translate_after?;
+        let counted = shared.clock.is_deterministic();
+        if !counted && shared.alarm.is_none() {
+            return None;
+        }
+        let traced = shared.options.digest;
+        let flavour = Mode { reach: Reach::User, sse: false, counted, traced };
+        match Translator::new(flavour) {
+            Ok(translator) => {
+                let figures = Figures::default();
+                Some(Self { translator, threshold, alarm: None, budget: 0, figures })
+            }
             Err(error) => {
                 tracing::warn!(%error, "translate: no memory for translated code, blocks are interpreted");
                 None
@@ -78,51 +92,77 @@ impl Tier1 {
 
     /// Runs translated code from RIP on, if there is or comes to be some.
     pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
-        let Some(mode) = mode(m) else { return Ok(Ran::Nothing) };
+        let Some(mode) = self.mode(m) else { return Ok(Ran::Nothing) };
         self.set_alarm(m);
         self.catch_up(m, cache);
-        let Some(mut translation) = self.find(m, cache, mode)? else { return Ok(Ran::Nothing) };
-        let Some(mut code) = self.translator.entry(translation) else { return Ok(Ran::Nothing) };
-        load(m);
+        let Some(first) = self.find(m, cache, mode)? else { return Ok(Ran::Nothing) };
+        let Some(mut code) = self.translator.entry(first) else { return Ok(Ran::Nothing) };
+        let mut charged = 0;
         loop {
-            self.figures.entries += 1;
-            if self.translator.take_patched() {
-                entry::serialize();
-            }
-            // SAFETY: `prepare` has set GS and the frame; the address is that of code that holds.
-            #[allow(unsafe_code, reason = "translated code is not Rust's")]
-            let number = unsafe { entry::enter(code) };
+            let number = self.enter(m, code, charged);
+            charged = 0;
             let Some(site) = self.translator.site(number) else { return Ok(Ran::Nothing) };
             let Some((rip, block)) = self.translator.get(site.translation).map(|t| (t.rip, t.block)) else {
                 return Ok(Ran::Nothing);
             };
-            store(m);
             let mut link = None;
             match site.kind {
                 Kind::Instruction { op, resume } => {
-                    self.figures.interpreted += 1;
                     let Some(found) = cache.get(block) else { return Ok(Ran::Nothing) };
-                    let is_last = usize::from(op) + 1 == found.ops.len();
-                    let goes_on = run::execute_one(m, found, rip, op.into())?;
-                    if !goes_on || m.urgent || m.signals.wants_attention() || !m.code_stores.is_empty() {
+                    let op = usize::from(op);
+                    self.count(m, found.ops.len() - op);
+                    self.figures.interpreted += 1;
+                    let goes_on = run::execute_one(m, found, rip, op)?;
+                    let is_last = op + 1 == found.ops.len();
+                    if !goes_on {
                         return Ok(Ran::Something);
                     }
-                    if !is_last && Self::is_current(m, cache) {
+                    if !is_last && (m.urgent || !Self::is_current(m, cache)) {
+                        // As the interpreter, which looks around between blocks.
+                        run::execute_rest(m, found, rip, op + 1)?;
+                        return Ok(Ran::Something);
+                    }
+                    if !is_last {
+                        charged = found.ops.len() - op - 1;
                         code = self.translator.address(resume);
-                        load(m);
                         continue;
                     }
                 }
+                Kind::Trace { resume } => {
+                    let Some(found) = cache.get(block) else { return Ok(Ran::Nothing) };
+                    charged = found.ops.len();
+                    self.count(m, charged);
+                    m.cpu.rip = rip;
+                    m.add_to_digest();
+                    code = self.translator.address(resume);
+                    continue;
+                }
+                Kind::Budget => {
+                    let Some(found) = cache.get(block) else { return Ok(Ran::Nothing) };
+                    self.count(m, found.ops.len());
+                    m.cpu.rip = rip;
+                    // A block that ends early, or none at all.
+                    return Ok(if m.budget > 0 { Ran::Nothing } else { Ran::Something });
+                }
                 Kind::Jump(jump) => {
+                    self.count(m, 0);
                     m.cpu.rip = jump.target;
                     m.cpu.shadow_sti |= jump.shadow;
                     link = Some(jump);
                 }
                 Kind::Poll { target } => {
+                    self.count(m, 0);
                     m.cpu.rip = target;
                     return Ok(Ran::Something);
                 }
-                Kind::Gate => m.cpu.rip = rip,
+                Kind::Gate => {
+                    self.count(m, 0);
+                    m.cpu.rip = rip;
+                }
+            }
+            if m.urgent || m.budget <= 0 || m.signals.wants_attention() {
+                m.urgent |= m.cpu.shadow_sti;
+                return Ok(Ran::Something);
             }
             self.catch_up(m, cache);
             let Some(next) = self.find(m, cache, mode)? else {
@@ -137,10 +177,45 @@ impl Tier1 {
                 }
                 _ => self.translator.remember_branch(next, m.tlb.frame()),
             }
-            translation = next;
-            let Some(entry) = self.translator.entry(translation) else { return Ok(Ran::Something) };
+            let Some(entry) = self.translator.entry(next) else { return Ok(Ran::Something) };
             code = entry;
-            load(m);
+        }
+    }
+
+    /// What code is to be translated for, if any is.
+    fn mode(&self, m: &Machine<'_>) -> Option<Mode> {
+        let reach = m.mode.reach;
+        let fits = m.mode.code_bits == 64
+            && matches!(m.mode.cpl, 0 | 3)
+            && reach != Reach::UserAligned
+            && m.cpu.mxcsr & MASKS == MASKS;
+        fits.then_some(Mode { reach, sse: m.mode.sse, ..self.translator.flavour })
+    }
+
+    /// Enters translated code; where it was left. `charged` instructions of the budget are those of the block that is gone
+    /// on with.
+    fn enter(&mut self, m: &mut Machine<'_>, code: u64, charged: usize) -> u32 {
+        load(m);
+        self.budget = m.budget;
+        m.tlb.frame().state.budget = m.budget - charged as i64;
+        self.figures.entries += 1;
+        if self.translator.take_patched() {
+            entry::serialize();
+        }
+        // SAFETY: `prepare` has set GS and the frame; the address is that of code that holds.
+        #[allow(unsafe_code, reason = "translated code is not Rust's")]
+        let site = unsafe { entry::enter(code) };
+        store(m);
+        site
+    }
+
+    /// Accounts for what translated code has executed, all of it but `missing` instructions of its last block.
+    fn count(&mut self, m: &mut Machine<'_>, missing: usize) {
+        if self.translator.flavour.counted {
+            let charged = self.budget - m.tlb.frame().state.budget;
+            let done = usize::try_from(charged).unwrap_or(0).saturating_sub(missing);
+            self.figures.native += done as u64;
+            m.count(done);
         }
     }
 
@@ -203,7 +278,7 @@ impl Tier1 {
         if let Some(found) = self.translator.find(rip, mode) {
             return Ok(Some(found));
         }
-        if cache.count_run(id) < THRESHOLD {
+        if cache.count_run(id) < self.threshold {
             return Ok(None);
         }
         if self.translator.is_full() {
@@ -214,17 +289,6 @@ impl Tier1 {
         self.figures.translations += 1;
         Ok(self.translator.translate(rip, mode, id, block, page, m.tlb.frame()))
     }
-}
-
-/// What code is to be translated for, if any is.
-fn mode(m: &Machine<'_>) -> Option<Mode> {
-    let reach = m.mode.reach;
-    let fits = m.mode.code_bits == 64
-        && matches!(m.mode.cpl, 0 | 3)
-        && reach != Reach::UserAligned
-        && m.cpu.mxcsr & MASKS == MASKS
-        && m.shared.alarm.is_some();
-    fits.then_some(Mode { reach, sse: m.mode.sse })
 }
 
 /// Makes the vCPU's registers those of translated code.

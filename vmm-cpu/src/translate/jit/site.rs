@@ -19,6 +19,10 @@ pub(super) enum Kind {
     Poll { target: u64 },
     /// The translation was entered through its gate, which was shut.
     Gate,
+    /// The budget has not that many instructions left.
+    Budget,
+    /// The start of a translation that is traced.
+    Trace { resume: u32 },
 }
 
 /// A direct branch at the end of a translation.

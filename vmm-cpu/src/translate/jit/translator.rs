@@ -82,6 +82,8 @@ pub(crate) struct Translator {
     current: FxHashMap<(u64, Mode), u32>,
     /// Those that are not global, and maybe some that do not hold any more.
     local: Vec<u32>,
+    /// What all modes of this vCPU have in common.
+    pub(super) flavour: Mode,
     /// Some that hold may be parts of large pages.
     large: bool,
     /// By page and offset in it.
@@ -102,7 +104,7 @@ impl std::fmt::Debug for Translator {
 }
 
 impl Translator {
-    pub(super) fn new() -> std::io::Result<Self> {
+    pub(super) fn new(flavour: Mode) -> std::io::Result<Self> {
         let mut memory = CodeMemory::new(CODE_BYTES)?;
         let (code, shared) = shared_code();
         memory.write(0, &code);
@@ -120,6 +122,7 @@ impl Translator {
             by_page: FxHashMap::default(),
             current: FxHashMap::default(),
             local: Vec::new(),
+            flavour,
             large: false,
             by_place: FxHashMap::default(),
             by_block: FxHashMap::default(),
@@ -176,7 +179,8 @@ impl Translator {
         for va in &forgotten.pages {
             for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
                 for sse in [false, true] {
-                    if let Some(page) = self.current.get(&(va & PAGE_MASK, Mode { reach, sse })) {
+                    let mode = Mode { reach, sse, ..self.flavour };
+                    if let Some(page) = self.current.get(&(va & PAGE_MASK, mode)) {
                         self.suspend(*page, frame);
                     }
                 }
@@ -259,13 +263,7 @@ impl Translator {
     }
 
     /// Drops the translations in `page` whose code is not what it was.
-    fn compare(
-        &mut self,
-        page: u32,
-        map: &MemoryMap,
-        frame: &mut Frame,
-        cache: &BlockCache,
-    ) {
+    fn compare(&mut self, page: u32, map: &MemoryMap, frame: &mut Frame, cache: &BlockCache) {
         let Some(found) = self.pages.get_mut(page as usize) else { return };
         let mut now = [0; PAGE as usize];
         let is_read = map.read(found.gpa, &mut now);
@@ -303,7 +301,8 @@ impl Translator {
         if std::mem::replace(&mut translation.dropped, true) {
             return;
         }
-        let (incoming, page, rip) = (std::mem::take(&mut translation.incoming), translation.page, translation.rip);
+        let (incoming, page, rip) =
+            (std::mem::take(&mut translation.incoming), translation.page, translation.rip);
         translation.shut(number, frame);
         let block = translation.block;
         for site in incoming {

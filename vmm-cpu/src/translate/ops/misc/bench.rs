@@ -69,7 +69,13 @@ impl Bench {
     /// With flat segments; 64-bit code runs with paging, other code without.
     pub(in crate::translate::ops) fn new(code_bits: u32) -> Self {
         let clock = Clock::new(None, ClockSource::Host);
-        let shared = Shared::new(crate::translate::cpuid::supported(), InterruptMode::External, 1, clock);
+        let shared = Shared::new(
+            crate::translate::cpuid::supported(),
+            InterruptMode::External,
+            1,
+            clock,
+            crate::translate::TranslateOptions::default(),
+        );
         let mut core = Core::new(0, Arc::new(shared), Arc::new(Signals::new()), None);
         let ram = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), RAM)).build().unwrap();
         let mut map = MemoryMap::default();
