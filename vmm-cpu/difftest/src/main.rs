@@ -6,6 +6,7 @@
     reason = "the program is for x86-64 alone, where addresses are sizes; other casts take fields out of words"
 )]
 
+mod backend;
 mod case;
 mod forms;
 mod generate;
@@ -21,7 +22,6 @@ mod start;
 mod tally;
 #[cfg(test)]
 mod tests;
-mod tier0;
 mod undefined;
 
 use std::path::PathBuf;
@@ -33,6 +33,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use iced_x86::Code;
 
+use backend::Tier;
 use run::{Plan, Sides, Summary};
 
 /// Compares vmm-cpu's interpreter with this processor.
@@ -54,6 +55,9 @@ struct Options {
     /// The case of this number alone.
     #[arg(long, value_name = "NUMBER")]
     case: Option<u64>,
+    /// What executes the cases on our side.
+    #[arg(long, value_enum, default_value_t)]
+    tier: Tier,
     /// Threads, each with a child process.
     #[arg(long, default_value_t = default_threads())]
     threads: usize,
@@ -113,12 +117,13 @@ fn main() -> Result<ExitCode> {
         None => run::all_forms(),
     };
     let plant = options.plant.as_deref().map(named).transpose()?;
-    let plan = Plan { seed: options.seed, cases: options.cases, forms, threads: options.threads, plant };
+    let plan =
+        Plan { seed: options.seed, cases: options.cases, forms, threads: options.threads, plant, tier: options.tier };
     if options.plant_all {
         return plant_all(&plan);
     }
     let summary = match options.case {
-        Some(number) => Sides::new()?.some(&plan, number, 1)?,
+        Some(number) => Sides::new(plan.tier)?.some(&plan, number, 1)?,
         None => run::run(&plan, &Progress::new(plan.cases).into_teller())?,
     };
     show(&plan, &summary, &options)?;
@@ -160,7 +165,7 @@ fn show(plan: &Plan, summary: &Summary, options: &Options) -> Result<()> {
     if summary.kept.is_empty() {
         return Ok(());
     }
-    let mut sides = Sides::new()?;
+    let mut sides = Sides::new(plan.tier)?;
     for mismatch in summary.kept.iter().take(options.show) {
         println!("{}", report::describe(&mut sides, plan, mismatch)?);
     }
@@ -174,7 +179,7 @@ fn show(plan: &Plan, summary: &Summary, options: &Options) -> Result<()> {
 const PLANTED: u64 = 512;
 
 fn plant_all(plan: &Plan) -> Result<ExitCode> {
-    let mut sides = Sides::new()?;
+    let mut sides = Sides::new(plan.tier)?;
     let mut missed = 0;
     for code in &plan.forms {
         let plan = Plan { forms: vec![*code], plant: Some(*code), ..plan.clone() };

@@ -14,7 +14,7 @@ use crate::native::{Answer, BATCH, Native};
 use crate::plant;
 use crate::start::{self, Prepared};
 use crate::tally::Tally;
-use crate::tier0::Tier0;
+use crate::backend::{Backend, Tier};
 
 /// Mismatches of a form that are kept.
 const KEPT: usize = 3;
@@ -32,6 +32,8 @@ pub(crate) struct Plan {
     pub(crate) threads: usize,
     /// The form whose results of the interpreter's are corrupted.
     pub(crate) plant: Option<Code>,
+    /// What executes them on our side.
+    pub(crate) tier: Tier,
 }
 
 /// A case with two outcomes.
@@ -97,7 +99,7 @@ impl Plan {
 /// Both sides.
 pub(crate) struct Sides {
     native: Native,
-    tier0: Tier0,
+    backend: Backend,
 }
 
 struct Entry {
@@ -108,8 +110,8 @@ struct Entry {
 }
 
 impl Sides {
-    pub(crate) fn new() -> Result<Self> {
-        Ok(Self { native: Native::new()?, tier0: Tier0::new()? })
+    pub(crate) fn new(tier: Tier) -> Result<Self> {
+        Ok(Self { native: Native::new()?, backend: Backend::new(tier)? })
     }
 
     /// Does the cases of these numbers.
@@ -139,7 +141,7 @@ impl Sides {
     }
 
     fn ours(&mut self, plan: &Plan, case: &Case, prepared: &Prepared) -> Result<Outcome> {
-        let mut outcome = self.tier0.run(case, prepared)?;
+        let mut outcome = self.backend.run(case, prepared)?;
         if let Some(code) = plan.plant {
             plant::corrupt(case, &mut outcome, code);
         }
@@ -184,7 +186,7 @@ impl Sides {
         };
         let patient;
         let ours = if ours.ending == Ending::TimedOut && native.ending != Ending::TimedOut {
-            patient = self.tier0.run_patiently(&entry.case, &entry.prepared)?;
+            patient = self.backend.run_patiently(&entry.case, &entry.prepared)?;
             &patient
         } else {
             ours
@@ -227,7 +229,7 @@ impl Sides {
         let Some(memory) = &entry.prepared.native_memory else { return Ok(None) };
         // With the same code as the processor's.
         let same = Prepared { memory: memory.clone(), native_memory: None, ..entry.prepared.clone() };
-        let other = self.tier0.run(case, &same)?;
+        let other = self.backend.run(case, &same)?;
         let reads_code = judge::reads_own_code(case, native, ours, &other);
         Ok(reads_code.then_some("it reads its own code"))
     }
@@ -267,7 +269,7 @@ pub(crate) fn run(plan: &Plan, progress: &(dyn Fn(u64) + Sync)) -> Result<Summar
     let next = AtomicU64::new(0);
     let sum = Mutex::new(Summary::default());
     let work = || -> Result<()> {
-        let mut sides = Sides::new()?;
+        let mut sides = Sides::new(plan.tier)?;
         let mut summary = Summary::default();
         loop {
             let first = next.fetch_add(BATCH as u64, Ordering::Relaxed);

@@ -492,7 +492,13 @@ impl Builder<'_> {
             && !matches!(
                 instruction.mnemonic(),
                 // These have operands that are not written.
-                M::Maskmovdqu | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
+                M::Maskmovdqu
+                    | M::Pcmpestri
+                    | M::Pcmpestri64
+                    | M::Pcmpestrm
+                    | M::Pcmpestrm64
+                    | M::Pcmpistri
+                    | M::Pcmpistrm
             )
             && instruction.cpuid_features().iter().all(|feature| host_has(*feature))
     }
@@ -624,7 +630,6 @@ fn is_general(instruction: &Instruction) -> bool {
         M::Mov
         | M::Movzx
         | M::Movsx
-        | M::Movsxd
         | M::Add
         | M::Or
         | M::Adc
@@ -647,6 +652,8 @@ fn is_general(instruction: &Instruction) -> bool {
         | M::Cmc
         | M::Clc
         | M::Stc => true,
+        // With 16 bits, AMD's processors read more than they say.
+        M::Movsxd => instruction.op0_register().size() > 2,
         M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd => {
             !is_by_cl(instruction)
         }

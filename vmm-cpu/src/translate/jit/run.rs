@@ -117,7 +117,8 @@ impl Tier1 {
                     if !goes_on {
                         return Ok(Ran::Something);
                     }
-                    if !is_last && (m.urgent || !Self::is_current(m, cache)) {
+                    let is_same = self.mode(m) == Some(mode) && Self::is_current(m, cache);
+                    if !is_last && (m.urgent || !is_same) {
                         // As the interpreter, which looks around between blocks.
                         run::execute_rest(m, found, rip, op + 1)?;
                         return Ok(Ran::Something);
@@ -160,7 +161,7 @@ impl Tier1 {
                     m.cpu.rip = rip;
                 }
             }
-            if m.urgent || m.budget <= 0 || m.signals.wants_attention() {
+            if m.urgent || m.budget <= 0 || m.signals.wants_attention() || self.mode(m) != Some(mode) {
                 m.urgent |= m.cpu.shadow_sti;
                 return Ok(Ran::Something);
             }

@@ -93,3 +93,17 @@ fn accesses_at_the_top_do_not_wrap() {
     assert_eq!(tlb.load::<u64>(u64::MAX - 3), None);
     assert_eq!(tlb.load::<u64>(u64::MAX - 7), Some(0));
 }
+
+#[test]
+fn an_empty_entry_serves_no_address() {
+    let mut tlb = tlb();
+    for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll, Reach::UserAligned] {
+        tlb.set_reach(reach);
+        for page in 0..2 * ENTRIES as u64 {
+            for va in [page * PAGE, page * PAGE + 4095, (page * PAGE).wrapping_sub(1), !(page * PAGE)] {
+                assert_eq!((tlb.load::<u64>(va), tlb.load::<u8>(va)), (None, None), "{va:#x}");
+                assert!(!tlb.store(va, 0_u32) && !tlb.load_bytes(va, &mut [0; 16], Order::Ascending));
+            }
+        }
+    }
+}

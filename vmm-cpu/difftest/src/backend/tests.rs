@@ -3,16 +3,16 @@ use crate::native::Native;
 use crate::native::tests::case;
 use crate::start;
 
-fn both(native: &mut Native, tier0: &mut Tier0, case: &Case) -> (Outcome, Outcome) {
+fn both(native: &mut Native, backend: &mut Backend, case: &Case) -> (Outcome, Outcome) {
     let prepared = start::prepare(case).unwrap();
     native.start([&prepared]).unwrap();
-    let ours = tier0.run(case, &prepared).unwrap();
+    let ours = backend.run(case, &prepared).unwrap();
     (native.finish(&[(case, &prepared)]).unwrap().remove(0).unwrap(), ours)
 }
 
 #[test]
 fn both_sides_agree() {
-    let (mut native, mut tier0) = (Native::new().unwrap(), Tier0::new().unwrap());
+    let (mut native, mut backend) = (Native::new().unwrap(), Backend::new(Tier::Interpreter).unwrap());
     let long: &[&[u8]] = &[
         &[0x90],
         &[0xcc],
@@ -33,7 +33,7 @@ fn both_sides_agree() {
     let modes = [(Mode::Long, long), (Mode::Compatibility, compatibility)];
     for (mode, code) in modes.into_iter().flat_map(|(mode, codes)| codes.iter().map(move |code| (mode, code)))
     {
-        let (native, ours) = both(&mut native, &mut tier0, &case(mode, code));
+        let (native, ours) = both(&mut native, &mut backend, &case(mode, code));
         assert_eq!((native.ending, native.selectors), (ours.ending, ours.selectors), "{code:02x?}");
         assert_eq!(native.stores, ours.stores, "{code:02x?}");
         if native.ending != Ending::TimedOut {

@@ -1,4 +1,4 @@
-//! The interpreter's side: cases run in ring 3 of a small guest, one virtual machine for the whole run.
+//! The side of the backend: cases run in ring 3 of a small guest, one virtual machine for the whole run.
 
 mod kernel;
 mod machine;
@@ -6,6 +6,7 @@ mod machine;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use vmm_cpu::state::CpuState;
 use vmm_cpu::{ExactStop, Halt, VcpuHandle, VcpuIo};
 
@@ -23,8 +24,20 @@ const MUCH_PATIENCE: u64 = 200_000_000;
 /// Bytes of the page with the state.
 const PAGE: usize = STACK_TOP as usize;
 
-/// The interpreter, ready for a case.
-pub(crate) struct Tier0 {
+/// What executes guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tier {
+    /// The interpreter.
+    #[default]
+    #[value(name = "0")]
+    Interpreter,
+    /// The translator, from the first time that a block runs.
+    #[value(name = "1")]
+    Translator,
+}
+
+/// The backend, ready for a case.
+pub(crate) struct Backend {
     machine: Machine,
     /// Where ring 0 begins, for when a case did not come back there.
     fresh: CpuState,
@@ -80,9 +93,9 @@ fn bytes(start: &Start) -> [u8; START] {
     bytes
 }
 
-impl Tier0 {
-    pub(crate) fn new() -> Result<Self> {
-        let mut machine = machine::build().context("cannot make the guest")?;
+impl Backend {
+    pub(crate) fn new(tier: Tier) -> Result<Self> {
+        let mut machine = machine::build(tier).context("cannot make the guest")?;
         let fresh = machine.vcpu.save()?;
         let port = Port { handle: machine.vcpu.handle(), done: false };
         Ok(Self {

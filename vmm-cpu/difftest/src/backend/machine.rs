@@ -15,12 +15,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use vmm_cpu::state::{DescriptorTable, GeneralRegisters, Segment, SystemRegisters};
-use vmm_cpu::translate::TranslateHypervisor;
+use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
 use vmm_cpu::{ClockConfig, ClockSource, CpuModel, GuestAccess, Hypervisor, Vcpu, Vm, VmConfig};
 use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 use vmm_memory::{GuestRam, GuestRegion, RegionConfig};
 
-use super::kernel;
+use super::{Tier, kernel};
 use crate::case::AREAS;
 use crate::memory::{self, IMAGE};
 use crate::start::{USER_DS, USER32_CS, USER64_CS};
@@ -123,12 +123,17 @@ pub(super) struct Machine {
 }
 
 /// A machine whose vCPU is about to load the state of a case.
-pub(super) fn build() -> Result<Machine> {
+pub(super) fn build(tier: Tier) -> Result<Machine> {
     let mut clock = ClockConfig::default();
     // Stops at instruction counts come with it.
     clock.source = ClockSource::Deterministic;
     let config = VmConfig::new(CpuModel::Host).clock(clock);
-    let vm = TranslateHypervisor::new().create_vm(&config)?;
+    let translate_after = match tier {
+        Tier::Interpreter => None,
+        Tier::Translator => Some(0),
+    };
+    let options = TranslateOptions::default().translate_after(translate_after);
+    let vm = TranslateHypervisor::with_options(options).create_vm(&config)?;
     let memory = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), SIZE)).build()?;
     let region = memory.regions().into_iter().next().context("no guest memory")?;
     vm.map_memory(Arc::clone(&region), GuestAccess::ReadWrite)?;
