@@ -5,13 +5,13 @@ use std::sync::Arc;
 use super::builder::Mode;
 use super::entry::{self, Gs};
 use super::site::Kind;
-use super::translator::{NO_BRANCH, Translator};
+use super::translator::Translator;
 use crate::translate::block::BlockCache;
 use crate::translate::core::{Flow, Machine};
 use crate::translate::cpu::BLOCK;
 use crate::translate::flags::bits;
 use crate::translate::memory::Reach;
-use crate::translate::memory::frame::{Branch, Frame};
+use crate::translate::memory::frame::Frame;
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
@@ -82,11 +82,6 @@ impl Tier1 {
         let frame = m.tlb.frame();
         frame.state.leave = entry::leave_address();
         frame.state.go = go;
-        for table in &mut frame.branches {
-            if table.first().is_some_and(|branch| branch.rip == 0) {
-                table.fill(Branch { rip: NO_BRANCH, code: 0 });
-            }
-        }
         Gs::set(frame)
     }
 

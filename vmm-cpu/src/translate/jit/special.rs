@@ -1,6 +1,6 @@
 //! Translates instructions whose operands need care: AH and the like, bit strings, 16 bytes that are exchanged.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::builder::{Builder, Flags, state};
 use super::effect::{Effect, effect};
@@ -80,6 +80,12 @@ impl Builder<'_> {
             Mnemonic::Btr => 0xb3,
             _ => 0xbb,
         };
+        // The distance is added to the offset, before that is cut to 32 bits or added to a segment's base.
+        let base = instruction.memory_base();
+        let is_plain = base.is_gpr64() || base == Register::RIP;
+        if !is_plain || matches!(instruction.memory_segment(), Register::FS | Register::GS) {
+            return Err(Untranslated);
+        }
         let guest = number(register);
         let writes = opcode != 0xa3;
         self.clobber_flags();

@@ -451,18 +451,18 @@ impl Translation {
         if let Some(branch) = branch(frame, self.mode, self.rip)
             && branch.rip == self.rip
         {
-            *branch = Branch { rip: NO_BRANCH, code: 0 };
+            *branch = Branch::nothing(branch_index(self.rip));
         }
     }
 }
 
-/// No branch leads there: it is not canonical.
-pub(super) const NO_BRANCH: u64 = 1 << 63;
-
 /// The entry of the table of branch targets that `rip` uses.
 fn branch(frame: &mut Frame, mode: Mode, rip: u64) -> Option<&mut Branch> {
-    let index = usize::try_from(rip % BRANCHES as u64).ok()?;
-    frame.branches.get_mut(mode.reach as usize)?.get_mut(index)
+    frame.branches.get_mut(mode.reach as usize)?.get_mut(branch_index(rip))
+}
+
+fn branch_index(rip: u64) -> usize {
+    usize::try_from(rip % BRANCHES as u64).unwrap_or(0)
 }
 
 fn offset(rip: u64) -> u16 {

@@ -91,6 +91,13 @@ pub(crate) struct Branch {
     pub(crate) code: u64,
 }
 
+impl Branch {
+    /// The entry at `index` that no branch finds, since its RIP belongs to another one.
+    pub(crate) const fn nothing(index: usize) -> Self {
+        Self { rip: index as u64 ^ 1, code: 0 }
+    }
+}
+
 /// The host addresses at which a translation is entered from other pages, zero where there is none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +132,9 @@ impl Frame {
     pub(crate) fn new() -> Box<Self> {
         let mut frame = zeroed();
         frame.clear();
+        for table in &mut frame.branches {
+            table.iter_mut().enumerate().for_each(|(index, branch)| *branch = Branch::nothing(index));
+        }
         frame
     }
 
