@@ -117,8 +117,14 @@ fn main() -> Result<ExitCode> {
         None => run::all_forms(),
     };
     let plant = options.plant.as_deref().map(named).transpose()?;
-    let plan =
-        Plan { seed: options.seed, cases: options.cases, forms, threads: options.threads, plant, tier: options.tier };
+    let plan = Plan {
+        seed: options.seed,
+        cases: options.cases,
+        forms,
+        threads: options.threads,
+        plant,
+        tier: options.tier,
+    };
     if options.plant_all {
         return plant_all(&plan);
     }

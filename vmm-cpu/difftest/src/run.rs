@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Result, anyhow};
 use iced_x86::Code;
 
+use crate::backend::{Backend, Tier};
 use crate::case::{Case, Ending, Outcome};
 use crate::forms;
 use crate::generate::{Random, generate};
@@ -14,7 +15,6 @@ use crate::native::{Answer, BATCH, Native};
 use crate::plant;
 use crate::start::{self, Prepared};
 use crate::tally::Tally;
-use crate::backend::{Backend, Tier};
 
 /// Mismatches of a form that are kept.
 const KEPT: usize = 3;

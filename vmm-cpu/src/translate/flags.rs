@@ -112,6 +112,13 @@ impl Flags {
         self.width = W::BITS;
     }
 
+    /// The same with the adjust flag set.
+    #[inline(always)]
+    pub(crate) fn set_shifted<W: Word>(&mut self, result: u64, carry: bool, overflow: bool) {
+        self.set_result_cf_of::<W>(result, carry, overflow);
+        self.carries |= 8 << (64 - W::BITS);
+    }
+
     /// As [`Flags::set_result`], but the carry flag stays as it is (INC, DEC).
     #[inline(always)]
     pub(crate) fn set_result_keep_carry<W: Word>(&mut self, result: u64, carries: u64) {

@@ -25,10 +25,10 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser as _;
 use vmm_cpu::entry::entry_state;
 use vmm_cpu::gdb::{Debuggee, Debugger, Event};
-use vmm_cpu::xen_pv;
 use vmm_cpu::{
     ClockSource, CpuModel, Error, Hypervisor, InterruptMode, VcpuIo, VcpuThreads, VmConfig, open_backend,
 };
+use vmm_cpu::{translate, xen_pv};
 use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
 use vmm_examples::debug::Devices;
 use vmm_examples::guest_command::{Hardware, SerialPort, Session};
@@ -71,7 +71,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     ensure!(options.engine == "auto", "--engine goes with --backend {}", xen_pv::NAME);
     // Before anything is fetched: without a backend there is no use for it.
-    let hypervisor = choose(&options.backend)?;
+    let hypervisor = choose(options, &options.backend)?;
     let endpoint = options.debug.endpoint(options.rerun.is_deterministic())?;
     let rerun = Rerun::open(&options.rerun, options.cpus)?;
     let session = match rerun.session() {
@@ -213,8 +213,15 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
 }
 
 /// The backend of that name. The program says what `auto` has chosen, and why.
-fn choose(name: &str) -> Result<Box<dyn Hypervisor>> {
+fn choose(options: &Options, name: &str) -> Result<Box<dyn Hypervisor>> {
+    if name == translate::NAME {
+        return Ok(options.translator());
+    }
     if name != "auto" {
+        ensure!(
+            !options.interpret && !options.digest,
+            "--interpret and --digest go with --backend translate"
+        );
         return Ok(open_backend(name)?);
     }
     let why = match open_backend("kvm") {
@@ -227,7 +234,7 @@ fn choose(name: &str) -> Result<Box<dyn Hypervisor>> {
         Err(error) => format!("since kvm is not to be had: {error}"),
     };
     eprintln!("linux: backend translate, {why}");
-    Ok(open_backend("translate")?)
+    Ok(options.translator())
 }
 
 /// The machine that [`Pc`] goes with.

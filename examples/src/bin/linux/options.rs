@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
+use vmm_cpu::Hypervisor;
+use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
 use vmm_examples::debian::Series;
 use vmm_examples::debug::DebugOptions;
 use vmm_examples::guest_command::{Screen, Session, Wiring};
@@ -26,6 +28,12 @@ pub(crate) struct Options {
     /// auto.
     #[arg(long, default_value = "auto")]
     pub(crate) engine: String,
+    /// Interprets all of the guest's instructions instead of translating those that are executed more than once or twice.
+    #[arg(long)]
+    pub(crate) interpret: bool,
+    /// Has the backend compute a digest of the registers at the start of each basic block, which --timings shows at the end.
+    #[arg(long)]
+    pub(crate) digest: bool,
     /// Kernel: bzImage, ELF with a PVH note (with backend xen-pv, Xen's notes), or multiboot image. Debian's cloud kernel
     /// if not given.
     #[arg(long)]
@@ -109,6 +117,15 @@ pub(crate) struct Virtio {
 }
 
 impl Options {
+    /// The backend that needs nothing of the host, executing as the options say.
+    pub(crate) fn translator(&self) -> Box<dyn Hypervisor> {
+        let mut options = TranslateOptions::default().digest(self.digest);
+        if self.interpret {
+            options = options.translate_after(None);
+        }
+        Box::new(TranslateHypervisor::with_options(options))
+    }
+
     /// The transport of virtio devices, if any are wanted.
     pub(crate) fn wanted_transport(&self) -> Option<Transport> {
         let wanted = self.metrics.is_some() || self.unrecorded().is_some();

@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     // With the in-guest fast path behind the name of the backend below.
     let (below, shim) =
         options.engine.strip_suffix("-shim").map_or((&*options.engine, false), |name| (name, true));
-    let engine: Arc<dyn Hypervisor> = Arc::from(choose(below)?);
+    let engine: Arc<dyn Hypervisor> = Arc::from(choose(options, below)?);
     let hypervisor = XenPvHypervisor::new(Arc::clone(&engine))?.shim(shim);
     let session = session(options)?;
     let guest = Guest::get(options, &session, Wiring::PvConsole.into())?;

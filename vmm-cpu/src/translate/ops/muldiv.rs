@@ -1,6 +1,7 @@
 //! Multiplication and division: MUL, IMUL, DIV, IDIV.
 //!
-//! Undefined flags stay as they are: SF, ZF, AF and PF after a multiplication (as on AMD Zen), all after a division.
+//! Undefined flags are those of AMD's Zen 5: SF, ZF, AF and PF stay as they are after a multiplication, CF and OF after a
+//! division, which sets AF and clears the others.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -9,6 +10,7 @@ use super::op::{Handler, Op, operand_bytes, register_slot};
 use crate::translate::core::{Core, Flow, Leave, Machine};
 use crate::translate::cpu::{HIGH_BYTE, RAX, RDX};
 use crate::translate::exception::{Exception, vector};
+use crate::translate::flags::bits;
 use crate::translate::memory::HostWord;
 use crate::translate::word::{Word, sign_extend};
 
@@ -137,6 +139,7 @@ fn set_quotient<W: Word>(m: &mut Machine<'_>, result: Option<(u64, u64)>) -> Flo
     let Some((quotient, remainder)) = result else { return Err(m.divide_error()) };
     m.cpu.set::<W>(RAX, quotient);
     m.cpu.set::<W>(high_register::<W>(), remainder);
+    m.cpu.flags.replace_status(bits::SF | bits::ZF | bits::AF | bits::PF, bits::AF);
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Shifts and rotates: SHL, SHR, SAR, ROL, ROR, RCL, RCR, SHLD, SHRD.
 //!
 //! The manual leaves some flags undefined (Intel SDM 2B, "SAL/SAR/SHL/SHR", "RCL/RCR/ROL/ROR"). OF for counts other than
-//! one follows the formula for one, as AMD Zen computes it; AF is cleared by shifts, and rotates leave it alone.
+//! one follows the formula for one, as AMD Zen computes it; shifts set AF, as Zen 5 does, and rotates leave it alone.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -176,7 +176,7 @@ fn apply<W: Word, S: Shift>(m: &mut Machine<'_>, a: u64, count: u32) -> u64 {
     let (result, carry) = S::shift::<W>(a, count, carry);
     let overflow = S::overflow::<W>(result, carry);
     if S::SETS_ALL {
-        m.cpu.flags.set_result_cf_of::<W>(result, carry, overflow);
+        m.cpu.flags.set_shifted::<W>(result, carry, overflow);
     } else {
         m.cpu.flags.set_cf_of(carry, overflow);
     }
@@ -284,7 +284,7 @@ fn double_register<W: HostWord, D: Double>(m: &mut Machine<'_>, op: &Op, count: 
         return Ok(());
     }
     let (result, carry) = D::shift::<W>(a, m.cpu.get::<W>(op.b), count);
-    m.cpu.flags.set_result_cf_of::<W>(result, carry, D::overflow::<W>(result, carry));
+    m.cpu.flags.set_shifted::<W>(result, carry, D::overflow::<W>(result, carry));
     m.cpu.set::<W>(op.a, result);
     Ok(())
 }
@@ -300,7 +300,7 @@ fn double_memory<W: HostWord, D: Double>(m: &mut Machine<'_>, op: &Op, count: u6
     let b = m.cpu.get::<W>(op.b);
     let a = m.modify::<W>(place, false, |a| D::shift::<W>(a, b, count).0)?;
     let (result, carry) = D::shift::<W>(a, b, count);
-    m.cpu.flags.set_result_cf_of::<W>(result, carry, D::overflow::<W>(result, carry));
+    m.cpu.flags.set_shifted::<W>(result, carry, D::overflow::<W>(result, carry));
     Ok(())
 }
 
