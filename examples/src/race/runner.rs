@@ -1,6 +1,7 @@
 //! A guest that runs, and when it says what.
 
 use std::io::{self, BufRead, BufReader, Read as _};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 /// The longest line of a guest's that is kept, in bytes; of a longer one, the begin is.
-const LONGEST_LINE: u64 = 4096;
+const LONGEST_LINE: u16 = 4096;
 
 /// Lines that are kept for whoever looks at them later. A guest that prints more waits.
 const MOST_LINES: usize = 4096;
@@ -21,8 +22,9 @@ pub struct Runner {
     started: Instant,
     limit: Duration,
     lines: Receiver<(Duration, String)>,
-    /// The last that was not empty.
+    /// The last that was not empty, and the last with which the program itself reports an error: its name comes first.
     last: String,
+    error: Option<String>,
 }
 
 impl Runner {
@@ -32,7 +34,8 @@ impl Runner {
     /// # Errors
     /// Fails if it cannot be started.
     pub fn start(mut command: Command, limit: Duration) -> Result<Self> {
-        let name = command.get_program().display().to_string();
+        let name = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
+        let name = name.display().to_string();
         let (output, writer) = io::pipe().context("a pipe")?;
         command.stdin(Stdio::null()).stderr(writer.try_clone().context("a pipe")?).stdout(writer);
         let started = Instant::now();
@@ -50,7 +53,7 @@ impl Runner {
                 }
             }
         });
-        Ok(Self { name, child, started, limit, lines, last: String::new() })
+        Ok(Self { name, child, started, limit, lines, last: String::new(), error: None })
     }
 
     /// Gives it another time for everything, from the start.
@@ -70,6 +73,9 @@ impl Runner {
     pub fn line(&mut self) -> Result<Option<(Duration, String)>> {
         match self.lines.recv_timeout(self.limit.saturating_sub(self.started.elapsed())) {
             Ok((time, line)) => {
+                if line.strip_prefix(&*self.name).is_some_and(|rest| rest.starts_with(": ")) {
+                    self.error = Some(line.clone());
+                }
                 if !line.is_empty() {
                     line.clone_into(&mut self.last);
                 }
@@ -95,9 +101,13 @@ impl Runner {
         bail!("{} ended before its guest said {mark:?}{}", self.name, self.last_words())
     }
 
-    /// The last line so far, as the end of an error.
+    /// Why it may have ended, or hang, as the end of an error.
     pub fn last_words(&self) -> String {
-        if self.last.is_empty() { String::new() } else { format!("; its last line: {:?}", self.last) }
+        match &self.error {
+            Some(error) => format!("; {error}"),
+            None if self.last.is_empty() => String::new(),
+            None => format!("; its last line: {:?}", self.last),
+        }
     }
 
     /// Waits for the program's own end: when that was, and with what status.
@@ -122,7 +132,7 @@ impl Drop for Runner {
 
 fn next_line(output: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    output.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line)?;
+    output.by_ref().take(LONGEST_LINE.into()).read_until(b'\n', &mut line)?;
     if line.is_empty() {
         return Ok(None);
     }
@@ -157,13 +167,16 @@ mod tests {
     fn what_ends_early_or_never_is_an_error() {
         let error = shell("echo one; echo 'why it ended' >&2", 60).until("two").unwrap_err().to_string();
         assert!(error.contains("\"two\"; its last line: \"why it ended\""), "{error}");
+        let line = "echo one; echo 'sh: what broke' >&2; echo 'sharp: registers' >&2";
+        let error = shell(line, 60).until("two").unwrap_err().to_string();
+        assert!(error.ends_with("\"two\"; sh: what broke"), "{error}");
         let error = shell("sleep 100", 1).until("two").unwrap_err().to_string();
         assert!(error.ends_with("after 1 s"), "{error}");
     }
 
     #[test]
     fn of_an_overlong_line_the_begin_is_kept() {
-        let longest = "x".repeat(LONGEST_LINE as usize);
+        let longest = "x".repeat(LONGEST_LINE.into());
         let text = format!("{longest}yz\n\nnext\nno line feed");
         let mut output = text.as_bytes();
         let mut next = || next_line(&mut output).unwrap().map(|line| String::from_utf8(line).unwrap());

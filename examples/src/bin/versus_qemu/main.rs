@@ -12,6 +12,7 @@
 
 mod columns;
 mod contest;
+mod results;
 mod rows;
 mod table;
 
@@ -25,7 +26,8 @@ use vmm_examples::race::{Guests, qemu_version};
 
 use crate::columns::{Columns, TCG};
 use crate::contest::Contest;
-use crate::rows::{LEGEND, chosen};
+use crate::results::Results;
+use crate::rows::{chosen, legend};
 
 /// Characters of a line, below the table.
 const WIDTH: usize = 120;
@@ -64,19 +66,22 @@ fn run(options: Options, started: Instant) -> Result<bool> {
     let rows = chosen(&options.rows)?;
     let Columns { machines, left_out } = Columns::chosen(&options.backends)?;
     let guests = Guests::get(Series::default())?;
-    let mut contest = Contest::new(guests, machines, rows, options.pairs, started);
+    let legend = legend(&rows);
+    let results = Results::new(machines, rows);
+    let mut contest = Contest { guests, results, pairs: options.pairs, started };
     contest.run();
+    let Contest { guests, results, .. } = contest;
 
-    println!("{}", contest.table(TCG));
+    println!("{}", results.table(TCG));
     let about = format!(
         "Medians ± half the range, × the median of TCG. Kernel {}; TCG is QEMU {} -M microvm.",
-        contest.release(),
+        guests.release(),
         qemu_version().unwrap_or_default()
     );
     let left_out = left_out.iter().map(|(name, reason)| format!("Left out: {name}: {reason}."));
-    let failures = contest.failures();
+    let failures = results.failures();
     let failed = failures.iter().map(|failure| format!("Failed: {failure}."));
-    let notes = [vec![about], contest.remarks(), vec![LEGEND.to_owned()]].concat();
+    let notes = [vec![about], results.remarks(), vec![legend]].concat();
     for note in notes.into_iter().chain(left_out).chain(failed) {
         println!("{}", wrapped(&note));
     }

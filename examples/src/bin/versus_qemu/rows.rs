@@ -9,6 +9,8 @@ pub(crate) struct Row {
     pub(crate) name: &'static str,
     /// As the table has it.
     pub(crate) label: &'static str,
+    /// What one of it is, as the legend has it.
+    pub(crate) what: &'static str,
     pub(crate) unit: Unit,
     pub(crate) kind: Kind,
 }
@@ -50,36 +52,43 @@ impl Unit {
     }
 }
 
-const fn row(name: &'static str, label: &'static str, unit: Unit, kind: Kind) -> Row {
-    Row { name, label, unit, kind }
+const fn boot(name: &'static str, label: &'static str, what: &'static str, kind: Kind) -> Row {
+    Row { name, label, what, unit: Unit::Seconds, kind }
+}
+
+const fn program(name: &'static str, label: &'static str, unit: Unit, what: &'static str) -> Row {
+    Row { name, label, what, unit, kind: Kind::Program }
 }
 
 /// All of them: the boot, what a program computes, and what it asks of its kernel.
-pub(crate) const ROWS: [Row; 17] = [
-    row("init", "exec to init", Unit::Seconds, Kind::Init),
-    row("power-off", "exec to off", Unit::Seconds, Kind::PowerOff),
-    row("alu", "ALU, 1000", Unit::Microseconds, Kind::Program),
-    row("sieve", "sieve", Unit::Milliseconds, Kind::Program),
-    row("qsort", "qsort", Unit::Milliseconds, Kind::Program),
-    row("fib", "fib(27)", Unit::Milliseconds, Kind::Program),
-    row("float", "sqrt, 1000", Unit::Microseconds, Kind::Program),
-    row("matmul", "matmul", Unit::Milliseconds, Kind::Program),
-    row("memcpy", "memcpy", Unit::Microseconds, Kind::Program),
-    row("sha256", "sha256", Unit::Microseconds, Kind::Program),
-    row("gzip-KiB", "gzip, KiB", Unit::Microseconds, Kind::Program),
-    row("getppid", "getppid", Unit::Microseconds, Kind::Program),
-    row("read+write", "dd bs=1", Unit::Microseconds, Kind::Program),
-    row("pipe-ping-pong", "ping-pong", Unit::Microseconds, Kind::Program),
-    row("mmap+touch", "mmap+touch", Unit::Microseconds, Kind::Program),
-    row("fork+wait", "fork+wait", Unit::Microseconds, Kind::Program),
-    row("shell-exec", "shell exec", Unit::Microseconds, Kind::Program),
-];
+pub(crate) const ROWS: [Row; 17] = {
+    use Unit::{Microseconds as Us, Milliseconds as Ms};
+    [
+        boot("init", "exec to init", "to a line of the first process", Kind::Init),
+        boot("power-off", "exec to off", "to power-off", Kind::PowerOff),
+        program("alu", "ALU", Us, "1000 steps of 9 integer operations"),
+        program("sieve", "sieve", Ms, "of 1 MiB"),
+        program("qsort", "qsort", Ms, "100000 u32"),
+        program("fib", "fib", Ms, "832039 recursive calls"),
+        program("float", "float", Us, "1000 steps with a division and a square root"),
+        program("matmul", "matmul", Ms, "256x256 f64"),
+        program("memcpy", "memcpy", Us, "1 MiB"),
+        program("sha256", "sha256", Us, "64 KiB"),
+        program("gzip-KiB", "gzip", Us, "1 KiB through busybox"),
+        program("getppid", "getppid", Us, "a system call"),
+        program("read+write", "dd bs=1", Us, "a read(2) and a write(2) of a byte"),
+        program("pipe-ping-pong", "ping-pong", Us, "a byte to another process and back"),
+        program("mmap+touch", "mmap+touch", Us, "a page mapped, touched and unmapped"),
+        program("fork+wait", "fork+wait", Us, "a child"),
+        program("shell-exec", "shell exec", Ms, "`/bin/busybox true` from a busybox sh"),
+    ]
+};
 
-/// What the labels stand for.
-pub(crate) const LEGEND: &str = "Times of one: 1000 steps of integer operations in a chain; a sieve of 1 MiB; a quicksort of 100000 \
-     u32; 832039 recursive calls; 1000 steps with a division and a square root; a product of two 256x256 matrices of f64; a \
-     copy of 1 MiB; a digest of 64 KiB; 1 KiB through busybox gzip; a system call; a read(2) and a write(2) of a byte; a byte to \
-     another process and back; a page mapped, touched and unmapped; a child; a busybox sh that runs `/bin/busybox true`.";
+/// What one of each row is.
+pub(crate) fn legend(rows: &[Row]) -> String {
+    let entries: Vec<String> = rows.iter().map(|row| format!("{}: {}", row.label, row.what)).collect();
+    format!("{}.", entries.join("; "))
+}
 
 /// The rows of these names, in the table's order; all if there are none.
 ///
@@ -96,6 +105,14 @@ pub(crate) fn chosen(names: &[String]) -> Result<Vec<Row>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_legend_is_of_what_is_shown() {
+        assert_eq!(legend(&ROWS[3..5]), "sieve: of 1 MiB; qsort: 100000 u32.");
+        let mut labels = ROWS.map(|row| row.label);
+        labels.sort_unstable();
+        assert!(labels.windows(2).all(|pair| pair[0] != pair[1]), "{labels:?}");
+    }
 
     #[test]
     fn rows_are_chosen_by_name_and_keep_their_order() {

@@ -50,7 +50,7 @@ impl Table {
         if column > self.compared_with
             && let Some(theirs) = spread(self.compared_with)
         {
-            text += &format!(" ×{}", digits(here.median / theirs.median));
+            text += &format!(" ×{}", ratio(here.median / theirs.median));
         }
         text
     }
@@ -105,6 +105,17 @@ fn digits(value: f64) -> String {
     }
     let places = (0..6).find(|&places| value.abs() * 10_f64.powi(places) >= 99.95).unwrap_or(6);
     format!("{value:.*}", usize::try_from(places).unwrap_or(0))
+}
+
+/// The same, but no more than three places.
+fn ratio(value: f64) -> String {
+    if value < 0.1 {
+        format!("{value:.3}")
+    } else if value < 1.0 {
+        format!("{value:.2}")
+    } else {
+        digits(value)
+    }
 }
 
 #[cfg(test)]
@@ -163,7 +174,7 @@ mod tests {
 |                 | native |       TCG |       translate |         kvm |
 | --------------- | -----: | --------: | --------------: | ----------: |
 | exec to init, s |        | 2.00 ±8% | 5.00 ±5% ×2.50 |           - |
-| getppid, us     | 0.0500 |     0.400 |      10.0 ×25.0 | 0.100 ×0.250 |
+| getppid, us     | 0.0500 |     0.400 |      10.0 ×25.0 | 0.100 ×0.25 |
 ";
         assert_eq!(table(lines).to_string(), expected);
     }
