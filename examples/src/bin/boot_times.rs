@@ -13,7 +13,7 @@ use vmm_examples::debian::Series;
 use vmm_examples::race::{Guests, Machine, QEMU, Spread, by_turns};
 
 /// Time that a boot may take.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// Boots Debian's kernel to its init on `translate` and on QEMU, by turns, and compares.
 #[derive(Parser)]

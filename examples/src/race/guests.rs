@@ -251,7 +251,23 @@ pub fn by_turns<T>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::Report;
     use super::*;
+
+    /// The shell and the program as in a guest, but here.
+    #[test]
+    fn a_row_that_fails_is_none_of_the_others_business() {
+        const ROWS: [&str; 3] = ["getppid", "nobody", "fib"];
+        let mut command = Command::new("sh");
+        command.args(["-c", WORK]).env("rows", ROWS.join(",")).env("workload", WORKLOAD);
+        let mut runner = Runner::start(command, Duration::from_secs(60)).unwrap();
+        let report = Report::of(&mut runner, &ROWS, Duration::from_secs(60));
+        assert_eq!(report.figures.keys().collect::<Vec<_>>(), ["fib", "getppid"]);
+        assert!(report.failures["nobody"].contains("no work is named \"nobody\""), "{report:?}");
+        // More than the work took, and not much more.
+        let (by_guest, by_host) = report.clocks().unwrap();
+        assert!(by_guest > 0.2 && (by_guest - by_host).abs() < 30.0, "{by_guest} {by_host}");
+    }
 
     #[test]
     fn turns_alternate() {

@@ -171,10 +171,10 @@ mod tests {
             line("getppid, us", 1e6, [cell(&[5e-8]), cell(&[4e-7]), cell(&[1e-5]), cell(&[1e-7])]),
         ];
         let expected = "\
-|                 | native |       TCG |       translate |         kvm |
-| --------------- | -----: | --------: | --------------: | ----------: |
+|                 | native |      TCG |      translate |         kvm |
+| --------------- | -----: | -------: | -------------: | ----------: |
 | exec to init, s |        | 2.00 ±8% | 5.00 ±5% ×2.50 |           - |
-| getppid, us     | 0.0500 |     0.400 |      10.0 ×25.0 | 0.100 ×0.25 |
+| getppid, us     | 0.0500 |    0.400 |     10.0 ×25.0 | 0.100 ×0.25 |
 ";
         assert_eq!(table(lines).to_string(), expected);
     }
