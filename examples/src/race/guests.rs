@@ -195,7 +195,7 @@ impl Guests {
             Kind::Tcg => Ok(microvm(&self.kernel.image, &self.initrd, &append)),
             Kind::Ours(arguments) => {
                 let mut command = Command::new(&self.linux);
-                command.args(arguments).args(["--append", &append]);
+                command.args(arguments).args(["--append", &append]).env_remove("RUST_LOG");
                 command.arg("--kernel").arg(&self.kernel.image).arg("--initrd").arg(&self.initrd);
                 Ok(command)
             }
@@ -219,7 +219,7 @@ fn archive(busybox: Vec<u8>) -> Result<Vec<u8>> {
 }
 
 /// The order in which `count` machines take their turns in the pair of that number, from 0: each second pair goes the other way
-/// round, and each two begin with another machine.
+/// round, and every two pairs the first machine is another.
 pub fn order(pair: u32, count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).collect();
     order.rotate_left(usize::try_from(pair / 2).unwrap_or(0) % count.max(1));
@@ -264,9 +264,9 @@ mod tests {
         let report = Report::of(&mut runner, &ROWS, Duration::from_secs(60));
         assert_eq!(report.figures.keys().collect::<Vec<_>>(), ["fib", "getppid"]);
         assert!(report.failures["nobody"].contains("no work is named \"nobody\""), "{report:?}");
-        // More than the work took, and not much more.
+        // Each of two rows takes a fifth of a second.
         let (by_guest, by_host) = report.clocks().unwrap();
-        assert!(by_guest > 0.2 && (by_guest - by_host).abs() < 30.0, "{by_guest} {by_host}");
+        assert!(by_guest > 0.4 && (by_guest - by_host).abs() < 30.0, "{by_guest} {by_host}");
     }
 
     #[test]

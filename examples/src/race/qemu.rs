@@ -15,8 +15,8 @@ pub const QEMU: &str = "qemu-system-x86_64";
 pub fn qemu_version() -> Option<String> {
     let output = Command::new(QEMU).arg("--version").stderr(Stdio::null()).output().ok()?;
     // "QEMU emulator version 7.2.22 (Debian ...)".
-    let text = String::from_utf8(output.stdout).ok()?;
-    Some(text.lines().next()?.split_whitespace().nth(3)?.to_owned())
+    let text = String::from_utf8_lossy(&output.stdout);
+    Some(text.split_whitespace().nth(3).unwrap_or("of some version").to_owned())
 }
 
 /// Installs QEMU by apt if it is absent.

@@ -71,8 +71,10 @@ impl Runner {
     /// # Errors
     /// Fails when the time is up.
     pub fn line(&mut self) -> Result<Option<(Duration, String)>> {
-        match self.lines.recv_timeout(self.limit.saturating_sub(self.started.elapsed())) {
-            Ok((time, line)) => {
+        let left = self.limit.saturating_sub(self.started.elapsed());
+        match self.lines.recv_timeout(left) {
+            // A guest that never falls silent gets no more time than another.
+            Ok((time, line)) if !left.is_zero() => {
                 if line.strip_prefix(&*self.name).is_some_and(|rest| rest.starts_with(": ")) {
                     self.error = Some(line.clone());
                 }
@@ -82,7 +84,7 @@ impl Runner {
                 Ok(Some((time, line)))
             }
             Err(RecvTimeoutError::Disconnected) => Ok(None),
-            Err(RecvTimeoutError::Timeout) => {
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {
                 bail!("{} was still running after {} s{}", self.name, self.limit.as_secs(), self.last_words())
             }
         }
@@ -172,6 +174,8 @@ mod tests {
         assert!(error.ends_with("\"two\"; sh: what broke"), "{error}");
         let error = shell("sleep 100", 1).until("two").unwrap_err().to_string();
         assert!(error.ends_with("after 1 s"), "{error}");
+        let error = shell("while :; do echo one; done", 1).until("two").unwrap_err().to_string();
+        assert!(error.contains("after 1 s"), "{error}");
     }
 
     #[test]

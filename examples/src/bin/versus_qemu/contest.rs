@@ -12,6 +12,9 @@ const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// Time in which something must come of each row.
 const ROW_LIMIT: Duration = Duration::from_secs(60);
 
+/// So often a guest may die or hang in one turn before the rest of its rows is given up.
+const MOST_DEATHS: u32 = 3;
+
 /// Pairs unless the user asks for some.
 const PAIRS: u32 = 5;
 
@@ -67,14 +70,12 @@ impl Contest {
             return;
         }
         let times = self.guests.times(&machine, BOOT_LIMIT).map_err(|error| format!("{error:#}"));
-        self.say(
-            pair,
-            &machine,
-            &match &times {
-                Ok(times) => format!("init {:.3} s, off {:.3} s", times.init, times.power_off),
-                Err(reason) => format!("failed: {reason}"),
-            },
-        );
+        match &times {
+            Ok(times) => {
+                self.say(pair, &machine, &format!("init {:.3} s, off {:.3} s", times.init, times.power_off))
+            }
+            Err(reason) => self.say(pair, &machine, &format!("failed: {reason}")),
+        }
         self.results.boot(index, &times);
     }
 
@@ -82,7 +83,10 @@ impl Contest {
         let Some(machine) = self.results.machines().get(index).cloned() else { return };
         let mut rows = self.results.rows_left(index, true);
         // A guest in which a row hangs, or which dies of it, is booted anew for the others.
-        while !rows.is_empty() {
+        for _ in 0..MOST_DEATHS {
+            if rows.is_empty() {
+                return;
+            }
             let report = match self.guests.work(&machine, &rows, BOOT_LIMIT) {
                 Ok(mut runner) => Report::of(&mut runner, &rows, ROW_LIMIT),
                 Err(error) => {
@@ -102,6 +106,7 @@ impl Contest {
             let left = report.left();
             rows.retain(|row| left.contains(row));
         }
+        self.results.failed(index, &rows, "given up, since the guest died or hung in others");
     }
 
     fn say(&self, pair: &str, machine: &Machine, text: &str) {

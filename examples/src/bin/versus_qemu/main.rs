@@ -45,6 +45,9 @@ struct Options {
     /// How often each of them runs, by turns. Unless given it is 5 times, or as often as takes less than ten minutes.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pairs: Option<u32>,
+    /// Which of Debian's kernels.
+    #[arg(long, value_enum, default_value_t)]
+    series: Series,
 }
 
 fn main() -> ExitCode {
@@ -65,7 +68,7 @@ fn main() -> ExitCode {
 fn run(options: Options, started: Instant) -> Result<bool> {
     let rows = chosen(&options.rows)?;
     let Columns { machines, left_out } = Columns::chosen(&options.backends)?;
-    let guests = Guests::get(Series::default())?;
+    let guests = Guests::get(options.series)?;
     let legend = legend(&rows);
     let results = Results::new(machines, rows);
     let mut contest = Contest { guests, results, pairs: options.pairs, started };
