@@ -11,7 +11,7 @@ use super::qemu::{install_qemu, microvm};
 use super::{Runner, clock};
 use crate::debian::{self, Kernel, Series};
 use crate::initramfs::Archive;
-use crate::trial::linux;
+use crate::trial::built_linux;
 
 /// The program that works in the guest and natively, which the build made.
 const WORKLOAD: &str = env!("WORKLOAD_GUEST");
@@ -115,7 +115,7 @@ impl Machine {
 }
 
 impl Guests {
-    /// Gets what is absent: Debian's kernel and busybox, and QEMU.
+    /// Gets what is absent: Debian's kernel and busybox, QEMU, and `linux` as it is now.
     ///
     /// # Errors
     /// Fails if one of them cannot be had.
@@ -127,7 +127,7 @@ impl Guests {
         let initrd = directory.path().join("initrd");
         let archive = archive(std::fs::read(&busybox)?)?;
         std::fs::write(&initrd, archive).context("writing the initial RAM disk")?;
-        Ok(Self { kernel, busybox, linux: linux()?, initrd, _directory: directory })
+        Ok(Self { kernel, busybox, linux: built_linux()?, initrd, _directory: directory })
     }
 
     /// What `uname -r` prints in a guest.
@@ -146,7 +146,7 @@ impl Guests {
         }
         let mut command = Command::new(&self.busybox);
         command.args(["sh", "-c", WORK]).env("rows", rows).env("workload", WORKLOAD);
-        command.env("busybox", &self.busybox);
+        command.env("busybox", &self.busybox).env_remove("RUST_BACKTRACE");
         Runner::start(command, boot)
     }
 

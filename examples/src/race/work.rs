@@ -112,13 +112,13 @@ impl Report {
     /// Keeps what may be the reason of a failure.
     fn overhear(&mut self, line: &str) {
         // What Rust's panics add.
-        if line.is_empty() || line.starts_with("note: ") {
+        let room = LONGEST_REASON.saturating_sub(self.talk.len());
+        if line.is_empty() || line.starts_with("note: ") || room == 0 {
             return;
         }
         if !self.talk.is_empty() {
             self.talk.push(' ');
         }
-        let room = LONGEST_REASON.saturating_sub(self.talk.len());
         self.talk.extend(line.chars().take(room).map(|c| if c.is_control() { ' ' } else { c }));
     }
 }

@@ -52,7 +52,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let result = run(Options::parse(), started);
+    let result = run(Options::parse());
     eprintln!("versus_qemu: took {} s", started.elapsed().as_secs());
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -65,13 +65,13 @@ fn main() -> ExitCode {
 }
 
 /// Whether nothing failed.
-fn run(options: Options, started: Instant) -> Result<bool> {
+fn run(options: Options) -> Result<bool> {
     let rows = chosen(&options.rows)?;
     let Columns { machines, left_out } = Columns::chosen(&options.backends)?;
     let guests = Guests::get(options.series)?;
     let legend = legend(&rows);
     let results = Results::new(machines, rows);
-    let mut contest = Contest { guests, results, pairs: options.pairs, started };
+    let mut contest = Contest { guests, results, pairs: options.pairs, started: Instant::now() };
     contest.run();
     let Contest { guests, results, .. } = contest;
 
