@@ -77,6 +77,31 @@ pub fn linux() -> Result<PathBuf> {
     Ok(program)
 }
 
+/// The program `linux`, built first if cargo has started this program: `cargo run` builds one program only, and `linux` would be
+/// absent, or of an older source than this one.
+///
+/// # Errors
+/// Fails if it cannot be built, or is absent.
+pub fn built_linux() -> Result<PathBuf> {
+    let Some(cargo) = std::env::var_os("CARGO") else { return linux() };
+    let program = std::env::current_exe()?;
+    let directory = program.parent().context("this program is in no directory")?;
+    let status = Command::new(cargo)
+        .args(["build", "--bin", "linux", "--profile", &profile(directory)?, "--target-dir"])
+        .arg(directory.parent().context("this program is in no target directory")?)
+        .status()
+        .context("starting cargo to build linux")?;
+    ensure!(status.success(), "`cargo build --bin linux` ended with {status}");
+    linux()
+}
+
+/// Cargo's profile of which the programs are in `directory`.
+fn profile(directory: &Path) -> Result<String> {
+    let name = directory.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} is named after no profile", directory.display()))?;
+    Ok(if name == "debug" { "dev" } else { name }.to_owned())
+}
+
 impl Trial<'_> {
     /// Runs it on `linux`, the path of that program.
     ///
@@ -144,6 +169,16 @@ mod tests {
         };
         let troubles: Vec<&str> = verdict.troubles().collect();
         assert_eq!(troubles.len(), 2, "{troubles:?}");
+    }
+
+    #[test]
+    fn a_profile_is_the_directorys_name_but_for_one() {
+        for (directory, expected) in
+            [("target/debug", "dev"), ("/t/release", "release"), ("a/bench-2", "bench-2")]
+        {
+            assert_eq!(profile(Path::new(directory)).unwrap(), expected);
+        }
+        assert!(profile(Path::new("/")).is_err());
     }
 
     /// In the place of `linux`, a script that runs the line here.

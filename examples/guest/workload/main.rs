@@ -2,9 +2,11 @@
 //!
 //! A static program on std alone, which also runs on the host. `workload time [NAME...]` prints a line `NAME OPERATIONS
 //! NANOSECONDS` for each piece of work, by the guest's monotonic clock; `workload check [ROUNDS]` prints a line for each subject
-//! and ends with 0, or panics and says what was wrong. `workload clock` prints the clock; `workload nothing` does it.
+//! and ends with 0, or panics and says what was wrong. `workload clock` prints the clock; `workload nothing` does it. Busybox is
+//! `/bin/busybox`, or what the environment says.
 
 mod check;
+mod compute;
 mod memory;
 mod registers;
 mod system;
