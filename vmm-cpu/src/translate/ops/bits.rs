@@ -172,11 +172,13 @@ impl Count for Bsr {
     }
 }
 
-/// TZCNT and LZCNT: CF tells of a source of zero, ZF of a count of zero; undefined flags are those of the count.
+/// TZCNT and LZCNT: CF tells of a source of zero, ZF of a count of zero; of the undefined flags OF stays and the others are
+/// cleared, as on AMD's Zen 5.
 #[inline(always)]
 fn set_count<W: Word>(m: &mut Machine<'_>, op: &Op, source: u64, count: u32) {
     m.cpu.set::<W>(op.a, u64::from(count));
-    m.cpu.flags.set_result_cf_of::<W>(u64::from(count), source == 0, false);
+    let status = bits::of(source == 0, bits::CF) | bits::of(count == 0, bits::ZF);
+    m.cpu.flags.replace_status(bits::STATUS & !bits::OF, status);
 }
 
 impl Count for Tzcnt {

@@ -59,7 +59,10 @@ fn run(m: &mut Machine<'_>, op: &Op) -> Flow {
     };
     m.cpu.set_r(register_slot(instruction.op0_register()), value);
     if let Some(status) = status {
-        m.cpu.flags.replace_status(bits::STATUS, status);
+        // Those that are undefined are as on AMD's Zen 5.
+        let parity = bits::of(value.to_le_bytes()[0].count_ones().is_multiple_of(2), bits::PF);
+        let adjust = bits::of(instruction.mnemonic() == M::Bextr, bits::AF);
+        m.cpu.flags.replace_status(bits::STATUS, status & !(bits::PF | bits::AF) | parity | adjust);
     }
     Ok(())
 }
