@@ -27,7 +27,7 @@ impl Builder<'_> {
             Mnemonic::Pushfq => self.push_flags(),
             Mnemonic::Popfq => self.pop_flags(),
             Mnemonic::Cli => self.disable_interrupts(),
-            Mnemonic::Sti => self.enable_interrupts(),
+            Mnemonic::Sti => self.enable_interrupts(instruction),
             Mnemonic::Swapgs => self.swap_gs(),
             _ => Err(Untranslated),
         }
@@ -95,9 +95,13 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// STI, which ends its block; what follows runs before an interrupt is taken.
-    fn enable_interrupts(&mut self) -> Outcome {
+    /// STI, which ends its block; the next instruction runs before an interrupt is taken. So nothing may leave translated
+    /// code between the two.
+    fn enable_interrupts(&mut self, instruction: &Instruction) -> Outcome {
         self.supervisor()?;
+        if self.mode.counted || self.mode.traced || !self.is_near(instruction.next_ip()) {
+            return Err(Untranslated);
+        }
         self.clobber_flags();
         self.e.group1(true, 7, Rm::Frame(state!(held)), 0);
         self.interpret_if(NOT_EQUAL);
