@@ -53,6 +53,10 @@ impl Builder<'_> {
 
     /// POPF of an image that changes nothing but status flags and maybe IF.
     fn pop_flags(&mut self) -> Outcome {
+        if self.mode.traced {
+            // The interpreter's block may end with it.
+            return Err(Untranslated);
+        }
         self.clobber_flags();
         self.e.mov(RAX, GUEST_RSP);
         self.lookup(8, false, false);
