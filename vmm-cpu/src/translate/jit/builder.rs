@@ -14,6 +14,7 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use super::effect::{Effect, accesses_memory, effect};
 use super::emit::{Emitter, RAX, RCX, Rm};
+use super::entry;
 use super::site::{Jump, Kind, Link, Site};
 use crate::translate::memory::frame::{
     Branch, Entry, Frame, Gate, TRANSLATIONS, branch_table_offset, table_offset,
@@ -63,10 +64,21 @@ pub(super) const fn displacement(offset: usize) -> i32 {
     offset as i32
 }
 
-/// Place of a register in the frame.
+/// Number of the host's stack pointer.
+const HOST_RSP: u8 = 4;
+
+/// Place of a register of the guest's that no host register holds: on the host's stack, since processors treat what is
+/// stored at fixed distances from the stack pointer almost as registers.
 pub(super) fn slot(register: u8) -> Rm {
-    Rm::Frame(state!(registers) + 8 * i32::from(register & 15))
+    Rm::At(HOST_RSP, entry::stack_place(register))
 }
+
+/// Where the status flags are saved, as LAHF and SETO leave them in AX.
+pub(super) const SAVED_FLAGS: Rm = Rm::At(HOST_RSP, entry::FLAGS);
+/// The second byte of that, which is as RFLAGS has it.
+pub(super) const SAVED_FLAGS_HIGH: Rm = Rm::At(HOST_RSP, entry::FLAGS + 1);
+/// Two places for the running instruction.
+pub(super) const SCRATCH: [Rm; 2] = [Rm::At(HOST_RSP, entry::SCRATCH), Rm::At(HOST_RSP, entry::SCRATCH + 8)];
 
 /// Offsets of code that all translations share.
 #[derive(Clone, Copy, Debug, Default)]
@@ -348,7 +360,7 @@ impl<'a> Builder<'a> {
         if self.flags == Flags::Live {
             // LAHF; SETO AL
             self.e.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
-            self.e.op(false, &[0x89], RAX, Rm::Frame(state!(flags)));
+            self.e.op(false, &[0x89], RAX, SAVED_FLAGS);
             self.flags = Flags::Both;
         }
     }
@@ -368,7 +380,7 @@ impl<'a> Builder<'a> {
     }
 
     fn restore_flags(&mut self) {
-        self.e.op(false, &[0x8b], RAX, Rm::Frame(state!(flags)));
+        self.e.op(false, &[0x8b], RAX, SAVED_FLAGS);
         // ADD AL, 0x7F overflows if AL is one; SAHF
         self.e.bytes(&[0x04, 0x7f, 0x9e]);
     }
@@ -503,7 +515,7 @@ pub(super) fn shared_code() -> (Vec<u8>, Shared) {
     let mut e = Emitter::default();
     let leave_live = e.len();
     e.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
-    e.op(false, &[0x89], RAX, Rm::Frame(state!(flags)));
+    e.op(false, &[0x89], RAX, SAVED_FLAGS);
     let leave_saved = e.len();
     e.op(false, &[0xff], 4, Rm::Frame(state!(leave)));
     (e.bytes, Shared { leave_live, leave_saved })

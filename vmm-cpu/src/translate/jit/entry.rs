@@ -2,7 +2,8 @@
 //!
 //! GS holds the address of the vCPU's [`Frame`] while [`Frame`] is in use; Rust code does not use it. The host's stack
 //! pointer stays that of the entry. Of the guest's registers most are in the host's of the same number; RAX, RCX and RSP,
-//! whose places translated code needs, are in R10, R11 and R15, and the guest's R10, R11 and R15 in the frame.
+//! whose places translated code needs, are in R10, R11 and R15, and the guest's R10, R11 and R15 on the host's stack, as the
+//! saved status flags are.
 #![allow(unsafe_code, reason = "the host's registers are the guest's")]
 
 use std::arch::{asm, naked_asm};
@@ -14,6 +15,22 @@ macro_rules! at {
     ($field:ident) => {
         offset_of!(Frame, state) + offset_of!(State, $field)
     };
+}
+
+/// Distance of the saved status flags from the stack pointer.
+pub(super) const FLAGS: i32 = 0x18;
+/// That of two quadwords for single instructions.
+pub(super) const SCRATCH: i32 = 0x20;
+/// Bytes on the stack.
+const STACK: i32 = 0x38;
+
+/// The distance of the guest's R10, R11 and R15 from the stack pointer.
+pub(super) const fn stack_place(register: u8) -> i32 {
+    match register {
+        10 => 0,
+        11 => 8,
+        _ => 16,
+    }
 }
 
 /// Whether user code may set GS by an instruction (Linux's HWCAP2_FSGSBASE).
@@ -124,7 +141,16 @@ unsafe extern "sysv64" fn enter_frame(code: u64) -> u32 {
         "push r13",
         "push r14",
         "push r15",
+        "sub rsp, {stack}",
         "mov gs:[{target}], rdi",
+        "mov rax, gs:[{registers}+80]",
+        "mov [rsp+{r10}], rax",
+        "mov rax, gs:[{registers}+88]",
+        "mov [rsp+{r11}], rax",
+        "mov rax, gs:[{registers}+120]",
+        "mov [rsp+{r15}], rax",
+        "mov rax, gs:[{flags}]",
+        "mov [rsp+{saved}], rax",
         "stmxcsr gs:[{host_mxcsr}]",
         "ldmxcsr gs:[{mxcsr}]",
         "movaps xmm0, gs:[{xmm}]",
@@ -162,6 +188,12 @@ unsafe extern "sysv64" fn enter_frame(code: u64) -> u32 {
         mxcsr = const at!(mxcsr),
         xmm = const at!(xmm),
         registers = const at!(registers),
+        flags = const at!(flags),
+        saved = const FLAGS,
+        stack = const STACK,
+        r10 = const stack_place(10),
+        r11 = const stack_place(11),
+        r15 = const stack_place(15),
     )
 }
 
@@ -169,6 +201,14 @@ unsafe extern "sysv64" fn enter_frame(code: u64) -> u32 {
 #[unsafe(naked)]
 unsafe extern "sysv64" fn leave_frame() {
     naked_asm!(
+        "mov rax, [rsp+{r10}]",
+        "mov gs:[{registers}+80], rax",
+        "mov rax, [rsp+{r11}]",
+        "mov gs:[{registers}+88], rax",
+        "mov rax, [rsp+{r15}]",
+        "mov gs:[{registers}+120], rax",
+        "mov rax, [rsp+{saved}]",
+        "mov gs:[{flags}], rax",
         "mov gs:[{registers}], r10",
         "mov gs:[{registers}+8], r11",
         "mov gs:[{registers}+16], rdx",
@@ -201,6 +241,7 @@ unsafe extern "sysv64" fn leave_frame() {
         "stmxcsr gs:[{mxcsr}]",
         "ldmxcsr gs:[{host_mxcsr}]",
         "mov eax, ecx",
+        "add rsp, {stack}",
         "pop r15",
         "pop r14",
         "pop r13",
@@ -212,5 +253,11 @@ unsafe extern "sysv64" fn leave_frame() {
         mxcsr = const at!(mxcsr),
         xmm = const at!(xmm),
         registers = const at!(registers),
+        flags = const at!(flags),
+        saved = const FLAGS,
+        stack = const STACK,
+        r10 = const stack_place(10),
+        r11 = const stack_place(11),
+        r15 = const stack_place(15),
     )
 }

@@ -5,7 +5,7 @@
 
 use iced_x86::{Code, ConditionCode, EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::builder::{Builder, Flags, NOT_EQUAL, slot, state};
+use super::builder::{Builder, Flags, NOT_EQUAL, SCRATCH, slot, state};
 use super::effect::{Effect, accesses_memory, effect, is_prefetch};
 use super::emit::{RAX, RCX, RDX, Rm};
 use super::host::host_has;
@@ -272,9 +272,9 @@ impl Builder<'_> {
             OpKind::Memory if instruction.memory_size().size() == 8 => {
                 self.operand(instruction, 8, false)?;
                 self.e.load(RCX, Rm::At(RAX, 0));
-                self.e.store(Rm::Frame(state!(scratch)), RCX);
+                self.e.store(SCRATCH[0], RCX);
                 self.stack_slot();
-                self.e.load(RCX, Rm::Frame(state!(scratch)));
+                self.e.load(RCX, SCRATCH[0]);
                 self.e.store(Rm::At(RAX, 0), RCX);
                 self.move_stack(-8);
                 return Ok(());
@@ -461,14 +461,14 @@ impl Builder<'_> {
             }
             Home::Frame => {
                 // RDX lends itself.
-                self.e.store(Rm::Frame(state!(scratch)), RDX);
+                self.e.store(SCRATCH[0], RDX);
                 self.e.mov(RDX, RAX);
                 self.e.load(RCX, slot(guest));
                 rewritten.set_op1_register(with_width(RCX, register));
                 use_host_address(&mut rewritten, RDX);
                 self.e.mov(RAX, GUEST_RAX);
                 self.encode(&rewritten)?;
-                self.e.load(RDX, Rm::Frame(state!(scratch)));
+                self.e.load(RDX, SCRATCH[0]);
             }
         }
         self.e.mov(GUEST_RAX, RAX);

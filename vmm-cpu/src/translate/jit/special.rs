@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
-use super::builder::{Builder, Flags, state};
+use super::builder::{Builder, Flags, SCRATCH};
 use super::effect::{Effect, effect};
 use super::emit::{RAX, RCX, Rm};
 use super::instruction::{Outcome, Untranslated, use_host_address, writes_memory};
@@ -115,14 +115,14 @@ impl Builder<'_> {
             self.e.mov(RCX, from);
         }
         self.e.group1(false, 4, Rm::Reg(RCX), (1 << shift) - 1);
-        self.e.store(Rm::Frame(state!(scratch)), RSI);
+        self.e.store(SCRATCH[0], RSI);
         self.e.mov(RSI, RAX);
         self.need_flags();
         if instruction.has_lock_prefix() {
             self.e.bytes(&[0xf0]);
         }
         self.e.op(wide, &[0x0f, opcode], RCX, Rm::At(RSI, 0));
-        self.e.load(RSI, Rm::Frame(state!(scratch)));
+        self.e.load(RSI, SCRATCH[0]);
         self.flags = Flags::Live;
         Ok(())
     }
@@ -135,7 +135,7 @@ impl Builder<'_> {
             _ => return Err(Untranslated),
         };
         self.operand(instruction, bytes, true)?;
-        self.e.store(Rm::Frame(state!(scratch)), RSI);
+        self.e.store(SCRATCH[0], RSI);
         self.e.mov(RSI, RAX);
         self.need_flags();
         self.e.mov(RAX, GUEST_RAX);
@@ -145,7 +145,7 @@ impl Builder<'_> {
         }
         self.e.op(wide, &[0x0f, 0xc7], 1, Rm::At(RSI, 0));
         self.e.mov(GUEST_RAX, RAX);
-        self.e.load(RSI, Rm::Frame(state!(scratch)));
+        self.e.load(RSI, SCRATCH[0]);
         self.flags = Flags::Live;
         Ok(())
     }

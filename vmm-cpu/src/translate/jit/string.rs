@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Register};
 
-use super::builder::{ABOVE, Builder, NOT_EQUAL, state};
+use super::builder::{ABOVE, Builder, NOT_EQUAL, SCRATCH, state};
 use super::emit::{RAX, RCX, Rm};
 use super::instruction::{Outcome, Untranslated};
 use super::registers::{GUEST_RAX, GUEST_RCX};
@@ -60,26 +60,26 @@ impl Builder<'_> {
             self.within_page(RSI, form.size);
             self.e.mov(RAX, RSI);
             self.lookup(1, false, false);
-            self.e.store(Rm::Frame(state!(scratch2)), RAX);
+            self.e.store(SCRATCH[1], RAX);
         }
         self.within_page(RDI, form.size);
         self.e.mov(RAX, RDI);
         self.lookup(1, true, false);
-        self.e.store(Rm::Frame(state!(scratch)), RDI);
+        self.e.store(SCRATCH[0], RDI);
         self.e.mov(RDI, RAX);
         if form.moves {
-            self.e.load(RAX, Rm::Frame(state!(scratch2)));
-            self.e.store(Rm::Frame(state!(scratch2)), RSI);
+            self.e.load(RAX, SCRATCH[1]);
+            self.e.store(SCRATCH[1], RSI);
             self.e.mov(RSI, RAX);
         } else {
             self.e.mov(RAX, GUEST_RAX);
         }
         self.e.mov(RCX, GUEST_RCX);
         self.e.bytes(form.code);
-        self.e.load(RDI, Rm::Frame(state!(scratch)));
+        self.e.load(RDI, SCRATCH[0]);
         self.e.lea(RDI, Rm::Indexed(RDI, GUEST_RCX, form.size, 0));
         if form.moves {
-            self.e.load(RSI, Rm::Frame(state!(scratch2)));
+            self.e.load(RSI, SCRATCH[1]);
             self.e.lea(RSI, Rm::Indexed(RSI, GUEST_RCX, form.size, 0));
         }
         self.e.mov(GUEST_RCX, RCX);

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::builder::{Builder, EQUAL, NOT_EQUAL, slot, state};
+use super::builder::{Builder, EQUAL, NOT_EQUAL, SAVED_FLAGS, SAVED_FLAGS_HIGH, slot, state};
 use super::emit::{RAX, RCX, Rm};
 use super::instruction::{Outcome, Untranslated};
 use super::registers::{GUEST_RSP, Home, home, number};
@@ -40,10 +40,10 @@ impl Builder<'_> {
     fn push_flags(&mut self) -> Outcome {
         self.stack_slot();
         // The byte that LAHF made is that of RFLAGS.
-        self.e.op(false, &[0x0f, 0xb6], RCX, Rm::Frame(state!(flags) + 1));
+        self.e.op(false, &[0x0f, 0xb6], RCX, SAVED_FLAGS_HIGH);
         self.e.op(true, &[0x0b], RCX, Rm::Frame(state!(control)));
         self.e.store(Rm::At(RAX, 0), RCX);
-        self.e.op(false, &[0x0f, 0xb6], RCX, Rm::Frame(state!(flags)));
+        self.e.op(false, &[0x0f, 0xb6], RCX, SAVED_FLAGS);
         // SHL ECX, 11
         self.e.bytes(&[0xc1, 0xe1, 11]);
         self.e.op(false, &[0x09], RCX, Rm::At(RAX, 0));
@@ -83,11 +83,11 @@ impl Builder<'_> {
             self.e.op(false, &[0x09], RAX, Rm::Frame(state!(control)));
         }
         // MOV of CL
-        self.e.op(false, &[0x88], RCX, Rm::Frame(state!(flags) + 1));
+        self.e.op(false, &[0x88], RCX, SAVED_FLAGS_HIGH);
         // SHR ECX, 11; AND ECX, 1
         self.e.bytes(&[0xc1, 0xe9, 11]);
         self.e.group1(false, AND, Rm::Reg(RCX), 1);
-        self.e.op(false, &[0x88], RCX, Rm::Frame(state!(flags)));
+        self.e.op(false, &[0x88], RCX, SAVED_FLAGS);
         self.move_stack(8);
         Ok(())
     }

@@ -63,9 +63,6 @@ pub(crate) struct State {
     pub(crate) target: u64,
     /// What translated code jumps to when it is left.
     pub(crate) leave: u64,
-    /// Of one instruction.
-    pub(crate) scratch: u64,
-    pub(crate) scratch2: u64,
     pub(crate) mxcsr: u32,
     pub(crate) host_mxcsr: u32,
     pub(crate) fs_base: u64,
