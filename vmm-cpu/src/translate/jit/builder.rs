@@ -12,7 +12,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
-use super::effect::{Effect, accesses_memory, effect};
+use super::effect::{Effect, accesses_memory, effect, reads_status};
 use super::emit::{Emitter, RAX, RCX, Rm};
 use super::entry;
 use super::site::{Jump, Kind, Link, Site};
@@ -122,6 +122,13 @@ pub(super) struct Builder<'a> {
     resuming: Vec<u32>,
     /// Number of the running instruction.
     pub(super) op: u16,
+    /// The flags that the running instruction keeps are overwritten before anybody can see them.
+    pub(super) flags_dead: bool,
+    /// The processor's flags are neither the guest's nor saved: some were kept that nobody will see.
+    pub(super) flags_lost: bool,
+    /// Somebody would have seen them. The block is translated again, more carefully.
+    misjudged: bool,
+    careful: bool,
     /// The block ends with STI.
     pub(super) shadow: bool,
     /// RIP of the page that the block begins in, and whether all of the block lies there.
@@ -179,18 +186,23 @@ impl<'a> Builder<'a> {
             landings: Vec::new(),
             resuming: Vec::new(),
             op: 0,
+            flags_dead: false,
+            flags_lost: false,
+            misjudged: false,
+            careful: false,
             shadow: false,
             page: place.rip & PAGE_MASK,
             whole: place.whole,
         }
     }
 
-    /// Translates the instructions of a block.
-    pub(super) fn build(mut self, instructions: &[Instruction]) -> Built {
+    /// Translates the instructions of a block; `None` if it must be done [`carefully`](Self::carefully).
+    pub(super) fn build(mut self, instructions: &[Instruction]) -> Option<Built> {
         let (live, saved) = self.entries(instructions);
         let mut ended = false;
         for (op, instruction) in (0..).zip(instructions) {
             self.op = op;
+            self.flags_dead = !self.careful && flags_are_dead(instructions.get(usize::from(op) + 1..).unwrap_or_default());
             ended = self.instruction(instruction);
             self.end_instruction();
         }
@@ -200,14 +212,28 @@ impl<'a> Builder<'a> {
         let shut_saved = self.gate(false);
         let shut_live = self.gate(true);
         self.finish();
-        Built {
+        if self.misjudged {
+            return None;
+        }
+        Some(Built {
             bytes: self.e.bytes,
             sites: self.sites,
             live: self.origin + live,
             saved: self.origin + saved,
             shut_live,
             shut_saved,
-        }
+        })
+    }
+
+    /// Looks nowhere ahead.
+    pub(super) fn carefully(mut self) -> Self {
+        self.careful = true;
+        self
+    }
+
+    /// The flags are needed as they are for the guest.
+    fn show_flags(&mut self) {
+        self.misjudged |= self.flags_lost;
     }
 
     /// Emits what enters the translation; where, with flags in the processor and in the frame.
@@ -302,6 +328,7 @@ impl<'a> Builder<'a> {
 
     /// Lets the interpreter execute the running instruction.
     pub(super) fn interpret(&mut self) {
+        self.show_flags();
         let site = self.instruction_site();
         let live = self.flags == Flags::Live;
         self.leave(site, live);
@@ -357,6 +384,7 @@ impl<'a> Builder<'a> {
 
     /// Puts the flags into the frame too. RAX changes.
     pub(super) fn save_flags(&mut self) {
+        self.show_flags();
         if self.flags == Flags::Live {
             // LAHF; SETO AL
             self.e.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
@@ -373,6 +401,7 @@ impl<'a> Builder<'a> {
 
     /// Puts the flags into the processor too. RAX changes.
     pub(super) fn need_flags(&mut self) {
+        self.show_flags();
         if self.flags == Flags::Saved {
             self.restore_flags();
             self.flags = Flags::Both;
@@ -455,6 +484,7 @@ impl<'a> Builder<'a> {
     }
 
     fn jump_site(&mut self, target: u64, at: usize, link: Link, live: bool, from: usize) {
+        self.show_flags();
         let at = u32::try_from(self.origin + at).unwrap_or(u32::MAX);
         let site = self.site(Kind::Jump(Jump { target, at, stub: 0, link, live, shadow: self.shadow }));
         self.stubs.push(Stub { from: vec![from], site, live });
@@ -489,6 +519,22 @@ impl<'a> Builder<'a> {
     pub(super) fn jump_through(&mut self, place: Rm) {
         self.e.op(false, &[0xff], 4, place);
     }
+}
+
+/// Whether `instructions` overwrite all status flags before they use any, or may leave translated code.
+fn flags_are_dead(instructions: &[Instruction]) -> bool {
+    for instruction in instructions {
+        if accesses_memory(instruction) || !super::instruction::stays_inside(instruction) {
+            return false;
+        }
+        match effect(instruction) {
+            Effect::None => {}
+            Effect::Overwrites => return true,
+            Effect::Reads if reads_status(instruction) => return false,
+            Effect::Reads => {}
+        }
+    }
+    false
 }
 
 /// Condition codes of Jcc.

@@ -30,6 +30,11 @@ pub(super) fn effect(instruction: &Instruction) -> Effect {
     }
 }
 
+/// Whether it does something else if status flags are others, not counting those that it keeps.
+pub(super) fn reads_status(instruction: &Instruction) -> bool {
+    instruction.rflags_read() & STATUS != 0
+}
+
 /// Whether flags may stay as they were that the manuals call undefined, or those of a shift by zero.
 fn keeps_some(instruction: &Instruction) -> bool {
     use Mnemonic as M;

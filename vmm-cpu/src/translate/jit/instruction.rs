@@ -3,10 +3,10 @@
 //! Most keep their form: the guest's registers become those that hold them, a memory operand becomes the host address
 //! that the lookup has left in RAX.
 
-use iced_x86::{Code, ConditionCode, EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use super::builder::{Builder, Flags, NOT_EQUAL, SCRATCH, slot, state};
-use super::effect::{Effect, accesses_memory, effect, is_prefetch};
+use super::effect::{Effect, accesses_memory, effect, is_prefetch, reads_status};
 use super::emit::{RAX, RCX, RDX, Rm};
 use super::host::host_has;
 use super::registers::{GUEST_RAX, GUEST_RCX, Home, home, is_high_byte, number, with_width};
@@ -142,10 +142,15 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// Whether the guest's flags have to be in the processor when the host executes `instruction`.
+    pub(super) fn uses_flags(&self, instruction: &Instruction) -> bool {
+        effect(instruction) == Effect::Reads && (reads_status(instruction) || !self.flags_dead)
+    }
+
     /// An instruction of explicit operands: registers, one in memory, immediates.
     fn general(&mut self, instruction: &Instruction) -> Outcome {
         let in_memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::Memory);
-        let reads_flags = effect(instruction) == Effect::Reads;
+        let reads_flags = self.uses_flags(instruction);
         let mut address = RAX;
         if in_memory {
             let bytes = instruction.memory_size().size();
@@ -171,8 +176,9 @@ impl Builder<'_> {
         let mut rewritten = *instruction;
         rewritten.set_code(without_accumulator(instruction.code()));
         let mut moved: [Option<(u8, u8)>; 2] = [None; 2];
+        let source_in_frame = !in_memory && self.take_source_from_frame(&mut rewritten);
         for n in 0..instruction.op_count() {
-            if instruction.op_kind(n) != OpKind::Register {
+            if instruction.op_kind(n) != OpKind::Register || n == 1 && source_in_frame {
                 continue;
             }
             let register = instruction.op_register(n);
@@ -200,24 +206,28 @@ impl Builder<'_> {
                 rewritten.set_op_register(n, with_width(host, register));
             }
         }
-        let mut written = [false; 2];
+        let (mut written, mut read) = ([false; 2], [false; 2]);
         if moved.iter().any(Option::is_some) {
             let info = self.info.info(instruction);
             for used in info.used_registers() {
+                let access = used.access();
                 let is_write = matches!(
-                    used.access(),
+                    access,
                     OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
                 );
-                for (moved, written) in moved.iter().zip(&mut written) {
+                // What is not wholly overwritten stays in part.
+                let is_read = access != OpAccess::Write || used.register().size() < 4;
+                for ((moved, written), read) in moved.iter().zip(&mut written).zip(&mut read) {
                     if let Some((guest, _)) = moved
                         && used.register().is_gpr()
                         && number(used.register()) == *guest
                     {
                         *written |= is_write;
+                        *read |= is_read;
                     }
                 }
             }
-            for (guest, host) in moved.iter().flatten() {
+            for ((guest, host), _) in moved.iter().flatten().zip(read).filter(|(_, read)| *read) {
                 self.e.load(*host, slot(*guest));
             }
         }
@@ -232,6 +242,34 @@ impl Builder<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Lets an instruction of two registers read the second one from its place in the frame, if it is there and the
+    /// instruction has such a form; whether it does.
+    fn take_source_from_frame(&self, instruction: &mut Instruction) -> bool {
+        if instruction.op_count() != 2
+            || instruction.op0_kind() != OpKind::Register
+            || instruction.op1_kind() != OpKind::Register
+        {
+            return false;
+        }
+        let (to, from) = (instruction.op0_register(), instruction.op1_register());
+        let Some(code) = with_source_in_memory(instruction.code()) else { return false };
+        if number(to) == number(from) || home(number(from)) != Home::Frame || is_high_byte(to) {
+            return false;
+        }
+        let Rm::At(_, place) = slot(number(from)) else { return false };
+        instruction.set_code(code);
+        instruction.set_op1_kind(OpKind::Memory);
+        // Prefixes that meant nothing.
+        instruction.set_segment_prefix(Register::None);
+        instruction.set_has_rep_prefix(false);
+        instruction.set_has_repne_prefix(false);
+        instruction.set_memory_base(Register::RSP);
+        instruction.set_memory_index(Register::None);
+        instruction.set_memory_displacement64(i64::from(place).cast_unsigned());
+        instruction.set_memory_displ_size(u32::from(place != 0));
+        true
     }
 
     /// Appends an instruction as the encoder has it.
@@ -527,6 +565,63 @@ impl Builder<'_> {
 const NOT_BELOW: u8 = 3;
 const BELOW_OR_EQUAL: u8 = 6;
 
+/// The form of an instruction of two registers whose second operand may be in memory.
+fn with_source_in_memory(code: Code) -> Option<Code> {
+    use Code as C;
+    Some(match code {
+        C::Add_rm32_r32 => C::Add_r32_rm32,
+        C::Add_rm64_r64 => C::Add_r64_rm64,
+        C::Or_rm32_r32 => C::Or_r32_rm32,
+        C::Or_rm64_r64 => C::Or_r64_rm64,
+        C::Adc_rm32_r32 => C::Adc_r32_rm32,
+        C::Adc_rm64_r64 => C::Adc_r64_rm64,
+        C::Sbb_rm32_r32 => C::Sbb_r32_rm32,
+        C::Sbb_rm64_r64 => C::Sbb_r64_rm64,
+        C::And_rm32_r32 => C::And_r32_rm32,
+        C::And_rm64_r64 => C::And_r64_rm64,
+        C::Sub_rm32_r32 => C::Sub_r32_rm32,
+        C::Sub_rm64_r64 => C::Sub_r64_rm64,
+        C::Xor_rm32_r32 => C::Xor_r32_rm32,
+        C::Xor_rm64_r64 => C::Xor_r64_rm64,
+        C::Cmp_rm8_r8 => C::Cmp_r8_rm8,
+        C::Cmp_rm32_r32 => C::Cmp_r32_rm32,
+        C::Cmp_rm64_r64 => C::Cmp_r64_rm64,
+        C::Mov_rm32_r32 => C::Mov_r32_rm32,
+        C::Mov_rm64_r64 => C::Mov_r64_rm64,
+        C::Add_r32_rm32
+        | C::Add_r64_rm64
+        | C::Or_r32_rm32
+        | C::Or_r64_rm64
+        | C::Adc_r32_rm32
+        | C::Adc_r64_rm64
+        | C::Sbb_r32_rm32
+        | C::Sbb_r64_rm64
+        | C::And_r32_rm32
+        | C::And_r64_rm64
+        | C::Sub_r32_rm32
+        | C::Sub_r64_rm64
+        | C::Xor_r32_rm32
+        | C::Xor_r64_rm64
+        | C::Cmp_r8_rm8
+        | C::Cmp_r32_rm32
+        | C::Cmp_r64_rm64
+        | C::Mov_r32_rm32
+        | C::Mov_r64_rm64
+        | C::Imul_r32_rm32
+        | C::Imul_r64_rm64
+        | C::Movzx_r32_rm8
+        | C::Movzx_r64_rm8
+        | C::Movzx_r32_rm16
+        | C::Movzx_r64_rm16
+        | C::Movsx_r32_rm8
+        | C::Movsx_r64_rm8
+        | C::Movsx_r32_rm16
+        | C::Movsx_r64_rm16
+        | C::Movsxd_r64_rm32 => code,
+        _ => return None,
+    })
+}
+
 /// The form of an instruction that can have another register where `code` has the accumulator.
 fn without_accumulator(code: Code) -> Code {
     use Code as C;
@@ -623,6 +718,17 @@ fn is_by_cl(instruction: &Instruction) -> bool {
     instruction.op_kind(instruction.op_count() - 1) == OpKind::Register
 }
 
+/// Whether translated code executes `instruction`, which accesses no memory, for certain.
+pub(super) fn stays_inside(instruction: &Instruction) -> bool {
+    instruction.flow_control() == FlowControl::Next
+        && !has_high_byte(instruction)
+        && is_general(instruction)
+        && (0..instruction.op_count()).all(|n| {
+            instruction.op_kind(n) != OpKind::Register || instruction.op_register(n).is_gpr()
+        })
+        || instruction.mnemonic() == Mnemonic::Lea
+}
+
 /// Whether it is an instruction of general registers whose operands are all written.
 fn is_general(instruction: &Instruction) -> bool {
     use Mnemonic as M;
@@ -689,7 +795,9 @@ impl Builder<'_> {
         if accesses_memory(instruction) || is_high_byte(instruction.op0_register()) {
             return Err(Untranslated);
         }
-        self.need_flags();
+        if reads_status(instruction) || !self.flags_dead {
+            self.need_flags();
+        }
         let register = instruction.op0_register();
         let mut rewritten = *instruction;
         let host = self.in_host(number(register), RAX);
@@ -699,7 +807,7 @@ impl Builder<'_> {
         if home(number(register)) == Home::Frame {
             self.e.store(slot(number(register)), host);
         }
-        self.flags = Flags::Live;
+        self.note_flags(instruction);
         Ok(())
     }
 }

@@ -152,8 +152,11 @@ impl Builder<'_> {
 
     /// What an instruction that the host has executed did to the flags.
     pub(super) fn note_flags(&mut self, instruction: &Instruction) {
-        if effect(instruction) != Effect::None && instruction.rflags_modified() != 0 {
-            self.flags = Flags::Live;
+        let effect = effect(instruction);
+        if effect == Effect::None || instruction.rflags_modified() == 0 {
+            return;
         }
+        self.flags_lost = effect == Effect::Reads && (self.flags == Flags::Saved || self.flags_lost);
+        self.flags = Flags::Live;
     }
 }

@@ -363,7 +363,12 @@ impl Translator {
         };
         let buffer = std::mem::take(&mut self.buffer);
         let builder = Builder::new(&mut self.encoder, &mut self.info, self.shared, mode, place, buffer);
-        let built = builder.build(&self.instructions);
+        let built = match builder.build(&self.instructions) {
+            Some(built) => built,
+            None => Builder::new(&mut self.encoder, &mut self.info, self.shared, mode, place, Vec::new())
+                .carefully()
+                .build(&self.instructions)?,
+        };
         if self.used + built.bytes.len() > self.memory.len() {
             return None;
         }
