@@ -132,6 +132,19 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
     }
 }
 
+/// Whether a look around between two blocks would find nothing to do.
+pub(super) fn may_go_on(m: &Machine<'_>) -> bool {
+    let takes_interrupts = m.cpu.flags.control(bits::IF);
+    m.cpu.activity == Activity::Running
+        && !m.shared.clock.is_deterministic()
+        && m.injected.is_none()
+        && !m.cpu.nmi_pending
+        && !(m.cpu.shadow_sti || m.cpu.shadow_mov_ss)
+        && !(takes_interrupts && m.has_interrupt())
+        && !m.is_careful()
+        && m.code_stores.is_empty()
+}
+
 /// Executes instruction `at` of `block`, which runs at `rip`; whether the one behind it may follow at once. RIP is that of
 /// the next instruction in any case.
 pub(super) fn execute_one(m: &mut Machine<'_>, block: &Block, rip: u64, at: usize) -> Flow<bool> {

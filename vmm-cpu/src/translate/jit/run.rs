@@ -47,6 +47,8 @@ pub(crate) struct Tier1 {
     translator: Translator,
     /// How often the interpreter runs a block before it is translated.
     threshold: u32,
+    /// What the tables of branch targets are for.
+    sse: bool,
     /// The budget when translated code was last entered.
     budget: i64,
     /// When the alarm is to call.
@@ -67,7 +69,7 @@ impl Tier1 {
         match Translator::new(flavour) {
             Ok(translator) => {
                 let figures = Figures::default();
-                Some(Self { translator, threshold, alarm: None, budget: 0, figures })
+                Some(Self { translator, threshold, alarm: None, sse: false, budget: 0, figures })
             }
             Err(error) => {
                 tracing::warn!(%error, "translate: no memory for translated code, blocks are interpreted");
@@ -87,9 +89,10 @@ impl Tier1 {
 
     /// Runs translated code from RIP on, if there is or comes to be some.
     pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
-        let Some(mode) = self.mode(m) else { return Ok(Ran::Nothing) };
+        let Some(mut mode) = self.mode(m) else { return Ok(Ran::Nothing) };
         self.set_alarm(m);
         self.catch_up(m, cache);
+        self.use_mode(m, mode);
         let Some(first) = self.find(m, cache, mode)? else { return Ok(Ran::Nothing) };
         let Some(mut code) = self.translator.entry(first) else { return Ok(Ran::Nothing) };
         let mut charged = 0;
@@ -156,11 +159,26 @@ impl Tier1 {
                     m.cpu.rip = rip;
                 }
             }
-            if m.urgent || m.budget <= 0 || m.signals.wants_attention() || self.mode(m) != Some(mode) {
-                m.urgent |= m.cpu.shadow_sti;
-                return Ok(Ran::Something);
+            if m.urgent && run::may_go_on(m) {
+                m.urgent = false;
             }
+            mode = match self.mode(m) {
+                Some(mode) if !m.urgent && m.budget > 0 && !m.signals.wants_attention() => mode,
+                _ => {
+                    m.urgent |= m.cpu.shadow_sti;
+                    return Ok(Ran::Something);
+                }
+            };
+            self.set_alarm(m);
             self.catch_up(m, cache);
+            self.use_mode(m, mode);
+            if link.is_none()
+                && let Some(entry) = Translator::branch_target(m.cpu.rip, mode, m.tlb.frame())
+            {
+                m.cpu.shadow_sti = false;
+                code = entry;
+                continue;
+            }
             let Some(next) = self.find(m, cache, mode)? else {
                 m.urgent |= m.cpu.shadow_sti;
                 return Ok(Ran::Something);
@@ -186,6 +204,14 @@ impl Tier1 {
             && reach != Reach::UserAligned
             && m.cpu.mxcsr & MASKS == MASKS;
         fits.then_some(Mode { reach, sse: m.mode.sse, ..self.translator.flavour })
+    }
+
+    /// The tables of branch targets do not tell whether SSE instructions may run: they are for one of the two.
+    fn use_mode(&mut self, m: &mut Machine<'_>, mode: Mode) {
+        if self.sse != mode.sse {
+            self.sse = mode.sse;
+            m.tlb.frame().forget_branches();
+        }
     }
 
     /// Enters translated code; where it was left. `charged` instructions of the budget are those of the block that is gone

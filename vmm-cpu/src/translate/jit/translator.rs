@@ -154,6 +154,12 @@ impl Translator {
         self.by_place.get(&(page, offset(rip))).copied()
     }
 
+    /// The translation that the table of branch targets has for `rip`.
+    pub(super) fn branch_target(rip: u64, mode: Mode, frame: &Frame) -> Option<u64> {
+        let branch = frame.branches.get(mode.reach as usize)?.get(branch_index(rip))?;
+        (branch.rip == rip).then_some(branch.code)
+    }
+
     /// Where a translation is entered with flags in the frame.
     pub(super) fn entry(&self, translation: u32) -> Option<u64> {
         self.get(translation).filter(|found| !found.dropped).map(|found| found.saved)

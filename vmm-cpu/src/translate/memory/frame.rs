@@ -129,10 +129,15 @@ impl Frame {
     pub(crate) fn new() -> Box<Self> {
         let mut frame = zeroed();
         frame.clear();
-        for table in &mut frame.branches {
+        frame.forget_branches();
+        frame
+    }
+
+    /// Empties the tables of branch targets.
+    pub(crate) fn forget_branches(&mut self) {
+        for table in &mut self.branches {
             table.iter_mut().enumerate().for_each(|(index, branch)| *branch = Branch::nothing(index));
         }
-        frame
     }
 
     /// Makes all entries allow nothing.
