@@ -149,6 +149,10 @@ pub(crate) struct Cpu {
 }
 
 impl Cpu {
+    /// Distances from the start, for code that is not Rust's: the register file, and the vector registers.
+    pub(crate) const FILE: usize = std::mem::offset_of!(Self, file);
+    pub(crate) const XMM: usize = std::mem::offset_of!(Self, xmm);
+
     /// After RESET (Intel SDM 3A table 11-1).
     pub(crate) fn at_reset() -> Self {
         let system = SystemRegisters::at_reset();
@@ -257,10 +261,6 @@ impl Cpu {
 
     pub(crate) fn all_xmm(&self) -> [u128; 16] {
         self.xmm
-    }
-
-    pub(crate) fn set_all_xmm(&mut self, values: [u128; 16]) {
-        self.xmm = values;
     }
 
     pub(crate) fn cs(&self) -> &SegmentRegister {

@@ -226,7 +226,7 @@ impl Tier1 {
         }
         // SAFETY: `prepare` has set GS and the frame; the address is that of code that holds.
         #[allow(unsafe_code, reason = "translated code is not Rust's")]
-        let site = unsafe { entry::enter(code) };
+        let site = unsafe { entry::enter(code, &mut m.cpu) };
         store(m);
         site
     }
@@ -313,20 +313,16 @@ impl Tier1 {
     }
 }
 
-/// Makes the vCPU's registers those of translated code.
+/// Tells translated code what else of the vCPU's state it works on.
 fn load(m: &mut Machine<'_>) {
-    let registers: [u64; 16] = std::array::from_fn(|n| m.cpu.r(crate::translate::segment::low8(n as u64)));
     let selectors: [u64; 6] = std::array::from_fn(|n| m.cpu.segment(n).selector.into());
     let (fs, gs) = (m.cpu.segment(index::FS).base, m.cpu.segment(index::GS).base);
-    let xmm = m.cpu.all_xmm();
     let flags = m.cpu.flags.get();
     let held = flags & bits::IF == 0 && m.has_interrupt();
     let (mxcsr, kernel_gs_base) = (m.cpu.mxcsr, m.cpu.msr.kernel_gs_base);
     let state = &mut m.tlb.frame().state;
-    state.registers = registers;
     state.selectors = selectors;
     (state.fs_base, state.gs_base, state.kernel_gs_base) = (fs, gs, kernel_gs_base);
-    state.xmm = xmm;
     state.mxcsr = mxcsr;
     state.held = held.into();
     // As LAHF and SETO have them.
@@ -335,16 +331,12 @@ fn load(m: &mut Machine<'_>) {
     state.control = flags & !(bits::STATUS | bits::RF | bits::VM);
 }
 
-/// Makes the registers of translated code the vCPU's.
+/// Takes that over from translated code.
 fn store(m: &mut Machine<'_>) {
     let frame: &Frame = m.tlb.frame();
     let state = &frame.state;
-    let (registers, xmm, mxcsr, flags) = (state.registers, state.xmm, state.mxcsr, state.flags);
+    let (mxcsr, flags) = (state.mxcsr, state.flags);
     let (gs_base, kernel_gs_base, control) = (state.gs_base, state.kernel_gs_base, state.control);
-    for (slot, value) in (0..).zip(registers) {
-        m.cpu.set_r(slot, value);
-    }
-    m.cpu.set_all_xmm(xmm);
     m.cpu.mxcsr = mxcsr;
     m.cpu.segment_mut(index::GS).base = gs_base;
     m.cpu.msr.kernel_gs_base = kernel_gs_base;

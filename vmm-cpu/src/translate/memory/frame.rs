@@ -51,8 +51,8 @@ pub(crate) const TRANSLATIONS: usize = 1 << 17;
 /// The part of a vCPU's state that translated code works on, where it is not in the host's registers.
 #[repr(C)]
 pub(crate) struct State {
-    /// While translated code runs, of these just those that no host register holds.
-    pub(crate) registers: [u64; 16],
+    /// Host address of the registers that translated code was entered with.
+    pub(crate) cpu: u64,
     /// Where an indirect branch goes that the table of targets does not know.
     pub(crate) rip: u64,
     /// The status flags as LAHF and SETO leave them in AX.
@@ -76,7 +76,6 @@ pub(crate) struct State {
     pub(crate) budget: i64,
     /// Those of the segment registers, by number.
     pub(crate) selectors: [u64; 6],
-    pub(crate) xmm: [u128; 16],
 }
 
 /// Where an indirect branch has gone.
