@@ -15,6 +15,9 @@ const MAX_BLOCKS: usize = 128 * 1024;
 /// Operations that are kept, of all blocks together: 64 MiB. A kernel's blocks have some six each.
 const MAX_KEPT_OPS: usize = 2 * 1024 * 1024;
 
+/// Blocks that are listed as gone. If there are more, all count as such.
+const MAX_DROPPED: usize = 4096;
+
 /// Whether what is known of a linear address still holds: TLB generation, code width and privilege level.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Stamp(pub(crate) u64);
@@ -234,7 +237,11 @@ impl BlockCache {
         self.forget_jumps();
         self.free.push(id);
         if let Some(dropped) = &mut self.dropped {
-            dropped.push(id);
+            if dropped.len() < MAX_DROPPED {
+                dropped.push(id);
+            } else {
+                self.dropped = None;
+            }
         }
     }
 }

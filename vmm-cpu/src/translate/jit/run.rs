@@ -89,9 +89,9 @@ impl Tier1 {
 
     /// Runs translated code from RIP on, if there is or comes to be some.
     pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
+        self.catch_up(m, cache);
         let Some(mut mode) = self.mode(m) else { return Ok(Ran::Nothing) };
         self.set_alarm(m);
-        self.catch_up(m, cache);
         self.use_mode(m, mode);
         let Some(first) = self.find(m, cache, mode)? else { return Ok(Ran::Nothing) };
         let Some(mut code) = self.translator.entry(first) else { return Ok(Ran::Nothing) };
@@ -104,6 +104,7 @@ impl Tier1 {
                 return Ok(Ran::Nothing);
             };
             let mut link = None;
+            let clears = self.figures.clears;
             match site.kind {
                 Kind::Instruction { op, resume } => {
                     let Some(found) = cache.get(block) else { return Ok(Ran::Nothing) };
@@ -185,7 +186,7 @@ impl Tier1 {
             };
             m.cpu.shadow_sti = false;
             match link {
-                Some(jump) if self.translator.site(number).is_some() => {
+                Some(jump) if self.figures.clears == clears => {
                     self.figures.links += 1;
                     self.translator.link(number, &jump, next);
                 }
