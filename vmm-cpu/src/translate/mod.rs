@@ -1,11 +1,29 @@
 //! The full-virtualization backend: guests run in software, with no hardware support and no /dev/kvm.
 //!
 //! Tier 0, the interpreter, executes decoded basic blocks from a cache. It is complete and portable, and the oracle for
-//! the binary translator that works on the same vCPU state, memory and blocks.
+//! tier 1, the binary translator, which works on the same vCPU state, memory and blocks: on x86-64 hosts it makes the
+//! host's own instructions of 64-bit blocks that run more than once or twice.
 //!
 //! Threat model: everything in guest memory and every register is the guest's choice. Interpreted code reaches the host
 //! only through [`VcpuIo`](crate::VcpuIo) and through the memory map; the few modules that go to host memory directly are
-//! `memory/host.rs`, `memory/map.rs` and `memory/tlb.rs`.
+//! `memory/host.rs`, `memory/map.rs` and `memory/tlb.rs`. Translated code runs in the process and with the rights of the
+//! thread that runs the vCPU. What keeps it from the rest of the process:
+//!
+//! - no address of the guest's reaches memory but through a lookup in the TLB's tables, which only the interpreter fills,
+//!   and which yields an address of guest RAM or leaves translated code;
+//! - no instruction of the guest's is executed as it is unless it is in the list of those that are: any other is the
+//!   interpreter's, and of branches only the target is taken over, which must be a translation;
+//! - the host's stack pointer, segment registers and control flags are never the guest's;
+//! - no memory is both writable and executable, and the address at which code memory is written is in no register and no
+//!   place that translated code can reach.
+//!
+//! The second wall is the VMM's to put up: a process that runs one virtual machine and gives up, before the guest starts,
+//! all rights that this machine's devices do not need. Translated code needs no system call at all.
+
+#![cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux", not(vmm_portable))),
+    allow(dead_code, unused_imports, reason = "what is for the translator alone")
+)]
 
 mod alarm;
 mod apic;
@@ -22,6 +40,10 @@ mod flags;
 mod float;
 mod hypervisor;
 mod interrupts;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", not(vmm_portable)))]
+mod jit;
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux", not(vmm_portable))))]
+#[path = "jit/absent.rs"]
 mod jit;
 mod memory;
 mod msr;

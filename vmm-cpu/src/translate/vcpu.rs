@@ -203,16 +203,7 @@ impl Vcpu for TranslateVcpu {
 
     fn exit_counts(&self) -> Vec<(&'static str, u64)> {
         let counts = &self.core.counts;
-        let figures = self.tier1.as_ref().map(|tier1| tier1.figures).unwrap_or_default();
-        vec![
-            ("translations", figures.translations),
-            ("translation-clears", figures.clears),
-            ("translation-links", figures.links),
-            ("translation-suspensions", figures.suspended),
-            ("translation-entries", figures.entries),
-            ("translation-interpreted", figures.interpreted),
-            ("translated-instructions", figures.native),
-            ("digest", self.core.digest.unwrap_or(0)),
+        let mut all = vec![
             ("pio-in", counts.pio_in),
             ("pio-out", counts.pio_out),
             ("mmio-read", counts.mmio_read),
@@ -225,7 +216,10 @@ impl Vcpu for TranslateVcpu {
             ("interrupt", counts.interrupt),
             ("interrupted", counts.interrupted),
             ("instructions", self.core.instructions),
-        ]
+        ];
+        all.extend(self.tier1.iter().flat_map(Tier1::counts));
+        all.extend(self.core.digest.map(|digest| ("digest", digest)));
+        all
     }
 }
 

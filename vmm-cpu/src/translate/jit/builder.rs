@@ -202,7 +202,8 @@ impl<'a> Builder<'a> {
         let mut ended = false;
         for (op, instruction) in (0..).zip(instructions) {
             self.op = op;
-            self.flags_dead = !self.careful && flags_are_dead(instructions.get(usize::from(op) + 1..).unwrap_or_default());
+            self.flags_dead =
+                !self.careful && flags_are_dead(instructions.get(usize::from(op) + 1..).unwrap_or_default());
             ended = self.instruction(instruction);
             self.end_instruction();
         }
@@ -353,9 +354,9 @@ impl<'a> Builder<'a> {
         let offset = u32::try_from(self.origin + at).unwrap_or(u32::MAX);
         for site in sites {
             let index = (site - self.first_site) as usize;
-            match self.sites.get_mut(index).map(|site| &mut site.kind) {
-                Some(Kind::Instruction { resume, .. } | Kind::Trace { resume }) => *resume = offset,
-                _ => {}
+            let kind = self.sites.get_mut(index).map(|site| &mut site.kind);
+            if let Some(Kind::Instruction { resume, .. } | Kind::Trace { resume }) = kind {
+                *resume = offset;
             }
         }
     }

@@ -21,8 +21,6 @@ pub(super) enum Rm {
     Indexed(u8, u8, u8, i32),
     /// Index alone.
     Scaled(u8, u8, i32),
-    /// The displacement alone.
-    Absolute(i32),
 }
 
 impl Rm {
@@ -36,7 +34,7 @@ impl Rm {
             Self::Reg(base) | Self::FrameAt(base, _) | Self::At(base, _) => (base, 0),
             Self::Indexed(base, index, ..) => (base, index),
             Self::Scaled(index, ..) => (0, index),
-            Self::Frame(_) | Self::Absolute(_) => (0, 0),
+            Self::Frame(_) => (0, 0),
         };
         base >> 3 | index >> 3 << 1
     }
@@ -74,21 +72,11 @@ impl Emitter {
         self.modrm(reg & 7, rm);
     }
 
-    /// As [`Emitter::op`] with a byte register, which always has a REX prefix: so number 4 is SPL and not AH.
-    pub(super) fn op8(&mut self, opcode: &[u8], reg: u8, rm: Rm) {
-        if rm.is_in_frame() {
-            self.bytes.push(0x65);
-        }
-        self.bytes.push(0x40 | reg >> 3 << 2 | rm.rex());
-        self.bytes(opcode);
-        self.modrm(reg & 7, rm);
-    }
-
     fn modrm(&mut self, reg: u8, rm: Rm) {
         let reg = reg << 3;
         match rm {
             Rm::Reg(rm) => self.bytes.push(0xc0 | reg | rm & 7),
-            Rm::Frame(disp) | Rm::Absolute(disp) => {
+            Rm::Frame(disp) => {
                 self.bytes(&[reg | 4, 0x25]);
                 self.imm32(disp);
             }
@@ -277,7 +265,6 @@ mod tests {
             }
         }
         assert_eq!(text(|e| e.store(Rm::Frame(0x88), 10)), "mov gs:[88h],r10");
-        assert_eq!(text(|e| e.op8(&[0x88], 4, Rm::At(0, 0))), "mov [rax],spl");
         assert_eq!(text(|e| e.group1(true, 7, Rm::Reg(0), 4088)), "cmp rax,0FF8h");
         assert_eq!(text(|e| e.group1(false, 4, Rm::Reg(1), 0xffe0)), "and ecx,0FFE0h");
     }

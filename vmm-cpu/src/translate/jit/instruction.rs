@@ -3,7 +3,9 @@
 //! Most keep their form: the guest's registers become those that hold them, a memory operand becomes the host address
 //! that the lookup has left in RAX.
 
-use iced_x86::{Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{
+    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register,
+};
 
 use super::builder::{Builder, Flags, NOT_EQUAL, SCRATCH, slot, state};
 use super::effect::{Effect, accesses_memory, effect, is_prefetch, reads_status};
@@ -123,14 +125,6 @@ impl Builder<'_> {
                 self.e.load(temporary, slot(register));
                 temporary
             }
-        }
-    }
-
-    /// Writes a whole register of the guest.
-    pub(super) fn set_register(&mut self, register: u8, from: u8) {
-        match home(register) {
-            Home::Host(host) => self.e.mov(host, from),
-            Home::Frame => self.e.store(slot(register), from),
         }
     }
 
@@ -723,9 +717,8 @@ pub(super) fn stays_inside(instruction: &Instruction) -> bool {
     instruction.flow_control() == FlowControl::Next
         && !has_high_byte(instruction)
         && is_general(instruction)
-        && (0..instruction.op_count()).all(|n| {
-            instruction.op_kind(n) != OpKind::Register || instruction.op_register(n).is_gpr()
-        })
+        && (0..instruction.op_count())
+            .all(|n| instruction.op_kind(n) != OpKind::Register || instruction.op_register(n).is_gpr())
         || instruction.mnemonic() == Mnemonic::Lea
 }
 

@@ -2,8 +2,6 @@
 
 use iced_x86::Register;
 
-use super::emit::{RAX, RCX};
-
 /// Where a general register of the guest is while translated code runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Home {
@@ -19,9 +17,6 @@ pub(super) const GUEST_RAX: u8 = 10;
 pub(super) const GUEST_RCX: u8 = 11;
 /// That with RSP: the host's stack stays.
 pub(super) const GUEST_RSP: u8 = 15;
-
-/// Number of the guest's registers that are in the frame.
-pub(super) const IN_FRAME: [u8; 3] = [10, 11, 15];
 
 /// Where the guest's register of that number is.
 pub(super) fn home(number: u8) -> Home {
@@ -63,11 +58,9 @@ fn byte_register(number: u8) -> Register {
     }
 }
 
-/// Registers that translated code works with, in the order in which an instruction's operands take them.
-pub(super) const TEMPORARIES: [u8; 2] = [RCX, RAX];
-
 #[cfg(test)]
 mod tests {
+    use super::super::emit::{RAX, RCX};
     use super::*;
 
     #[test]
@@ -79,7 +72,7 @@ mod tests {
                     assert!(!seen.contains(&host) && ![RAX, RCX, 4].contains(&host), "{register}");
                     seen.push(host);
                 }
-                Home::Frame => assert!(IN_FRAME.contains(&register)),
+                Home::Frame => assert!([10, 11, 15].contains(&register)),
             }
         }
         assert_eq!(seen.len(), 13);

@@ -5,10 +5,9 @@ use std::sync::Arc;
 use super::builder::Mode;
 use super::entry::{self, Gs};
 use super::site::Kind;
-use super::translator::Translator;
+use super::translator::{Found, Translator};
 use crate::translate::block::BlockCache;
 use crate::translate::core::{Flow, Machine};
-use crate::translate::cpu::BLOCK;
 use crate::translate::flags::bits;
 use crate::translate::memory::Reach;
 use crate::translate::memory::frame::Frame;
@@ -30,15 +29,14 @@ pub(crate) enum Ran {
 
 /// Figures of a vCPU's translated code.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Figures {
-    pub(crate) translations: u64,
-    pub(crate) clears: u64,
-    pub(crate) entries: u64,
-    pub(crate) interpreted: u64,
+struct Figures {
+    translations: u64,
+    clears: u64,
+    entries: u64,
+    interpreted: u64,
     /// Instructions that were executed by translated code, where instructions are counted.
-    pub(crate) native: u64,
-    pub(crate) links: u64,
-    pub(crate) suspended: u64,
+    native: u64,
+    links: u64,
 }
 
 /// Translated code of one vCPU.
@@ -53,7 +51,7 @@ pub(crate) struct Tier1 {
     budget: i64,
     /// When the alarm is to call.
     alarm: Option<u64>,
-    pub(crate) figures: Figures,
+    figures: Figures,
 }
 
 impl Tier1 {
@@ -76,6 +74,20 @@ impl Tier1 {
                 None
             }
         }
+    }
+
+    /// Figures by name.
+    pub(crate) fn counts(&self) -> Vec<(&'static str, u64)> {
+        let figures = &self.figures;
+        vec![
+            ("translations", figures.translations),
+            ("translations-dropped-all", figures.clears),
+            ("translated-entries", figures.entries),
+            ("translated-links", figures.links),
+            ("translated-interpreted", figures.interpreted),
+            ("translated-instructions", figures.native),
+            ("translated-bytes", self.translator.used_bytes()),
+        ]
     }
 
     /// Makes GS refer to the vCPU's frame while it runs.
@@ -271,7 +283,6 @@ impl Tier1 {
         }
         if m.tlb.has_forgotten() {
             let forgotten = m.tlb.take_forgotten();
-            self.figures.suspended += u64::from(forgotten.all);
             self.translator.forget(&forgotten, m.tlb.frame());
         }
     }
@@ -296,7 +307,8 @@ impl Tier1 {
             return Ok(None);
         }
         let Some(fetched) = m.tlb.fetch_translation(rip) else { return Ok(None) };
-        let page = self.translator.take_up(rip, mode, block, fetched, &map, m.tlb.frame(), cache);
+        let found = Found { rip, mode, block, fetched };
+        let page = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
         let Some(page) = page else { return Ok(None) };
         if let Some(found) = self.translator.find(rip, mode) {
             return Ok(Some(found));

@@ -41,8 +41,12 @@ struct Page {
     size: u32,
     translations: Vec<u32>,
     /// What it held when that was last compared.
-    bytes: Box<[u8; PAGE as usize]>,
+    bytes: Box<[u8; PAGE_BYTES]>,
 }
+
+/// Bytes of a page.
+const PAGE_BYTES: usize = 4096;
+const _: () = assert!(PAGE_BYTES as u64 == PAGE);
 
 /// Binary logarithm of the size of a small page.
 const SMALL: u32 = PAGE.trailing_zeros();
@@ -63,6 +67,16 @@ pub(super) struct Translation {
     /// Sites whose jumps lead here.
     incoming: Vec<u32>,
     dropped: bool,
+}
+
+/// A block that the interpreter has just found.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found<'a> {
+    pub(super) rip: u64,
+    pub(super) mode: Mode,
+    pub(super) block: &'a Block,
+    /// The page that it was fetched from.
+    pub(super) fetched: Fetched,
 }
 
 /// See the module.
@@ -128,6 +142,11 @@ impl Translator {
             by_block: FxHashMap::default(),
             patched: false,
         })
+    }
+
+    /// Bytes of code memory that are in use.
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.used as u64
     }
 
     /// Whether code memory was written since this was last asked.
@@ -219,17 +238,15 @@ impl Translator {
         }
     }
 
-    /// Takes up the page of `block`, which the interpreter has just found at `rip`; the page.
+    /// Takes up the page of a block; the page.
     pub(super) fn take_up(
         &mut self,
-        rip: u64,
-        mode: Mode,
-        block: &Block,
-        fetched: Fetched,
+        found: &Found<'_>,
         map: &MemoryMap,
         frame: &mut Frame,
         cache: &BlockCache,
     ) -> Option<u32> {
+        let Found { rip, mode, block, fetched } = *found;
         let (va, gpa) = (rip & PAGE_MASK, block.gpa & PAGE_MASK);
         if let Some(page) = self.current.get(&(va, mode)) {
             if self.pages.get(*page as usize).is_some_and(|page| page.gpa == gpa) {
@@ -242,7 +259,7 @@ impl Translator {
             Some(page) => *page,
             None => {
                 let page = u32::try_from(self.pages.len()).ok()?;
-                let bytes = Box::new([0; PAGE as usize]);
+                let bytes = Box::new([0; PAGE_BYTES]);
                 let (global, size) = (fetched.global, fetched.size);
                 let translations = Vec::new();
                 self.pages.push(Page { va, mode, gpa, holds: false, global, size, translations, bytes });
@@ -271,7 +288,7 @@ impl Translator {
     /// Drops the translations in `page` whose code is not what it was.
     fn compare(&mut self, page: u32, map: &MemoryMap, frame: &mut Frame, cache: &BlockCache) {
         let Some(found) = self.pages.get_mut(page as usize) else { return };
-        let mut now = [0; PAGE as usize];
+        let mut now = [0; PAGE_BYTES];
         let is_read = map.read(found.gpa, &mut now);
         if is_read && now == *found.bytes {
             return;

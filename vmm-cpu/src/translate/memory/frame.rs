@@ -36,7 +36,7 @@ impl Entry {
 /// The tag of no access that uses the entry at `index`: a page that belongs to another entry, and not to the next one
 /// either, where accesses end that cross into another page.
 pub(crate) const fn nothing_at(index: usize) -> u64 {
-    (index ^ ENTRIES / 2) as u64 * PAGE
+    (index ^ (ENTRIES / 2)) as u64 * PAGE
 }
 
 /// Of what code is translated for, one table of branch targets each.
