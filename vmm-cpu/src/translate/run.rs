@@ -35,9 +35,10 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Optio
     // The VMM may have changed anything.
     m.tlb.forget_lookups();
     m.update_mode();
-    let gs = tier1.is_some().then(|| Tier1::prepare(m));
-    let result = run_blocks(m, cache, tier1);
-    drop(gs);
+    let result = {
+        let _prepared = tier1.is_some().then(|| Tier1::prepare(m));
+        run_blocks(m, cache, tier1)
+    };
     // Other vCPUs go on, and the clock is looked at, also where this vCPU is not run again.
     drop_changed_code(m, cache);
     m.now();

@@ -40,8 +40,12 @@ pub(super) struct Mode {
     pub(super) sse: bool,
     /// Instructions are counted, and run only as long as the budget has some left.
     pub(super) counted: bool,
+    /// The time-stamp counter goes up by one with each instruction.
+    pub(super) ticking: bool,
     /// Translated code is left at the start of each block.
     pub(super) traced: bool,
+    /// There is one vCPU.
+    pub(super) alone: bool,
 }
 
 /// Displacement of a field of the state.
@@ -120,7 +124,8 @@ pub(super) struct Builder<'a> {
     landings: Vec<Landing>,
     /// Sites of the running instruction that resume behind it.
     resuming: Vec<u32>,
-    /// Number of the running instruction.
+    /// How many instructions there are, and the number of the running one.
+    pub(super) count: usize,
     pub(super) op: u16,
     /// The flags that the running instruction keeps are overwritten before anybody can see them.
     pub(super) flags_dead: bool,
@@ -185,6 +190,7 @@ impl<'a> Builder<'a> {
             stubs: Vec::new(),
             landings: Vec::new(),
             resuming: Vec::new(),
+            count: 0,
             op: 0,
             flags_dead: false,
             flags_lost: false,
@@ -198,6 +204,7 @@ impl<'a> Builder<'a> {
 
     /// Translates the instructions of a block; `None` if it must be done [`carefully`](Self::carefully).
     pub(super) fn build(mut self, instructions: &[Instruction]) -> Option<Built> {
+        self.count = instructions.len();
         let (live, saved) = self.entries(instructions);
         let mut ended = false;
         for (op, instruction) in (0..).zip(instructions) {

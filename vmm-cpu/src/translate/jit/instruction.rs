@@ -48,7 +48,9 @@ impl Builder<'_> {
             M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => self.sign_extend(instruction),
             M::Cmpxchg => self.compare_exchange(instruction),
             M::Cmpxchg8b | M::Cmpxchg16b => self.compare_exchange_pair(instruction),
-            M::Pushfq | M::Popfq | M::Cli | M::Sti | M::Swapgs => self.system(instruction),
+            M::Pushfq | M::Popfq | M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Pause => {
+                self.system(instruction)
+            }
             M::Mov if is_selector(instruction) => self.read_selector(instruction),
             _ if instruction.is_string_instruction() => self.string(instruction),
             M::Bt | M::Bts | M::Btr | M::Btc if is_bit_string(instruction) => self.bit_string(instruction),

@@ -63,7 +63,9 @@ impl Tier1 {
             return None;
         }
         let traced = shared.options.digest;
-        let flavour = Mode { reach: Reach::User, sse: false, counted, traced };
+        let ticking = counted && shared.clock.ticks(1_000_000) == 1_000_000;
+        let alone = shared.max_vcpus == 1;
+        let flavour = Mode { reach: Reach::User, sse: false, counted, ticking, traced, alone };
         match Translator::new(flavour) {
             Ok(translator) => {
                 let figures = Figures::default();
@@ -233,6 +235,10 @@ impl Tier1 {
         load(m);
         self.budget = m.budget;
         m.tlb.frame().state.budget = m.budget - charged as i64;
+        if self.translator.flavour.ticking {
+            let end = m.guest_tsc().wrapping_add(m.budget.cast_unsigned());
+            m.tlb.frame().state.tsc = end;
+        }
         self.figures.entries += 1;
         if self.translator.take_patched() {
             entry::serialize();

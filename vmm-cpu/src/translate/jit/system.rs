@@ -3,9 +3,9 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::builder::{Builder, EQUAL, NOT_EQUAL, SAVED_FLAGS, SAVED_FLAGS_HIGH, slot, state};
-use super::emit::{RAX, RCX, Rm};
+use super::emit::{RAX, RCX, RDX, Rm};
 use super::instruction::{Outcome, Untranslated};
-use super::registers::{GUEST_RSP, Home, home, number};
+use super::registers::{GUEST_RAX, GUEST_RSP, Home, home, number};
 use crate::translate::flags::bits;
 use crate::translate::memory::Reach;
 use crate::translate::ops::segment_slot;
@@ -29,6 +29,8 @@ impl Builder<'_> {
             Mnemonic::Cli => self.disable_interrupts(),
             Mnemonic::Sti => self.enable_interrupts(instruction),
             Mnemonic::Swapgs => self.swap_gs(),
+            Mnemonic::Rdtsc => self.read_counter(),
+            Mnemonic::Pause => self.pause(),
             _ => Err(Untranslated),
         }
     }
@@ -120,6 +122,35 @@ impl Builder<'_> {
         self.e.load(RCX, Rm::Frame(state!(kernel_gs_base)));
         self.e.store(Rm::Frame(state!(kernel_gs_base)), RAX);
         self.e.store(Rm::Frame(state!(gs_base)), RCX);
+        Ok(())
+    }
+
+    /// RDTSC where the counter counts instructions: what it will be when the budget is used up, less what is left of that.
+    fn read_counter(&mut self) -> Outcome {
+        self.supervisor()?;
+        if !self.mode.ticking {
+            return Err(Untranslated);
+        }
+        let left = self.count - usize::from(self.op);
+        self.clobber_flags();
+        self.e.load(RAX, Rm::Frame(state!(tsc)));
+        self.e.op(true, &[0x2b], RAX, Rm::Frame(state!(budget)));
+        self.e.group1(true, 5, Rm::Reg(RAX), i32::try_from(left).map_err(|_| Untranslated)?);
+        self.e.mov(RDX, RAX);
+        // SHR RDX, 32; MOV of EAX
+        self.e.bytes(&[0x48, 0xc1, 0xea, 32]);
+        self.e.op(false, &[0x8b], GUEST_RAX, Rm::Reg(RAX));
+        Ok(())
+    }
+
+    /// PAUSE. Where there are others, the interpreter lets them have a turn.
+    fn pause(&mut self) -> Outcome {
+        if !self.mode.alone {
+            return Err(Untranslated);
+        }
+        if !self.mode.counted {
+            self.e.bytes(&[0xf3, 0x90]);
+        }
         Ok(())
     }
 

@@ -72,6 +72,8 @@ pub(crate) struct State {
     pub(crate) control: u64,
     /// Not zero: something is to be looked at as soon as interrupts are let in.
     pub(crate) held: u64,
+    /// Where each instruction is a tick of the time-stamp counter: what that will be when no budget is left.
+    pub(crate) tsc: u64,
     /// Instructions that may still start.
     pub(crate) budget: i64,
     /// Those of the segment registers, by number.
