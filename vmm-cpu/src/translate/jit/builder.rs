@@ -549,7 +549,7 @@ fn flags_are_dead(instructions: &[Instruction]) -> bool {
 pub(super) const EQUAL: u8 = 4;
 pub(super) const NOT_EQUAL: u8 = 5;
 pub(super) const ABOVE: u8 = 7;
-const LESS: u8 = 12;
+pub(super) const LESS: u8 = 12;
 
 /// Length of a jump through a gate.
 pub(super) const GATE_JUMP: usize = 8;

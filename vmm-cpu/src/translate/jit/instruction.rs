@@ -48,7 +48,7 @@ impl Builder<'_> {
             M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => self.sign_extend(instruction),
             M::Cmpxchg => self.compare_exchange(instruction),
             M::Cmpxchg8b | M::Cmpxchg16b => self.compare_exchange_pair(instruction),
-            M::Pushfq | M::Popfq | M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Pause => {
+            M::Pushfq | M::Popfq | M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Rdtscp | M::Pause => {
                 self.system(instruction)
             }
             M::Mov if is_selector(instruction) => self.read_selector(instruction),

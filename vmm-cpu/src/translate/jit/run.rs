@@ -338,11 +338,12 @@ fn load(m: &mut Machine<'_>) {
     let (fs, gs) = (m.cpu.segment(index::FS).base, m.cpu.segment(index::GS).base);
     let flags = m.cpu.flags.get();
     let held = flags & bits::IF == 0 && m.has_interrupt();
-    let (mxcsr, kernel_gs_base) = (m.cpu.mxcsr, m.cpu.msr.kernel_gs_base);
+    let (mxcsr, kernel_gs_base, tsc_aux) = (m.cpu.mxcsr, m.cpu.msr.kernel_gs_base, m.cpu.msr.tsc_aux);
     let state = &mut m.tlb.frame().state;
     state.selectors = selectors;
     (state.fs_base, state.gs_base, state.kernel_gs_base) = (fs, gs, kernel_gs_base);
     state.mxcsr = mxcsr;
+    state.tsc_aux = tsc_aux;
     state.held = held.into();
     // As LAHF and SETO have them.
     state.flags = (flags & 0xff) << 8 | flags >> 11 & 1;

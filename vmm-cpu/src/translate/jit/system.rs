@@ -2,10 +2,11 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::builder::{Builder, EQUAL, NOT_EQUAL, SAVED_FLAGS, SAVED_FLAGS_HIGH, slot, state};
+use super::builder::{Builder, EQUAL, LESS, NOT_EQUAL, SAVED_FLAGS, SAVED_FLAGS_HIGH, slot, state};
 use super::emit::{RAX, RCX, RDX, Rm};
 use super::instruction::{Outcome, Untranslated};
-use super::registers::{GUEST_RAX, GUEST_RSP, Home, home, number};
+use super::registers::{GUEST_RAX, GUEST_RCX, GUEST_RSP, Home, home, number};
+use crate::translate::block::MAX_OPS;
 use crate::translate::flags::bits;
 use crate::translate::memory::Reach;
 use crate::translate::ops::segment_slot;
@@ -15,6 +16,10 @@ use crate::translate::ops::segment_slot;
 const fn imm(flags: u64) -> i32 {
     flags as i32
 }
+
+/// As many instructions as any block has.
+const MAX_OPS_BUDGET: i32 = 64;
+const _: () = assert!(MAX_OPS == 64);
 
 /// Extensions of the first group's opcodes.
 const OR: u8 = 1;
@@ -29,7 +34,7 @@ impl Builder<'_> {
             Mnemonic::Cli => self.disable_interrupts(),
             Mnemonic::Sti => self.enable_interrupts(instruction),
             Mnemonic::Swapgs => self.swap_gs(),
-            Mnemonic::Rdtsc => self.read_counter(),
+            Mnemonic::Rdtsc | Mnemonic::Rdtscp => self.read_counter(instruction),
             Mnemonic::Pause => self.pause(),
             _ => Err(Untranslated),
         }
@@ -105,10 +110,15 @@ impl Builder<'_> {
     /// code between the two.
     fn enable_interrupts(&mut self, instruction: &Instruction) -> Outcome {
         self.supervisor()?;
-        if self.mode.counted || self.mode.traced || !self.is_near(instruction.next_ip()) {
+        if self.mode.traced || !self.is_near(instruction.next_ip()) {
             return Err(Untranslated);
         }
         self.clobber_flags();
+        if self.mode.counted {
+            // The next block can begin, whatever its length.
+            self.e.group1(true, 7, Rm::Frame(state!(budget)), MAX_OPS_BUDGET);
+            self.interpret_if(LESS);
+        }
         self.e.group1(true, 7, Rm::Frame(state!(held)), 0);
         self.interpret_if(NOT_EQUAL);
         self.e.group1(false, OR, Rm::Frame(state!(control)), imm(bits::IF));
@@ -125,8 +135,8 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// RDTSC where the counter counts instructions: what it will be when the budget is used up, less what is left of that.
-    fn read_counter(&mut self) -> Outcome {
+    /// RDTSC and RDTSCP where the counter counts instructions: what it will be when the budget is used up, less what is left of that.
+    fn read_counter(&mut self, instruction: &Instruction) -> Outcome {
         self.supervisor()?;
         if !self.mode.ticking {
             return Err(Untranslated);
@@ -140,6 +150,9 @@ impl Builder<'_> {
         // SHR RDX, 32; MOV of EAX
         self.e.bytes(&[0x48, 0xc1, 0xea, 32]);
         self.e.op(false, &[0x8b], GUEST_RAX, Rm::Reg(RAX));
+        if instruction.mnemonic() == Mnemonic::Rdtscp {
+            self.e.op(false, &[0x8b], GUEST_RCX, Rm::Frame(state!(tsc_aux)));
+        }
         Ok(())
     }
 

@@ -74,6 +74,7 @@ pub(crate) struct State {
     pub(crate) held: u64,
     /// Where each instruction is a tick of the time-stamp counter: what that will be when no budget is left.
     pub(crate) tsc: u64,
+    pub(crate) tsc_aux: u64,
     /// Instructions that may still start.
     pub(crate) budget: i64,
     /// Those of the segment registers, by number.
