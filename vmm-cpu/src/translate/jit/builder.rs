@@ -256,6 +256,12 @@ impl<'a> Builder<'a> {
             self.flags = Flags::Live;
             return (self.e.len(), saved);
         }
+        if !self.careful && first.is_some_and(|i| !accesses_memory(i) && effect(i) == Effect::Overwrites) {
+            // Wherever they are, nobody sees them.
+            self.flags = Flags::Live;
+            self.flags_lost = true;
+            return (self.e.len(), self.e.len());
+        }
         let live = self.e.len();
         self.flags = Flags::Live;
         self.save_flags();

@@ -35,7 +35,8 @@ impl Builder<'_> {
             Mnemonic::Sti => self.enable_interrupts(instruction),
             Mnemonic::Swapgs => self.swap_gs(),
             Mnemonic::Rdtsc | Mnemonic::Rdtscp => self.read_counter(instruction),
-            Mnemonic::Pause => self.pause(),
+            // With more bytes it may be XCHG.
+            Mnemonic::Pause if instruction.len() == 2 => self.pause(),
             _ => Err(Untranslated),
         }
     }

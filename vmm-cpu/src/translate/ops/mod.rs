@@ -81,6 +81,7 @@ pub(crate) fn lower(
             op.run = run;
             op.imm = core.keep_rare(*instruction);
             x87::note_opcode(instruction, bytes, &mut op);
+            far::note_width(instruction, bytes, &mut op);
             ends_block = ends;
         }
     }

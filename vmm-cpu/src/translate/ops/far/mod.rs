@@ -11,6 +11,8 @@ mod transfer;
 
 use iced_x86::Instruction;
 
+pub(super) use transfer::note_width;
+
 use super::op::Handler;
 
 /// The handler of an instruction of this family and whether it ends its block, `None` for others.

@@ -20,6 +20,21 @@ struct Target {
     bytes: u64,
 }
 
+/// In an operation's `b`: the instruction has REX.W.
+const REX_W: u8 = 1;
+
+/// Notes what of a far branch of 64-bit code the decoder does not tell.
+pub(in super::super) fn note_width(instruction: &Instruction, code: &[u8], op: &mut Op) {
+    let is_far = instruction.is_jmp_far_indirect() || instruction.is_call_far_indirect();
+    let is_prefix = |byte: &u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
+    // Others in front of the last prefix mean nothing.
+    let rex =
+        code.iter().take_while(|byte| is_prefix(byte)).last().is_some_and(|byte| matches!(byte, 0x48..=0x4f));
+    if is_far && rex && instruction.code_size() == iced_x86::CodeSize::Code64 {
+        op.b = REX_W;
+    }
+}
+
 fn jump(m: &mut Machine<'_>, op: &Op) -> Flow {
     let target = m.far_target(op)?;
     m.far_branch(target, false)
@@ -37,6 +52,11 @@ impl Machine<'_> {
         let (selector, offset, bytes) = match instruction.code() {
             Code::Jmp_ptr1616 | Code::Call_ptr1616 => (selector, u64::from(instruction.far_branch16()), 2),
             Code::Jmp_ptr1632 | Code::Call_ptr1632 => (selector, u64::from(instruction.far_branch32()), 4),
+            Code::Jmp_m1616 | Code::Call_m1616 | Code::Jmp_m1632 | Code::Call_m1632 if op.b == REX_W => {
+                // AMD's processors have no pointer with 64 bits of offset, and push quadwords.
+                let (selector, offset) = self.far_pointer::<u32>(op)?;
+                (selector, offset, 8)
+            }
             Code::Jmp_m1616 | Code::Call_m1616 => {
                 let (selector, offset) = self.far_pointer::<u16>(op)?;
                 (selector, offset, 2)
