@@ -172,9 +172,9 @@ impl Builder<'_> {
         let mut rewritten = *instruction;
         rewritten.set_code(without_accumulator(instruction.code()));
         let mut moved: [Option<(u8, u8)>; 2] = [None; 2];
-        let source_in_frame = !in_memory && self.take_source_from_frame(&mut rewritten);
+        let on_stack = if in_memory { None } else { self.take_from_stack(&mut rewritten) };
         for n in 0..instruction.op_count() {
-            if instruction.op_kind(n) != OpKind::Register || n == 1 && source_in_frame {
+            if instruction.op_kind(n) != OpKind::Register || on_stack == Some(n) {
                 continue;
             }
             let register = instruction.op_register(n);
@@ -240,23 +240,33 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Lets an instruction of two registers read the second one from its place in the frame, if it is there and the
-    /// instruction has such a form; whether it does.
-    fn take_source_from_frame(&self, instruction: &mut Instruction) -> bool {
-        if instruction.op_count() != 2
-            || instruction.op0_kind() != OpKind::Register
-            || instruction.op1_kind() != OpKind::Register
+    /// Lets an instruction of registers find one operand at its place on the stack, if it has such a form; which operand.
+    fn take_from_stack(&self, instruction: &mut Instruction) -> Option<u32> {
+        let in_frame = |n: u32| {
+            let register = instruction.op_register(n);
+            instruction.op_kind(n) == OpKind::Register
+                && register.is_gpr()
+                && !is_high_byte(register)
+                && home(number(register)) == Home::Frame
+        };
+        let registers = (0..instruction.op_count()).filter(|n| instruction.op_kind(*n) == OpKind::Register);
+        let is_one = registers.clone().count() == 2
+            && number(instruction.op0_register()) == number(instruction.op1_register());
+        let (n, code) = if in_frame(0) && !is_one {
+            (0, with_destination_in_memory(instruction.code()))
+        } else if instruction.op_count() == 2
+            && in_frame(1)
+            && !is_one
+            && !is_high_byte(instruction.op0_register())
         {
-            return false;
-        }
-        let (to, from) = (instruction.op0_register(), instruction.op1_register());
-        let Some(code) = with_source_in_memory(instruction.code()) else { return false };
-        if number(to) == number(from) || home(number(from)) != Home::Frame || is_high_byte(to) {
-            return false;
-        }
-        let Rm::At(_, place) = slot(number(from)) else { return false };
+            (1, with_source_in_memory(instruction.code()))
+        } else {
+            return None;
+        };
+        let code = code?;
+        let Rm::At(_, place) = slot(number(instruction.op_register(n))) else { return None };
         instruction.set_code(code);
-        instruction.set_op1_kind(OpKind::Memory);
+        instruction.set_op_kind(n, OpKind::Memory);
         // Prefixes that meant nothing.
         instruction.set_segment_prefix(Register::None);
         instruction.set_has_rep_prefix(false);
@@ -265,7 +275,7 @@ impl Builder<'_> {
         instruction.set_memory_index(Register::None);
         instruction.set_memory_displacement64(i64::from(place).cast_unsigned());
         instruction.set_memory_displ_size(u32::from(place != 0));
-        true
+        Some(n)
     }
 
     /// Appends an instruction as the encoder has it.
@@ -560,6 +570,75 @@ impl Builder<'_> {
 /// Condition codes of Jcc.
 const NOT_BELOW: u8 = 3;
 const BELOW_OR_EQUAL: u8 = 6;
+
+/// The form of an instruction with a register destination that may be in memory instead: of 64 bits, since others change the
+/// rest of the register, or of what is only read.
+fn with_destination_in_memory(code: Code) -> Option<Code> {
+    use Code as C;
+    Some(match code {
+        C::Add_r64_rm64 => C::Add_rm64_r64,
+        C::Or_r64_rm64 => C::Or_rm64_r64,
+        C::Adc_r64_rm64 => C::Adc_rm64_r64,
+        C::Sbb_r64_rm64 => C::Sbb_rm64_r64,
+        C::And_r64_rm64 => C::And_rm64_r64,
+        C::Sub_r64_rm64 => C::Sub_rm64_r64,
+        C::Xor_r64_rm64 => C::Xor_rm64_r64,
+        C::Mov_r64_rm64 => C::Mov_rm64_r64,
+        C::Cmp_r64_rm64 => C::Cmp_rm64_r64,
+        C::Cmp_r32_rm32 => C::Cmp_rm32_r32,
+        C::Cmp_r8_rm8 => C::Cmp_rm8_r8,
+        C::Add_rm64_r64
+        | C::Or_rm64_r64
+        | C::Adc_rm64_r64
+        | C::Sbb_rm64_r64
+        | C::And_rm64_r64
+        | C::Sub_rm64_r64
+        | C::Xor_rm64_r64
+        | C::Mov_rm64_r64
+        | C::Mov_rm64_imm32
+        | C::Add_rm64_imm8
+        | C::Or_rm64_imm8
+        | C::Adc_rm64_imm8
+        | C::Sbb_rm64_imm8
+        | C::And_rm64_imm8
+        | C::Sub_rm64_imm8
+        | C::Xor_rm64_imm8
+        | C::Add_rm64_imm32
+        | C::Or_rm64_imm32
+        | C::Adc_rm64_imm32
+        | C::Sbb_rm64_imm32
+        | C::And_rm64_imm32
+        | C::Sub_rm64_imm32
+        | C::Xor_rm64_imm32
+        | C::Shl_rm64_imm8
+        | C::Shr_rm64_imm8
+        | C::Sar_rm64_imm8
+        | C::Rol_rm64_imm8
+        | C::Ror_rm64_imm8
+        | C::Shl_rm64_1
+        | C::Shr_rm64_1
+        | C::Sar_rm64_1
+        | C::Inc_rm64
+        | C::Dec_rm64
+        | C::Neg_rm64
+        | C::Not_rm64
+        | C::Cmp_rm64_r64
+        | C::Cmp_rm32_r32
+        | C::Cmp_rm8_r8
+        | C::Cmp_rm64_imm8
+        | C::Cmp_rm32_imm8
+        | C::Cmp_rm8_imm8
+        | C::Cmp_rm64_imm32
+        | C::Cmp_rm32_imm32
+        | C::Test_rm64_r64
+        | C::Test_rm32_r32
+        | C::Test_rm8_r8
+        | C::Test_rm64_imm32
+        | C::Test_rm32_imm32
+        | C::Test_rm8_imm8 => code,
+        _ => return None,
+    })
+}
 
 /// The form of an instruction of two registers whose second operand may be in memory.
 fn with_source_in_memory(code: Code) -> Option<Code> {
