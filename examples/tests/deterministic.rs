@@ -318,27 +318,65 @@ fn kicks_change_nothing() {
     }
 }
 
+/// A boot of Debian, recorded with some options and replayed with others: the hashes of both, and what `--timings` said.
+fn recorded_and_replayed(test: &str, record: &[&str], replay: &[&str]) -> Option<[(String, String); 2]> {
+    if let Err(error) = debian::kernel(Series::V6_1).and_then(|_| debian::busybox()) {
+        println!("{test}: skipped: {error:#}");
+        return None;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let run = |options: &[&str], hashes: &str, arguments: &[&str]| {
+        let mut command = Command::new(LINUX);
+        command.args(["--backend", "translate", "--memory", "128", "--timings", "--state-hashes", hashes]);
+        command.args(options).args(arguments).stdin(Stdio::null());
+        let output = command.current_dir(place.path()).env_remove("RUST_LOG").output().unwrap();
+        assert_eq!(output.status.code(), Some(7), "{}", text(&output));
+        let list = std::fs::read_to_string(place.path().join(hashes)).unwrap();
+        (output.stdout, list, String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let line = "date +%s; cat /proc/uptime /proc/interrupts; head -c 16 /dev/urandom | od -t x1; exit 7";
+    let (first, hashes, said) = run(record, "first", &["--record", "log", "--command", line]);
+    let (second, hashes_again, said_again) = run(replay, "second", &["--replay", "log"]);
+    assert_eq!(String::from_utf8_lossy(&first), String::from_utf8_lossy(&second));
+    assert!(hashes.lines().count() > 500, "{}", hashes.lines().count());
+    Some([(hashes, said), (hashes_again, said_again)])
+}
+
 /// Debian boots twice to the same state at every millionth instruction.
 #[test]
 fn debian_boots_the_same_way_twice() {
-    const TEST: &str = "deterministic Debian";
-    if let Err(error) = debian::kernel(Series::V6_1).and_then(|_| debian::busybox()) {
-        return println!("{TEST}: skipped: {error:#}");
+    if let Some([first, second]) = recorded_and_replayed("deterministic Debian", &[], &[]) {
+        assert_eq!(first.0, second.0);
     }
-    let place = tempfile::tempdir().unwrap();
-    let run = |arguments: &[&str]| {
-        let mut command = Command::new(LINUX);
-        command.args(["--backend", "translate", "--memory", "128"]).args(arguments).stdin(Stdio::null());
-        let output = command.current_dir(place.path()).env_remove("RUST_LOG").output().unwrap();
-        assert_eq!(output.status.code(), Some(7), "{}", text(&output));
-        output.stdout
-    };
-    let line = "date +%s; cat /proc/uptime /proc/interrupts; head -c 16 /dev/urandom | od -t x1; exit 7";
-    let first = run(&["--record", "log", "--state-hashes", "first", "--command", line]);
-    let second = run(&["--replay", "log", "--state-hashes", "second"]);
-    assert_eq!(String::from_utf8_lossy(&first), String::from_utf8_lossy(&second));
-    let read = |name| std::fs::read_to_string(place.path().join(name)).unwrap();
-    let (first, second) = (read("first"), read("second"));
-    assert!(first.lines().count() > 500, "{}", first.lines().count());
-    assert_eq!(first, second);
+}
+
+/// Translated code comes to the same states as the interpreter.
+#[test]
+fn debian_boots_the_same_way_translated_and_interpreted() {
+    if let Some([translated, interpreted]) = recorded_and_replayed("translated Debian", &[], &["--interpret"])
+    {
+        assert_eq!(translated.0, interpreted.0);
+        assert!(figure(&translated.1, "translated-instructions") > 500_000_000, "{}", translated.1);
+        assert!(!interpreted.1.contains("translat"), "{}", interpreted.1);
+    }
+}
+
+/// The same with the registers at the start of each basic block, of which there are some 140 million.
+#[test]
+#[ignore = "takes minutes: cargo test --release --test deterministic -- --ignored"]
+fn each_block_begins_the_same_way_translated_and_interpreted() {
+    let interpreted = ["--interpret", "--digest"];
+    if let Some([translated, interpreted]) =
+        recorded_and_replayed("digests of Debian", &["--digest"], &interpreted)
+    {
+        assert_eq!(translated.0, interpreted.0);
+        assert_eq!(figure(&translated.1, "digest"), figure(&interpreted.1, "digest"));
+        assert!(figure(&translated.1, "translated-entries") > 100_000_000, "{}", translated.1);
+    }
+}
+
+/// A figure of `--timings`.
+fn figure(said: &str, name: &str) -> u64 {
+    let figure = said.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    figure.unwrap_or_else(|| panic!("no {name} in {said}")).trim().parse().unwrap()
 }
