@@ -53,7 +53,7 @@ impl Record {
 /// Lets the next run end after a while in any case.
 pub fn limit(vcpu: &mut dyn Vcpu, now: u64) {
     let stops = vcpu.exact_stops().unwrap();
-    let stop = ExactStop::none().at_instructions(stops.instructions() + INSTRUCTIONS);
+    let stop = ExactStop::none().at_instructions(stops.instructions() + std::env::var(if stops.instructions()==0 {"LIMIT"} else {"LIMIT2"}).map_or(INSTRUCTIONS,|l|l.parse().unwrap()));
     stops.stop_at(stop.at_guest_time(now + TIME));
 }
 
@@ -66,14 +66,27 @@ pub fn compare(guest: &Guest) -> Tally {
     let count = kicked_at.unwrap_or(interpreted.events.len().max(translated.events.len()));
     for at in 0..count {
         let (one, other) = (interpreted.events.get(at), translated.events.get(at));
-        assert!(one == other, "event {at}, interpreted: {one:#x?}\ntranslated: {other:#x?}\nof {guest:#?}");
+        if std::env::var("SHOW").is_ok() {
+            if let Some(Event::End{end,instructions,state}) = one { eprintln!("{end} {instructions} {} {:?}", state.general, state.run_state); }
+            if let Some(Event::End{end,instructions,state}) = other { eprintln!("{end} {instructions} {} {:?}", state.general, state.run_state); }
+            if let Some(Event::Call{..}) = one { eprintln!("{one:x?}"); }
+        }
+        assert!(one == other, "event {at}: {}of {guest:?}", difference(one, other));
         tally.compared += u64::from(matches!(one, Some(Event::End { .. })));
     }
     if kicked_at.is_none() {
         for ((extent, one), other) in EXTENTS.iter().zip(&interpreted.memory).zip(&translated.memory) {
             let at = one.iter().zip(other).position(|(one, other)| one != other);
-            assert!(at.is_none(), "memory at {:#x}+{at:x?} of {guest:#?}", extent.gpa);
+            assert!(at.is_none(), "memory at {:#x}+{at:x?} of {guest:?}", extent.gpa);
         }
     }
     tally
+}
+
+/// The lines in which two events differ: interpreted, translated.
+fn difference(one: Option<&Event>, other: Option<&Event>) -> String {
+    let (one, other) = (format!("{one:#x?}"), format!("{other:#x?}"));
+    let differing = one.lines().zip(other.lines()).filter(|(one, other)| one != other);
+    let lines = differing.map(|(one, other)| format!("{} {}\n", one.trim(), other.trim()));
+    lines.take(40).collect()
 }
