@@ -73,9 +73,11 @@ fn both_tiers_come_to_the_same() {
     let _alone = alone();
     watchdog::set_patience(Duration::from_secs(10));
     let mut sum = Tally::default();
-    let first = std::env::var("SEED").map_or(0,|l|l.parse().unwrap());
+    let first = std::env::var("SEED").map_or(0, |l| l.parse().unwrap());
     for seed in first..count() {
-        if std::env::var("SHOW").is_ok() { eprintln!("{seed}"); }
+        if std::env::var("SHOW").is_ok() {
+            eprintln!("{seed}");
+        }
         sum.add(&compare(&Guest { deterministic: true, two: false, ..input(seed) }));
     }
     eprintln!("{sum:?}");

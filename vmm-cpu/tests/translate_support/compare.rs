@@ -19,6 +19,8 @@ const TIME: u64 = 1_000_000;
 /// How long a run lasts before it is kicked, at a point that no other run reaches in the same way.
 pub const KICK_AFTER: Duration = Duration::from_millis(200);
 
+const RESUME_FLAG: u64 = 1 << 16;
+
 /// Something that happened.
 #[derive(Debug, PartialEq)]
 pub enum Event {
@@ -45,7 +47,9 @@ impl Record {
             self.kicked_at.get_or_insert(self.events.len());
         }
         let instructions = vcpu.exact_stops().unwrap().instructions();
-        let state = Box::new(vcpu.save().unwrap());
+        let mut state = Box::new(vcpu.save().unwrap());
+        // It is for one instruction, and stays set where nothing looks at it.
+        state.general.rflags &= !RESUME_FLAG;
         self.events.push(Event::End { end: format!("{result:?}"), instructions, state });
     }
 }
@@ -53,7 +57,11 @@ impl Record {
 /// Lets the next run end after a while in any case.
 pub fn limit(vcpu: &mut dyn Vcpu, now: u64) {
     let stops = vcpu.exact_stops().unwrap();
-    let stop = ExactStop::none().at_instructions(stops.instructions() + std::env::var(if stops.instructions()==0 {"LIMIT"} else {"LIMIT2"}).map_or(INSTRUCTIONS,|l|l.parse().unwrap()));
+    let stop = ExactStop::none().at_instructions(
+        stops.instructions()
+            + std::env::var(if stops.instructions() == 0 { "LIMIT" } else { "LIMIT2" })
+                .map_or(INSTRUCTIONS, |l| l.parse().unwrap()),
+    );
     stops.stop_at(stop.at_guest_time(now + TIME));
 }
 
@@ -67,9 +75,15 @@ pub fn compare(guest: &Guest) -> Tally {
     for at in 0..count {
         let (one, other) = (interpreted.events.get(at), translated.events.get(at));
         if std::env::var("SHOW").is_ok() {
-            if let Some(Event::End{end,instructions,state}) = one { eprintln!("{end} {instructions} {} {:?}", state.general, state.run_state); }
-            if let Some(Event::End{end,instructions,state}) = other { eprintln!("{end} {instructions} {} {:?}", state.general, state.run_state); }
-            if let Some(Event::Call{..}) = one { eprintln!("{one:x?}"); }
+            if let Some(Event::End { end, instructions, state }) = one {
+                eprintln!("{end} {instructions} {} {:?}", state.general, state.run_state);
+            }
+            if let Some(Event::End { end, instructions, state }) = other {
+                eprintln!("{end} {instructions} {} {:?}", state.general, state.run_state);
+            }
+            if let Some(Event::Call { .. }) = one {
+                eprintln!("{one:x?}");
+            }
         }
         assert!(one == other, "event {at}: {}of {guest:?}", difference(one, other));
         tally.compared += u64::from(matches!(one, Some(Event::End { .. })));
