@@ -195,10 +195,10 @@ impl Machine<'_> {
         };
         let watch = watchdog::watch(handle, kick_after, || format!("{:#?}", self.guest));
         let result = vcpu.run(&mut self.bus);
+        let kicked = watch.end();
         if let Some(record) = &mut self.bus.record {
-            record.note(&mut **vcpu, &result, watch.has_kicked());
+            record.note(&mut **vcpu, &result, kicked);
         }
-        drop(watch);
         let tally = &mut self.tally;
         tally.runs += 1;
         tally.calls += u64::from(self.bus.calls);

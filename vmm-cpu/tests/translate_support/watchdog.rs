@@ -45,16 +45,21 @@ pub fn watch(handle: Arc<dyn VcpuHandle>, kick_after: Duration, what: impl FnOnc
 }
 
 impl Watch {
-    /// Whether the run was kicked, or the next one will be.
-    pub fn has_kicked(&self) -> bool {
-        let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        running.iter().any(|(id, run)| *id == self.0 && run.kicked)
+    /// Ends it; whether the run was kicked, or the next one will be.
+    pub fn end(self) -> bool {
+        self.forget()
+    }
+
+    fn forget(&self) -> bool {
+        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = running.iter().position(|(id, _)| *id == self.0);
+        place.is_some_and(|place| running.swap_remove(place).1.kicked)
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).retain(|(id, _)| *id != self.0);
+        self.forget();
     }
 }
 
