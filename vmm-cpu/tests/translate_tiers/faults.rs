@@ -2,7 +2,9 @@
 //! address that is not canonical. Nothing is half done; and once the handler has repaired what was wrong, the instruction
 //! comes to what it comes to elsewhere.
 
-use iced_x86::code_asm::{ecx, r8, r9, r10, r11d, r12, r13, r14, r15, rax, rbp, rbx, rdi, rdx, rsi, rsp};
+use iced_x86::code_asm::{
+    ecx, qword_ptr, r8, r9, r10, r11d, r12, r13, r14, r15, rax, rbp, rbx, rdi, rdx, rsi, rsp,
+};
 use vmm_cpu::state::GeneralRegisters;
 
 use super::accesses::{ACCESSES, Access, NEXT_AT, image};
@@ -48,6 +50,8 @@ fn program(access: &Access, with_it: bool) -> (Code, [u64; 2]) {
         a.mov(r15, 3_u64)?;
         let again = here(a)?;
         a.int(0x80)?;
+        // So that the TLB knows what may be read.
+        a.mov(r13, qword_ptr(r13))?;
         a.cld()?;
         a.mov(rdi, r14)?;
         a.mov(r14, 0_u64)?;
@@ -133,6 +137,7 @@ fn run(tier: Tier, access: &Access, good: u64, user: bool, wrong: Option<Wrong>)
             before = memory(ram);
             ram.map(WINDOW_PAGE, wrong.map_or(FRAME | entry::ALL, Wrong::entry));
             trap.general.r14 = if wrong == Some(Wrong::NotCanonical) { BAD } else { good };
+            trap.general.r13 = if wrong == Some(Wrong::ReadOnly) { good - OFFSET } else { DATA };
         }
         0x81 => {
             // CR2 is that of the last fault, if there was one.
@@ -172,7 +177,7 @@ fn before(access: &Access, address: u64, user: bool) -> GeneralRegisters {
     machine.run_with(|trap, ram| match trap.vector {
         0x80 => {
             fill(ram, next);
-            trap.general.r14 = address;
+            (trap.general.r13, trap.general.r14) = (DATA, address);
         }
         0x81 => {
             before = Some(GeneralRegisters { rip: at, ..trap.general });

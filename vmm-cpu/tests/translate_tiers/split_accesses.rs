@@ -1,8 +1,8 @@
 //! Accesses that go to two pages, whose frames are not neighbours: one of them absent, not to be accessed, or a device's.
 
 use iced_x86::code_asm::{
-    CodeAssembler, ax, dword_ptr, eax, ebx, ecx, edx, qword_ptr, r10, rax, rbp, rcx, rdi, rdx, rsi, rsp,
-    tbyte_ptr, word_ptr, xmm0, xmm1, xmmword_ptr,
+    CodeAssembler, al, ax, byte_ptr, dword_ptr, eax, ebx, ecx, edx, qword_ptr, r8, r9, r10, r12, rax, rbp,
+    rcx, rdi, rdx, rsi, rsp, tbyte_ptr, word_ptr, xmm0, xmm1, xmmword_ptr,
 };
 
 use super::machine::{
@@ -128,10 +128,17 @@ fn accesses(access: &Access, address: u64) -> Code {
         a.mov(r10, 3_u64)?;
         let again = here(a)?;
         a.int(0x80)?;
+        // So that the TLB knows what there is to know.
+        a.lock().add(byte_ptr(r8), 0)?;
+        a.lock().add(byte_ptr(r9), 0)?;
+        a.mov(al, byte_ptr(r12))?;
         a.mov(rsp, STACK)?;
         a.mov(rdi, address)?;
         a.mov(rsi, DATA)?;
         a.mov(rdx, 0x8877_6655_4433_2211_u64)?;
+        a.xor(r8, r8)?;
+        a.mov(r9, r8)?;
+        a.mov(r12, r8)?;
         a.mov(rax, 0x0102_0304_8506_0708_u64)?;
         a.mov(ecx, 1)?;
         a.mov(ebx, 0x7fff_ffff)?;
@@ -191,9 +198,21 @@ fn run(
     let mut before = memory(&machine.ram);
     let on_trap = |trap: &mut Trap, ram: &Ram| match trap.vector {
         0x80 => {
-            ram.map(0x10, entries[round][0]);
-            ram.map(0x11, entries[round][1]);
+            let [first, second] = entries[round];
+            ram.map(0x10, first);
+            ram.map(0x11, second);
             round += 1;
+            // The pages, away from what is accessed, or others where they are not to be touched.
+            let can = |entry: u64, rights: u64| {
+                let rights = if user { rights | entry::USER } else { rights };
+                entry & !(PAGE - 1) != MMIO && entry & rights == rights
+            };
+            let write = entry::PRESENT | entry::WRITABLE;
+            trap.general.r8 = if can(first, write) { BORDER - 0x800 } else { DATA + 0x80 };
+            trap.general.r9 = if can(second, write) { BORDER + 0x800 } else { DATA + 0x80 };
+            let readable = if can(first, write) { second } else { first };
+            let page = if can(first, write) { BORDER } else { BORDER - PAGE };
+            trap.general.r12 = if can(readable, entry::PRESENT) { page + 0x400 } else { DATA + 0x80 };
             before = memory(ram);
         }
         0x81 => traps.push(*trap),
