@@ -20,7 +20,7 @@ use vmm_cpu::{ClockConfig, ClockSource, CpuModel, GuestAccess, Hypervisor, Vcpu,
 use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 use vmm_memory::{GuestRam, GuestRegion, RegionConfig};
 
-use super::{Tier, kernel};
+use super::{Who, kernel};
 use crate::case::AREAS;
 use crate::memory::{self, IMAGE};
 use crate::start::{USER_DS, USER32_CS, USER64_CS};
@@ -123,14 +123,14 @@ pub(super) struct Machine {
 }
 
 /// A machine whose vCPU is about to load the state of a case.
-pub(super) fn build(tier: Tier) -> Result<Machine> {
+pub(super) fn build(who: Who) -> Result<Machine> {
     let mut clock = ClockConfig::default();
     // Stops at instruction counts come with it.
     clock.source = ClockSource::Deterministic;
     let config = VmConfig::new(CpuModel::Host).clock(clock);
-    let translate_after = match tier {
-        Tier::Interpreter => None,
-        Tier::Translator => Some(0),
+    let translate_after = match who {
+        Who::Interpreter => None,
+        Who::Translator | Who::TranslatorAgain => Some(0),
     };
     let options = TranslateOptions::default().translate_after(translate_after);
     let vm = TranslateHypervisor::with_options(options).create_vm(&config)?;
