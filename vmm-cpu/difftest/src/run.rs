@@ -105,12 +105,14 @@ pub(crate) struct Sides {
     backends: Vec<(Who, Backend)>,
 }
 
+/// What came of a case on our side.
+type Ours = Vec<(Who, Outcome)>;
+
 struct Entry {
     number: u64,
     case: Case,
     prepared: Prepared,
-    /// What came of it on our side.
-    ours: Vec<(Who, Outcome)>,
+    ours: Ours,
 }
 
 impl Sides {
@@ -149,7 +151,7 @@ impl Sides {
     }
 
     /// What comes of a case on our side. Sequences are run by translated code twice, the second time by linked code.
-    fn ours(&mut self, plan: &Plan, case: &Case, prepared: &Prepared) -> Result<Vec<(Who, Outcome)>> {
+    fn ours(&mut self, plan: &Plan, case: &Case, prepared: &Prepared) -> Result<Ours> {
         let mut all = Vec::new();
         for (who, backend) in &mut self.backends {
             all.push((*who, backend.run(case, prepared)?));
@@ -274,11 +276,7 @@ impl Sides {
     }
 
     /// What comes of a case on both sides.
-    pub(crate) fn outcomes(
-        &mut self,
-        plan: &Plan,
-        case: &Case,
-    ) -> Result<(Option<Outcome>, Vec<(Who, Outcome)>)> {
+    pub(crate) fn outcomes(&mut self, plan: &Plan, case: &Case) -> Result<(Option<Outcome>, Ours)> {
         let prepared = start::prepare(case).map_err(|reason| anyhow!("the case cannot be run: {reason}"))?;
         let ours = self.ours(plan, case, &prepared)?;
         Ok((self.native.fresh(case, &prepared)?.ok(), ours))
