@@ -9,6 +9,7 @@ mod host;
 mod map;
 mod tlb;
 mod walk;
+mod window;
 
 pub(crate) use code_pages::VcpuSet;
 pub(crate) use host::{HostWord, Order};
