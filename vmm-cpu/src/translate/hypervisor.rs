@@ -18,14 +18,13 @@ const MAX_VCPUS: u32 = 8;
 ///
 /// An address window costs microseconds for each page that a program comes to use, and makes each access several times as
 /// fast. It takes guest memory that is mapped shared ([`Backing::Memfd`](vmm_memory::Backing)), BMI2, and a handler of
-/// SIGSEGV and SIGBUS, which the first vCPU to use a window installs; it passes on what is not its own. Virtual machines
-/// with a deterministic clock have none.
+/// SIGSEGV and SIGBUS, which the first vCPU to use a window installs; it passes on what is not its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AddressWindow {
     /// Nobody's.
     Never,
-    /// Those of user programs that run long enough to make up for the cost.
+    /// Those of user programs that run long enough to make up for the cost; nobody's where the clock is deterministic.
     #[default]
     Adaptive,
     /// Those of all user programs.

@@ -82,9 +82,12 @@ impl Tier1 {
         let ticking = counted && shared.clock.ticks(1_000_000) == 1_000_000;
         let alone = shared.max_vcpus == 1;
         let flavour = Mode { reach: Reach::User, sse: false, counted, ticking, traced, alone, window: false };
-        // A page that is not looked up again after its accessed bit was cleared is no fault, but runs that are to be the
-        // same must not differ by it.
-        let window = if counted || !host_has_window() { AddressWindow::Never } else { shared.options.address_window };
+        let window = match shared.options.address_window {
+            _ if !host_has_window() => AddressWindow::Never,
+            // It depends on the time that passes.
+            AddressWindow::Adaptive if counted => AddressWindow::Never,
+            other => other,
+        };
         let pages = WINDOW_PAGES / usize::try_from(shared.max_vcpus).unwrap_or(1).max(1);
         match Translator::new(flavour) {
             Ok(translator) => {
