@@ -12,11 +12,12 @@ use super::builder::{Builder, Flags, displacement};
 use super::emit::{RAX, RCX, Rm};
 use super::instruction::{Outcome, Untranslated, needs_alignment};
 use super::registers::{GUEST_RSP, Home, home, number};
+use crate::translate::memory::NEAR as NEAR_BYTES;
 use crate::translate::memory::frame::Frame;
 
 /// How far a displacement may lead from an address whose region is looked up. Where the region ends in between, the
 /// access faults.
-const NEAR: i32 = 1 << 12;
+const NEAR: i32 = displacement(NEAR_BYTES);
 
 impl Builder<'_> {
     /// Where the host finds the memory operand. RAX and RCX change, and are part of it; with the TLB, the status flags are in

@@ -554,7 +554,10 @@ impl<'a> Builder<'a> {
 
     /// Where the code of the entry is that [`Builder::lookup_branch`] found.
     pub(super) fn branch_code(&self) -> Rm {
-        Rm::FrameAt(RAX, displacement(branch_table_offset(self.mode.branch_table()) + offset_of!(Branch, code)))
+        Rm::FrameAt(
+            RAX,
+            displacement(branch_table_offset(self.mode.branch_table()) + offset_of!(Branch, code)),
+        )
     }
 
     /// JMP through memory.

@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::OnceLock;
 
-use super::super::memory::frame::Frame;
+use crate::translate::memory::frame::Frame;
 
 /// What translated code a thread is in.
 #[derive(Clone, Copy, Debug)]
@@ -37,14 +37,17 @@ static BEFORE: [OnceLock<libc::sigaction>; 2] = [const { OnceLock::new() }; 2];
 pub(super) fn are_handled() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     let address = (on_fault as *const ()).expose_provenance();
-    *INSTALLED.get_or_init(|| SIGNALS.iter().zip(&BEFORE).all(|(signal, before)| install(*signal, before, address)))
+    *INSTALLED
+        .get_or_init(|| SIGNALS.iter().zip(&BEFORE).all(|(signal, before)| install(*signal, before, address)))
         && SIGNALS.iter().all(|signal| current(*signal).is_some_and(|action| action.sa_sigaction == address))
 }
 
 fn current(signal: libc::c_int) -> Option<libc::sigaction> {
     let mut action = MaybeUninit::uninit();
     // SAFETY: the kernel writes an action to where the pointer is to, or fails.
-    unsafe { (libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) == 0).then(|| action.assume_init()) }
+    let done = unsafe { libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: it did not fail.
+    (done == 0).then(|| unsafe { action.assume_init() })
 }
 
 fn install(signal: libc::c_int, before: &OnceLock<libc::sigaction>, address: usize) -> bool {
@@ -53,11 +56,10 @@ fn install(signal: libc::c_int, before: &OnceLock<libc::sigaction>, address: usi
     let mut action = old;
     action.sa_sigaction = address;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-    // SAFETY: the handler does only what is allowed in one; the mask is a valid one.
-    unsafe {
-        libc::sigemptyset(&raw mut action.sa_mask);
-        libc::sigaction(signal, &raw const action, ptr::null_mut()) == 0
-    }
+    // SAFETY: the set is this function's.
+    unsafe { libc::sigemptyset(&raw mut action.sa_mask) };
+    // SAFETY: the handler does only what is allowed in one.
+    unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) == 0 }
 }
 
 /// The thread is in translated code until dropped.
@@ -92,7 +94,8 @@ unsafe extern "C" fn on_fault(signal: libc::c_int, info: *mut libc::siginfo_t, c
             return;
         }
     }
-    let before = SIGNALS.iter().position(|known| *known == signal).and_then(|at| BEFORE[at].get());
+    let before =
+        SIGNALS.iter().zip(&BEFORE).find(|(known, _)| **known == signal).and_then(|(_, before)| before.get());
     // SAFETY: what was installed before has the type that its flags say.
     unsafe { pass_on(before, signal, info, context) };
 }
@@ -107,14 +110,19 @@ unsafe fn pass_on(
 ) {
     match before {
         Some(before) if !matches!(before.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) => {
+            type Long = unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+            type Short = unsafe extern "C" fn(libc::c_int);
             let address = before.sa_sigaction as *const ();
             if before.sa_flags & libc::SA_SIGINFO != 0 {
-                type Handler = unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
                 // SAFETY: with that flag the address is that of such a function.
-                unsafe { std::mem::transmute::<*const (), Handler>(address)(signal, info, context) };
+                let handler = unsafe { std::mem::transmute::<*const (), Long>(address) };
+                // SAFETY: the arguments are those of the kernel.
+                unsafe { handler(signal, info, context) };
             } else {
-                // SAFETY: without it, of such a one.
-                unsafe { std::mem::transmute::<*const (), unsafe extern "C" fn(libc::c_int)>(address)(signal) };
+                // SAFETY: without that flag the address is that of such a function.
+                let handler = unsafe { std::mem::transmute::<*const (), Short>(address) };
+                // SAFETY: the argument is that of the kernel.
+                unsafe { handler(signal) };
             }
         }
         // The instruction is executed again, and ends the process.

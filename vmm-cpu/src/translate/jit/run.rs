@@ -93,7 +93,17 @@ impl Tier1 {
             Ok(translator) => {
                 let figures = Figures::default();
                 let merits = Merits::default();
-                Some(Self { translator, threshold, sse: false, budget: 0, alarm: None, window, merits, pages, figures })
+                Some(Self {
+                    translator,
+                    threshold,
+                    sse: false,
+                    budget: 0,
+                    alarm: None,
+                    window,
+                    merits,
+                    pages,
+                    figures,
+                })
             }
             Err(error) => {
                 tracing::warn!(%error, "translate: no memory for translated code, blocks are interpreted");

@@ -396,7 +396,9 @@ impl Tlb {
         let last = va.wrapping_add(len.saturating_sub(1));
         for va in [va & PAGE_MASK, last & PAGE_MASK] {
             // Not borrowed from the frame as a whole.
-            let Some(entry) = self.frame.tables.first().and_then(|table| table.get(Frame::index(va))) else { break };
+            let Some(entry) = self.frame.tables.first().and_then(|table| table.get(Frame::index(va))) else {
+                break;
+            };
             if entry.read != va {
                 continue;
             }

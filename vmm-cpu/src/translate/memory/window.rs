@@ -14,22 +14,27 @@
 //!
 //! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. So an address space has to earn
 //! them by the time that it runs.
-#![allow(unsafe_code, reason = "memory is mapped at chosen addresses")]
 
 use std::io;
-use std::ptr;
 use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
 use super::frame::REGIONS;
+use super::reserve::{Reserve, Rights};
 use super::{PAGE, PAGE_MASK};
 
 /// Bytes of a region.
 const REGION: u64 = 1 << 32;
 
-/// Bytes from slot to slot. In front of the region and behind it stays as much free as a displacement can reach.
-const STRIDE: u64 = 2 * REGION;
+/// How far from an address whose region was looked up an access may begin or end.
+pub(crate) const NEAR: usize = 1 << 12;
+
+/// Bytes that stay free in front of each region and behind it, which is more.
+const GUARD: u64 = 1 << 20;
+
+/// Bytes from slot to slot.
+const STRIDE: u64 = REGION + 2 * GUARD;
 
 /// Slots, with the one that nothing is ever mapped in.
 const SLOTS: u32 = 64;
@@ -73,7 +78,7 @@ struct Space {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Window {
-    base: u64,
+    reserve: Reserve,
     free: Vec<u32>,
     spaces: Vec<Space>,
     /// The pages can be accessed of `spaces[0]`.
@@ -106,9 +111,8 @@ impl Window {
     /// # Errors
     /// Those of the operating system, where there is no room for it.
     pub(crate) fn new(limit: usize, thrifty: bool, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
-        let base = reserve(None, u64::from(SLOTS) * STRIDE)?;
         let this = Self {
-            base,
+            reserve: Reserve::new(u64::from(SLOTS) * STRIDE)?,
             free: (1..SLOTS).collect(),
             spaces: Vec::new(),
             active: false,
@@ -119,7 +123,7 @@ impl Window {
             large: false,
             figures: Figures::default(),
         };
-        for (region, addend) in (0..).zip(regions.iter_mut()) {
+        for (region, addend) in (0..=u16::MAX).zip(regions.iter_mut()) {
             *addend = this.addend(region, 0);
         }
         Ok(this)
@@ -130,12 +134,8 @@ impl Window {
         self.active
     }
 
-    fn slot_address(&self, slot: u32) -> u64 {
-        self.base + u64::from(slot) * STRIDE + REGION / 2
-    }
-
     fn addend(&self, region: u16, slot: u32) -> u64 {
-        self.slot_address(slot).wrapping_sub(u64::from(region) << 32)
+        (self.reserve.address() + place(slot, 0)).wrapping_sub(u64::from(region) << 32)
     }
 
     /// Makes the pages of the address space with that CR3 accessible as far as `gpa_of` says that they are what they were:
@@ -179,7 +179,8 @@ impl Window {
             }
             left => space.credit = left.unwrap_or_default(),
         }
-        let stale = |(va, page): (&u64, &Mapped)| (gpa_of(*va, page.writable) != Some(page.gpa)).then_some(*va);
+        let stale =
+            |(va, page): (&u64, &Mapped)| (gpa_of(*va, page.writable) != Some(page.gpa)).then_some(*va);
         let stale: Vec<u64> = space.pages.iter().filter_map(stale).collect();
         self.active = true;
         for va in stale {
@@ -247,28 +248,28 @@ impl Window {
             return Ok(());
         }
         if self.spaces.iter().map(|space| space.pages.len()).sum::<usize>() >= self.limit {
-            self.clear_all();
+            self.start_over(regions);
         }
         let Ok(region) = u16::try_from(va >> 32) else { return Ok(()) };
-        let Some(slot) = self.slot(region) else { return Ok(()) };
+        let Some(slot) = self.slot(region, regions) else { return Ok(()) };
         self.set_region(region, slot, regions);
-        let address = self.slot_address(slot) + (va & (REGION - 1));
+        let at = place(slot, va);
         let Some(space) = self.spaces.first_mut() else { return Ok(()) };
         let known = space.pages.get(&va).copied();
         if known.is_none_or(|known| known.gpa != gpa) {
             if known.is_some() {
                 self.unmap(va);
             }
-            duplicate(host, address)?;
+            self.reserve.duplicate(host, at)?;
             if !writable {
-                protect(address, PAGE, libc::PROT_READ)?;
+                self.reserve.protect(at, PAGE, Rights::Read)?;
             }
             self.figures.mapped += 1;
             let root = self.spaces.first().map_or(0, |space| space.root);
             self.places.entry(gpa).or_default().push((root, va));
         } else if known.is_some_and(|known| known.writable != writable) {
-            let rights = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
-            protect(address, PAGE, rights)?;
+            let rights = if writable { Rights::ReadWrite } else { Rights::Read };
+            self.reserve.protect(at, PAGE, rights)?;
         }
         if let Some(space) = self.spaces.first_mut() {
             space.pages.insert(va, Mapped { gpa, writable });
@@ -277,15 +278,13 @@ impl Window {
     }
 
     /// The slot of a region in the space in use. If none is free, all others lose theirs.
-    fn slot(&mut self, region: u16) -> Option<u32> {
+    fn slot(&mut self, region: u16, regions: &mut [u64; REGIONS]) -> Option<u32> {
         let known = |space: &Space| space.slots.iter().find(|(of, _)| *of == region).map(|(_, slot)| *slot);
         if let Some(slot) = self.spaces.first().and_then(known) {
             return Some(slot);
         }
         if self.free.is_empty() {
-            while self.spaces.len() > 1 {
-                self.remove(self.spaces.len() - 1);
-            }
+            self.start_over(regions);
         }
         let slot = self.free.pop()?;
         self.spaces.first_mut()?.slots.push((region, slot));
@@ -306,13 +305,13 @@ impl Window {
         if !self.active {
             return;
         }
-        let base = self.base;
         let Some(space) = self.spaces.first_mut() else { return };
         let Some(page) = space.pages.remove(&va) else { return };
-        let Some((_, slot)) = space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32) else { return };
-        let address = base + u64::from(*slot) * STRIDE + REGION / 2 + (va & (REGION - 1));
-        let root = space.root;
-        vacate(address, PAGE);
+        let Some((_, slot)) = space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32) else {
+            return;
+        };
+        let (root, at) = (space.root, place(*slot, va));
+        self.reserve.vacate(at, PAGE);
         self.figures.unmapped += 1;
         self.forget_place(page.gpa, root, va);
     }
@@ -332,12 +331,13 @@ impl Window {
         for (root, va) in places {
             let space = self.spaces.iter_mut().find(|space| space.root == *root);
             let Some(space) = space else { continue };
-            let slot = space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32).map(|(_, slot)| *slot);
+            let slot =
+                space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32).map(|(_, slot)| *slot);
             let Some((slot, page)) = slot.zip(space.pages.get_mut(va)) else { continue };
             if std::mem::take(&mut page.writable) {
-                let address = self.base + u64::from(slot) * STRIDE + REGION / 2 + (va & (REGION - 1));
-                if protect(address, PAGE, libc::PROT_READ).is_err() {
-                    vacate(address, PAGE);
+                let at = place(slot, *va);
+                if self.reserve.protect(at, PAGE, Rights::Read).is_err() {
+                    self.reserve.vacate(at, PAGE);
                 }
             }
         }
@@ -353,26 +353,31 @@ impl Window {
     }
 
     /// Unmaps all pages; the space in use stays that.
-    fn clear_all(&mut self) {
+    fn start_over(&mut self, regions: &mut [u64; REGIONS]) {
         while self.spaces.len() > 1 {
             self.remove(self.spaces.len() - 1);
         }
-        let (base, mut slots) = (self.base, Vec::new());
-        if let Some(space) = self.spaces.first_mut() {
-            space.pages.clear();
-            slots = space.slots.clone();
+        let slots = self.spaces.first_mut().map(|space| std::mem::take(&mut space.slots)).unwrap_or_default();
+        for (region, slot) in slots {
+            self.set_region(region, 0, regions);
+            self.vacate_slot(slot);
         }
-        for (_, slot) in slots {
-            vacate(base + u64::from(slot) * STRIDE, STRIDE);
+        if let Some(space) = self.spaces.first_mut() {
+            self.figures.unmapped += space.pages.len() as u64;
+            space.pages.clear();
         }
         self.places.clear();
+    }
+
+    fn vacate_slot(&mut self, slot: u32) {
+        self.reserve.vacate(u64::from(slot) * STRIDE, STRIDE);
+        self.free.push(slot);
     }
 
     fn remove(&mut self, at: usize) {
         let space = self.spaces.swap_remove(at);
         for (_, slot) in space.slots {
-            vacate(self.base + u64::from(slot) * STRIDE, STRIDE);
-            self.free.push(slot);
+            self.vacate_slot(slot);
         }
         for (va, page) in space.pages {
             self.figures.unmapped += 1;
@@ -389,62 +394,9 @@ impl Space {
     }
 }
 
-impl Drop for Window {
-    fn drop(&mut self) {
-        if let (Ok(base), Ok(len)) = (usize::try_from(self.base), usize::try_from(u64::from(SLOTS) * STRIDE)) {
-            // SAFETY: the mapping is this value's, and no code runs that accesses it.
-            let _ = unsafe { libc::munmap(ptr::with_exposed_provenance_mut(base), len) };
-        }
-    }
-}
-
-fn pointer(address: u64) -> *mut libc::c_void {
-    ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap_or(0))
-}
-
-/// Addresses that nothing can be accessed at, at `at` or where there are free ones; where that is.
-fn reserve(at: Option<u64>, len: u64) -> io::Result<u64> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let flags = if at.is_some() { flags | libc::MAP_FIXED } else { flags };
-    let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
-    // SAFETY: it replaces nothing but pages of the window, which nothing of Rust's is in.
-    let address = unsafe { libc::mmap(pointer(at.unwrap_or(0)), len, libc::PROT_NONE, flags, -1, 0) };
-    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address.expose_provenance() as u64) }
-}
-
-/// Unmaps pages of the window. If the host refused, which it can for want of memory, the guest would keep pages that it
-/// has no right to.
-fn vacate(address: u64, len: u64) {
-    if reserve(Some(address), len).is_ok() {
-        return;
-    }
-    if let Err(error) = protect(address, len, libc::PROT_NONE) {
-        tracing::error!(%error, "pages of the address window cannot be unmapped");
-        std::process::abort();
-    }
-}
-
-/// Maps the page of shared memory that is at `host` also at `address`, in the window.
-fn duplicate(host: u64, address: u64) -> io::Result<()> {
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    // SAFETY: with an old size of zero the old mapping stays; the new one replaces a page of the window.
-    let done = unsafe { libc::mremap(pointer(host), 0, PAGE as usize, flags, pointer(address)) };
-    if done == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    // Now rather than by a fault.
-    // SAFETY: the page was just mapped, and all memory of guests can be read.
-    let _ = unsafe { pointer(address).cast::<u8>().read_volatile() };
-    Ok(())
-}
-
-fn protect(address: u64, len: u64, rights: libc::c_int) -> io::Result<()> {
-    let len = usize::try_from(len).unwrap_or(usize::MAX);
-    // SAFETY: the pages are some of the window.
-    match unsafe { libc::mprotect(pointer(address), len, rights) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// Where in the reserve slot `slot` has what is at `va`.
+fn place(slot: u32, va: u64) -> u64 {
+    u64::from(slot) * STRIDE + GUARD + va % REGION
 }
 
 #[cfg(test)]
