@@ -6,8 +6,8 @@
 //!
 //! Threat model: everything in guest memory and every register is the guest's choice. Interpreted code reaches the host
 //! only through [`VcpuIo`](crate::VcpuIo) and through the memory map; the few modules that go to host memory directly are
-//! `memory/host.rs`, `memory/map.rs`, `memory/reserve.rs` and `memory/tlb.rs`. Translated code runs in the process and with the rights of the
-//! thread that runs the vCPU. What keeps it from the rest of the process:
+//! `memory/host.rs`, `memory/map.rs`, `memory/reserve.rs` and `memory/tlb.rs`. Translated code runs in the process and with
+//! the rights of the thread that runs the vCPU. What keeps it from the rest of the process:
 //!
 //! - no address of the guest's reaches memory but through a lookup in the TLB's tables, which only the interpreter fills,
 //!   and which yields an address of guest RAM or leaves translated code; or, in user programs, as an address in the

@@ -110,6 +110,8 @@ pub(crate) struct Tlb {
     large: bool,
     /// Changes whenever an entry may have gone: whoever remembers a translation elsewhere compares.
     generation: u64,
+    /// How often an entry was filled.
+    pub(crate) fills: u64,
     window: Option<Window>,
     /// This host cannot map guest memory into the window.
     no_window: bool,
@@ -133,6 +135,7 @@ impl Tlb {
             local: Vec::with_capacity(LOCAL),
             large: false,
             generation: 1,
+            fills: 0,
             window: None,
             no_window: false,
         }
@@ -332,6 +335,7 @@ impl Tlb {
             kind,
         };
         self.large |= size > SMALL;
+        self.fills += 1;
         let old = std::mem::replace(self.frame.entry_mut(self.reach, va), entry);
         let was_local = old.kind & (PRESENT | GLOBAL) == PRESENT;
         if !translation.global && !was_local {
