@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 
-use crate::trial::{Trial, Verdict, linux};
+use crate::trial::{Trial, Verdict};
 
 /// The program for the guest, which the build made.
 const WORKLOAD: &str = env!("WORKLOAD_GUEST");
@@ -88,13 +88,12 @@ pub struct Soak {
 }
 
 impl Soak {
-    /// Lets guests run on each of `runners` by turns, and prints a line for each run and `runs: N failures: M`; how many
+    /// Lets guests run in `linux`, the path of that program, on each of `runners` by turns, and prints a line for each run and `runs: N failures: M`; how many
     /// failed.
     ///
     /// # Errors
     /// Fails if `linux` cannot be run or what is kept cannot be written.
-    pub fn run(&self, runners: &[Runner]) -> Result<u32> {
-        let linux = linux()?;
+    pub fn run(&self, linux: &Path, runners: &[Runner]) -> Result<u32> {
         if let Some(directory) = &self.keep {
             std::fs::create_dir_all(directory)
                 .with_context(|| format!("creating {}", directory.display()))?;
@@ -106,7 +105,7 @@ impl Soak {
                 if number >= self.runs {
                     return Ok(());
                 }
-                if !self.one(runners, &linux, number)? {
+                if !self.one(runners, linux, number)? {
                     failures.fetch_add(1, Ordering::SeqCst);
                 }
             }

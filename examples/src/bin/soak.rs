@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
 use vmm_examples::soak::{Runner, Soak};
+use vmm_examples::trial::built_linux;
 
 /// What executes guests.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -48,7 +49,7 @@ struct Options {
 fn main() -> ExitCode {
     let options = Options::parse();
     let runners: Vec<Runner> = options.on.iter().map(|how| how.runner()).collect();
-    match options.soak.run(&runners) {
+    match built_linux().and_then(|linux| options.soak.run(&linux, &runners)) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use vmm_examples::soak::{Runner, Soak};
+use vmm_examples::trial::linux;
 
 /// Boots a paravirtual Debian again and again and lets it do work whose results are known.
 #[derive(Parser)]
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
         arguments: ["--backend", "xen-pv", "--engine", engine].map(String::from).to_vec(),
     };
     let runners: Vec<Runner> = options.engines.iter().map(runner).collect();
-    match options.soak.run(&runners) {
+    match linux().and_then(|linux| options.soak.run(&linux, &runners)) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
