@@ -427,6 +427,10 @@ impl Tier1 {
             return Ok(None);
         }
         let Some(fetched) = m.tlb.fetch_translation(rip) else { return Ok(None) };
+        // Also for what is not translated yet: its page is kept.
+        if self.translator.is_full() {
+            self.clear(m);
+        }
         let found = Found { rip, mode, block, fetched };
         let page = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
         let Some(page) = page else { return Ok(None) };
@@ -434,10 +438,6 @@ impl Tier1 {
             return Ok(Some(found));
         }
         if cache.count_run(id) < self.threshold {
-            return Ok(None);
-        }
-        if self.translator.is_full() {
-            self.clear(m);
             return Ok(None);
         }
         let Some(block) = cache.get(id) else { return Ok(None) };

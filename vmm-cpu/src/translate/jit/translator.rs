@@ -29,6 +29,9 @@ const MAX_TRANSLATION: usize = 64 * 256;
 /// Whom code of the guest's kernel runs for, and whether through the address window.
 const KERNELS: [(Reach, bool); 2] = [(Reach::Supervisor, false), (Reach::SupervisorAll, false)];
 
+/// Pages that something is kept about, at most: a guest can have one frame at any number of addresses.
+const MAX_PAGES: usize = 1 << 15;
+
 /// Sites at one time, at most.
 const MAX_SITES: usize = 1 << 22;
 
@@ -375,9 +378,11 @@ impl Translator {
         self.by_block.clear();
     }
 
+    /// Whether there is no room for another page or translation.
     pub(super) fn is_full(&self) -> bool {
         self.used + MAX_TRANSLATION > self.memory.len()
             || self.sites.len() >= MAX_SITES
+            || self.pages.len() >= MAX_PAGES
             || self.translations.len() >= TRANSLATIONS
     }
 
