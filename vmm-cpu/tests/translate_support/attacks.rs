@@ -349,6 +349,33 @@ fn a_guest_that_runs_at_many_addresses_takes_little_memory() {
     }
 }
 
+/// Code that is looked up anew again and again is listed once.
+#[test]
+fn a_guest_that_invalidates_its_code_takes_no_memory() {
+    use super::{alone, resident};
+    const TABLES: u64 = 0x1_0000;
+    const ROUNDS: u64 = 2_000_000;
+    let _alone = alone();
+    // INVLPG [RDI]; CALL RDI; DEC ECX; JNZ to the start; HLT. And RET, in the page that is called.
+    let code = [0x0f, 0x01, 0x3f, 0xff, 0xd7, 0xff, 0xc9, 0x75, 0xf7, 0xf4];
+    let mut machine = Flat::long(Tier::AtOnce, TABLES, 0x6000);
+    for (at, entry) in [(0, TABLES + 0x1007), (0x1000, TABLES + 0x2007), (0x2000, TABLES + 0x3007)] {
+        machine.write(TABLES + at, &u64::to_le_bytes(entry));
+    }
+    for page in 0..64_u64 {
+        machine.write(TABLES + 0x3000 + page * 8, &(page << 12 | 7).to_le_bytes());
+    }
+    machine.write(0x6000, &code);
+    machine.write(0x7000, &[0xc3]);
+    let general = machine.vcpu.registers().unwrap();
+    machine.vcpu.set_registers(&GeneralRegisters { rdi: 0x7000, rcx: ROUNDS, ..general }).unwrap();
+    let before = resident();
+    // No watchdog: a kick would make everything be looked up anew.
+    assert_eq!(machine.vcpu.run(&mut EmptyBus).unwrap(), Halt::Halted);
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 4 << 20, "grown by {grown} bytes");
+}
+
 /// A device thread takes memory away and puts it back, looks at the log and raises interrupts, while two vCPUs write the
 /// memory and each other's code.
 #[test]

@@ -46,6 +46,8 @@ struct Page {
     /// Of what the page tables have there: whether it is global, and the binary logarithm of its size.
     global: bool,
     size: u32,
+    /// It is in [`Translator::local`].
+    listed: bool,
     translations: Vec<u32>,
     /// What it held when that was last compared.
     bytes: Box<[u8; PAGE_BYTES]>,
@@ -212,7 +214,7 @@ impl Translator {
     /// Lets no page be entered whose translation of addresses is forgotten, before it is looked at anew.
     pub(super) fn forget(&mut self, forgotten: &Forgotten, frame: &mut Frame) {
         if forgotten.all {
-            self.local.clear();
+            self.take_local();
             self.large = false;
             for page in std::mem::take(&mut self.current).into_values() {
                 self.shut(page, frame);
@@ -220,7 +222,7 @@ impl Translator {
             return;
         }
         if forgotten.local {
-            for page in std::mem::take(&mut self.local) {
+            for page in self.take_local() {
                 if self.pages.get(page as usize).is_some_and(|page| !page.global) {
                     self.suspend(page, frame);
                 }
@@ -245,6 +247,17 @@ impl Translator {
                 }
             }
         }
+    }
+
+    /// Takes the list of pages that are not global.
+    fn take_local(&mut self) -> Vec<u32> {
+        let local = std::mem::take(&mut self.local);
+        for page in &local {
+            if let Some(page) = self.pages.get_mut(*page as usize) {
+                page.listed = false;
+            }
+        }
+        local
     }
 
     /// Lets a page not be entered.
@@ -288,7 +301,8 @@ impl Translator {
                 let bytes = Box::new([0; PAGE_BYTES]);
                 let (global, size) = (fetched.global, fetched.size);
                 let translations = Vec::new();
-                self.pages.push(Page { va, mode, gpa, holds: false, global, size, translations, bytes });
+                let (holds, listed) = (false, false);
+                self.pages.push(Page { va, mode, gpa, holds, global, size, listed, translations, bytes });
                 self.by_page.insert((va, mode, gpa), page);
                 page
             }
@@ -299,7 +313,7 @@ impl Translator {
             found.holds = true;
             (found.global, found.size) = (fetched.global, fetched.size);
             self.large |= found.size > SMALL;
-            if !found.global {
+            if !found.global && !std::mem::replace(&mut found.listed, true) {
                 self.local.push(page);
             }
             for translation in &found.translations {
