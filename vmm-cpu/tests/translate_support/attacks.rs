@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use vmm_cpu::state::{DescriptorTable, ExceptionEvent, GeneralRegisters, InterruptEvent};
-use vmm_cpu::{EmptyBus, Error, ExactStop, GuestAccess, Halt, InterruptMode, VcpuIo, Vm};
-use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+use vmm_cpu::{EmptyBus, Error, GuestAccess, Halt, InterruptMode, Vcpu, VcpuIo, Vm};
+use vmm_memory::GuestRegion;
+use vmm_memory::vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::flat::{self, Flat, SIZE};
-use super::guest::Tier;
 
 /// A task whose debug trap flag is set traps as soon as it is entered. If its handler is that task, this goes on for
 /// ever; the busy bit, which would end it, is in memory that cannot be written.
@@ -276,106 +276,6 @@ fn a_guest_at_an_address_that_is_not_canonical_can_be_restored() {
     assert_eq!(machine.run(), Halt::Shutdown);
 }
 
-/// Blocks and translations are kept by how much there is in them.
-#[test]
-fn a_guest_that_runs_through_much_code_takes_little_memory() {
-    use super::{alone, resident};
-    const TABLES: u64 = 0x1_0000;
-    let _alone = alone();
-    let size: u32 = 4 << 20;
-    let code = flat::region(0x100_0000, size.into());
-    // 63 NOPs and RET, again and again.
-    let mut piece = [0x90; 64];
-    piece[63] = 0xc3;
-    for at in (0..u64::from(size)).step_by(64) {
-        code.write_slice(&piece, MemoryRegionAddress(at)).unwrap();
-    }
-    // MOV EDI, start; CALL RDI; INC EDI; TEST EDI, 7; JNZ; ADD EDI, 56; CMP EDI, end; JB; HLT.
-    let mut program = vec![0xbf, 0, 0, 0, 1, 0xff, 0xd7, 0xff, 0xc7, 0xf7, 0xc7, 7, 0, 0, 0, 0x75, 0xf4];
-    program.extend([0x83, 0xc7, 56, 0x81, 0xff]);
-    program.extend((0x100_0000 + size).to_le_bytes());
-    program.extend([0x72, 0xe9, 0xf4]);
-    for tier in Tier::ALL {
-        let mut machine = Flat::long(tier, TABLES, 0x6000);
-        // Large pages, each where it is.
-        machine.write(TABLES, &(TABLES + 0x1007).to_le_bytes());
-        machine.write(TABLES + 0x1000, &(TABLES + 0x2007).to_le_bytes());
-        for page in 0..16_u64 {
-            machine.write(TABLES + 0x2000 + page * 8, &(page << 21 | 0x87).to_le_bytes());
-        }
-        machine.write(0x6000, &program);
-        machine.vm.map_memory(Arc::clone(&code), GuestAccess::ReadWrite).unwrap();
-        let before = resident();
-        assert_eq!(machine.run(), Halt::Halted);
-        assert_eq!(machine.vcpu.registers().unwrap().rdi, u64::from(0x100_0000 + size));
-        let grown = resident().saturating_sub(before) >> 20;
-        let most = if tier == Tier::Interpreted { 128 } else { 256 };
-        assert!(grown < most, "{tier:?}: grown by {grown} MiB");
-    }
-}
-
-/// A page of code at any number of linear addresses: what is kept about each is bounded, whether its code is translated
-/// there or is new each time.
-#[test]
-fn a_guest_that_runs_at_many_addresses_takes_little_memory() {
-    use super::{alone, resident};
-    const TABLES: u64 = 0x1_0000;
-    const FRAME: u64 = 0x8000;
-    const INSTRUCTIONS: u64 = 500_000;
-    let _alone = alone();
-    // ADD RDI, 0x1000; JMP RDI. Or the same with an INC of what is in the code itself, which is new each time.
-    let codes: [&[u8]; 2] = [
-        &[0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0xff, 0xe7],
-        &[0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0xfe, 0x47, 12, 0x41, 0xb8, 0, 0, 0, 0, 0xff, 0xe7],
-    ];
-    for (tier, code) in Tier::ALL.iter().flat_map(|tier| codes.map(|code| (*tier, code))) {
-        // Every entry of every table leads to the next table, that of the last one to the frame.
-        let mut machine = Flat::long(tier, TABLES, 0x40_0000);
-        for level in 0..4 {
-            let next = if level == 3 { FRAME } else { TABLES + (level + 1) * 0x1000 };
-            for entry in 0..512 {
-                machine.write(TABLES + level * 0x1000 + entry * 8, &(next | 7).to_le_bytes());
-            }
-        }
-        machine.write(FRAME, code);
-        let general = machine.vcpu.registers().unwrap();
-        machine.vcpu.set_registers(&GeneralRegisters { rdi: 0x40_0000, ..general }).unwrap();
-        let stop = ExactStop::none().at_instructions(INSTRUCTIONS);
-        machine.vcpu.exact_stops().unwrap().stop_at(stop);
-        let before = resident();
-        assert_eq!(machine.run(), Halt::ExactStop);
-        let grown = resident().saturating_sub(before) >> 20;
-        assert!(grown < 256, "{tier:?}, {code:x?}: grown by {grown} MiB");
-    }
-}
-
-/// Code that is looked up anew again and again is listed once.
-#[test]
-fn a_guest_that_invalidates_its_code_takes_no_memory() {
-    use super::{alone, resident};
-    const TABLES: u64 = 0x1_0000;
-    const ROUNDS: u64 = 2_000_000;
-    let _alone = alone();
-    // INVLPG [RDI]; CALL RDI; DEC ECX; JNZ to the start; HLT. And RET, in the page that is called.
-    let code = [0x0f, 0x01, 0x3f, 0xff, 0xd7, 0xff, 0xc9, 0x75, 0xf7, 0xf4];
-    let mut machine = Flat::long(Tier::AtOnce, TABLES, 0x6000);
-    for (at, entry) in [(0, TABLES + 0x1007), (0x1000, TABLES + 0x2007), (0x2000, TABLES + 0x3007)] {
-        machine.write(TABLES + at, &u64::to_le_bytes(entry));
-    }
-    for page in 0..64_u64 {
-        machine.write(TABLES + 0x3000 + page * 8, &(page << 12 | 7).to_le_bytes());
-    }
-    machine.write(0x6000, &code);
-    machine.write(0x7000, &[0xc3]);
-    let general = machine.vcpu.registers().unwrap();
-    machine.vcpu.set_registers(&GeneralRegisters { rdi: 0x7000, rcx: ROUNDS, ..general }).unwrap();
-    let before = resident();
-    // No watchdog: a kick would make everything be looked up anew.
-    assert_eq!(machine.vcpu.run(&mut EmptyBus).unwrap(), Halt::Halted);
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 4 << 20, "grown by {grown} bytes");
-}
-
 /// A device thread takes memory away and puts it back, looks at the log and raises interrupts, while two vCPUs write the
 /// memory and each other's code.
 #[test]
@@ -408,17 +308,22 @@ fn memory_taken_away_by_another_thread_is_not_written() {
     let general = first.registers().unwrap();
     second.set_registers(&GeneralRegisters { rsp: 0xa000, ..general }).unwrap();
 
-    let movable = flat::region(AT, LENGTH);
-    vm.map_memory(Arc::clone(&movable), GuestAccess::ReadWrite).unwrap();
-    let handles = [first.handle(), second.handle()];
+    take_away_and_put_back(&*vm, [first, second], &flat::region(AT, LENGTH));
+}
+
+/// Takes memory away and puts it back while two vCPUs run: what is away is not written.
+pub fn take_away_and_put_back(vm: &dyn Vm, mut vcpus: [Box<dyn Vcpu>; 2], movable: &Arc<GuestRegion>) {
+    let at = movable.start_addr();
+    vm.map_memory(Arc::clone(movable), GuestAccess::ReadWrite).unwrap();
+    let handles = [vcpus[0].handle(), vcpus[1].handle()];
     let contents = || {
-        let mut bytes = vec![0; usize::try_from(LENGTH).unwrap()];
+        let mut bytes = vec![0; usize::try_from(movable.len()).unwrap()];
         movable.read_slice(&mut bytes, MemoryRegionAddress(0)).unwrap();
         bytes
     };
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
-        for vcpu in [&mut first, &mut second] {
+        for vcpu in &mut vcpus {
             let stop = &stop;
             scope.spawn(move || {
                 while !stop.load(std::sync::atomic::Ordering::SeqCst) {
@@ -432,18 +337,18 @@ fn memory_taken_away_by_another_thread_is_not_written() {
         for round in 0..300 {
             let logs = round % 3 == 0;
             if logs {
-                log.start(GuestAddress(AT)).unwrap();
+                log.start(at).unwrap();
             }
             std::thread::sleep(std::time::Duration::from_micros(200));
-            let mut dirty = vmm_memory::PageBitmap::for_region(&movable);
-            log.harvest(&movable, &mut dirty).unwrap();
-            vm.unmap_memory(GuestAddress(AT)).unwrap();
+            let mut dirty = vmm_memory::PageBitmap::for_region(movable);
+            log.harvest(movable, &mut dirty).unwrap();
+            vm.unmap_memory(at).unwrap();
             let now = contents();
             changes += u32::from(now != last);
             std::thread::sleep(std::time::Duration::from_micros(50));
             assert!(contents() == now, "memory was written after it was taken away");
             last = now;
-            vm.map_memory(Arc::clone(&movable), GuestAccess::ReadWrite).unwrap();
+            vm.map_memory(Arc::clone(movable), GuestAccess::ReadWrite).unwrap();
             handles[round & 1].kick();
         }
         stop.store(true, std::sync::atomic::Ordering::SeqCst);

@@ -24,9 +24,9 @@ pub struct Flat {
     pub ram: Arc<GuestRegion>,
 }
 
-/// A region of its own.
+/// A region of its own, shared as the address window needs it.
 pub fn region(gpa: u64, size: u64) -> Arc<GuestRegion> {
-    made(RegionConfig::new(GuestAddress(gpa), size))
+    made(RegionConfig::new(GuestAddress(gpa), size).backing(Backing::Memfd))
 }
 
 /// One whose host mapping refuses writes.
@@ -86,7 +86,12 @@ impl Flat {
 
     /// Runs 64-bit code at a linear address with that CR3, which memory is yet to be filled for.
     pub fn long(tier: Tier, cr3: u64, at: u64) -> Self {
-        let mut machine = Self::on(tier.options(), &config(InterruptMode::External), 0, &[]);
+        Self::long_with(tier, &config(InterruptMode::External), cr3, at)
+    }
+
+    /// The same with another configuration.
+    pub fn long_with(tier: Tier, config: &VmConfig, cr3: u64, at: u64) -> Self {
+        let mut machine = Self::on(tier.options(), config, 0, &[]);
         let mut system = machine.vcpu.system_registers().unwrap();
         system.cs = Segment::code64(8);
         // PE MP NE WP PG, PAE OSFXSR OSXMMEXCPT, LME LMA.
