@@ -104,6 +104,8 @@ pub(crate) enum Call {
     SetCr3(u64),
     SetCr4(u64),
     SetCr0(u64),
+    /// DR0 and DR7.
+    Watch(u64, u64),
     /// Calls the test's function with a number.
     Tell(u8),
 }
@@ -118,7 +120,8 @@ pub(crate) fn call(a: &mut CodeAssembler, call: Call) {
         Call::SetCr3(value) => (4, value, 0),
         Call::SetCr4(value) => (5, value, 0),
         Call::SetCr0(value) => (6, value, 0),
-        Call::Tell(what) => (7, what.into(), 0),
+        Call::Watch(va, control) => (7, va, control),
+        Call::Tell(what) => (8, what.into(), 0),
     };
     a.mov(rdi, first).unwrap();
     a.mov(rsi, second).unwrap();
@@ -196,7 +199,7 @@ impl Setup {
     }
 
     /// Where the entry of `va` is at a level, which is the number of its lowest bit.
-    fn entry(&mut self, space: u64, va: u64, level: u32) -> u64 {
+    pub(crate) fn entry(&mut self, space: u64, va: u64, level: u32) -> u64 {
         let mut table = space;
         for shift in [39, 30, 21].into_iter().filter(|shift| *shift > level) {
             let place = table + (va >> shift & 0x1ff) * 8;
@@ -476,7 +479,7 @@ fn kernel() -> Kernel {
 /// What the program asks for, by its number.
 fn calls(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(rdx, KERNEL)?;
-    for number in 0..8 {
+    for number in 0..9 {
         let mut next = a.create_label();
         a.cmp(eax, number)?;
         a.jne(next)?;
@@ -488,6 +491,10 @@ fn calls(a: &mut CodeAssembler) -> Result<(), IcedError> {
             4 => a.mov(cr3, rdi)?,
             5 => a.mov(cr4, rdi)?,
             6 => a.mov(cr0, rdi)?,
+            7 => {
+                a.mov(dr0, rdi)?;
+                a.mov(dr7, rsi)?;
+            }
             _ => {
                 a.mov(eax, edi)?;
                 a.out(i32::from(PORT), al)?;

@@ -332,6 +332,9 @@ impl Tlb {
             kind,
         };
         self.large |= size > SMALL;
+        if let (Reach::User, Some(window)) = (self.reach, &mut self.window) {
+            window.follow(page, translation.gpa & PAGE_MASK);
+        }
         let old = std::mem::replace(self.frame.entry_mut(self.reach, va), entry);
         let was_local = old.kind & (PRESENT | GLOBAL) == PRESENT;
         if !translation.global && !was_local {
@@ -473,6 +476,20 @@ impl Tlb {
             let tag = va & PAGE_MASK | reach as u64;
             self.fetched.remove(&tag);
             self.fetched_global.remove(&tag);
+        }
+    }
+
+    /// Forgets what is known of `va` for data, as a page fault there makes a processor do (Intel SDM 3A 5.10.4.1): a kernel
+    /// that gives the program another page then need not invalidate the one of before.
+    pub(crate) fn forget_data(&mut self, va: u64) {
+        if let Some(window) = &mut self.window {
+            window.forget_page(va);
+        }
+        for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
+            let entry = self.frame.entry_mut(reach, va);
+            if entry.read == va & PAGE_MASK || entry.write == va & PAGE_MASK {
+                *entry = Entry::nothing(Frame::index(va));
+            }
         }
     }
 

@@ -184,7 +184,7 @@ impl Window {
         let stale: Vec<u64> = space.pages.iter().filter_map(stale).collect();
         self.active = true;
         for va in stale {
-            self.unmap(va);
+            self.forget_page(va);
         }
         for (region, slot) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, slot, regions);
@@ -258,7 +258,7 @@ impl Window {
         let known = space.pages.get(&va).copied();
         if known.is_none_or(|known| known.gpa != gpa) {
             if known.is_some() {
-                self.unmap(va);
+                self.forget_page(va);
             }
             self.reserve.duplicate(host, at)?;
             if !writable {
@@ -296,11 +296,20 @@ impl Window {
         if self.large && va < END {
             self.suspend(regions);
         } else {
-            self.unmap(va);
+            self.forget_page(va);
         }
     }
 
-    fn unmap(&mut self, va: u64) {
+    /// The page at `va` has just been found to be `gpa`: in the space in use, nothing else is accessible there any more.
+    pub(crate) fn follow(&mut self, va: u64, gpa: u64) {
+        let known = self.spaces.first().filter(|_| self.active).and_then(|space| space.pages.get(&va));
+        if known.is_some_and(|known| known.gpa != gpa) {
+            self.forget_page(va);
+        }
+    }
+
+    /// Makes the 4 KiB at `va` inaccessible in the space in use.
+    pub(crate) fn forget_page(&mut self, va: u64) {
         let va = va & PAGE_MASK;
         if !self.active {
             return;
