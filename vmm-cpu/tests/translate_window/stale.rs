@@ -316,6 +316,37 @@ fn invlpg_forgets_all_of_a_large_page() {
 }
 
 #[test]
+fn invlpg_forgets_all_of_a_page_that_became_large() {
+    let large = page(0) + 0x20_0000;
+    let run = same_on_all(|setup| {
+        let base = PLACE & !0x1f_ffff;
+        for n in 0..4 {
+            setup.word(large + n * 0x1000, n);
+            setup.word(large + 0x20_0000 + n * 0x1000, 0x10 + n);
+            setup.map(SPACE, base + n * 0x1000, large + n * 0x1000, DATA);
+        }
+        // What leads to the table is what becomes a large page.
+        let entry = setup.entry(SPACE, base, 21);
+        let mut a = program(|a| {
+            load(a, r12, base + 0x1000)?;
+            load(a, r13, base + 0x2000)?;
+            // The same pages.
+            call(a, Call::Store(entry, large | DATA | ACCESSED | DIRTY | 1 << 7));
+            call(a, Call::SetCr3(SPACE));
+            load(a, r12, base + 0x1000)?;
+            load(a, r13, base + 0x2000)?;
+            call(a, Call::Store(entry, large + 0x20_0000 | DATA | 1 << 7));
+            call(a, Call::Invalidate(base + 0x3000));
+            load(a, r14, base + 0x1000)?;
+            load(a, r15, base + 0x2000)
+        });
+        setup.program(&mut a);
+    });
+    let registers = &run.registers;
+    assert_eq!([registers.r12, registers.r13, registers.r14, registers.r15], [1, 2, 0x11, 0x12]);
+}
+
+#[test]
 fn bits_that_the_kernel_clears_are_set_again() {
     let run = same_on_all(|setup| {
         number_pages(setup);

@@ -382,9 +382,9 @@ impl Tlb {
         let map = &self.map;
         window.activate(paging.cr3, earned, regions, |va, writes| {
             let access = if writes { Access::Write } else { Access::Read };
-            let gpa = peek(map, paging, va, access)?.gpa;
+            let Translation { gpa, size, .. } = peek(map, paging, va, access)?;
             let slot = map.slot(gpa)?;
-            (!writes || slot.is_writable() && !slot.must_notice_stores(gpa)).then_some(gpa)
+            (!writes || slot.is_writable() && !slot.must_notice_stores(gpa)).then_some((gpa, size))
         });
     }
 

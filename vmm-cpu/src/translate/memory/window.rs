@@ -138,15 +138,15 @@ impl Window {
         (self.reserve.address() + place(slot, 0)).wrapping_sub(u64::from(region) << 32)
     }
 
-    /// Makes the pages of the address space with that CR3 accessible as far as `gpa_of` says that they are what they were:
-    /// where a linear page leads to, for writing or not. `earned` is what the space may spend if it is a new one. If it
-    /// cannot afford that, it is forgotten.
+    /// Makes the pages of the address space with that CR3 accessible as far as `find` says that they are what they were:
+    /// where a linear page leads to, for writing or not, and the size of the page that it is part of now. `earned` is what
+    /// the space may spend if it is a new one. If it cannot afford that, it is forgotten.
     pub(crate) fn activate(
         &mut self,
         root: u64,
         earned: Duration,
         regions: &mut [u64; REGIONS],
-        mut gpa_of: impl FnMut(u64, bool) -> Option<u64>,
+        mut find: impl FnMut(u64, bool) -> Option<(u64, u64)>,
     ) {
         self.suspend(regions);
         self.figures.activations += 1;
@@ -179,10 +179,17 @@ impl Window {
             }
             left => space.credit = left.unwrap_or_default(),
         }
-        let stale =
-            |(va, page): (&u64, &Mapped)| (gpa_of(*va, page.writable) != Some(page.gpa)).then_some(*va);
-        let stale: Vec<u64> = space.pages.iter().filter_map(stale).collect();
-        self.active = true;
+        let mut large = self.large;
+        let mut is_stale = |va: u64, page: &Mapped| match find(va, page.writable) {
+            Some((gpa, size)) if gpa == page.gpa => {
+                large |= size > PAGE;
+                false
+            }
+            _ => true,
+        };
+        let pages = space.pages.iter();
+        let stale: Vec<u64> = pages.filter(|(va, page)| is_stale(**va, page)).map(|(va, _)| *va).collect();
+        (self.active, self.large) = (true, large);
         for va in stale {
             self.forget_page(va);
         }

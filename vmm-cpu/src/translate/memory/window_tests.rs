@@ -141,7 +141,7 @@ fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
     assert!(!rig.write(0x5000) && !rig.write(0x6000) && rig.write(0x7000));
     rig.window.activate(0x1000, EARNED, &mut rig.regions, |va, writable| {
         assert!(!writable, "{va:#x}");
-        Some(PAGE)
+        Some((PAGE, PAGE))
     });
     assert!(!rig.write(0x1000));
     assert_eq!(rig.read(0x1000), Some(1));
@@ -160,9 +160,9 @@ fn an_address_space_comes_back_with_what_still_holds() {
     assert_eq!(rig.read(0x1_0000_0000), None);
     // Page 1 has another translation, page 3 is clean again.
     rig.window.activate(0x1000, EARNED, &mut rig.regions, |va, writable| match (va >> 12 & 3, writable) {
-        (1, _) => Some(0),
+        (1, _) => Some((0, PAGE)),
         (3, true) => None,
-        (page, _) => Some(page * PAGE),
+        (page, _) => Some((page * PAGE, PAGE)),
     });
     let read: Vec<_> = (0..4).map(|page| rig.read(0x1_0000_0000 + page * PAGE)).collect();
     assert_eq!(read, [Some(0), None, Some(2), None]);
