@@ -7,8 +7,8 @@ use vmm_memory::PageBitmap;
 use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
 use crate::machine::{
-    ACCESSED, Answer, CODE, CR0, CR4, Call, DATA, DIRTY, EXTRA, GLOBAL, OTHER_SPACE, PRESENT, SPACE, USER,
-    WRITABLE, call, page, same_on_all, same_with,
+    ACCESSED, Answer, CODE, CR0, CR4, Call, DATA, DIRTY, EXTRA, GLOBAL, OTHER_SPACE, PRESENT, SPACE, Setup,
+    Tier, USER, WRITABLE, call, page, run_on, same_on_all, same_with,
 };
 
 const PLACE: u64 = 0x1234_5678_0000;
@@ -17,7 +17,7 @@ const RIVAL: u64 = PLACE + (2048 << 12);
 const READ_ONLY: u64 = PRESENT | USER;
 
 /// Page `n` begins with 0x1000 and its number.
-fn number_pages(setup: &mut crate::machine::Setup) {
+fn number_pages(setup: &mut Setup) {
     for n in 0..0x20 {
         setup.word(page(n), 0x1000 + n);
     }
@@ -376,6 +376,61 @@ fn bits_that_the_kernel_clears_are_set_again() {
         [registers.r12, registers.r13, registers.r14].map(|entry| entry & both),
         [ACCESSED, both, both]
     );
+}
+
+#[test]
+fn where_instructions_are_counted_accessed_bits_are_those_of_the_interpreter() {
+    let prepare = |setup: &mut Setup| {
+        number_pages(setup);
+        let entry = setup.map(SPACE, PLACE, page(1), DATA);
+        setup.map(SPACE, RIVAL, page(2), DATA);
+        setup.map(OTHER_SPACE, PLACE, page(3), DATA);
+        let look = |a: &mut CodeAssembler, to| {
+            call(a, Call::Load(entry));
+            a.mov(to, rax)
+        };
+        let mut a = program(|a| {
+            // The TLB forgets the page, but not because anything was flushed.
+            store(a, PLACE, 1)?;
+            load(a, r12, RIVAL)?;
+            call(a, Call::Store(entry, page(1) | DATA | DIRTY));
+            load(a, r12, PLACE)?;
+            look(a, r12)?;
+            // It does not forget it.
+            call(a, Call::Store(entry, page(1) | DATA));
+            load(a, r13, PLACE)?;
+            look(a, r13)?;
+            store(a, PLACE, 1)?;
+            // It forgets it with the address space.
+            call(a, Call::SetCr3(OTHER_SPACE));
+            load(a, r14, PLACE)?;
+            call(a, Call::Store(entry, page(1) | DATA | ACCESSED | DIRTY));
+            call(a, Call::SetCr3(SPACE));
+            load(a, r14, RIVAL)?;
+            call(a, Call::Store(entry, page(1) | DATA | DIRTY));
+            load(a, r14, PLACE)?;
+            look(a, r14)?;
+            call(a, Call::Tell(0));
+            call(a, Call::Store(entry, page(1) | DATA));
+            load(a, r15, PLACE)?;
+            look(a, r15)
+        });
+        setup.program(&mut a);
+    };
+    // What the host does with the log is nothing that the program can see.
+    let told = |setup: &mut Setup, _| {
+        let log = setup.vm.dirty_log().unwrap();
+        log.harvest(&setup.ram, &mut PageBitmap::for_region(&setup.ram)).unwrap();
+    };
+    let runs = [Tier::Interpreter, Tier::Translator(true), Tier::Window(true)]
+        .map(|tier| run_on(tier, &prepare, &told));
+    assert!(runs[2].count("window-pages-mapped") > 3);
+    let seen = runs.each_ref().map(|run| {
+        let registers = &run.registers;
+        [registers.r12, registers.r13, registers.r14, registers.r15].map(|entry| entry & (ACCESSED | DIRTY))
+    });
+    assert_eq!(seen[0], [ACCESSED | DIRTY, 0, ACCESSED | DIRTY, 0]);
+    assert_eq!((seen[1], seen[2]), (seen[0], seen[0]));
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
 use crate::translate::hypervisor::AddressWindow;
 use crate::translate::memory::frame::Frame;
-use crate::translate::memory::{Reach, Tlb};
+use crate::translate::memory::{Policy, Reach, Tlb};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
@@ -281,11 +281,14 @@ impl Tier1 {
         if m.mode.reach != Reach::User || self.window == AddressWindow::Never || m.tlb.has_window() {
             return;
         }
-        let thrifty = self.window == AddressWindow::Adaptive;
-        let merited = if thrifty { self.merits.merited(m.cpu.cr3) } else { Some(Duration::ZERO) };
+        let (policy, merited) = match self.window {
+            AddressWindow::Adaptive => (Policy::Thrifty, self.merits.merited(m.cpu.cr3)),
+            _ if self.translator.flavour.counted => (Policy::Exact, Some(Duration::ZERO)),
+            _ => (Policy::Lavish, Some(Duration::ZERO)),
+        };
         let Some(ran) = merited.filter(|_| fault::are_handled()) else { return };
         let paging = m.paging();
-        m.tlb.open_window(&paging, ran, self.pages, thrifty);
+        m.tlb.open_window(&paging, ran, self.pages, policy);
         if !m.tlb.has_window() {
             self.merits.disappoint(m.cpu.cr3);
         }

@@ -21,7 +21,7 @@ use super::frame::{ENTRIES, Entry, Frame, nothing_at};
 use super::host::{HostWord, Order};
 use super::map::MemoryMap;
 use super::walk::{Access, Paging, Translation, peek};
-use super::window::{Figures, Window};
+use super::window::{Figures, Policy, Window};
 use super::{PAGE, PAGE_MASK};
 use crate::translate::segment::low8;
 
@@ -332,10 +332,10 @@ impl Tlb {
             kind,
         };
         self.large |= size > SMALL;
-        if let (Reach::User, Some(window)) = (self.reach, &mut self.window) {
-            window.follow(page, translation.gpa & PAGE_MASK);
-        }
         let old = std::mem::replace(self.frame.entry_mut(self.reach, va), entry);
+        if let (Reach::User, Some(window)) = (self.reach, &mut self.window) {
+            window.follow(page, translation.gpa & PAGE_MASK, old.read);
+        }
         let was_local = old.kind & (PRESENT | GLOBAL) == PRESENT;
         if !translation.global && !was_local {
             if self.local.len() >= LOCAL {
@@ -361,16 +361,16 @@ impl Tlb {
         self.window.as_ref().is_some_and(Window::is_active)
     }
 
-    /// Gives the user program in the address space of `paging` a window, if it has `earned` it or the window is not
-    /// `thrifty`. Where the host has no room for one, there is none.
-    pub(crate) fn open_window(&mut self, paging: &Paging, earned: Duration, limit: usize, thrifty: bool) {
+    /// Gives the user program in the address space of `paging` a window, which under [`Policy::Thrifty`] it must have
+    /// `earned`. Where the host has no room for one, there is none.
+    pub(crate) fn open_window(&mut self, paging: &Paging, earned: Duration, limit: usize, policy: Policy) {
         if self.no_window {
             return;
         }
         let regions = &mut self.frame.regions;
         let window = match &mut self.window {
             Some(window) => window,
-            None => match Window::new(limit, thrifty, regions) {
+            None => match Window::new(limit, policy, regions) {
                 Ok(window) => self.window.insert(window),
                 Err(error) => {
                     tracing::debug!(%error, "no address window");

@@ -12,6 +12,10 @@
 //! the page tables, as if the processor had looked all of them up anew; those that changed, or whose accessed or dirty bits
 //! were cleared, go.
 //!
+//! While an address space is in use, what can be accessed is what the page tables said then or later, as in a TLB of any
+//! size. That of a processor of limited size forgets some by itself, and looks up again what is accessed next: that shows in
+//! accessed bits, which is why where instructions are counted the window forgets what the TLB does.
+//!
 //! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. So an address space has to earn
 //! them by the time that it runs.
 
@@ -54,6 +58,18 @@ const SHARE: u32 = 8;
 /// The most that it can have earned.
 const MOST: Duration = Duration::from_millis(50);
 
+/// What a window is to care about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Policy {
+    /// An address space spends no more than it earns.
+    Thrifty,
+    /// None is given up.
+    Lavish,
+    /// The same; and nothing can be accessed that the TLB has not, so that accessed and dirty bits are set at the very
+    /// instruction at which they are without a window.
+    Exact,
+}
+
 /// A mapped page.
 #[derive(Clone, Copy, Debug)]
 struct Mapped {
@@ -89,8 +105,7 @@ pub(crate) struct Window {
     limit: usize,
     /// Counts uses of spaces.
     clock: u64,
-    /// It spends no more than it earns.
-    thrifty: bool,
+    policy: Policy,
     /// Pages may be parts of large ones.
     large: bool,
     pub(crate) figures: Figures,
@@ -110,7 +125,7 @@ impl Window {
     ///
     /// # Errors
     /// Those of the operating system, where there is no room for it.
-    pub(crate) fn new(limit: usize, thrifty: bool, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
+    pub(crate) fn new(limit: usize, policy: Policy, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
         let this = Self {
             reserve: Reserve::new(u64::from(SLOTS) * STRIDE)?,
             free: (1..SLOTS).collect(),
@@ -119,7 +134,7 @@ impl Window {
             places: FxHashMap::default(),
             limit,
             clock: 0,
-            thrifty,
+            policy,
             large: false,
             figures: Figures::default(),
         };
@@ -172,7 +187,7 @@ impl Window {
         space.since = Instant::now();
         let count = u32::try_from(space.pages.len()).unwrap_or(u32::MAX);
         match space.credit.checked_sub(CHECK * count) {
-            None if self.thrifty => {
+            None if self.policy == Policy::Thrifty => {
                 self.figures.given_up += 1;
                 self.remove(0);
                 return;
@@ -215,6 +230,10 @@ impl Window {
         for (region, _) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, 0, regions);
         }
+        if self.policy == Policy::Exact {
+            // The TLB keeps nothing for later either.
+            self.remove(0);
+        }
     }
 
     /// Whether the space in use can afford another fault, which it pays for.
@@ -223,7 +242,7 @@ impl Window {
         space.earn();
         let left = space.credit.checked_sub(FAULT);
         space.credit = left.unwrap_or_default();
-        !self.thrifty || left.is_some()
+        self.policy != Policy::Thrifty || left.is_some()
     }
 
     /// Forgets the space in use.
@@ -231,7 +250,9 @@ impl Window {
         if self.active {
             self.figures.given_up += 1;
             self.suspend(regions);
-            self.remove(0);
+            if !self.spaces.is_empty() {
+                self.remove(0);
+            }
         }
     }
 
@@ -307,8 +328,12 @@ impl Window {
         }
     }
 
-    /// The page at `va` has just been found to be `gpa`: in the space in use, nothing else is accessible there any more.
-    pub(crate) fn follow(&mut self, va: u64, gpa: u64) {
+    /// The TLB has just learnt that the page at `va` is `gpa`, and forgotten that at `evicted` for it: in the space in use,
+    /// nothing else is accessible there any more.
+    pub(crate) fn follow(&mut self, va: u64, gpa: u64, evicted: u64) {
+        if self.policy == Policy::Exact && evicted != va {
+            self.forget_page(evicted);
+        }
         let known = self.spaces.first().filter(|_| self.active).and_then(|space| space.pages.get(&va));
         if known.is_some_and(|known| known.gpa != gpa) {
             self.forget_page(va);

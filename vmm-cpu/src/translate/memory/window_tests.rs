@@ -39,9 +39,9 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(pages: u64, limit: usize, thrifty: bool) -> Self {
+    fn new(pages: u64, limit: usize, policy: Policy) -> Self {
         let mut regions: Box<[u64; REGIONS]> = vec![0; REGIONS].try_into().unwrap();
-        let window = Window::new(limit, thrifty, &mut regions).unwrap();
+        let window = Window::new(limit, policy, &mut regions).unwrap();
         let (ram, region) = memory(pages);
         Self { window, regions, region, _ram: ram }
     }
@@ -79,7 +79,7 @@ impl Rig {
 
 #[test]
 fn no_address_leads_elsewhere_than_into_the_window() {
-    let mut rig = Rig::new(1, 16, false);
+    let mut rig = Rig::new(1, 16, Policy::Lavish);
     rig.activate(0x1000);
     for region in [0, 1, 0x55d0, 0x7fff] {
         rig.map(region << 32 | 0x7000, 0, true);
@@ -105,7 +105,7 @@ fn no_address_leads_elsewhere_than_into_the_window() {
 
 #[test]
 fn pages_are_what_they_were_made() {
-    let mut rig = Rig::new(4, 16, false);
+    let mut rig = Rig::new(4, 16, Policy::Lavish);
     rig.activate(0x1000);
     let (low, high) = (0x40_0000, 0x7ffd_1234_5000);
     assert_eq!(rig.read(low), None);
@@ -130,7 +130,7 @@ fn pages_are_what_they_were_made() {
 
 #[test]
 fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
-    let mut rig = Rig::new(2, 16, false);
+    let mut rig = Rig::new(2, 16, Policy::Lavish);
     rig.activate(0x1000);
     rig.map(0x1000, 1, true);
     rig.activate(0x2000);
@@ -149,7 +149,7 @@ fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
 
 #[test]
 fn an_address_space_comes_back_with_what_still_holds() {
-    let mut rig = Rig::new(4, 16, false);
+    let mut rig = Rig::new(4, 16, Policy::Lavish);
     rig.activate(0x1000);
     for page in 0..4 {
         rig.map(0x1_0000_0000 + page * PAGE, page, page == 3);
@@ -170,7 +170,7 @@ fn an_address_space_comes_back_with_what_still_holds() {
 
 #[test]
 fn what_it_has_is_bounded() {
-    let mut rig = Rig::new(8, 6, false);
+    let mut rig = Rig::new(8, 6, Policy::Lavish);
     // More address spaces than are kept, more regions than there are slots, more pages than may be mapped.
     for root in 1..=2 * SPACES as u64 {
         rig.activate(root << 12);
@@ -188,7 +188,7 @@ fn what_it_has_is_bounded() {
 
 #[test]
 fn what_does_not_pay_is_given_up() {
-    let mut rig = Rig::new(1, 16, true);
+    let mut rig = Rig::new(1, 16, Policy::Thrifty);
     rig.window.activate(0x1000, FAULT * 3, &mut rig.regions, |_, _| None);
     let faults = (0..100_000).take_while(|_| rig.window.pays()).count();
     assert!((3..100_000).contains(&faults), "{faults} faults");
@@ -198,7 +198,7 @@ fn what_does_not_pay_is_given_up() {
 
 #[test]
 fn private_memory_is_refused() {
-    let mut rig = Rig::new(1, 16, false);
+    let mut rig = Rig::new(1, 16, Policy::Lavish);
     let private = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), PAGE)).build().unwrap();
     let region = private.regions().remove(0);
     // Pages that exist.
