@@ -8,6 +8,7 @@ pub(crate) mod frame;
 mod host;
 mod map;
 mod reserve;
+mod space;
 mod tlb;
 mod walk;
 mod window;

@@ -15,17 +15,14 @@
 //! While an address space is in use, what can be accessed is what the page tables said then or later, as in a TLB of any
 //! size. That of a processor of limited size forgets some by itself, and looks up again what is accessed next: that shows in
 //! accessed bits, which is why where instructions are counted the window forgets what the TLB does.
-//!
-//! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. So an address space has to earn
-//! them by the time that it runs.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::time::{Duration, Instant};
-
-use rustc_hash::FxHashMap;
+use std::time::Duration;
 
 use super::frame::REGIONS;
 use super::reserve::{Reserve, Rights};
+use super::space::{CHECK, FAULT, Mapped, Space};
 use super::{PAGE, PAGE_MASK};
 
 /// Bytes of a region.
@@ -49,15 +46,6 @@ const SPACES: usize = 4;
 /// First address that no program of the guest has.
 const END: u64 = 1 << 47;
 
-/// What a fault costs that maps a page.
-const FAULT: Duration = Duration::from_micros(10);
-/// What it costs to compare a page with the page tables.
-const CHECK: Duration = Duration::from_nanos(150);
-/// An address space earns one part in so many of the time that it runs.
-const SHARE: u32 = 8;
-/// The most that it can have earned.
-const MOST: Duration = Duration::from_millis(50);
-
 /// What a window is to care about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Policy {
@@ -70,27 +58,6 @@ pub(crate) enum Policy {
     Exact,
 }
 
-/// A mapped page.
-#[derive(Clone, Copy, Debug)]
-struct Mapped {
-    gpa: u64,
-    writable: bool,
-}
-
-/// The pages of an address space.
-#[derive(Debug)]
-struct Space {
-    /// Its CR3.
-    root: u64,
-    /// Region and slot.
-    slots: Vec<(u16, u32)>,
-    pages: FxHashMap<u64, Mapped>,
-    /// What it may spend.
-    credit: Duration,
-    since: Instant,
-    used: u64,
-}
-
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Window {
@@ -99,8 +66,8 @@ pub(crate) struct Window {
     spaces: Vec<Space>,
     /// The pages can be accessed of `spaces[0]`.
     active: bool,
-    /// Where each guest-physical page is mapped: CR3 and linear page.
-    places: FxHashMap<u64, Vec<(u64, u64)>>,
+    /// Where each guest-physical page is mapped: that, CR3, linear page.
+    places: BTreeSet<(u64, u64, u64)>,
     /// Pages that may be mapped.
     limit: usize,
     /// Counts uses of spaces.
@@ -131,7 +98,7 @@ impl Window {
             free: (1..SLOTS).collect(),
             spaces: Vec::new(),
             active: false,
-            places: FxHashMap::default(),
+            places: BTreeSet::new(),
             limit,
             clock: 0,
             policy,
@@ -175,24 +142,19 @@ impl Window {
                         self.remove(oldest);
                     }
                 }
-                let pages = FxHashMap::default();
-                let (slots, since) = (Vec::new(), Instant::now());
-                self.spaces.push(Space { root, slots, pages, credit: earned, since, used: 0 });
+                self.spaces.push(Space::new(root, earned));
                 self.spaces.len() - 1
             }
         };
         self.spaces.swap(0, at);
         let Some(space) = self.spaces.first_mut() else { return };
         space.used = self.clock;
-        space.since = Instant::now();
+        space.start();
         let count = u32::try_from(space.pages.len()).unwrap_or(u32::MAX);
-        match space.credit.checked_sub(CHECK * count) {
-            None if self.policy == Policy::Thrifty => {
-                self.figures.given_up += 1;
-                self.remove(0);
-                return;
-            }
-            left => space.credit = left.unwrap_or_default(),
+        if !space.spend(CHECK * count) && self.policy == Policy::Thrifty {
+            self.figures.given_up += 1;
+            self.remove(0);
+            return;
         }
         let mut large = self.large;
         let mut is_stale = |va: u64, page: &Mapped| match find(va, page.writable) {
@@ -240,9 +202,7 @@ impl Window {
     pub(crate) fn pays(&mut self) -> bool {
         let Some(space) = self.spaces.first_mut().filter(|_| self.active) else { return false };
         space.earn();
-        let left = space.credit.checked_sub(FAULT);
-        space.credit = left.unwrap_or_default();
-        self.policy != Policy::Thrifty || left.is_some()
+        space.spend(FAULT) || self.policy != Policy::Thrifty
     }
 
     /// Forgets the space in use.
@@ -294,7 +254,7 @@ impl Window {
             }
             self.figures.mapped += 1;
             let root = self.spaces.first().map_or(0, |space| space.root);
-            self.places.entry(gpa).or_default().push((root, va));
+            self.places.insert((gpa, root, va));
         } else if known.is_some_and(|known| known.writable != writable) {
             let rights = if writable { Rights::ReadWrite } else { Rights::Read };
             self.reserve.protect(at, PAGE, rights)?;
@@ -307,8 +267,7 @@ impl Window {
 
     /// The slot of a region in the space in use. If none is free, all others lose theirs.
     fn slot(&mut self, region: u16, regions: &mut [u64; REGIONS]) -> Option<u32> {
-        let known = |space: &Space| space.slots.iter().find(|(of, _)| *of == region).map(|(_, slot)| *slot);
-        if let Some(slot) = self.spaces.first().and_then(known) {
+        if let Some(slot) = self.spaces.first().and_then(|space| space.slot(region)) {
             return Some(slot);
         }
         if self.free.is_empty() {
@@ -348,33 +307,18 @@ impl Window {
         }
         let Some(space) = self.spaces.first_mut() else { return };
         let Some(page) = space.pages.remove(&va) else { return };
-        let Some((_, slot)) = space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32) else {
-            return;
-        };
-        let (root, at) = (space.root, place(*slot, va));
-        self.reserve.vacate(at, PAGE);
+        let Some(slot) = space.slot_at(va) else { return };
+        self.reserve.vacate(place(slot, va), PAGE);
         self.figures.unmapped += 1;
-        self.forget_place(page.gpa, root, va);
-    }
-
-    fn forget_place(&mut self, gpa: u64, root: u64, va: u64) {
-        if let Some(places) = self.places.get_mut(&gpa) {
-            places.retain(|place| *place != (root, va));
-            if places.is_empty() {
-                self.places.remove(&gpa);
-            }
-        }
+        self.places.remove(&(page.gpa, space.root, va));
     }
 
     /// Makes a guest-physical page read-only wherever it is mapped.
     pub(crate) fn protect(&mut self, gpa: u64) {
-        let Some(places) = self.places.get(&gpa) else { return };
-        for (root, va) in places {
+        for (_, root, va) in self.places.range((gpa, 0, 0)..=(gpa, u64::MAX, u64::MAX)) {
             let space = self.spaces.iter_mut().find(|space| space.root == *root);
             let Some(space) = space else { continue };
-            let slot =
-                space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32).map(|(_, slot)| *slot);
-            let Some((slot, page)) = slot.zip(space.pages.get_mut(va)) else { continue };
+            let Some((slot, page)) = space.slot_at(*va).zip(space.pages.get_mut(va)) else { continue };
             if std::mem::take(&mut page.writable) {
                 let at = place(slot, *va);
                 if self.reserve.protect(at, PAGE, Rights::Read).is_err() {
@@ -422,16 +366,8 @@ impl Window {
         }
         for (va, page) in space.pages {
             self.figures.unmapped += 1;
-            self.forget_place(page.gpa, space.root, va);
+            self.places.remove(&(page.gpa, space.root, va));
         }
-    }
-}
-
-impl Space {
-    fn earn(&mut self) {
-        let now = Instant::now();
-        self.credit = (self.credit + now.duration_since(self.since) / SHARE).min(MOST);
-        self.since = now;
     }
 }
 

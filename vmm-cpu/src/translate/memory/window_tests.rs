@@ -210,3 +210,16 @@ fn private_memory_is_refused() {
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     assert_eq!(rig.read(0x1000), None);
 }
+
+#[test]
+fn one_page_can_be_at_many_addresses() {
+    let mut rig = Rig::new(1, 8192, Policy::Lavish);
+    rig.activate(0x1000);
+    for n in 0..8192 {
+        rig.map(0x1_0000_0000 + n * PAGE, 0, true);
+    }
+    rig.window.protect(0);
+    assert!((0..8192).all(|n| !rig.write(0x1_0000_0000 + n * PAGE)));
+    rig.window.activate(0x1000, EARNED, &mut rig.regions, |_, _| None);
+    assert!(rig.window.places.is_empty());
+}
