@@ -18,13 +18,10 @@ use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
 use crate::translate::hypervisor::AddressWindow;
 use crate::translate::memory::frame::Frame;
-use crate::translate::memory::{Policy, Reach, Tlb};
+use crate::translate::memory::{Policy, Reach, Tlb, WINDOW_PAGES};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
-
-/// Pages in the address windows of all vCPUs. Each can be two mappings of the 65530 that Linux lets a process have.
-const WINDOW_PAGES: usize = 16384;
 
 /// Masks of all exceptions in MXCSR.
 const MASKS: u32 = 0x1f80;

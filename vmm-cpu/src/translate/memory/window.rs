@@ -20,6 +20,9 @@ use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
+use rustc_hash::FxHashSet;
+
+use super::budget::Share;
 use super::frame::REGIONS;
 use super::reserve::{Reserve, Rights};
 use super::space::{CHECK, FAULT, Mapped, Space};
@@ -36,6 +39,9 @@ const GUARD: u64 = 1 << 20;
 
 /// Bytes from slot to slot.
 const STRIDE: u64 = REGION + 2 * GUARD;
+
+/// Bytes of addresses that one of the host's page tables is for.
+const TABLE: u64 = 1 << 21;
 
 /// Slots, with the one that nothing is ever mapped in.
 const SLOTS: u32 = 64;
@@ -68,8 +74,12 @@ pub(crate) struct Window {
     active: bool,
     /// Where each guest-physical page is mapped: that, CR3, linear page.
     places: BTreeSet<(u64, u64, u64)>,
-    /// Pages that may be mapped.
+    /// Which parts of which slot had a page since nothing was mapped in the slot: the host has a page table for each, which
+    /// it keeps until then.
+    tables: FxHashSet<(u32, u64)>,
+    /// Pages that may be mapped, and parts that may have had one.
     limit: usize,
+    share: Share,
     /// Counts uses of spaces.
     clock: u64,
     policy: Policy,
@@ -99,7 +109,9 @@ impl Window {
             spaces: Vec::new(),
             active: false,
             places: BTreeSet::new(),
+            tables: FxHashSet::default(),
             limit,
+            share: Share::of_process(),
             clock: 0,
             policy,
             large: false,
@@ -235,7 +247,7 @@ impl Window {
         if !self.active || va >= END {
             return Ok(());
         }
-        if self.spaces.iter().map(|space| space.pages.len()).sum::<usize>() >= self.limit {
+        if self.places.len() >= self.limit || self.tables.len() >= self.limit {
             self.start_over(regions);
         }
         let Ok(region) = u16::try_from(va >> 32) else { return Ok(()) };
@@ -248,6 +260,14 @@ impl Window {
             if known.is_some() {
                 self.forget_page(va);
             }
+            if self.figures.mapped == 0 {
+                Reserve::probe(host)?;
+            }
+            if !self.share.set(self.places.len() + 1) {
+                // Others have all that there are.
+                return Ok(());
+            }
+            self.tables.insert((slot, at / TABLE));
             self.reserve.duplicate(host, at)?;
             if !writable {
                 self.reserve.protect(at, PAGE, Rights::Read)?;
@@ -308,23 +328,43 @@ impl Window {
         let Some(space) = self.spaces.first_mut() else { return };
         let Some(page) = space.pages.remove(&va) else { return };
         let Some(slot) = space.slot_at(va) else { return };
-        self.reserve.vacate(place(slot, va), PAGE);
+        let root = space.root;
+        self.places.remove(&(page.gpa, root, va));
         self.figures.unmapped += 1;
-        self.places.remove(&(page.gpa, space.root, va));
+        self.vacate_page(root, slot, va);
+    }
+
+    /// Unmaps a page that a space does not list any more. Where the host lacks the memory to cut it out of what is mapped
+    /// around it, all of its slot goes.
+    fn vacate_page(&mut self, root: u64, slot: u32, va: u64) {
+        if self.reserve.vacate(place(slot, va), PAGE) {
+            return;
+        }
+        self.empty_slot(slot);
+        let Some(space) = self.spaces.iter_mut().find(|space| space.root == root) else { return };
+        for (va, page) in space.pages.extract_if(|other, _| *other >> 32 == va >> 32) {
+            self.places.remove(&(page.gpa, root, va));
+            self.figures.unmapped += 1;
+        }
     }
 
     /// Makes a guest-physical page read-only wherever it is mapped.
     pub(crate) fn protect(&mut self, gpa: u64) {
+        let mut failed = Vec::new();
         for (_, root, va) in self.places.range((gpa, 0, 0)..=(gpa, u64::MAX, u64::MAX)) {
             let space = self.spaces.iter_mut().find(|space| space.root == *root);
             let Some(space) = space else { continue };
             let Some((slot, page)) = space.slot_at(*va).zip(space.pages.get_mut(va)) else { continue };
-            if std::mem::take(&mut page.writable) {
-                let at = place(slot, *va);
-                if self.reserve.protect(at, PAGE, Rights::Read).is_err() {
-                    self.reserve.vacate(at, PAGE);
-                }
+            let was_writable = std::mem::take(&mut page.writable);
+            if was_writable && self.reserve.protect(place(slot, *va), PAGE, Rights::Read).is_err() {
+                space.pages.remove(va);
+                failed.push((*root, slot, *va));
             }
+        }
+        for (root, slot, va) in failed {
+            self.places.remove(&(gpa, root, va));
+            self.figures.unmapped += 1;
+            self.vacate_page(root, slot, va);
         }
     }
 
@@ -345,29 +385,42 @@ impl Window {
         let slots = self.spaces.first_mut().map(|space| std::mem::take(&mut space.slots)).unwrap_or_default();
         for (region, slot) in slots {
             self.set_region(region, 0, regions);
-            self.vacate_slot(slot);
+            self.free_slot(slot);
         }
         if let Some(space) = self.spaces.first_mut() {
             self.figures.unmapped += space.pages.len() as u64;
             space.pages.clear();
         }
         self.places.clear();
+        self.share.set(0);
     }
 
-    fn vacate_slot(&mut self, slot: u32) {
-        self.reserve.vacate(u64::from(slot) * STRIDE, STRIDE);
+    fn free_slot(&mut self, slot: u32) {
+        self.empty_slot(slot);
         self.free.push(slot);
+    }
+
+    /// Unmaps all pages of a slot. If the host refused that, the guest would keep pages that it has no right to: then the
+    /// process ends.
+    fn empty_slot(&mut self, slot: u32) {
+        if !self.reserve.vacate(u64::from(slot) * STRIDE, STRIDE) {
+            let error = io::Error::last_os_error();
+            tracing::error!(%error, "pages of the address window cannot be unmapped");
+            std::process::abort();
+        }
+        self.tables.retain(|(of, _)| *of != slot);
     }
 
     fn remove(&mut self, at: usize) {
         let space = self.spaces.swap_remove(at);
         for (_, slot) in space.slots {
-            self.vacate_slot(slot);
+            self.free_slot(slot);
         }
         for (va, page) in space.pages {
             self.figures.unmapped += 1;
             self.places.remove(&(page.gpa, space.root, va));
         }
+        self.share.set(self.places.len());
     }
 }
 

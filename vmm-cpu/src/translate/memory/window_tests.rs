@@ -223,3 +223,17 @@ fn one_page_can_be_at_many_addresses() {
     rig.window.activate(0x1000, EARNED, &mut rig.regions, |_, _| None);
     assert!(rig.window.places.is_empty());
 }
+
+#[test]
+fn pages_that_are_gone_leave_a_bounded_number_of_tables() {
+    let mut rig = Rig::new(1, 16, Policy::Lavish);
+    rig.activate(0x1000);
+    for n in 0..100 {
+        let va = 0x1_0000_0000 + n * 8 * TABLE;
+        rig.map(va, 0, true);
+        assert_eq!(rig.read(va), Some(0));
+        rig.window.forget_page(va);
+        assert_eq!(rig.read(va), None);
+        assert!(rig.window.tables.len() <= 16);
+    }
+}
