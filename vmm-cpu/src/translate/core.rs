@@ -412,7 +412,10 @@ impl Core {
                 }
                 Ok(translation)
             }
-            Err(fault) => Err(self.raise(Exception::page_fault(va, fault.error))),
+            Err(fault) => {
+                self.tlb.forget_data(va);
+                Err(self.raise(Exception::page_fault(va, fault.error)))
+            }
         }
     }
 
@@ -637,6 +640,13 @@ impl<'a> Machine<'a> {
         self.probe_write(place, W::BYTES as u64)?;
         let aligned = place.va.is_multiple_of(W::BYTES as u64);
         let translation = self.translate(place, Access::Write)?;
+        // Of a page that could only be read, the TLB may know another one, and what is changed is what was read.
+        self.fill(place.va, &translation);
+        let last = place.plus(W::BYTES as u64 - 1);
+        if !is_within_page(place.va, W::BYTES) {
+            let second = self.translate(last, Access::Write)?;
+            self.fill(last.va, &second);
+        }
         let gpa = translation.gpa | place.va & !PAGE_MASK;
         let map = Arc::clone(self.map());
         let slot = map.slot(gpa).filter(|slot| slot.is_writable());

@@ -17,13 +17,10 @@ use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
 use crate::translate::hypervisor::AddressWindow;
 use crate::translate::memory::frame::Frame;
-use crate::translate::memory::{Reach, Tlb};
+use crate::translate::memory::{Reach, Tlb, WINDOW_PAGES};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
-
-/// Pages in the address windows of all vCPUs. Each can be two mappings of the 65530 that Linux lets a process have.
-const WINDOW_PAGES: usize = 16384;
 
 /// Masks of all exceptions in MXCSR.
 const MASKS: u32 = 0x1f80;
@@ -290,7 +287,7 @@ impl Tier1 {
             return;
         }
         let paging = m.paging();
-        if !m.tlb.open_window(&paging, self.pages) {
+        if !m.tlb.open_window(&paging, self.pages, self.translator.flavour.counted) {
             self.merits.forget(root);
         }
         self.charge_window(m);

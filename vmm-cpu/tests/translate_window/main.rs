@@ -1,0 +1,10 @@
+//! User programs whose accesses go through the address window see the memory that they see without one: the same programs,
+//! with a small kernel below them, interpreted, translated, and translated with a window.
+
+#![cfg(all(feature = "translate", target_arch = "x86_64"))]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod machine;
+
+mod faults;
+mod stale;
