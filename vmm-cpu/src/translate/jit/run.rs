@@ -17,7 +17,7 @@ use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
 use crate::translate::hypervisor::AddressWindow;
 use crate::translate::memory::frame::Frame;
-use crate::translate::memory::{Reach, Tlb, WINDOW_PAGES};
+use crate::translate::memory::{Reach, Tlb, WINDOW_PAGES, WindowFigures};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
@@ -64,6 +64,8 @@ pub(crate) struct Tier1 {
     merits: Merits,
     /// Pages that a window may have.
     pages: usize,
+    /// What it had done when it was last taken away.
+    spent: WindowFigures,
     figures: Figures,
 }
 
@@ -99,6 +101,7 @@ impl Tier1 {
                     window,
                     merits,
                     pages,
+                    spent: WindowFigures::default(),
                     figures,
                 })
             }
@@ -300,15 +303,19 @@ impl Tier1 {
         }
     }
 
-    /// Lets the program that has the window pay for it, or takes it away.
+    /// Lets the program that has the window pay for it, or takes it away. Its pages wait for it to have saved more.
     fn charge_window(&mut self, m: &mut Machine<'_>) {
         let cost = m.tlb.take_window_cost();
-        if self.window == AddressWindow::Adaptive
-            && !self.merits.charge(m.cpu.cr3, cost)
-            && m.tlb.has_window()
-        {
-            self.figures.closed += 1;
-            m.tlb.close_window();
+        let root = m.cpu.cr3;
+        if self.window != AddressWindow::Adaptive || self.merits.charge(root, cost) || !m.tlb.has_window() {
+            return;
+        }
+        self.figures.closed += 1;
+        m.tlb.close_window();
+        let now = m.tlb.window_figures();
+        let before = std::mem::replace(&mut self.spent, now);
+        if (now.unmapped - before.unmapped) * 2 > now.mapped - before.mapped {
+            self.merits.reproach(root);
         }
     }
 

@@ -392,10 +392,10 @@ impl Tlb {
         })
     }
 
-    /// Takes the window from the program that has one.
+    /// Takes the window from the program that has one, until it is opened again.
     pub(crate) fn close_window(&mut self) {
         if let Some(window) = &mut self.window {
-            window.give_up(&mut self.frame.regions);
+            window.suspend(&mut self.frame.regions);
         }
     }
 

@@ -214,16 +214,6 @@ impl Window {
         }
     }
 
-    /// Forgets the space in use.
-    pub(crate) fn give_up(&mut self, regions: &mut [u64; REGIONS]) {
-        if self.active {
-            self.suspend(regions);
-            if !self.spaces.is_empty() {
-                self.remove(0);
-            }
-        }
-    }
-
     /// Makes the page at `va` accessible in the space in use: guest-physical page `gpa`, which is at `host` and part of a
     /// page of `size` bytes.
     ///
