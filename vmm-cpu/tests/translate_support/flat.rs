@@ -127,7 +127,7 @@ impl Flat {
     /// Runs until something ends it, at the latest a kick of the watchdog.
     pub fn run_once(&mut self, io: &mut dyn VcpuIo) -> Halt {
         watchdog::set_patience(Duration::from_secs(10));
-        let _watch = watchdog::watch(self.vcpu.handle(), || "an attack".to_owned());
+        let _watch = watchdog::watch(self.vcpu.handle(), watchdog::KICK_AFTER, || "an attack".to_owned());
         self.vcpu.run(io).unwrap()
     }
 }

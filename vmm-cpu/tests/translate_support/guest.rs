@@ -1,6 +1,7 @@
 //! What an input describes. Fields that select something are reduced to what there is, so that no input is refused.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
+use vmm_cpu::translate::TranslateOptions;
 
 use super::code::Instruction;
 use super::layout;
@@ -46,6 +47,29 @@ impl Mode {
 
     pub fn is_paged(self) -> bool {
         matches!(self, Self::Paged32 | Self::Pae) || self.is_long()
+    }
+}
+
+/// What executes the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
+pub enum Tier {
+    /// The interpreter alone.
+    Interpreted,
+    /// Blocks are translated before they run for the first time.
+    AtOnce,
+    /// Blocks that ran twice are translated.
+    Later,
+}
+
+impl Tier {
+    pub const ALL: [Self; 3] = [Self::Interpreted, Self::AtOnce, Self::Later];
+
+    pub fn options(self) -> TranslateOptions {
+        TranslateOptions::default().translate_after(match self {
+            Self::Interpreted => None,
+            Self::AtOnce => Some(0),
+            Self::Later => Some(2),
+        })
     }
 }
 
@@ -277,6 +301,9 @@ pub enum Step {
 /// The whole input.
 #[derive(Clone, Debug, Arbitrary)]
 pub struct Guest {
+    pub tier: Tier,
+    /// Both tiers must come to the same, where all that the guest sees follows from the input.
+    pub compared: bool,
     pub start: Start,
     pub local_apic: bool,
     pub deterministic: bool,

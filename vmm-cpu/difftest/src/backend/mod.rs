@@ -3,6 +3,7 @@
 mod kernel;
 mod machine;
 
+use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -37,9 +38,33 @@ pub(crate) enum Tier {
     /// The same, and programs access memory through the address window.
     #[value(name = "window")]
     Window,
+    /// Interpreter and translator: both must do as the processor.
+    Both,
 }
 
-/// The backend, ready for a case.
+/// Who it was that executed a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    Interpreter,
+    Translator,
+    /// The translator, which had translated the code already and linked its blocks.
+    TranslatorAgain,
+    /// The translator, through the address window.
+    Window,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Interpreter => "interpreter",
+            Self::Translator => "translator",
+            Self::TranslatorAgain => "linked code",
+            Self::Window => "window",
+        })
+    }
+}
+
+/// The backend on one tier, ready for a case.
 pub(crate) struct Backend {
     machine: Machine,
     /// Where ring 0 begins, for when a case did not come back there.
@@ -97,8 +122,8 @@ fn bytes(start: &Start) -> [u8; START] {
 }
 
 impl Backend {
-    pub(crate) fn new(tier: Tier) -> Result<Self> {
-        let mut machine = machine::build(tier).context("cannot make the guest")?;
+    pub(crate) fn new(who: Who) -> Result<Self> {
+        let mut machine = machine::build(who).context("cannot make the guest")?;
         let fresh = machine.vcpu.save()?;
         let port = Port { handle: machine.vcpu.handle(), done: false };
         Ok(Self {
