@@ -4,7 +4,7 @@ use rustc_hash::FxHashMap;
 
 use super::Block;
 use crate::translate::core::CodeStore;
-use crate::translate::memory::{MemoryMap, PAGE, PAGE_MASK};
+use crate::translate::memory::{MemoryMap, PAGE_MASK};
 
 /// Entries of the table from RIP to block.
 const JUMPS: usize = 4096;
@@ -117,20 +117,11 @@ impl BlockCache {
     ) -> Option<u32> {
         let id = *self.by_address.get(&(gpa, code_bits))?;
         let block = self.get(id)?;
-        let here = block.bytes.len().min(usize::try_from(PAGE - (gpa & !PAGE_MASK)).unwrap_or(0));
-        let mut now = [0; 1024];
-        let same = match (now.get_mut(..block.bytes.len()), block.second_page) {
-            (Some(now), None) => map.read(gpa, now) && *now == *block.bytes,
-            (Some(now), Some(page)) => {
-                let (first, second) = now.split_at_mut(here);
-                second_page() == Some(page)
-                    && map.read(gpa, first)
-                    && map.read(page, second)
-                    && block.bytes.starts_with(first)
-                    && block.bytes.ends_with(second)
-            }
-            (None, _) => false,
-        };
+        let same = block.second_page.is_none_or(|page| second_page() == Some(page))
+            && block.parts().all(|(gpa, bytes)| {
+                let mut now = [0; 1024];
+                now.get_mut(..bytes.len()).is_some_and(|now| map.read(gpa, now) && *now == *bytes)
+            });
         if same {
             return Some(id);
         }
@@ -199,9 +190,9 @@ impl BlockCache {
             .copied()
             .filter(|id| {
                 self.get(*id).is_some_and(|block| {
-                    let in_second = block.second_page == Some(first);
-                    let in_first = block.gpa < end && store.gpa < block.gpa.saturating_add(block.len());
-                    in_second || in_first
+                    block
+                        .parts()
+                        .any(|(gpa, bytes)| gpa < end && store.gpa < gpa.saturating_add(bytes.len() as u64))
                 })
             })
             .collect();

@@ -14,6 +14,8 @@ mod site;
 mod special;
 mod string;
 mod system;
+#[cfg(test)]
+mod tests;
 mod translator;
 
 pub(crate) use run::{Ran, Tier1};

@@ -9,8 +9,8 @@ use super::translator::{Found, Translator};
 use crate::translate::block::BlockCache;
 use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
-use crate::translate::memory::Reach;
 use crate::translate::memory::frame::Frame;
+use crate::translate::memory::{PAGE_MASK, Reach};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
@@ -309,13 +309,18 @@ impl Tier1 {
         self.catch_up(m, cache);
         let map = Arc::clone(m.map());
         let Some(block) = cache.get(id) else { return Ok(None) };
-        if block.second_page.is_some() {
-            return Ok(None);
-        }
         let Some(fetched) = m.tlb.fetch_translation(rip) else { return Ok(None) };
-        let found = Found { rip, mode, block, fetched };
-        let page = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
-        let Some(page) = page else { return Ok(None) };
+        let mut second = None;
+        if let Some(gpa) = block.second_page {
+            let next = (rip | !PAGE_MASK).wrapping_add(1);
+            second = m.tlb.fetch_translation(next).filter(|fetched| fetched.gpa == gpa);
+            if second.is_none() {
+                return Ok(None);
+            }
+        }
+        let found = Found { rip, mode, block, fetched, second };
+        let held = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
+        let Some(held) = held else { return Ok(None) };
         if let Some(found) = self.translator.find(rip, mode) {
             return Ok(Some(found));
         }
@@ -328,7 +333,7 @@ impl Tier1 {
         }
         let Some(block) = cache.get(id) else { return Ok(None) };
         self.figures.translations += 1;
-        Ok(self.translator.translate(rip, mode, id, block, page, m.tlb.frame()))
+        Ok(self.translator.translate(rip, mode, id, block, held, m.tlb.frame()))
     }
 }
 

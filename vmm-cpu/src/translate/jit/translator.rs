@@ -6,7 +6,8 @@
 //! those of before.
 //!
 //! Within a page, jumps go straight to their target. From other pages a translation is entered through its gate, which is
-//! shut while its page is suspended.
+//! shut while its page is suspended. An instruction that crosses from one page into the next holds while both do, so it is
+//! entered through its gate from everywhere.
 
 use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 use rustc_hash::FxHashMap;
@@ -40,6 +41,8 @@ struct Page {
     global: bool,
     size: u32,
     translations: Vec<u32>,
+    /// Translations that begin in the page before.
+    crossing: Vec<u32>,
     /// What it held when that was last compared.
     bytes: Box<[u8; PAGE_BYTES]>,
 }
@@ -60,9 +63,13 @@ pub(super) struct Translation {
     /// Its block in the interpreter's cache.
     pub(super) block: u32,
     page: u32,
+    /// The page in which it ends, if that is another one.
+    second: Option<u32>,
     mode: Mode,
     live: u64,
     saved: u64,
+    /// Where jumps of the same page lead.
+    near: Gate,
     shut: Gate,
     /// Sites whose jumps lead here.
     incoming: Vec<u32>,
@@ -77,6 +84,15 @@ pub(super) struct Found<'a> {
     pub(super) block: &'a Block,
     /// The page that it was fetched from.
     pub(super) fetched: Fetched,
+    /// That of its last bytes, if they come from another one.
+    pub(super) second: Option<Fetched>,
+}
+
+/// The pages of a block, which hold.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    first: u32,
+    second: Option<u32>,
 }
 
 /// See the module.
@@ -170,7 +186,14 @@ impl Translator {
     /// The translation of what runs at `rip`, if it holds.
     pub(super) fn find(&self, rip: u64, mode: Mode) -> Option<u32> {
         let page = *self.current.get(&(rip & PAGE_MASK, mode))?;
-        self.by_place.get(&(page, offset(rip))).copied()
+        let number = *self.by_place.get(&(page, offset(rip)))?;
+        self.get(number).is_some_and(|found| self.holds(found)).then_some(number)
+    }
+
+    /// Whether a translation may be entered.
+    fn holds(&self, translation: &Translation) -> bool {
+        let holds = |page: u32| self.pages.get(page as usize).is_some_and(|page| page.holds);
+        holds(translation.page) && translation.second.is_none_or(holds)
     }
 
     /// The translation that the table of branch targets has for `rip`.
@@ -231,23 +254,43 @@ impl Translator {
     fn shut(&mut self, page: u32, frame: &mut Frame) {
         let Some(page) = self.pages.get_mut(page as usize) else { return };
         page.holds = false;
-        for translation in &page.translations {
+        for translation in page.translations.iter().chain(&page.crossing) {
             if let Some(found) = self.translations.get(*translation as usize) {
                 found.shut(*translation, frame);
             }
         }
     }
 
-    /// Takes up the page of a block; the page.
+    /// Takes up the pages of a block.
     pub(super) fn take_up(
         &mut self,
         found: &Found<'_>,
         map: &MemoryMap,
         frame: &mut Frame,
         cache: &BlockCache,
+    ) -> Option<Held> {
+        let Found { rip, mode, block, fetched, second } = *found;
+        let va = rip & PAGE_MASK;
+        let first = self.take_up_page((va, mode, block.gpa & PAGE_MASK), fetched, map, frame, cache)?;
+        let second = match (second, block.second_page) {
+            (Some(fetched), Some(gpa)) => {
+                Some(self.take_up_page((va.wrapping_add(PAGE), mode, gpa), fetched, map, frame, cache)?)
+            }
+            _ => None,
+        };
+        Some(Held { first, second })
+    }
+
+    /// Takes up a page.
+    fn take_up_page(
+        &mut self,
+        key: PageKey,
+        fetched: Fetched,
+        map: &MemoryMap,
+        frame: &mut Frame,
+        cache: &BlockCache,
     ) -> Option<u32> {
-        let Found { rip, mode, block, fetched } = *found;
-        let (va, gpa) = (rip & PAGE_MASK, block.gpa & PAGE_MASK);
+        let (va, mode, gpa) = key;
         if let Some(page) = self.current.get(&(va, mode)) {
             if self.pages.get(*page as usize).is_some_and(|page| page.gpa == gpa) {
                 return Some(*page);
@@ -255,15 +298,16 @@ impl Translator {
             let page = *page;
             self.suspend(page, frame);
         }
-        let page = match self.by_page.get(&(va, mode, gpa)) {
+        let page = match self.by_page.get(&key) {
             Some(page) => *page,
             None => {
                 let page = u32::try_from(self.pages.len()).ok()?;
                 let bytes = Box::new([0; PAGE_BYTES]);
                 let (global, size) = (fetched.global, fetched.size);
-                let translations = Vec::new();
-                self.pages.push(Page { va, mode, gpa, holds: false, global, size, translations, bytes });
-                self.by_page.insert((va, mode, gpa), page);
+                let (translations, crossing) = (Vec::new(), Vec::new());
+                let holds = false;
+                self.pages.push(Page { va, mode, gpa, holds, global, size, translations, crossing, bytes });
+                self.by_page.insert(key, page);
                 page
             }
         };
@@ -276,8 +320,12 @@ impl Translator {
             if !found.global {
                 self.local.push(page);
             }
-            for translation in &found.translations {
-                if let Some(open) = self.translations.get(*translation as usize) {
+        }
+        if let Some(found) = self.pages.get(page as usize) {
+            for translation in found.translations.iter().chain(&found.crossing) {
+                if let Some(open) = self.translations.get(*translation as usize)
+                    && self.holds(open)
+                {
                     open.open(*translation, frame);
                 }
             }
@@ -294,17 +342,22 @@ impl Translator {
             return;
         }
         *found.bytes = now;
+        let gpa = found.gpa;
+        let is_same = |block: &Block| {
+            let mut parts = block.parts().filter(|(start, _)| start & PAGE_MASK == gpa);
+            parts.all(|(start, bytes)| {
+                let start = usize::from(offset(start));
+                now.get(start..start + bytes.len()) == Some(bytes)
+            })
+        };
         let stale: Vec<u32> = found
             .translations
             .iter()
+            .chain(&found.crossing)
             .copied()
             .filter(|translation| {
                 let block = self.translations.get(*translation as usize).and_then(|t| cache.get(t.block));
-                !is_read
-                    || block.is_none_or(|block| {
-                        let start = usize::from(offset(block.gpa));
-                        now.get(start..start + block.bytes.len()) != Some(&*block.bytes)
-                    })
+                !(is_read && block.is_some_and(is_same))
             })
             .collect();
         for translation in stale {
@@ -324,16 +377,18 @@ impl Translator {
         if std::mem::replace(&mut translation.dropped, true) {
             return;
         }
-        let (incoming, page, rip) =
-            (std::mem::take(&mut translation.incoming), translation.page, translation.rip);
+        let incoming = std::mem::take(&mut translation.incoming);
+        let Translation { page, second, rip, block, .. } = *translation;
         translation.shut(number, frame);
-        let block = translation.block;
         for site in incoming {
             self.unlink(site);
         }
         self.by_place.remove(&(page, offset(rip)));
         if let Some(page) = self.pages.get_mut(page as usize) {
             page.translations.retain(|other| *other != number);
+        }
+        if let Some(page) = second.and_then(|page| self.pages.get_mut(page as usize)) {
+            page.crossing.retain(|other| *other != number);
         }
         if let Some(others) = self.by_block.get_mut(&block) {
             others.retain(|other| *other != number);
@@ -358,14 +413,14 @@ impl Translator {
             || self.translations.len() >= TRANSLATIONS
     }
 
-    /// Translates `block`, number `id` of the interpreter's, at `rip`, whose page holds.
+    /// Translates `block`, number `id` of the interpreter's, at `rip`, whose pages hold.
     pub(super) fn translate(
         &mut self,
         rip: u64,
         mode: Mode,
         id: u32,
         block: &Block,
-        page: u32,
+        held: Held,
         frame: &mut Frame,
     ) -> Option<u32> {
         self.instructions.clear();
@@ -373,7 +428,7 @@ impl Translator {
         while decoder.can_decode() && self.instructions.len() < block.ops.len() {
             self.instructions.push(decoder.decode());
         }
-        if self.instructions.len() != block.ops.len() || block.second_page.is_some() {
+        if self.instructions.len() != block.ops.len() {
             return None;
         }
         let number = u32::try_from(self.translations.len()).ok()?;
@@ -382,16 +437,24 @@ impl Translator {
             translation: number,
             first_site: u32::try_from(self.sites.len()).ok()?,
             rip,
-            whole: true,
+            whole: held.second.is_none(),
         };
         let buffer = std::mem::take(&mut self.buffer);
         let builder = Builder::new(&mut self.encoder, &mut self.info, self.shared, mode, place, buffer);
-        let built = match builder.build(&self.instructions) {
+        let mut built = match builder.build(&self.instructions) {
             Some(built) => built,
             None => Builder::new(&mut self.encoder, &mut self.info, self.shared, mode, place, Vec::new())
                 .carefully()
                 .build(&self.instructions)?,
         };
+        let mut near = (built.live, built.saved);
+        if held.second.is_some() {
+            // Whoever holds with the first page alone goes through the gate.
+            near.0 = self.used + built.bytes.len();
+            built.bytes.extend(gate_jump(number, true));
+            near.1 = self.used + built.bytes.len();
+            built.bytes.extend(gate_jump(number, false));
+        }
         if self.used + built.bytes.len() > self.memory.len() {
             return None;
         }
@@ -404,20 +467,25 @@ impl Translator {
         let translation = Translation {
             rip,
             block: id,
-            page,
+            page: held.first,
+            second: held.second,
             mode,
             live: at(built.live),
             saved: at(built.saved),
+            near: Gate { live: at(near.0), saved: at(near.1) },
             shut: Gate { live: at(built.shut_live), saved: at(built.shut_saved) },
             incoming: Vec::new(),
             dropped: false,
         };
         translation.open(number, frame);
         self.translations.push(translation);
-        self.by_place.insert((page, offset(rip)), number);
+        self.by_place.insert((held.first, offset(rip)), number);
         self.by_block.entry(id).or_default().push(number);
-        if let Some(page) = self.pages.get_mut(page as usize) {
+        if let Some(page) = self.pages.get_mut(held.first as usize) {
             page.translations.push(number);
+        }
+        if let Some(page) = held.second.and_then(|page| self.pages.get_mut(page as usize)) {
+            page.crossing.push(number);
         }
         Some(number)
     }
@@ -425,7 +493,7 @@ impl Translator {
     /// Lets the jump at `site` lead to `target`.
     pub(super) fn link(&mut self, site: u32, jump: &Jump, target: u32) {
         let Some(found) = self.translations.get_mut(target as usize) else { return };
-        let entry = if jump.live { found.live } else { found.saved };
+        let entry = if jump.live { found.near.live } else { found.near.saved };
         match jump.link {
             Link::Near { length } => {
                 let at = jump.at as usize + usize::from(length) - 4;
