@@ -1,5 +1,7 @@
 //! A slice of what the program does, for every test run.
 
+use clap::ValueEnum as _;
+
 use crate::backend::Tier;
 use crate::host;
 use crate::run::{Plan, Sides, all_forms};
@@ -21,6 +23,11 @@ fn translated_code_does_as_the_processor() {
     does_as_the_processor(Tier::Translator);
 }
 
+#[test]
+fn the_address_window_does_as_the_processor() {
+    does_as_the_processor(Tier::Window);
+}
+
 fn does_as_the_processor(tier: Tier) {
     if let Some(problem) = host::problem() {
         println!("skipped: {problem}");
@@ -33,7 +40,7 @@ fn does_as_the_processor(tier: Tier) {
         summary.mismatches,
         0,
         "run `difftest --tier {} --seed 20 --case NUMBER`: {:?}",
-        tier as u8,
+        tier.to_possible_value().unwrap().get_name(),
         kept.collect::<Vec<_>>()
     );
     for code in &plan.forms {

@@ -416,12 +416,6 @@ impl Core {
         }
     }
 
-    /// Whether stores to that page of RAM must be seen.
-    fn must_notice_stores(&self, slot: &Slot, gpa: u64) -> bool {
-        slot.code.is_watched(slot.page(gpa))
-            || slot.dirty.as_ref().is_some_and(|dirty| !dirty.contains(slot.page(gpa)))
-    }
-
     /// A store to RAM that the TLB did not let through.
     fn note_store(&mut self, slot: &Slot, gpa: u64, bytes: u64) {
         slot.mark_dirty(gpa);
@@ -437,7 +431,7 @@ impl Core {
         }
         let map = Arc::clone(self.tlb.map());
         if let Some(slot) = map.slot(translation.gpa) {
-            let writes = !self.must_notice_stores(slot, translation.gpa);
+            let writes = !slot.must_notice_stores(translation.gpa);
             self.tlb.fill(va, translation, writes);
         }
     }

@@ -14,6 +14,23 @@ use crate::vm::Vm;
 /// vCPUs of one virtual machine, at most.
 const MAX_VCPUS: u32 = 8;
 
+/// Whose memory accesses the host's MMU translates instead of a software TLB.
+///
+/// An address window costs microseconds for each page that a program comes to use, and makes each access several times as
+/// fast. It takes guest memory that is mapped shared ([`Backing::Memfd`](vmm_memory::Backing)), BMI2, and a handler of
+/// SIGSEGV and SIGBUS, which the first vCPU to use a window installs; it passes on what is not its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AddressWindow {
+    /// Nobody's.
+    Never,
+    /// Those of user programs that run long enough to make up for the cost; nobody's where the clock is deterministic.
+    #[default]
+    Adaptive,
+    /// Those of all user programs.
+    Always,
+}
+
 /// How guests are executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -25,11 +42,13 @@ pub struct TranslateOptions {
     /// vector registers at the start of each basic block, so that runs of deterministic virtual machines can be compared.
     /// It costs much time.
     pub digest: bool,
+    /// Whose memory accesses go through an address window.
+    pub address_window: AddressWindow,
 }
 
 impl Default for TranslateOptions {
     fn default() -> Self {
-        Self { translate_after: Some(2), digest: false }
+        Self { translate_after: Some(2), digest: false, address_window: AddressWindow::default() }
     }
 }
 
@@ -38,6 +57,13 @@ impl TranslateOptions {
     #[must_use]
     pub fn translate_after(mut self, runs: Option<u32>) -> Self {
         self.translate_after = runs;
+        self
+    }
+
+    /// Sets [`TranslateOptions::address_window`].
+    #[must_use]
+    pub fn address_window(mut self, window: AddressWindow) -> Self {
+        self.address_window = window;
         self
     }
 

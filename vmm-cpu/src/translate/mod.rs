@@ -61,7 +61,7 @@ mod vm;
 mod word;
 mod x87;
 
-pub use hypervisor::{TranslateHypervisor, TranslateOptions};
+pub use hypervisor::{AddressWindow, TranslateHypervisor, TranslateOptions};
 
 /// Name of the backend.
 pub const NAME: &str = "translate";

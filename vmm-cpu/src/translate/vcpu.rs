@@ -217,7 +217,7 @@ impl Vcpu for TranslateVcpu {
             ("interrupted", counts.interrupted),
             ("instructions", self.core.instructions),
         ];
-        all.extend(self.tier1.iter().flat_map(Tier1::counts));
+        all.extend(self.tier1.iter().flat_map(|tier1| tier1.counts(&self.core.tlb)));
         all.extend(self.core.digest.map(|digest| ("digest", digest)));
         all
     }

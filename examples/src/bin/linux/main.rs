@@ -36,8 +36,8 @@ use vmm_examples::pc::{Buses, Clocks, Pc};
 use vmm_examples::replay::{Finish, Machine, Rerun};
 use vmm_examples::terminal::{self, RawMode};
 use vmm_examples::virtio::VirtioDevices;
-use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
+use vmm_memory::{Backing, GuestRam};
 
 use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
@@ -78,7 +78,10 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         Some(session) => session,
         None => session(options)?,
     };
-    let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes()).build()?;
+    // What the translator maps a second time has to be shared.
+    let backing = if hypervisor.name() == translate::NAME { Backing::Memfd } else { Backing::Anonymous };
+    let ram =
+        GuestRam::builder().ram(options.memory << 20).backing(backing).track_dirty(rerun.hashes()).build()?;
     let stop = Arc::new(StopSign::default());
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let output = |port| Watch::port(&watch, port);

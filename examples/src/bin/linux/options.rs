@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
 use vmm_cpu::Hypervisor;
-use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
+use vmm_cpu::translate::{AddressWindow, TranslateHypervisor, TranslateOptions};
 use vmm_examples::debian::Series;
 use vmm_examples::debug::DebugOptions;
 use vmm_examples::guest_command::{Screen, Session, Wiring};
@@ -31,6 +31,10 @@ pub(crate) struct Options {
     /// Interprets all of the guest's instructions instead of translating those that are executed more than once or twice.
     #[arg(long)]
     pub(crate) interpret: bool,
+
+    /// Which of the guest's programs access memory through the host's MMU with backend translate
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) address_window: Windows,
     /// Has the backend compute a digest of the registers at the start of each basic block, which --timings shows at the end.
     #[arg(long)]
     pub(crate) digest: bool,
@@ -98,6 +102,18 @@ pub(crate) struct Options {
     pub(crate) timings: bool,
 }
 
+/// Which programs have an address window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Windows {
+    /// None
+    Never,
+    /// Those that run long enough
+    #[default]
+    Adaptive,
+    /// All
+    Always,
+}
+
 /// Which console the shell has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ConsoleKind {
@@ -123,6 +139,11 @@ impl Options {
         if self.interpret {
             options = options.translate_after(None);
         }
+        options = options.address_window(match self.address_window {
+            Windows::Never => AddressWindow::Never,
+            Windows::Adaptive => AddressWindow::Adaptive,
+            Windows::Always => AddressWindow::Always,
+        });
         Box::new(TranslateHypervisor::with_options(options))
     }
 

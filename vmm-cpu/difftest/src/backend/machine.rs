@@ -15,10 +15,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use vmm_cpu::state::{DescriptorTable, GeneralRegisters, Segment, SystemRegisters};
-use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
+use vmm_cpu::translate::{AddressWindow, TranslateHypervisor, TranslateOptions};
 use vmm_cpu::{ClockConfig, ClockSource, CpuModel, GuestAccess, Hypervisor, Vcpu, Vm, VmConfig};
 use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
-use vmm_memory::{GuestRam, GuestRegion, RegionConfig};
+use vmm_memory::{Backing, GuestRam, GuestRegion, RegionConfig};
 
 use super::{Tier, kernel};
 use crate::case::AREAS;
@@ -128,13 +128,16 @@ pub(super) fn build(tier: Tier) -> Result<Machine> {
     // Stops at instruction counts come with it.
     clock.source = ClockSource::Deterministic;
     let config = VmConfig::new(CpuModel::Host).clock(clock);
-    let translate_after = match tier {
-        Tier::Interpreter => None,
-        Tier::Translator => Some(0),
+    let (translate_after, window) = match tier {
+        Tier::Interpreter => (None, AddressWindow::Never),
+        Tier::Translator => (Some(0), AddressWindow::Never),
+        Tier::Window => (Some(0), AddressWindow::Always),
     };
-    let options = TranslateOptions::default().translate_after(translate_after);
+    let options = TranslateOptions::default().translate_after(translate_after).address_window(window);
     let vm = TranslateHypervisor::with_options(options).create_vm(&config)?;
-    let memory = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), SIZE)).build()?;
+    // Shared, as the window needs it.
+    let region = RegionConfig::new(GuestAddress(0), SIZE).backing(Backing::Memfd);
+    let memory = GuestRam::builder().region(region).build()?;
     let region = memory.regions().into_iter().next().context("no guest memory")?;
     vm.map_memory(Arc::clone(&region), GuestAccess::ReadWrite)?;
     let ram = Ram(region);

@@ -34,6 +34,9 @@ pub(crate) enum Tier {
     /// The translator, from the first time that a block runs.
     #[value(name = "1")]
     Translator,
+    /// The same, and programs access memory through the address window.
+    #[value(name = "window")]
+    Window,
 }
 
 /// The backend, ready for a case.

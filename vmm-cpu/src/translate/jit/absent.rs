@@ -2,6 +2,7 @@
 
 use super::block::BlockCache;
 use super::core::{Flow, Machine};
+use super::memory::Tlb;
 use super::vm::Shared;
 
 /// What came of an attempt to run translated code.
@@ -36,7 +37,7 @@ impl Tier1 {
     }
 
     /// Figures by name.
-    pub(crate) fn counts(&self) -> Vec<(&'static str, u64)> {
+    pub(crate) fn counts(&self, _: &Tlb) -> Vec<(&'static str, u64)> {
         match *self {}
     }
 }

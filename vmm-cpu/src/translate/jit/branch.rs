@@ -3,9 +3,9 @@
 use iced_x86::{Code, ConditionCode, FlowControl, Instruction, OpKind};
 
 use super::builder::{Builder, state};
-use super::emit::{RCX, Rm};
+use super::emit::{RAX, RCX, Rm};
 use super::instruction::{Outcome, Untranslated};
-use super::registers::{GUEST_RCX, GUEST_RSP, number};
+use super::registers::{GUEST_RCX, number};
 use crate::translate::core::is_canonical;
 
 impl Builder<'_> {
@@ -81,21 +81,21 @@ impl Builder<'_> {
 
     fn call(&mut self, instruction: &Instruction) -> Outcome {
         let target = self.near_target(instruction)?;
-        self.stack_slot();
-        self.store_return_address(instruction.next_ip());
+        let place = self.stack_at(-8, true);
+        self.store_return_address(place, instruction.next_ip());
         self.move_stack(-8);
         self.jump_to(target, instruction.ip());
         Ok(())
     }
 
-    /// Stores to the host address in RAX.
-    fn store_return_address(&mut self, rip: u64) {
+    fn store_return_address(&mut self, to: Rm, rip: u64) {
         if let Ok(short) = i32::try_from(rip.cast_signed()) {
-            self.e.op(true, &[0xc7], 0, Rm::At(0, 0));
+            self.e.op(true, &[0xc7], 0, to);
             self.e.imm32(short);
         } else {
-            self.e.constant(RCX, rip);
-            self.e.store(Rm::At(0, 0), RCX);
+            let free = if let Rm::At(..) = to { RCX } else { RAX };
+            self.e.constant(free, rip);
+            self.e.store(to, free);
         }
     }
 
@@ -106,8 +106,9 @@ impl Builder<'_> {
             _ => return Err(Untranslated),
         }
         if instruction.op0_kind() == OpKind::Memory {
-            self.operand(instruction, 8, false)?;
-            self.e.load(RCX, Rm::At(0, 0));
+            let from = self.operand_at(instruction, 8, false)?;
+            self.e.load(RCX, from);
+            self.clobber_flags();
         } else {
             self.clobber_flags();
             let from = self.in_host(number(instruction.op0_register()), RCX);
@@ -132,8 +133,8 @@ impl Builder<'_> {
         let code = self.branch_code();
         self.e.load(RCX, code);
         self.e.store(Rm::Frame(state!(target)), RCX);
-        self.stack_slot();
-        self.store_return_address(instruction.next_ip());
+        let place = self.stack_at(-8, true);
+        self.store_return_address(place, instruction.next_ip());
         self.move_stack(-8);
         self.jump_through(Rm::Frame(state!(target)));
         Ok(())
@@ -145,10 +146,9 @@ impl Builder<'_> {
             Code::Retnq_imm16 => i32::from(instruction.immediate16()),
             _ => return Err(Untranslated),
         };
+        let from = self.stack_at(0, false);
+        self.e.load(RCX, from);
         self.clobber_flags();
-        self.e.mov(0, GUEST_RSP);
-        self.lookup(8, false, false);
-        self.e.load(RCX, Rm::At(0, 0));
         self.lookup_branch();
         self.move_stack(8 + dropped);
         let code = self.branch_code();

@@ -12,6 +12,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
+use super::access::Access;
 use super::effect::{Effect, accesses_memory, effect, reads_status};
 use super::emit::{Emitter, RAX, RCX, Rm};
 use super::entry;
@@ -46,6 +47,15 @@ pub(super) struct Mode {
     pub(super) traced: bool,
     /// There is one vCPU.
     pub(super) alone: bool,
+    /// Memory is accessed through the address window.
+    pub(super) window: bool,
+}
+
+impl Mode {
+    /// Number of its table of branch targets.
+    pub(super) fn branch_table(self) -> usize {
+        if self.window { Reach::UserAligned as usize } else { self.reach as usize }
+    }
 }
 
 /// Displacement of a field of the state.
@@ -91,7 +101,12 @@ pub(super) struct Shared {
     pub(super) leave_live: usize,
     /// The same with the flags in the frame.
     pub(super) leave_saved: usize,
+    /// Leaves translated code because the host cannot execute an instruction of it.
+    pub(super) leave_fault: usize,
 }
+
+/// The number of no site, where translated code is left because of a fault of the host's.
+pub(super) const FAULT: u32 = u32::MAX;
 
 /// A jump to what leaves translated code.
 struct Stub {
@@ -123,7 +138,8 @@ pub(super) struct Builder<'a> {
     stubs: Vec<Stub>,
     landings: Vec<Landing>,
     /// Sites of the running instruction that resume behind it.
-    resuming: Vec<u32>,
+    pub(super) resuming: Vec<u32>,
+    pub(super) accesses: Vec<Access>,
     /// How many instructions there are, and the number of the running one.
     pub(super) count: usize,
     pub(super) op: u16,
@@ -145,6 +161,8 @@ pub(super) struct Builder<'a> {
 pub(super) struct Built {
     pub(super) bytes: Vec<u8>,
     pub(super) sites: Vec<Site>,
+    /// Its accesses through the window, by where they begin.
+    pub(super) accesses: Vec<Access>,
     /// Offsets in code memory of where it is entered, with flags in the processor and in the frame.
     pub(super) live: usize,
     pub(super) saved: usize,
@@ -190,6 +208,7 @@ impl<'a> Builder<'a> {
             stubs: Vec::new(),
             landings: Vec::new(),
             resuming: Vec::new(),
+            accesses: Vec::new(),
             count: 0,
             op: 0,
             flags_dead: false,
@@ -226,6 +245,7 @@ impl<'a> Builder<'a> {
         Some(Built {
             bytes: self.e.bytes,
             sites: self.sites,
+            accesses: self.accesses,
             live: self.origin + live,
             saved: self.origin + saved,
             shut_live,
@@ -240,7 +260,7 @@ impl<'a> Builder<'a> {
     }
 
     /// The flags are needed as they are for the guest.
-    fn show_flags(&mut self) {
+    pub(super) fn show_flags(&mut self) {
         self.misjudged |= self.flags_lost;
     }
 
@@ -250,17 +270,24 @@ impl<'a> Builder<'a> {
         let plain = !self.mode.counted && !self.mode.traced;
         let first =
             instructions.iter().filter(|_| plain).find(|i| accesses_memory(i) || effect(i) != Effect::None);
+        if !self.careful && plain && flags_are_dead(instructions) {
+            // Wherever they are, nobody sees them.
+            self.flags = Flags::Live;
+            self.flags_lost = true;
+            return (self.e.len(), self.e.len());
+        }
         if first.is_some_and(|i| !accesses_memory(i) && effect(i) == Effect::Reads) {
             let saved = self.e.len();
             self.restore_flags();
             self.flags = Flags::Live;
             return (self.e.len(), saved);
         }
-        if !self.careful && first.is_some_and(|i| !accesses_memory(i) && effect(i) == Effect::Overwrites) {
-            // Wherever they are, nobody sees them.
+        if self.mode.window && plain {
+            // Accesses keep them where they are.
+            let saved = self.e.len();
+            self.restore_flags();
             self.flags = Flags::Live;
-            self.flags_lost = true;
-            return (self.e.len(), self.e.len());
+            return (self.e.len(), saved);
         }
         let live = self.e.len();
         self.flags = Flags::Live;
@@ -301,6 +328,7 @@ impl<'a> Builder<'a> {
         self.sites.truncate(count);
         let first = self.first_site;
         let is_kept = |site: u32| ((site - first) as usize) < count;
+        self.accesses.retain(|access| is_kept(access.site));
         self.stubs.retain(|stub| is_kept(stub.site));
         self.resuming.retain(|site| is_kept(*site));
     }
@@ -320,7 +348,7 @@ impl<'a> Builder<'a> {
     }
 
     /// A site where the interpreter executes the running instruction.
-    fn instruction_site(&mut self) -> u32 {
+    pub(super) fn instruction_site(&mut self) -> u32 {
         let site = self.site(Kind::Instruction { op: self.op, resume: 0 });
         self.resuming.push(site);
         site
@@ -518,7 +546,7 @@ impl<'a> Builder<'a> {
         self.e.group1(false, 4, Rm::Reg(RAX), mask);
         // SHL EAX, 4
         self.e.bytes(&[0xc1, 0xe0, 4]);
-        let table = branch_table_offset(self.mode.reach);
+        let table = branch_table_offset(self.mode.branch_table());
         let rip = displacement(table + offset_of!(Branch, rip));
         self.e.op(true, &[0x3b], RCX, Rm::FrameAt(RAX, rip));
         self.interpret_if(NOT_EQUAL);
@@ -526,7 +554,10 @@ impl<'a> Builder<'a> {
 
     /// Where the code of the entry is that [`Builder::lookup_branch`] found.
     pub(super) fn branch_code(&self) -> Rm {
-        Rm::FrameAt(RAX, displacement(branch_table_offset(self.mode.reach) + offset_of!(Branch, code)))
+        Rm::FrameAt(
+            RAX,
+            displacement(branch_table_offset(self.mode.branch_table()) + offset_of!(Branch, code)),
+        )
     }
 
     /// JMP through memory.
@@ -578,5 +609,11 @@ pub(super) fn shared_code() -> (Vec<u8>, Shared) {
     e.op(false, &[0x89], RAX, SAVED_FLAGS);
     let leave_saved = e.len();
     e.op(false, &[0xff], 4, Rm::Frame(state!(leave)));
-    (e.bytes, Shared { leave_live, leave_saved })
+    let leave_fault = e.len();
+    e.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
+    e.op(false, &[0x89], RAX, Rm::Frame(state!(fault_flags)));
+    e.constant(RCX, FAULT.into());
+    let at = e.jump();
+    e.land(at, leave_saved);
+    (e.bytes, Shared { leave_live, leave_saved, leave_fault })
 }

@@ -15,6 +15,8 @@ pub(super) enum Rm {
     Frame(i32),
     /// In the frame, at the offset in a register and a displacement.
     FrameAt(u8, i32),
+    /// In the frame, at eight times the number in a register and a displacement.
+    FrameIndexed(u8, i32),
     /// At the address in a register, with a displacement.
     At(u8, i32),
     /// Base, index, binary logarithm of the scale, displacement. RSP is no index.
@@ -25,7 +27,7 @@ pub(super) enum Rm {
 
 impl Rm {
     fn is_in_frame(self) -> bool {
-        matches!(self, Self::Frame(_) | Self::FrameAt(..))
+        matches!(self, Self::Frame(_) | Self::FrameAt(..) | Self::FrameIndexed(..))
     }
 
     /// The bits that extend base and index.
@@ -33,7 +35,7 @@ impl Rm {
         let (base, index) = match self {
             Self::Reg(base) | Self::FrameAt(base, _) | Self::At(base, _) => (base, 0),
             Self::Indexed(base, index, ..) => (base, index),
-            Self::Scaled(index, ..) => (0, index),
+            Self::Scaled(index, ..) | Self::FrameIndexed(index, _) => (0, index),
             Self::Frame(_) => (0, 0),
         };
         base >> 3 | index >> 3 << 1
@@ -112,6 +114,10 @@ impl Emitter {
             }
             Rm::Scaled(index, scale, disp) => {
                 self.bytes(&[reg | 4, scale << 6 | (index & 7) << 3 | 5]);
+                self.imm32(disp);
+            }
+            Rm::FrameIndexed(index, disp) => {
+                self.bytes(&[reg | 4, 0xc0 | (index & 7) << 3 | 5]);
                 self.imm32(disp);
             }
         }
@@ -265,6 +271,8 @@ mod tests {
             }
         }
         assert_eq!(text(|e| e.store(Rm::Frame(0x88), 10)), "mov gs:[88h],r10");
+        assert_eq!(text(|e| e.load(1, Rm::FrameIndexed(1, 0x88))), "mov rcx,gs:[rcx*8+88h]");
+        assert_eq!(text(|e| e.load(1, Rm::FrameIndexed(9, 0x88))), "mov rcx,gs:[r9*8+88h]");
         assert_eq!(text(|e| e.group1(true, 7, Rm::Reg(0), 4088)), "cmp rax,0FF8h");
         assert_eq!(text(|e| e.group1(false, 4, Rm::Reg(1), 0xffe0)), "and ecx,0FFE0h");
     }

@@ -7,11 +7,12 @@ use iced_x86::{
     Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register,
 };
 
+use super::access::use_host_place;
 use super::builder::{Builder, Flags, NOT_EQUAL, SCRATCH, slot, state};
 use super::effect::{Effect, accesses_memory, effect, is_prefetch, reads_status};
 use super::emit::{RAX, RCX, RDX, Rm};
 use super::host::host_has;
-use super::registers::{GUEST_RAX, GUEST_RCX, Home, home, is_high_byte, number, with_width};
+use super::registers::{GUEST_RAX, GUEST_RCX, GUEST_RSP, Home, home, is_high_byte, number, with_width};
 use super::special::has_high_byte;
 
 /// The instruction is not translated; the interpreter executes it.
@@ -130,14 +131,6 @@ impl Builder<'_> {
         }
     }
 
-    /// The host address of the memory operand, in RAX.
-    pub(super) fn operand(&mut self, instruction: &Instruction, bytes: usize, write: bool) -> Outcome {
-        self.clobber_flags();
-        self.address(instruction)?;
-        self.lookup(bytes, write, bytes == 16 && needs_alignment(instruction));
-        Ok(())
-    }
-
     /// Whether the guest's flags have to be in the processor when the host executes `instruction`.
     pub(super) fn uses_flags(&self, instruction: &Instruction) -> bool {
         effect(instruction) == Effect::Reads && (reads_status(instruction) || !self.flags_dead)
@@ -147,27 +140,41 @@ impl Builder<'_> {
     fn general(&mut self, instruction: &Instruction) -> Outcome {
         let in_memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::Memory);
         let reads_flags = self.uses_flags(instruction);
-        let mut address = RAX;
+        let mut place = Rm::Reg(RAX);
         if in_memory {
             let bytes = instruction.memory_size().size();
             if !matches!(bytes, 1 | 2 | 4 | 8 | 16) {
                 return Err(Untranslated);
             }
-            let write = writes_memory(instruction);
-            self.operand(instruction, bytes, write)?;
-            if reads_flags {
+            if reads_flags && self.mode.window {
+                self.need_flags();
+            }
+            place = self.operand_at(instruction, bytes, writes_memory(instruction))?;
+            if reads_flags && self.flags == Flags::Saved {
                 self.e.mov(RCX, RAX);
-                address = RCX;
+                place = Rm::At(RCX, 0);
+            }
+            let needs_register = (0..instruction.op_count()).any(|n| {
+                let register = instruction.op_register(n);
+                instruction.op_kind(n) == OpKind::Register
+                    && register.is_gpr()
+                    && home(number(register)) == Home::Frame
+            });
+            if needs_register && let Rm::Indexed(RAX, ..) = place {
+                self.e.lea(RAX, place);
+                place = Rm::At(RAX, 0);
             }
         }
         if reads_flags {
             self.need_flags();
         }
         // Of the two registers that translated code has to itself, those that are free.
-        let mut free = match (in_memory, address) {
-            (false, _) => [Some(RCX), Some(RAX)],
-            (true, RAX) => [Some(RCX), None],
-            (true, _) => [Some(RAX), None],
+        let mut free = match place {
+            Rm::At(RCX, _) => [Some(RAX), None],
+            Rm::At(..) => [Some(RCX), None],
+            Rm::Indexed(RAX, ..) => [None, None],
+            Rm::Indexed(..) => [Some(RAX), None],
+            _ => [Some(RCX), Some(RAX)],
         };
         let mut rewritten = *instruction;
         rewritten.set_code(without_accumulator(instruction.code()));
@@ -228,7 +235,7 @@ impl Builder<'_> {
             }
         }
         if in_memory {
-            use_host_address(&mut rewritten, address);
+            use_host_place(&mut rewritten, place);
         }
         self.encode(&rewritten)?;
         self.note_flags(instruction);
@@ -314,44 +321,41 @@ impl Builder<'_> {
             OpKind::Register if instruction.op0_register().is_gpr64() => None,
             OpKind::Immediate8to64 | OpKind::Immediate32to64 => Some(instruction.immediate(0).cast_signed()),
             OpKind::Memory if instruction.memory_size().size() == 8 => {
-                self.operand(instruction, 8, false)?;
-                self.e.load(RCX, Rm::At(RAX, 0));
+                let from = self.operand_at(instruction, 8, false)?;
+                self.e.load(RCX, from);
                 self.e.store(SCRATCH[0], RCX);
-                self.stack_slot();
-                self.e.load(RCX, SCRATCH[0]);
-                self.e.store(Rm::At(RAX, 0), RCX);
+                let to = self.stack_at(-8, true);
+                let value = if let Rm::At(..) = to { RCX } else { RAX };
+                self.e.load(value, SCRATCH[0]);
+                self.e.store(to, value);
                 self.move_stack(-8);
                 return Ok(());
             }
             _ => return Err(Untranslated),
         };
-        self.stack_slot();
-        match value.map(i32::try_from) {
-            Some(Ok(value)) => {
-                self.e.op(true, &[0xc7], 0, Rm::At(RAX, 0));
-                self.e.imm32(value);
+        let value = value.map(i32::try_from);
+        if let Some(Err(_)) = value {
+            return Err(Untranslated);
+        }
+        let to = self.stack_at(-8, true);
+        match value {
+            Some(value) => {
+                self.e.op(true, &[0xc7], 0, to);
+                self.e.imm32(value.unwrap_or_default());
             }
-            Some(Err(_)) => return Err(Untranslated),
             None => {
-                let from = self.in_host(number(instruction.op0_register()), RCX);
-                self.e.store(Rm::At(RAX, 0), from);
+                let free = if let Rm::At(..) = to { RCX } else { RAX };
+                let from = self.in_host(number(instruction.op0_register()), free);
+                self.e.store(to, from);
             }
         }
         self.move_stack(-8);
         Ok(())
     }
 
-    /// The host address of the quadword below the top of the stack, for writing, in RAX.
-    pub(super) fn stack_slot(&mut self) {
-        self.clobber_flags();
-        self.e.lea(RAX, Rm::At(super::registers::GUEST_RSP, -8));
-        self.lookup(8, true, false);
-    }
-
     /// Moves the stack pointer. No flag changes.
     pub(super) fn move_stack(&mut self, bytes: i32) {
-        let rsp = super::registers::GUEST_RSP;
-        self.e.lea(rsp, Rm::At(rsp, bytes));
+        self.e.lea(GUEST_RSP, Rm::At(GUEST_RSP, bytes));
     }
 
     fn pop(&mut self, instruction: &Instruction) -> Outcome {
@@ -359,17 +363,15 @@ impl Builder<'_> {
         if instruction.op0_kind() != OpKind::Register || !register.is_gpr64() {
             return Err(Untranslated);
         }
-        self.clobber_flags();
-        self.e.mov(RAX, super::registers::GUEST_RSP);
-        self.lookup(8, false, false);
+        let from = self.stack_at(0, false);
         match home(number(register)) {
-            Home::Host(super::registers::GUEST_RSP) => {
-                self.e.load(super::registers::GUEST_RSP, Rm::At(RAX, 0));
+            Home::Host(GUEST_RSP) => {
+                self.e.load(GUEST_RSP, from);
                 return Ok(());
             }
-            Home::Host(host) => self.e.load(host, Rm::At(RAX, 0)),
+            Home::Host(host) => self.e.load(host, from),
             Home::Frame => {
-                self.e.load(RCX, Rm::At(RAX, 0));
+                self.e.load(RCX, from);
                 self.e.store(slot(number(register)), RCX);
             }
         }
@@ -382,11 +384,17 @@ impl Builder<'_> {
         if instruction.code() != iced_x86::Code::Leaveq {
             return Err(Untranslated);
         }
-        self.clobber_flags();
-        self.e.mov(RAX, RBP);
-        self.lookup(8, false, false);
-        self.e.lea(super::registers::GUEST_RSP, Rm::At(RBP, 8));
-        self.e.load(RBP, Rm::At(RAX, 0));
+        let from = if self.mode.window {
+            self.in_window(RBP, 0)
+        } else {
+            self.clobber_flags();
+            self.e.mov(RAX, RBP);
+            self.lookup(8, false, false);
+            Rm::At(RAX, 0)
+        };
+        self.e.load(RCX, from);
+        self.e.lea(GUEST_RSP, Rm::At(RBP, 8));
+        self.e.mov(RBP, RCX);
         Ok(())
     }
 
@@ -394,8 +402,8 @@ impl Builder<'_> {
     fn source(&mut self, instruction: &Instruction, bytes: usize) -> Outcome {
         match instruction.op0_kind() {
             OpKind::Memory => {
-                self.operand(instruction, bytes, false)?;
-                self.e.op(bytes == 8, &[0x8b], RCX, Rm::At(RAX, 0));
+                let from = self.operand_at(instruction, bytes, false)?;
+                self.e.op(bytes == 8, &[0x8b], RCX, from);
             }
             _ => {
                 let register = instruction.op0_register();
@@ -754,18 +762,11 @@ fn without_accumulator(code: Code) -> Code {
 
 /// Replaces the memory operand by that at the host address in `register`.
 pub(super) fn use_host_address(instruction: &mut Instruction, register: u8) {
-    instruction.set_segment_prefix(Register::None);
-    instruction.set_memory_base(with_width(register, Register::RAX));
-    instruction.set_memory_index(Register::None);
-    instruction.set_memory_index_scale(1);
-    instruction.set_memory_displacement64(0);
-    instruction.set_memory_displ_size(0);
-    instruction.set_has_rep_prefix(false);
-    instruction.set_has_repne_prefix(false);
+    use_host_place(instruction, Rm::At(register, 0));
 }
 
 /// Whether 16 bytes in memory must be aligned (Intel SDM 2A 2.4).
-fn needs_alignment(instruction: &Instruction) -> bool {
+pub(super) fn needs_alignment(instruction: &Instruction) -> bool {
     !matches!(
         instruction.mnemonic(),
         Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu | Mnemonic::Lddqu

@@ -1,13 +1,16 @@
 //! Tier 1: blocks that run more than once or twice become code of the host's own instruction set.
 
+mod access;
 mod branch;
 mod builder;
 mod effect;
 mod emit;
 mod entry;
+mod fault;
 mod host;
 mod instruction;
 mod memory;
+mod merit;
 mod registers;
 mod run;
 mod site;

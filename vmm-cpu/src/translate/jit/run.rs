@@ -1,19 +1,30 @@
 //! Runs translated code, and does what it is left for.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::builder::Mode;
+use iced_x86::{Decoder, Mnemonic, OpKind, Register};
+
+use super::access::host_has_window;
+use super::builder::{FAULT, Mode};
 use super::entry::{self, Gs};
+use super::fault::{self, Guard, Running};
+use super::merit::Merits;
+use super::registers::number;
 use super::site::Kind;
 use super::translator::{Found, Translator};
-use crate::translate::block::BlockCache;
+use crate::translate::block::{Block, BlockCache, DECODING};
 use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
+use crate::translate::hypervisor::AddressWindow;
 use crate::translate::memory::frame::Frame;
-use crate::translate::memory::{PAGE_MASK, Reach};
+use crate::translate::memory::{PAGE_MASK, Reach, Tlb};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
+
+/// Pages in the address windows of all vCPUs. Each can be two mappings of the 65530 that Linux lets a process have.
+const WINDOW_PAGES: usize = 16384;
 
 /// Masks of all exceptions in MXCSR.
 const MASKS: u32 = 0x1f80;
@@ -37,6 +48,7 @@ struct Figures {
     /// Instructions that were executed by translated code, where instructions are counted.
     native: u64,
     links: u64,
+    faults: u64,
 }
 
 /// Translated code of one vCPU.
@@ -51,6 +63,10 @@ pub(crate) struct Tier1 {
     budget: i64,
     /// When the alarm is to call.
     alarm: Option<u64>,
+    window: AddressWindow,
+    merits: Merits,
+    /// Pages that a window may have.
+    pages: usize,
     figures: Figures,
 }
 
@@ -65,11 +81,29 @@ impl Tier1 {
         let traced = shared.options.digest;
         let ticking = counted && shared.clock.ticks(1_000_000) == 1_000_000;
         let alone = shared.max_vcpus == 1;
-        let flavour = Mode { reach: Reach::User, sse: false, counted, ticking, traced, alone };
+        let flavour = Mode { reach: Reach::User, sse: false, counted, ticking, traced, alone, window: false };
+        let window = match shared.options.address_window {
+            _ if !host_has_window() => AddressWindow::Never,
+            // It depends on the time that passes.
+            AddressWindow::Adaptive if counted => AddressWindow::Never,
+            other => other,
+        };
+        let pages = WINDOW_PAGES / usize::try_from(shared.max_vcpus).unwrap_or(1).max(1);
         match Translator::new(flavour) {
             Ok(translator) => {
                 let figures = Figures::default();
-                Some(Self { translator, threshold, alarm: None, sse: false, budget: 0, figures })
+                let merits = Merits::default();
+                Some(Self {
+                    translator,
+                    threshold,
+                    sse: false,
+                    budget: 0,
+                    alarm: None,
+                    window,
+                    merits,
+                    pages,
+                    figures,
+                })
             }
             Err(error) => {
                 tracing::warn!(%error, "translate: no memory for translated code, blocks are interpreted");
@@ -79,8 +113,8 @@ impl Tier1 {
     }
 
     /// Figures by name.
-    pub(crate) fn counts(&self) -> Vec<(&'static str, u64)> {
-        let figures = &self.figures;
+    pub(crate) fn counts(&self, tlb: &Tlb) -> Vec<(&'static str, u64)> {
+        let (figures, window) = (&self.figures, tlb.window_figures());
         vec![
             ("translations", figures.translations),
             ("translations-dropped-all", figures.clears),
@@ -89,6 +123,11 @@ impl Tier1 {
             ("translated-interpreted", figures.interpreted),
             ("translated-instructions", figures.native),
             ("translated-bytes", self.translator.used_bytes()),
+            ("window-faults", figures.faults),
+            ("window-pages-mapped", window.mapped),
+            ("window-pages-unmapped", window.unmapped),
+            ("window-activations", window.activations),
+            ("window-given-up", window.given_up),
         ]
     }
 
@@ -104,6 +143,10 @@ impl Tier1 {
     /// Runs translated code from RIP on, if there is or comes to be some.
     pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
         self.catch_up(m, cache);
+        if self.window == AddressWindow::Adaptive && m.mode.reach == Reach::User {
+            self.merits.sample(m.cpu.cr3);
+        }
+        self.open_window(m);
         let Some(mut mode) = self.mode(m) else { return Ok(Ran::Nothing) };
         self.set_alarm(m);
         self.use_mode(m, mode);
@@ -111,8 +154,12 @@ impl Tier1 {
         let Some(mut code) = self.translator.entry(first) else { return Ok(Ran::Nothing) };
         let mut charged = 0;
         loop {
-            let number = self.enter(m, code, charged);
+            let mut number = self.enter(m, code, charged, mode.window);
             charged = 0;
+            let faulted = number == FAULT;
+            if faulted {
+                number = self.faulting_site(m);
+            }
             let Some(site) = self.translator.site(number) else { return Ok(Ran::Nothing) };
             let Some((rip, block)) = self.translator.get(site.translation).map(|t| (t.rip, t.block)) else {
                 return Ok(Ran::Nothing);
@@ -125,7 +172,13 @@ impl Tier1 {
                     let op = usize::from(op);
                     self.count(m, found.ops.len() - op);
                     self.figures.interpreted += 1;
+                    let places = if faulted { accessed(m, found, rip, op) } else { [None; 2] };
                     let goes_on = run::execute_one(m, found, rip, op)?;
+                    for (va, len) in places.into_iter().flatten() {
+                        if !m.tlb.extend_window(va, len) {
+                            self.merits.disappoint(m.cpu.cr3);
+                        }
+                    }
                     let is_last = op + 1 == found.ops.len();
                     if !goes_on {
                         return Ok(Ran::Something);
@@ -177,6 +230,7 @@ impl Tier1 {
             if m.urgent && run::may_go_on(m) {
                 m.urgent = false;
             }
+            self.open_window(m);
             mode = match self.mode(m) {
                 Some(mode) if !m.urgent && m.budget > 0 && !m.signals.wants_attention() => mode,
                 _ => {
@@ -218,7 +272,39 @@ impl Tier1 {
             && matches!(m.mode.cpl, 0 | 3)
             && reach != Reach::UserAligned
             && m.cpu.mxcsr & MASKS == MASKS;
-        fits.then_some(Mode { reach, sse: m.mode.sse, ..self.translator.flavour })
+        let window = reach == Reach::User && m.tlb.has_window();
+        fits.then_some(Mode { reach, sse: m.mode.sse, window, ..self.translator.flavour })
+    }
+
+    /// Lets the user program that runs have its window, if it has none and deserves one.
+    fn open_window(&mut self, m: &mut Machine<'_>) {
+        if m.mode.reach != Reach::User || self.window == AddressWindow::Never || m.tlb.has_window() {
+            return;
+        }
+        let thrifty = self.window == AddressWindow::Adaptive;
+        let merited = if thrifty { self.merits.merited(m.cpu.cr3) } else { Some(Duration::ZERO) };
+        let Some(ran) = merited.filter(|_| fault::are_handled()) else { return };
+        let paging = m.paging();
+        m.tlb.open_window(&paging, ran, self.pages, thrifty);
+        if !m.tlb.has_window() {
+            self.merits.disappoint(m.cpu.cr3);
+        }
+    }
+
+    /// The number of the site for the access that has just faulted.
+    fn faulting_site(&mut self, m: &mut Machine<'_>) -> u32 {
+        self.figures.faults += 1;
+        let state = &m.tlb.frame().state;
+        let (address, flags) = (state.fault, state.fault_flags);
+        let Some(access) = self.translator.access(address) else {
+            // Memory that the monitor itself cannot reach any more, for one.
+            tracing::error!(address, "translated code faulted where it accesses nothing of the guest's");
+            std::process::abort();
+        };
+        if access.live {
+            m.cpu.flags.replace_status(bits::STATUS, status(flags));
+        }
+        access.site
     }
 
     /// The tables of branch targets do not tell whether SSE instructions may run: they are for one of the two.
@@ -231,7 +317,7 @@ impl Tier1 {
 
     /// Enters translated code; where it was left. `charged` instructions of the budget are those of the block that is gone
     /// on with.
-    fn enter(&mut self, m: &mut Machine<'_>, code: u64, charged: usize) -> u32 {
+    fn enter(&mut self, m: &mut Machine<'_>, code: u64, charged: usize, window: bool) -> u32 {
         load(m);
         self.budget = m.budget;
         m.tlb.frame().state.budget = m.budget - charged as i64;
@@ -243,6 +329,9 @@ impl Tier1 {
         if self.translator.take_patched() {
             entry::serialize();
         }
+        let (start, len, landing) = self.translator.extent();
+        let frame = &raw mut *m.tlb.frame();
+        let _guard = window.then(|| Guard::set(Running { start, len, landing, frame }));
         // SAFETY: `prepare` has set GS and the frame; the address is that of code that holds.
         #[allow(unsafe_code, reason = "translated code is not Rust's")]
         let site = unsafe { entry::enter(code, &mut m.cpu) };
@@ -365,6 +454,38 @@ fn store(m: &mut Machine<'_>) {
     m.cpu.mxcsr = mxcsr;
     m.cpu.segment_mut(index::GS).base = gs_base;
     m.cpu.msr.kernel_gs_base = kernel_gs_base;
-    m.cpu.flags.replace_status(bits::STATUS, flags >> 8 & 0xff | (flags & 1) << 11);
+    m.cpu.flags.replace_status(bits::STATUS, status(flags));
     m.cpu.flags.set_control(bits::IF, control & bits::IF != 0);
+}
+
+/// Status flags of RFLAGS from what LAHF and SETO have them in.
+fn status(flags: u64) -> u64 {
+    flags >> 8 & 0xff | (flags & 1) << 11
+}
+
+/// What instruction `at` of `block` is about to access, as far as translated code does so through the window: linear
+/// addresses and bytes.
+fn accessed(m: &Machine<'_>, block: &Block, rip: u64, at: usize) -> [Option<(u64, u64)>; 2] {
+    let start = block.ops.get(at).map_or(0, |op| usize::from(op.start));
+    let bytes = block.bytes.get(start..).unwrap_or_default();
+    let instruction = Decoder::with_ip(64, bytes, rip.wrapping_add(start as u64), DECODING).decode();
+    let register = |register: Register| match register {
+        Register::FS => Some(m.cpu.segment(index::FS).base),
+        Register::GS => Some(m.cpu.segment(index::GS).base),
+        _ if register.is_segment_register() => Some(0),
+        _ if register.is_gpr() => Some(m.cpu.r(number(register))),
+        _ => None,
+    };
+    let operand = (0..instruction.op_count()).find(|n| instruction.op_kind(*n) == OpKind::Memory);
+    let explicit = operand.and_then(|n| {
+        let va = instruction.virtual_address(n, 0, |name, _, _| register(name))?;
+        Some((va, instruction.memory_size().size() as u64))
+    });
+    let stack = match instruction.mnemonic() {
+        Mnemonic::Push | Mnemonic::Call => register(Register::RSP).map(|rsp| rsp.wrapping_sub(8)),
+        Mnemonic::Pop | Mnemonic::Ret => register(Register::RSP),
+        Mnemonic::Leave => register(Register::RBP),
+        _ => None,
+    };
+    [explicit, stack.map(|va| (va, 8))]
 }

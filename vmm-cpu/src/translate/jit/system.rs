@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::builder::{Builder, EQUAL, LESS, NOT_EQUAL, SAVED_FLAGS, SAVED_FLAGS_HIGH, slot, state};
 use super::emit::{RAX, RCX, RDX, Rm};
 use super::instruction::{Outcome, Untranslated};
-use super::registers::{GUEST_RAX, GUEST_RCX, GUEST_RSP, Home, home, number};
+use super::registers::{GUEST_RAX, GUEST_RCX, Home, home, number};
 use crate::translate::block::MAX_OPS;
 use crate::translate::flags::bits;
 use crate::translate::memory::Reach;
@@ -46,7 +46,7 @@ impl Builder<'_> {
     }
 
     fn push_flags(&mut self) -> Outcome {
-        self.stack_slot();
+        self.lookup_stack(-8, true);
         // The byte that LAHF made is that of RFLAGS.
         self.e.op(false, &[0x0f, 0xb6], RCX, SAVED_FLAGS_HIGH);
         self.e.op(true, &[0x0b], RCX, Rm::Frame(state!(control)));
@@ -65,9 +65,7 @@ impl Builder<'_> {
             // The interpreter's block may end with it.
             return Err(Untranslated);
         }
-        self.clobber_flags();
-        self.e.mov(RAX, GUEST_RSP);
-        self.lookup(8, false, false);
+        self.lookup_stack(0, false);
         self.e.load(RCX, Rm::At(RAX, 0));
         self.e.mov(RAX, RCX);
         // XOR

@@ -12,6 +12,7 @@
 use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 use rustc_hash::FxHashMap;
 
+use super::access::Access;
 use super::builder::{Builder, Mode, Place, Shared, gate_jump, shared_code};
 use super::emit::distance;
 use super::memory::CodeMemory;
@@ -25,6 +26,9 @@ const CODE_BYTES: usize = 64 << 20;
 
 /// What one translation may need: 64 instructions.
 const MAX_TRANSLATION: usize = 64 * 256;
+
+/// Whom code of the guest's kernel runs for, and whether through the address window.
+const KERNELS: [(Reach, bool); 2] = [(Reach::Supervisor, false), (Reach::SupervisorAll, false)];
 
 /// Sites at one time, at most.
 const MAX_SITES: usize = 1 << 22;
@@ -66,6 +70,9 @@ pub(super) struct Translation {
     /// The page in which it ends, if that is another one.
     second: Option<u32>,
     mode: Mode,
+    /// Offset in code memory.
+    start: usize,
+    accesses: Box<[Access]>,
     live: u64,
     saved: u64,
     /// Where jumps of the same page lead.
@@ -183,6 +190,21 @@ impl Translator {
         self.memory.address(offset as usize)
     }
 
+    /// Code memory and where translated code goes on after a fault: first address, bytes, address.
+    pub(super) fn extent(&self) -> (u64, u64, u64) {
+        (self.memory.address(0), self.memory.len() as u64, self.memory.address(self.shared.leave_fault))
+    }
+
+    /// The access through the window that the instruction at that host address is part of.
+    pub(super) fn access(&self, address: u64) -> Option<Access> {
+        let offset = usize::try_from(address.checked_sub(self.memory.address(0))?).ok()?;
+        // Translations lie in the order of their numbers.
+        let after = self.translations.partition_point(|translation| translation.start <= offset);
+        let translation = self.translations.get(after.checked_sub(1)?)?;
+        let after = translation.accesses.partition_point(|access| translation.start + access.at <= offset);
+        translation.accesses.get(after.checked_sub(1)?).copied()
+    }
+
     /// The translation of what runs at `rip`, if it holds.
     pub(super) fn find(&self, rip: u64, mode: Mode) -> Option<u32> {
         let page = *self.current.get(&(rip & PAGE_MASK, mode))?;
@@ -198,7 +220,7 @@ impl Translator {
 
     /// The translation that the table of branch targets has for `rip`.
     pub(super) fn branch_target(rip: u64, mode: Mode, frame: &Frame) -> Option<u64> {
-        let branch = frame.branches.get(mode.reach as usize)?.get(branch_index(rip))?;
+        let branch = frame.branches.get(mode.branch_table())?.get(branch_index(rip))?;
         (branch.rip == rip).then_some(branch.code)
     }
 
@@ -225,9 +247,10 @@ impl Translator {
             }
         }
         for va in &forgotten.pages {
-            for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
+            let users = [(Reach::User, false), (Reach::User, true)];
+            for (reach, window) in users.into_iter().chain(KERNELS) {
                 for sse in [false, true] {
-                    let mode = Mode { reach, sse, ..self.flavour };
+                    let mode = Mode { reach, sse, window, ..self.flavour };
                     if let Some(page) = self.current.get(&(va & PAGE_MASK, mode)) {
                         self.suspend(*page, frame);
                     }
@@ -460,6 +483,7 @@ impl Translator {
         }
         self.memory.write(self.used, &built.bytes);
         self.patched = true;
+        let start = self.used;
         self.used = (self.used + built.bytes.len()).next_multiple_of(16);
         self.buffer = built.bytes;
         self.sites.extend_from_slice(&built.sites);
@@ -470,6 +494,8 @@ impl Translator {
             page: held.first,
             second: held.second,
             mode,
+            start,
+            accesses: built.accesses.into(),
             live: at(built.live),
             saved: at(built.saved),
             near: Gate { live: at(near.0), saved: at(near.1) },
@@ -554,7 +580,7 @@ impl Translation {
 
 /// The entry of the table of branch targets that `rip` uses.
 fn branch(frame: &mut Frame, mode: Mode, rip: u64) -> Option<&mut Branch> {
-    frame.branches.get_mut(mode.reach as usize)?.get_mut(branch_index(rip))
+    frame.branches.get_mut(mode.branch_table())?.get_mut(branch_index(rip))
 }
 
 fn branch_index(rip: u64) -> usize {

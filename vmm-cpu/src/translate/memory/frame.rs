@@ -39,11 +39,15 @@ pub(crate) const fn nothing_at(index: usize) -> u64 {
     (index ^ (ENTRIES / 2)) as u64 * PAGE
 }
 
-/// Of what code is translated for, one table of branch targets each.
+/// Tables of branch targets: one for each [`Reach`] that code is translated for, the last for code that accesses memory
+/// through the address window.
 pub(crate) const BRANCH_TABLES: usize = 4;
 
 /// Entries of a table of branch targets.
 pub(crate) const BRANCHES: usize = 4096;
+
+/// Parts of 4 GiB that 48 bits of address have.
+pub(crate) const REGIONS: usize = 1 << 16;
 
 /// Translations at one time, at most.
 pub(crate) const TRANSLATIONS: usize = 1 << 17;
@@ -77,6 +81,10 @@ pub(crate) struct State {
     pub(crate) tsc_aux: u64,
     /// Instructions that may still start.
     pub(crate) budget: i64,
+    /// Host address of the instruction of translated code that the host could not execute.
+    pub(crate) fault: u64,
+    /// The status flags that the processor had then, as `flags`.
+    pub(crate) fault_flags: u64,
     /// Those of the segment registers, by number.
     pub(crate) selectors: [u64; 6],
 }
@@ -112,14 +120,17 @@ pub(crate) struct Gate {
 pub(crate) struct Frame {
     pub(crate) state: State,
     _rest: [u8; 4096 - size_of::<State>()],
-    tables: [[Entry; ENTRIES]; TABLES],
+    pub(super) tables: [[Entry; ENTRIES]; TABLES],
     pub(crate) branches: [[Branch; BRANCHES]; BRANCH_TABLES],
     pub(crate) gates: [Gate; TRANSLATIONS],
+    /// What is added to a linear address in each region to have that of the address window. Nothing reads it before the
+    /// window has set it.
+    pub(crate) regions: [u64; REGIONS],
 }
 
-/// Distance of the table of branch targets for `reach` from the frame's start.
-pub(crate) const fn branch_table_offset(reach: Reach) -> usize {
-    offset_of!(Frame, branches) + reach as usize * size_of::<[Branch; BRANCHES]>()
+/// Distance of a table of branch targets from the frame's start.
+pub(crate) const fn branch_table_offset(table: usize) -> usize {
+    offset_of!(Frame, branches) + table % BRANCH_TABLES * size_of::<[Branch; BRANCHES]>()
 }
 
 /// Distance of the table for `reach` from the frame's start.

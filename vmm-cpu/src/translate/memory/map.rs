@@ -79,6 +79,12 @@ impl Slot {
         }
     }
 
+    /// Whether stores to the page of `gpa` must be seen.
+    pub(crate) fn must_notice_stores(&self, gpa: u64) -> bool {
+        let page = self.page(gpa);
+        self.code.is_watched(page) || self.dirty.as_ref().is_some_and(|dirty| !dirty.contains(page))
+    }
+
     pub(crate) fn is_writable(&self) -> bool {
         self.access == GuestAccess::ReadWrite
     }

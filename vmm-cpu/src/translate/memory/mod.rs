@@ -7,14 +7,17 @@ mod code_pages;
 pub(crate) mod frame;
 mod host;
 mod map;
+mod reserve;
 mod tlb;
 mod walk;
+mod window;
 
 pub(crate) use code_pages::VcpuSet;
 pub(crate) use host::{HostWord, Order};
 pub(crate) use map::{MemoryMap, Slot};
 pub(crate) use tlb::{Fetched, Forgotten, Reach, Tlb};
 pub(crate) use walk::{Access, GPA_BITS, Paging, Translation, walk};
+pub(crate) use window::NEAR;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const PAGE_MASK: u64 = !(PAGE - 1);

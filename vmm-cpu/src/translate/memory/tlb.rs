@@ -13,13 +13,15 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustc_hash::FxHashMap;
 
 use super::frame::{ENTRIES, Entry, Frame, nothing_at};
 use super::host::{HostWord, Order};
 use super::map::MemoryMap;
-use super::walk::{Access, Translation};
+use super::walk::{Access, Paging, Translation, peek};
+use super::window::{Figures, Window};
 use super::{PAGE, PAGE_MASK};
 use crate::translate::segment::low8;
 
@@ -108,6 +110,9 @@ pub(crate) struct Tlb {
     large: bool,
     /// Changes whenever an entry may have gone: whoever remembers a translation elsewhere compares.
     generation: u64,
+    window: Option<Window>,
+    /// This host cannot map guest memory into the window.
+    no_window: bool,
 }
 
 impl fmt::Debug for Tlb {
@@ -128,6 +133,8 @@ impl Tlb {
             local: Vec::with_capacity(LOCAL),
             large: false,
             generation: 1,
+            window: None,
+            no_window: false,
         }
     }
 
@@ -345,8 +352,78 @@ impl Tlb {
         }
     }
 
+    /// Whether user programs may access memory through the address window.
+    #[inline(always)]
+    pub(crate) fn has_window(&self) -> bool {
+        self.window.as_ref().is_some_and(Window::is_active)
+    }
+
+    /// Gives the user program in the address space of `paging` a window, if it has `earned` it or the window is not
+    /// `thrifty`. Where the host has no room for one, there is none.
+    pub(crate) fn open_window(&mut self, paging: &Paging, earned: Duration, limit: usize, thrifty: bool) {
+        if self.no_window {
+            return;
+        }
+        let regions = &mut self.frame.regions;
+        let window = match &mut self.window {
+            Some(window) => window,
+            None => match Window::new(limit, thrifty, regions) {
+                Ok(window) => self.window.insert(window),
+                Err(error) => {
+                    tracing::debug!(%error, "no address window");
+                    self.no_window = true;
+                    return;
+                }
+            },
+        };
+        let map = &self.map;
+        window.activate(paging.cr3, earned, regions, |va, writes| {
+            let access = if writes { Access::Write } else { Access::Read };
+            let gpa = peek(map, paging, va, access)?.gpa;
+            let slot = map.slot(gpa)?;
+            (!writes || slot.is_writable() && !slot.must_notice_stores(gpa)).then_some(gpa)
+        });
+    }
+
+    /// Lets the window have the pages of `len` bytes at `va` as far as the TLB has them; whether the window stays.
+    pub(crate) fn extend_window(&mut self, va: u64, len: u64) -> bool {
+        let Some(window) = &mut self.window else { return false };
+        let regions = &mut self.frame.regions;
+        if !window.pays() {
+            window.give_up(regions);
+            return false;
+        }
+        let last = va.wrapping_add(len.saturating_sub(1));
+        for va in [va & PAGE_MASK, last & PAGE_MASK] {
+            // Not borrowed from the frame as a whole.
+            let Some(entry) = self.frame.tables.first().and_then(|table| table.get(Frame::index(va))) else {
+                break;
+            };
+            if entry.read != va {
+                continue;
+            }
+            let (gpa, writable) = (entry.kind & PAGE_MASK, entry.write == va);
+            let size = 1 << size_of(entry);
+            if let Err(error) = window.map(va, gpa, entry.host, writable, size, regions) {
+                tracing::debug!(%error, "guest memory cannot be mapped into the address window");
+                window.clear(regions);
+                self.no_window = true;
+                return false;
+            }
+        }
+        true
+    }
+
+    /// What the window did.
+    pub(crate) fn window_figures(&self) -> Figures {
+        self.window.as_ref().map(|window| window.figures).unwrap_or_default()
+    }
+
     /// Forgets everything.
     pub(crate) fn flush_all(&mut self) {
+        if let Some(window) = &mut self.window {
+            window.clear(&mut self.frame.regions);
+        }
         self.frame.clear();
         self.local.clear();
         self.large = false;
@@ -355,6 +432,9 @@ impl Tlb {
 
     /// Forgets what is not global.
     pub(crate) fn flush_local(&mut self) {
+        if let Some(window) = &mut self.window {
+            window.suspend(&mut self.frame.regions);
+        }
         for (table, index) in self.local.drain(..) {
             let index = usize::from(index);
             if let Some(entry) = self.frame.table_mut(table).get_mut(index)
@@ -370,6 +450,9 @@ impl Tlb {
 
     /// Forgets the page of `va`, whatever its size.
     pub(crate) fn flush_page(&mut self, va: u64) {
+        if let Some(window) = &mut self.window {
+            window.flush_page(va, &mut self.frame.regions);
+        }
         self.forgotten.add(va);
         self.generation += 1;
         if self.large {
@@ -396,6 +479,9 @@ impl Tlb {
     /// Lets stores to a page of RAM be noticed again.
     pub(crate) fn watch_stores(&mut self, gpa: u64) {
         let gpa = gpa & PAGE_MASK;
+        if let Some(window) = &mut self.window {
+            window.protect(gpa);
+        }
         for (index, entry) in self.frame.entries_mut() {
             if entry.kind & PAGE_MASK == gpa {
                 entry.write = nothing_at(index);
@@ -405,6 +491,9 @@ impl Tlb {
 
     /// Lets all stores be noticed again.
     pub(crate) fn watch_all_stores(&mut self) {
+        if let Some(window) = &mut self.window {
+            window.suspend(&mut self.frame.regions);
+        }
         for (index, entry) in self.frame.entries_mut() {
             entry.write = nothing_at(index);
         }

@@ -184,7 +184,7 @@ pub(crate) fn walk(
         });
     }
     for _ in 0..ATTEMPTS {
-        if let Some(translation) = attempt(map, paging, va, access)? {
+        if let Some(translation) = attempt(map, paging, va, access, true)? {
             return Ok(translation);
         }
     }
@@ -192,12 +192,21 @@ pub(crate) fn walk(
     Err(paging.fault(access, 0))
 }
 
-/// `None` if an entry changed on the way.
+/// What [`walk`] would find without having to set any bit; `None` if paging is off or the walk would do more.
+pub(crate) fn peek(map: &MemoryMap, paging: &Paging, va: u64, access: Access) -> Option<Translation> {
+    if paging.cr0 & cr0::PG == 0 {
+        return None;
+    }
+    attempt(map, paging, va, access, false).ok().flatten()
+}
+
+/// `None` if an entry changed on the way, or would have to and `updates` does not let it.
 fn attempt(
     map: &MemoryMap,
     paging: &Paging,
     va: u64,
     access: Access,
+    updates: bool,
 ) -> Result<Option<Translation>, PageFault> {
     let (levels, root): (&[Level], u64) = if paging.efer & efer::LMA != 0 {
         (&LEVELS_4, paging.cr3 & FRAME)
@@ -251,7 +260,7 @@ fn attempt(
         if maps && access == Access::Write {
             wanted |= DIRTY;
         }
-        if wanted != entry && !update(map, gpa, narrow, entry, wanted) {
+        if wanted != entry && !(updates && update(map, gpa, narrow, entry, wanted)) {
             return Ok(None);
         }
         if maps {

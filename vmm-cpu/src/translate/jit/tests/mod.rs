@@ -58,7 +58,8 @@ impl Vcpu {
 
     /// One of the figures of translated code; zero where nothing is translated.
     fn figure(&self, name: &str) -> u64 {
-        let counts = self.tier1.as_ref().map(Tier1::counts).unwrap_or_default();
+        let tlb = &self.guest.core.tlb;
+        let counts = self.tier1.as_ref().map(|tier1| tier1.counts(tlb)).unwrap_or_default();
         counts.into_iter().find_map(|(other, count)| (other == name).then_some(count)).unwrap_or(0)
     }
 

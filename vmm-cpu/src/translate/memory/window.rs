@@ -1,0 +1,404 @@
+//! The address window: guest pages at host addresses of their own, so that the host's MMU translates what a program
+//! accesses, and tells by a fault what has no translation.
+//!
+//! A linear address is cut into regions of 4 GiB. Those that a program uses have each a slot of the window, and
+//! [`Frame::regions`](super::frame::Frame) says for each region what is to be added to an address in it. Where nothing is
+//! mapped, which is all of slot 0, to which all other regions lead, the host faults, and the interpreter executes the
+//! instruction. So an access through the window ends in the window or in no address of a process at all, whatever address
+//! the guest makes up: bits 63 to 48 stay in the sum, which is not canonical unless they are zero, and the other bits select
+//! the region.
+//!
+//! The pages of an address space stay mapped while others are in use. When it is used again, each is compared with
+//! the page tables, as if the processor had looked all of them up anew; those that changed, or whose accessed or dirty bits
+//! were cleared, go.
+//!
+//! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. So an address space has to earn
+//! them by the time that it runs.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use rustc_hash::FxHashMap;
+
+use super::frame::REGIONS;
+use super::reserve::{Reserve, Rights};
+use super::{PAGE, PAGE_MASK};
+
+/// Bytes of a region.
+const REGION: u64 = 1 << 32;
+
+/// How far from an address whose region was looked up an access may begin or end.
+pub(crate) const NEAR: usize = 1 << 12;
+
+/// Bytes that stay free in front of each region and behind it, which is more.
+const GUARD: u64 = 1 << 20;
+
+/// Bytes from slot to slot.
+const STRIDE: u64 = REGION + 2 * GUARD;
+
+/// Slots, with the one that nothing is ever mapped in.
+const SLOTS: u32 = 64;
+
+/// Address spaces whose pages stay mapped.
+const SPACES: usize = 4;
+
+/// First address that no program of the guest has.
+const END: u64 = 1 << 47;
+
+/// What a fault costs that maps a page.
+const FAULT: Duration = Duration::from_micros(10);
+/// What it costs to compare a page with the page tables.
+const CHECK: Duration = Duration::from_nanos(150);
+/// An address space earns one part in so many of the time that it runs.
+const SHARE: u32 = 8;
+/// The most that it can have earned.
+const MOST: Duration = Duration::from_millis(50);
+
+/// A mapped page.
+#[derive(Clone, Copy, Debug)]
+struct Mapped {
+    gpa: u64,
+    writable: bool,
+}
+
+/// The pages of an address space.
+#[derive(Debug)]
+struct Space {
+    /// Its CR3.
+    root: u64,
+    /// Region and slot.
+    slots: Vec<(u16, u32)>,
+    pages: FxHashMap<u64, Mapped>,
+    /// What it may spend.
+    credit: Duration,
+    since: Instant,
+    used: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Window {
+    reserve: Reserve,
+    free: Vec<u32>,
+    spaces: Vec<Space>,
+    /// The pages can be accessed of `spaces[0]`.
+    active: bool,
+    /// Where each guest-physical page is mapped: CR3 and linear page.
+    places: FxHashMap<u64, Vec<(u64, u64)>>,
+    /// Pages that may be mapped.
+    limit: usize,
+    /// Counts uses of spaces.
+    clock: u64,
+    /// It spends no more than it earns.
+    thrifty: bool,
+    /// Pages may be parts of large ones.
+    large: bool,
+    pub(crate) figures: Figures,
+}
+
+/// What the window did.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Figures {
+    pub(crate) mapped: u64,
+    pub(crate) unmapped: u64,
+    pub(crate) activations: u64,
+    pub(crate) given_up: u64,
+}
+
+impl Window {
+    /// A window of at most `limit` pages, to which all regions in `regions` lead from now on.
+    ///
+    /// # Errors
+    /// Those of the operating system, where there is no room for it.
+    pub(crate) fn new(limit: usize, thrifty: bool, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
+        let this = Self {
+            reserve: Reserve::new(u64::from(SLOTS) * STRIDE)?,
+            free: (1..SLOTS).collect(),
+            spaces: Vec::new(),
+            active: false,
+            places: FxHashMap::default(),
+            limit,
+            clock: 0,
+            thrifty,
+            large: false,
+            figures: Figures::default(),
+        };
+        for (region, addend) in (0..=u16::MAX).zip(regions.iter_mut()) {
+            *addend = this.addend(region, 0);
+        }
+        Ok(this)
+    }
+
+    /// Whether pages can be accessed.
+    pub(crate) fn is_active(&self) -> bool {
+        self.active
+    }
+
+    fn addend(&self, region: u16, slot: u32) -> u64 {
+        (self.reserve.address() + place(slot, 0)).wrapping_sub(u64::from(region) << 32)
+    }
+
+    /// Makes the pages of the address space with that CR3 accessible as far as `gpa_of` says that they are what they were:
+    /// where a linear page leads to, for writing or not. `earned` is what the space may spend if it is a new one. If it
+    /// cannot afford that, it is forgotten.
+    pub(crate) fn activate(
+        &mut self,
+        root: u64,
+        earned: Duration,
+        regions: &mut [u64; REGIONS],
+        mut gpa_of: impl FnMut(u64, bool) -> Option<u64>,
+    ) {
+        self.suspend(regions);
+        self.figures.activations += 1;
+        self.clock += 1;
+        let at = match self.spaces.iter().position(|space| space.root == root) {
+            Some(at) => at,
+            None => {
+                if self.spaces.len() >= SPACES {
+                    let oldest = (0..).zip(&self.spaces).min_by_key(|(_, space)| space.used);
+                    if let Some((oldest, _)) = oldest {
+                        self.remove(oldest);
+                    }
+                }
+                let pages = FxHashMap::default();
+                let (slots, since) = (Vec::new(), Instant::now());
+                self.spaces.push(Space { root, slots, pages, credit: earned, since, used: 0 });
+                self.spaces.len() - 1
+            }
+        };
+        self.spaces.swap(0, at);
+        let Some(space) = self.spaces.first_mut() else { return };
+        space.used = self.clock;
+        space.since = Instant::now();
+        let count = u32::try_from(space.pages.len()).unwrap_or(u32::MAX);
+        match space.credit.checked_sub(CHECK * count) {
+            None if self.thrifty => {
+                self.figures.given_up += 1;
+                self.remove(0);
+                return;
+            }
+            left => space.credit = left.unwrap_or_default(),
+        }
+        let stale =
+            |(va, page): (&u64, &Mapped)| (gpa_of(*va, page.writable) != Some(page.gpa)).then_some(*va);
+        let stale: Vec<u64> = space.pages.iter().filter_map(stale).collect();
+        self.active = true;
+        for va in stale {
+            self.unmap(va);
+        }
+        for (region, slot) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
+            self.set_region(region, slot, regions);
+        }
+    }
+
+    fn set_region(&self, region: u16, slot: u32, regions: &mut [u64; REGIONS]) {
+        if let Some(addend) = regions.get_mut(usize::from(region)) {
+            *addend = self.addend(region, slot);
+        }
+    }
+
+    /// Makes no page accessible.
+    pub(crate) fn suspend(&mut self, regions: &mut [u64; REGIONS]) {
+        if !std::mem::take(&mut self.active) {
+            return;
+        }
+        if let Some(space) = self.spaces.first_mut() {
+            space.earn();
+        }
+        for (region, _) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
+            self.set_region(region, 0, regions);
+        }
+    }
+
+    /// Whether the space in use can afford another fault, which it pays for.
+    pub(crate) fn pays(&mut self) -> bool {
+        let Some(space) = self.spaces.first_mut().filter(|_| self.active) else { return false };
+        space.earn();
+        let left = space.credit.checked_sub(FAULT);
+        space.credit = left.unwrap_or_default();
+        !self.thrifty || left.is_some()
+    }
+
+    /// Forgets the space in use.
+    pub(crate) fn give_up(&mut self, regions: &mut [u64; REGIONS]) {
+        if self.active {
+            self.figures.given_up += 1;
+            self.suspend(regions);
+            self.remove(0);
+        }
+    }
+
+    /// Makes the page at `va` accessible in the space in use: guest-physical page `gpa`, which is at `host` and part of a
+    /// page of `size` bytes.
+    ///
+    /// # Errors
+    /// Those of the operating system. Guest memory that is private to its mapping cannot be mapped a second time.
+    pub(crate) fn map(
+        &mut self,
+        va: u64,
+        gpa: u64,
+        host: u64,
+        writable: bool,
+        size: u64,
+        regions: &mut [u64; REGIONS],
+    ) -> io::Result<()> {
+        self.large |= size > PAGE;
+        let va = va & PAGE_MASK;
+        if !self.active || va >= END {
+            return Ok(());
+        }
+        if self.spaces.iter().map(|space| space.pages.len()).sum::<usize>() >= self.limit {
+            self.start_over(regions);
+        }
+        let Ok(region) = u16::try_from(va >> 32) else { return Ok(()) };
+        let Some(slot) = self.slot(region, regions) else { return Ok(()) };
+        self.set_region(region, slot, regions);
+        let at = place(slot, va);
+        let Some(space) = self.spaces.first_mut() else { return Ok(()) };
+        let known = space.pages.get(&va).copied();
+        if known.is_none_or(|known| known.gpa != gpa) {
+            if known.is_some() {
+                self.unmap(va);
+            }
+            self.reserve.duplicate(host, at)?;
+            if !writable {
+                self.reserve.protect(at, PAGE, Rights::Read)?;
+            }
+            self.figures.mapped += 1;
+            let root = self.spaces.first().map_or(0, |space| space.root);
+            self.places.entry(gpa).or_default().push((root, va));
+        } else if known.is_some_and(|known| known.writable != writable) {
+            let rights = if writable { Rights::ReadWrite } else { Rights::Read };
+            self.reserve.protect(at, PAGE, rights)?;
+        }
+        if let Some(space) = self.spaces.first_mut() {
+            space.pages.insert(va, Mapped { gpa, writable });
+        }
+        Ok(())
+    }
+
+    /// The slot of a region in the space in use. If none is free, all others lose theirs.
+    fn slot(&mut self, region: u16, regions: &mut [u64; REGIONS]) -> Option<u32> {
+        let known = |space: &Space| space.slots.iter().find(|(of, _)| *of == region).map(|(_, slot)| *slot);
+        if let Some(slot) = self.spaces.first().and_then(known) {
+            return Some(slot);
+        }
+        if self.free.is_empty() {
+            self.start_over(regions);
+        }
+        let slot = self.free.pop()?;
+        self.spaces.first_mut()?.slots.push((region, slot));
+        Some(slot)
+    }
+
+    /// Makes all of the page at `va`, whatever its size, inaccessible in the space in use.
+    pub(crate) fn flush_page(&mut self, va: u64, regions: &mut [u64; REGIONS]) {
+        if self.large && va < END {
+            self.suspend(regions);
+        } else {
+            self.unmap(va);
+        }
+    }
+
+    fn unmap(&mut self, va: u64) {
+        let va = va & PAGE_MASK;
+        if !self.active {
+            return;
+        }
+        let Some(space) = self.spaces.first_mut() else { return };
+        let Some(page) = space.pages.remove(&va) else { return };
+        let Some((_, slot)) = space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32) else {
+            return;
+        };
+        let (root, at) = (space.root, place(*slot, va));
+        self.reserve.vacate(at, PAGE);
+        self.figures.unmapped += 1;
+        self.forget_place(page.gpa, root, va);
+    }
+
+    fn forget_place(&mut self, gpa: u64, root: u64, va: u64) {
+        if let Some(places) = self.places.get_mut(&gpa) {
+            places.retain(|place| *place != (root, va));
+            if places.is_empty() {
+                self.places.remove(&gpa);
+            }
+        }
+    }
+
+    /// Makes a guest-physical page read-only wherever it is mapped.
+    pub(crate) fn protect(&mut self, gpa: u64) {
+        let Some(places) = self.places.get(&gpa) else { return };
+        for (root, va) in places {
+            let space = self.spaces.iter_mut().find(|space| space.root == *root);
+            let Some(space) = space else { continue };
+            let slot =
+                space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32).map(|(_, slot)| *slot);
+            let Some((slot, page)) = slot.zip(space.pages.get_mut(va)) else { continue };
+            if std::mem::take(&mut page.writable) {
+                let at = place(slot, *va);
+                if self.reserve.protect(at, PAGE, Rights::Read).is_err() {
+                    self.reserve.vacate(at, PAGE);
+                }
+            }
+        }
+    }
+
+    /// Forgets all pages of all address spaces.
+    pub(crate) fn clear(&mut self, regions: &mut [u64; REGIONS]) {
+        self.suspend(regions);
+        while !self.spaces.is_empty() {
+            self.remove(self.spaces.len() - 1);
+        }
+        self.large = false;
+    }
+
+    /// Unmaps all pages; the space in use stays that.
+    fn start_over(&mut self, regions: &mut [u64; REGIONS]) {
+        while self.spaces.len() > 1 {
+            self.remove(self.spaces.len() - 1);
+        }
+        let slots = self.spaces.first_mut().map(|space| std::mem::take(&mut space.slots)).unwrap_or_default();
+        for (region, slot) in slots {
+            self.set_region(region, 0, regions);
+            self.vacate_slot(slot);
+        }
+        if let Some(space) = self.spaces.first_mut() {
+            self.figures.unmapped += space.pages.len() as u64;
+            space.pages.clear();
+        }
+        self.places.clear();
+    }
+
+    fn vacate_slot(&mut self, slot: u32) {
+        self.reserve.vacate(u64::from(slot) * STRIDE, STRIDE);
+        self.free.push(slot);
+    }
+
+    fn remove(&mut self, at: usize) {
+        let space = self.spaces.swap_remove(at);
+        for (_, slot) in space.slots {
+            self.vacate_slot(slot);
+        }
+        for (va, page) in space.pages {
+            self.figures.unmapped += 1;
+            self.forget_place(page.gpa, space.root, va);
+        }
+    }
+}
+
+impl Space {
+    fn earn(&mut self) {
+        let now = Instant::now();
+        self.credit = (self.credit + now.duration_since(self.since) / SHARE).min(MOST);
+        self.since = now;
+    }
+}
+
+/// Where in the reserve slot `slot` has what is at `va`.
+fn place(slot: u32, va: u64) -> u64 {
+    u64::from(slot) * STRIDE + GUARD + va % REGION
+}
+
+#[cfg(test)]
+#[path = "window_tests.rs"]
+mod tests;
