@@ -11,6 +11,8 @@ mod host;
 mod instruction;
 mod memory;
 mod merit;
+mod pages;
+mod region;
 mod registers;
 mod run;
 mod site;
@@ -19,6 +21,7 @@ mod string;
 mod system;
 #[cfg(test)]
 mod tests;
+mod translation;
 mod translator;
 
 pub(crate) use run::{Ran, Tier1};

@@ -1,6 +1,8 @@
 //! Small guests of 64-bit code that end with HLT, interpreted and translated.
 
 mod crossing;
+mod eviction;
+mod pages;
 
 use iced_x86::code_asm::CodeAssembler;
 
@@ -8,11 +10,12 @@ use super::Tier1;
 use crate::hypervisor::ClockSource;
 use crate::translate::TranslateOptions;
 use crate::translate::block::BlockCache;
+use crate::translate::core::Machine;
 use crate::translate::cpu::Activity;
 use crate::translate::memory::PAGE;
 use crate::translate::run;
 use crate::translate::test_support::{Guest, PAGE_TABLE};
-use crate::vcpu::Halt;
+use crate::vcpu::{EmptyBus, Halt, VcpuIo};
 
 /// Where programs begin.
 const MAIN: u64 = 0x8000;
@@ -46,9 +49,17 @@ impl Vcpu {
 
     /// Runs from [`MAIN`] to a HLT.
     fn run(&mut self) {
+        self.run_with(&mut EmptyBus);
+    }
+
+    fn run_with(&mut self, io: &mut dyn VcpuIo) {
         self.guest.core.cpu.rip = MAIN;
         self.guest.core.cpu.activity = Activity::Running;
-        let halt = run::run(&mut self.guest.machine(), &mut self.cache, &mut self.tier1).unwrap();
+        let mut machine = Machine::new(&mut self.guest.core, io);
+        let halt = run::run(&mut machine, &mut self.cache, &mut self.tier1).unwrap();
+        if let Some(tier1) = &self.tier1 {
+            tier1.verify(&mut self.guest.machine());
+        }
         assert_eq!(halt, Halt::Halted);
     }
 
@@ -76,7 +87,10 @@ fn entry(va: u64) -> u64 {
 
 /// Does the same with vCPUs that interpret, that translate at once, and that translate later, by either clock.
 fn on_all(test: impl Fn(Vcpu)) {
-    let options = TranslateOptions::default();
+    on_all_with(TranslateOptions::default(), test);
+}
+
+fn on_all_with(options: TranslateOptions, test: impl Fn(Vcpu)) {
     test(Vcpu::new(options.translate_after(None), ClockSource::Deterministic));
     for clock in [ClockSource::Deterministic, ClockSource::Host] {
         for runs in [0, 2] {
