@@ -216,6 +216,8 @@ impl Vcpu for TranslateVcpu {
             ("interrupt", counts.interrupt),
             ("interrupted", counts.interrupted),
             ("instructions", self.core.instructions),
+            ("tlb-fills", self.core.tlb.fills),
+            ("blocks-decoded", self.cache.decoded()),
         ];
         all.extend(self.tier1.iter().flat_map(|tier1| tier1.counts(&self.core.tlb)));
         all.extend(self.core.digest.map(|digest| ("digest", digest)));

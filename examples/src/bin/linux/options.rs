@@ -16,7 +16,7 @@ use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
 use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices};
-use vmm_memory::GuestRam;
+use vmm_memory::{Backing, GuestRam};
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
@@ -151,6 +151,14 @@ impl Options {
             Windows::Always => AddressWindow::Always,
         });
         Box::new(TranslateHypervisor::with_options(options))
+    }
+
+    /// What RAM is made of for that backend: what it maps a second time, into address windows, has to be shared.
+    pub(crate) fn translated_ram(&self) -> Backing {
+        match self.address_window {
+            Windows::Never => Backing::Anonymous,
+            Windows::Adaptive | Windows::Always => Backing::Memfd,
+        }
     }
 
     /// The transport of virtio devices, if any are wanted.

@@ -53,6 +53,8 @@ pub(crate) struct BlockCache {
     epoch: u32,
     /// Blocks that are gone since somebody asked; `None`: all that there were.
     dropped: Option<Vec<u32>>,
+    /// Blocks that there ever were.
+    decoded: u64,
 }
 
 impl BlockCache {
@@ -67,7 +69,13 @@ impl BlockCache {
             jumps: Box::new([Jump::default(); JUMPS]),
             epoch: 1,
             dropped: Some(Vec::new()),
+            decoded: 0,
         }
+    }
+
+    /// How many blocks were decoded.
+    pub(crate) fn decoded(&self) -> u64 {
+        self.decoded
     }
 
     /// Whether blocks are gone of which nobody heard yet.
@@ -144,6 +152,7 @@ impl BlockCache {
             None => u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
         };
         self.ops += block.ops.len();
+        self.decoded += 1;
         match self.blocks.get_mut(id as usize) {
             Some(place) => *place = block,
             None => self.blocks.push(block),

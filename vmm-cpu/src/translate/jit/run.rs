@@ -1,7 +1,6 @@
 //! Runs translated code, and does what it is left for.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use iced_x86::{Decoder, Mnemonic, OpKind, Register};
 
@@ -51,6 +50,7 @@ struct Figures {
     native: u64,
     links: u64,
     faults: u64,
+    closed: u64,
 }
 
 /// Translated code of one vCPU.
@@ -132,7 +132,7 @@ impl Tier1 {
             ("window-pages-mapped", window.mapped),
             ("window-pages-unmapped", window.unmapped),
             ("window-activations", window.activations),
-            ("window-given-up", window.given_up),
+            ("windows-closed", figures.closed),
         ]
     }
 
@@ -154,9 +154,7 @@ impl Tier1 {
     /// Runs translated code from RIP on, if there is or comes to be some.
     pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
         self.catch_up(m, cache);
-        if self.window == AddressWindow::Adaptive && m.mode.reach == Reach::User {
-            self.merits.sample(m.cpu.cr3);
-        }
+        self.look_at_window(m);
         self.open_window(m);
         let Some(mut mode) = self.mode(m) else { return Ok(Ran::Nothing) };
         self.set_alarm(m);
@@ -186,9 +184,10 @@ impl Tier1 {
                     let places = if faulted { accessed(m, found, rip, op) } else { [None; 2] };
                     let goes_on = run::execute_one(m, found, rip, op)?;
                     for (va, len) in places.into_iter().flatten() {
-                        if !m.tlb.extend_window(va, len) {
-                            self.merits.disappoint(m.cpu.cr3);
-                        }
+                        m.tlb.extend_window(va, len);
+                    }
+                    if faulted {
+                        self.charge_window(m);
                     }
                     let is_last = op + 1 == found.ops.len();
                     if !goes_on {
@@ -289,22 +288,48 @@ impl Tier1 {
 
     /// Lets the user program that runs have its window, if it has none and deserves one.
     fn open_window(&mut self, m: &mut Machine<'_>) {
-        if m.mode.reach != Reach::User || self.window == AddressWindow::Never || m.tlb.has_window() {
+        if m.mode.reach != Reach::User || m.tlb.has_window() {
             return;
         }
-        let thrifty = self.window == AddressWindow::Adaptive;
-        let merited = if thrifty { self.merits.merited(m.cpu.cr3) } else { Some(Duration::ZERO) };
-        let Some(ran) = merited.filter(|_| fault::are_handled()) else { return };
+        let root = m.cpu.cr3;
+        let deserves = match self.window {
+            AddressWindow::Never => false,
+            AddressWindow::Adaptive => self.merits.deserves(root),
+            AddressWindow::Always => true,
+        };
+        if !deserves || !fault::are_handled() {
+            return;
+        }
         let paging = m.paging();
-        m.tlb.open_window(&paging, ran, self.pages, thrifty);
-        if !m.tlb.has_window() {
-            self.merits.disappoint(m.cpu.cr3);
+        if !m.tlb.open_window(&paging, self.pages) {
+            self.merits.forget(root);
+        }
+        self.charge_window(m);
+    }
+
+    /// Notes who runs.
+    fn look_at_window(&mut self, m: &mut Machine<'_>) {
+        if self.window == AddressWindow::Adaptive {
+            self.merits.sample((m.mode.reach == Reach::User).then_some(m.cpu.cr3));
+        }
+    }
+
+    /// Lets the program that has the window pay for it, or takes it away.
+    fn charge_window(&mut self, m: &mut Machine<'_>) {
+        let cost = m.tlb.take_window_cost();
+        if self.window == AddressWindow::Adaptive
+            && !self.merits.charge(m.cpu.cr3, cost)
+            && m.tlb.has_window()
+        {
+            self.figures.closed += 1;
+            m.tlb.close_window();
         }
     }
 
     /// The number of the site for the access that has just faulted.
     fn faulting_site(&mut self, m: &mut Machine<'_>) -> u32 {
         self.figures.faults += 1;
+        m.tlb.note_window_fault();
         let state = &m.tlb.frame().state;
         let (address, flags) = (state.fault, state.fault_flags);
         let Some(access) = self.translator.access(address) else {

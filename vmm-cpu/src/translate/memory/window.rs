@@ -12,11 +12,11 @@
 //! the page tables, as if the processor had looked all of them up anew; those that changed, or whose accessed or dirty bits
 //! were cleared, go.
 //!
-//! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. So an address space has to earn
-//! them by the time that it runs.
+//! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. [`Window::take_cost`] says how many
+//! there were.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustc_hash::FxHashMap;
 
@@ -45,14 +45,15 @@ const SPACES: usize = 4;
 /// First address that no program of the guest has.
 const END: u64 = 1 << 47;
 
-/// What a fault costs that maps a page.
-const FAULT: Duration = Duration::from_micros(10);
-/// What it costs to compare a page with the page tables.
+/// What an access costs that faults, with or without a page that is mapped then and unmapped some time.
+const FAULT: Duration = Duration::from_micros(3);
+const MAPPING: Duration = Duration::from_micros(8);
+/// What it costs to change the address space, and for each page of it to be compared with the page tables.
+const CHANGE: Duration = Duration::from_micros(4);
 const CHECK: Duration = Duration::from_nanos(150);
-/// An address space earns one part in so many of the time that it runs.
-const SHARE: u32 = 8;
-/// The most that it can have earned.
-const MOST: Duration = Duration::from_millis(50);
+
+/// Pages of which most must still hold, or the address space is another's.
+const TELLING: usize = 8;
 
 /// A mapped page.
 #[derive(Clone, Copy, Debug)]
@@ -69,9 +70,6 @@ struct Space {
     /// Region and slot.
     slots: Vec<(u16, u32)>,
     pages: FxHashMap<u64, Mapped>,
-    /// What it may spend.
-    credit: Duration,
-    since: Instant,
     used: u64,
 }
 
@@ -89,8 +87,8 @@ pub(crate) struct Window {
     limit: usize,
     /// Counts uses of spaces.
     clock: u64,
-    /// It spends no more than it earns.
-    thrifty: bool,
+    /// What it has cost since that was last asked.
+    cost: Duration,
     /// Pages may be parts of large ones.
     large: bool,
     pub(crate) figures: Figures,
@@ -102,7 +100,6 @@ pub(crate) struct Figures {
     pub(crate) mapped: u64,
     pub(crate) unmapped: u64,
     pub(crate) activations: u64,
-    pub(crate) given_up: u64,
 }
 
 impl Window {
@@ -110,7 +107,7 @@ impl Window {
     ///
     /// # Errors
     /// Those of the operating system, where there is no room for it.
-    pub(crate) fn new(limit: usize, thrifty: bool, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
+    pub(crate) fn new(limit: usize, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
         let this = Self {
             reserve: Reserve::new(u64::from(SLOTS) * STRIDE)?,
             free: (1..SLOTS).collect(),
@@ -119,7 +116,7 @@ impl Window {
             places: FxHashMap::default(),
             limit,
             clock: 0,
-            thrifty,
+            cost: Duration::ZERO,
             large: false,
             figures: Figures::default(),
         };
@@ -139,15 +136,14 @@ impl Window {
     }
 
     /// Makes the pages of the address space with that CR3 accessible as far as `gpa_of` says that they are what they were:
-    /// where a linear page leads to, for writing or not. `earned` is what the space may spend if it is a new one. If it
-    /// cannot afford that, it is forgotten.
+    /// where a linear page leads to, for writing or not. Whether the space is a new one or most of what was known of it
+    /// still holds.
     pub(crate) fn activate(
         &mut self,
         root: u64,
-        earned: Duration,
         regions: &mut [u64; REGIONS],
         mut gpa_of: impl FnMut(u64, bool) -> Option<u64>,
-    ) {
+    ) -> bool {
         self.suspend(regions);
         self.figures.activations += 1;
         self.clock += 1;
@@ -160,28 +156,22 @@ impl Window {
                         self.remove(oldest);
                     }
                 }
-                let pages = FxHashMap::default();
-                let (slots, since) = (Vec::new(), Instant::now());
-                self.spaces.push(Space { root, slots, pages, credit: earned, since, used: 0 });
+                self.spaces.push(Space { root, slots: Vec::new(), pages: FxHashMap::default(), used: 0 });
                 self.spaces.len() - 1
             }
         };
         self.spaces.swap(0, at);
-        let Some(space) = self.spaces.first_mut() else { return };
+        let Some(space) = self.spaces.first_mut() else { return false };
         space.used = self.clock;
-        space.since = Instant::now();
-        let count = u32::try_from(space.pages.len()).unwrap_or(u32::MAX);
-        match space.credit.checked_sub(CHECK * count) {
-            None if self.thrifty => {
-                self.figures.given_up += 1;
-                self.remove(0);
-                return;
-            }
-            left => space.credit = left.unwrap_or_default(),
-        }
+        let count = space.pages.len();
+        self.cost += CHANGE + CHECK * u32::try_from(count).unwrap_or(u32::MAX);
         let stale =
             |(va, page): (&u64, &Mapped)| (gpa_of(*va, page.writable) != Some(page.gpa)).then_some(*va);
         let stale: Vec<u64> = space.pages.iter().filter_map(stale).collect();
+        if count > TELLING && stale.len() > count / 2 {
+            self.remove(0);
+            return false;
+        }
         self.active = true;
         for va in stale {
             self.unmap(va);
@@ -189,6 +179,17 @@ impl Window {
         for (region, slot) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, slot, regions);
         }
+        true
+    }
+
+    /// Notes that an access has faulted.
+    pub(crate) fn note_fault(&mut self) {
+        self.cost += FAULT;
+    }
+
+    /// What it has cost since this was last asked.
+    pub(crate) fn take_cost(&mut self) -> Duration {
+        std::mem::take(&mut self.cost)
     }
 
     fn set_region(&self, region: u16, slot: u32, regions: &mut [u64; REGIONS]) {
@@ -202,27 +203,14 @@ impl Window {
         if !std::mem::take(&mut self.active) {
             return;
         }
-        if let Some(space) = self.spaces.first_mut() {
-            space.earn();
-        }
         for (region, _) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, 0, regions);
         }
     }
 
-    /// Whether the space in use can afford another fault, which it pays for.
-    pub(crate) fn pays(&mut self) -> bool {
-        let Some(space) = self.spaces.first_mut().filter(|_| self.active) else { return false };
-        space.earn();
-        let left = space.credit.checked_sub(FAULT);
-        space.credit = left.unwrap_or_default();
-        !self.thrifty || left.is_some()
-    }
-
     /// Forgets the space in use.
     pub(crate) fn give_up(&mut self, regions: &mut [u64; REGIONS]) {
         if self.active {
-            self.figures.given_up += 1;
             self.suspend(regions);
             self.remove(0);
         }
@@ -265,6 +253,7 @@ impl Window {
                 self.reserve.protect(at, PAGE, Rights::Read)?;
             }
             self.figures.mapped += 1;
+            self.cost += MAPPING;
             let root = self.spaces.first().map_or(0, |space| space.root);
             self.places.entry(gpa).or_default().push((root, va));
         } else if known.is_some_and(|known| known.writable != writable) {
@@ -383,14 +372,6 @@ impl Window {
             self.figures.unmapped += 1;
             self.forget_place(page.gpa, space.root, va);
         }
-    }
-}
-
-impl Space {
-    fn earn(&mut self) {
-        let now = Instant::now();
-        self.credit = (self.credit + now.duration_since(self.since) / SHARE).min(MOST);
-        self.since = now;
     }
 }
 
