@@ -234,10 +234,11 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
         Some(page.gpa)
     });
     if known.is_none() {
-        if cache.is_full() || m.rare.len() >= MAX_RARE {
+        if m.rare.len() >= MAX_RARE {
             cache.clear();
             m.rare.clear();
         }
+        cache.make_room();
         let block = block::build(m, va, gpa)?;
         // Its bytes may be older than what says now that all stores to the second page are seen.
         settled &= block.second_page.is_none();

@@ -13,7 +13,7 @@ mod length;
 pub(crate) use build::{DECODING, build};
 pub(crate) use cache::{BlockCache, Stamp};
 
-use super::memory::PAGE_MASK;
+use super::memory::{PAGE, PAGE_MASK};
 use super::ops::Op;
 
 /// Most instructions in a block.
@@ -44,6 +44,13 @@ impl Block {
     fn pages(&self) -> impl Iterator<Item = u64> + use<> {
         let first = self.gpa & PAGE_MASK;
         [Some(first), self.second_page.filter(|second| *second != first)].into_iter().flatten()
+    }
+
+    /// Its code by pages: where it lies and what it is.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        let here = usize::try_from(PAGE - (self.gpa & !PAGE_MASK)).unwrap_or(usize::MAX);
+        let (first, second) = self.bytes.split_at(here.min(self.bytes.len()));
+        [Some((self.gpa, first)), self.second_page.map(|page| (page, second))].into_iter().flatten()
     }
 
     /// Length of its first instruction.

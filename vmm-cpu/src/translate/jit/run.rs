@@ -9,15 +9,17 @@ use super::builder::{FAULT, Mode};
 use super::entry::{self, Gs};
 use super::fault::{self, Guard, Running};
 use super::merit::Merits;
+use super::region::{MAX_CODE, MIN_CODE};
 use super::registers::number;
 use super::site::Kind;
+use super::translation::branch_target;
 use super::translator::{Found, Translator};
 use crate::translate::block::{Block, BlockCache, DECODING};
 use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
 use crate::translate::hypervisor::AddressWindow;
 use crate::translate::memory::frame::Frame;
-use crate::translate::memory::{Reach, Tlb, WINDOW_PAGES, WindowFigures};
+use crate::translate::memory::{PAGE_MASK, Reach, Tlb, WINDOW_PAGES, WindowFigures};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
@@ -88,7 +90,8 @@ impl Tier1 {
             other => other,
         };
         let pages = WINDOW_PAGES / usize::try_from(shared.max_vcpus).unwrap_or(1).max(1);
-        match Translator::new(flavour) {
+        let bytes = shared.options.code_memory.clamp(MIN_CODE, MAX_CODE).next_multiple_of(MIN_CODE);
+        match Translator::new(flavour, bytes) {
             Ok(translator) => {
                 let figures = Figures::default();
                 let merits = Merits::default();
@@ -123,12 +126,20 @@ impl Tier1 {
             ("translated-interpreted", figures.interpreted),
             ("translated-instructions", figures.native),
             ("translated-bytes", self.translator.used_bytes()),
+            ("translated-pages", self.translator.page_count()),
+            ("translated-parts-emptied", self.translator.emptied()),
             ("window-faults", figures.faults),
             ("window-pages-mapped", window.mapped),
             ("window-pages-unmapped", window.unmapped),
             ("window-activations", window.activations),
             ("windows-closed", figures.closed),
         ]
+    }
+
+    /// See [`Translator::verify`].
+    #[cfg(test)]
+    pub(super) fn verify(&self, m: &mut Machine<'_>) {
+        self.translator.verify(m.tlb.frame());
     }
 
     /// Makes GS refer to the vCPU's frame while it runs.
@@ -163,7 +174,7 @@ impl Tier1 {
                 return Ok(Ran::Nothing);
             };
             let mut link = None;
-            let clears = self.figures.clears;
+            let emptied = self.translator.emptied();
             match site.kind {
                 Kind::Instruction { op, resume } => {
                     let Some(found) = cache.get(block) else { return Ok(Ran::Nothing) };
@@ -241,7 +252,7 @@ impl Tier1 {
             self.catch_up(m, cache);
             self.use_mode(m, mode);
             if link.is_none()
-                && let Some(entry) = Translator::branch_target(m.cpu.rip, mode, m.tlb.frame())
+                && let Some(entry) = branch_target(m.cpu.rip, mode, m.tlb.frame())
             {
                 m.cpu.shadow_sti = false;
                 code = entry;
@@ -253,7 +264,7 @@ impl Tier1 {
             };
             m.cpu.shadow_sti = false;
             match link {
-                Some(jump) if self.figures.clears == clears => {
+                Some(jump) if self.translator.emptied() == emptied => {
                     self.figures.links += 1;
                     self.translator.link(number, &jump, next);
                 }
@@ -426,27 +437,27 @@ impl Tier1 {
         // Looking may have changed what there is.
         self.catch_up(m, cache);
         let map = Arc::clone(m.map());
+        let runs = cache.count_run(id);
         let Some(block) = cache.get(id) else { return Ok(None) };
-        if block.second_page.is_some() {
-            return Ok(None);
-        }
         let Some(fetched) = m.tlb.fetch_translation(rip) else { return Ok(None) };
-        let found = Found { rip, mode, block, fetched };
-        let page = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
-        let Some(page) = page else { return Ok(None) };
-        if let Some(found) = self.translator.find(rip, mode) {
-            return Ok(Some(found));
+        let mut second = None;
+        if let Some(gpa) = block.second_page {
+            let next = (rip | !PAGE_MASK).wrapping_add(1);
+            second = m.tlb.fetch_translation(next).filter(|fetched| fetched.gpa == gpa);
+            if second.is_none() {
+                return Ok(None);
+            }
         }
-        if cache.count_run(id) < self.threshold {
+        let found = Found { rip, mode, id, block, fetched, second };
+        self.translator.take_up(&found, &map, m.tlb.frame(), cache);
+        if let Some(known) = self.translator.find(rip, mode) {
+            return Ok(Some(known));
+        }
+        if runs < self.threshold {
             return Ok(None);
         }
-        if self.translator.is_full() {
-            self.clear(m);
-            return Ok(None);
-        }
-        let Some(block) = cache.get(id) else { return Ok(None) };
         self.figures.translations += 1;
-        Ok(self.translator.translate(rip, mode, id, block, page, m.tlb.frame()))
+        Ok(self.translator.translate(&found, &map, m.tlb.frame()))
     }
 }
 
