@@ -7,4 +7,5 @@
 mod machine;
 
 mod faults;
+mod process;
 mod stale;

@@ -61,6 +61,8 @@ pub(crate) struct Tier1 {
     /// When the alarm is to call.
     alarm: Option<u64>,
     window: AddressWindow,
+    /// Faults of translated code would come back to it.
+    handled: bool,
     merits: Merits,
     /// Pages that a window may have.
     pages: usize,
@@ -97,6 +99,7 @@ impl Tier1 {
                     budget: 0,
                     alarm: None,
                     window,
+                    handled: false,
                     merits,
                     pages,
                     figures,
@@ -129,7 +132,12 @@ impl Tier1 {
     }
 
     /// Makes GS refer to the vCPU's frame while it runs.
-    pub(crate) fn prepare(m: &mut Machine<'_>) -> Gs {
+    pub(crate) fn prepare(&mut self, m: &mut Machine<'_>) -> Gs {
+        // It is another thread's now, or the program has changed its signals.
+        self.handled = self.window != AddressWindow::Never && fault::are_handled();
+        if !self.handled {
+            m.tlb.suspend_window();
+        }
         let go = m.signals.go_address();
         let frame = m.tlb.frame();
         frame.state.leave = entry::leave_address();
@@ -275,7 +283,7 @@ impl Tier1 {
 
     /// Lets the user program that runs have its window, if it has none and deserves one.
     fn open_window(&mut self, m: &mut Machine<'_>) {
-        if m.mode.reach != Reach::User || self.window == AddressWindow::Never || m.tlb.has_window() {
+        if !self.handled || m.mode.reach != Reach::User || m.tlb.has_window() {
             return;
         }
         let (policy, merited) = match self.window {
@@ -283,7 +291,7 @@ impl Tier1 {
             _ if self.translator.flavour.counted => (Policy::Exact, Some(Duration::ZERO)),
             _ => (Policy::Lavish, Some(Duration::ZERO)),
         };
-        let Some(ran) = merited.filter(|_| fault::are_handled()) else { return };
+        let Some(ran) = merited else { return };
         let paging = m.paging();
         m.tlb.open_window(&paging, ran, self.pages, policy);
         if !m.tlb.has_window() {

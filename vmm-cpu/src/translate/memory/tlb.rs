@@ -388,6 +388,13 @@ impl Tlb {
         });
     }
 
+    /// Takes the user program's window away until it is opened again.
+    pub(crate) fn suspend_window(&mut self) {
+        if let Some(window) = &mut self.window {
+            window.suspend(&mut self.frame.regions);
+        }
+    }
+
     /// Lets the window have the pages of `len` bytes at `va` as far as the TLB has them; whether the window stays.
     pub(crate) fn extend_window(&mut self, va: u64, len: u64) -> bool {
         let Some(window) = &mut self.window else { return false };
