@@ -91,6 +91,9 @@ const TIERS: [Tier; 5] = [
     Tier::Window(false),
 ];
 
+/// Emits a part of a program.
+pub(crate) type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
 /// What a program asks the kernel for, by SYSCALL: RCX, R11, RAX, RDI and RSI change.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Call {

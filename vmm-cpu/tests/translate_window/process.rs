@@ -220,8 +220,9 @@ fn take_all_mappings() -> (*mut libc::c_void, usize) {
     assert_ne!(memory, libc::MAP_FAILED);
     // Every second page is unlike its neighbours.
     for place in (0..len).step_by(8192) {
+        let page = memory.wrapping_byte_add(place);
         // SAFETY: the page is of what was just mapped.
-        if unsafe { libc::mprotect(memory.byte_add(place), 4096, libc::PROT_READ) } != 0 {
+        if unsafe { libc::mprotect(page, 4096, libc::PROT_READ) } != 0 {
             return (memory, len);
         }
     }
@@ -293,8 +294,10 @@ fn a_thread_needs_no_stack_for_signals() {
     // SAFETY: the function takes what it is given.
     let made = unsafe { libc::pthread_create(thread.as_mut_ptr(), ptr::null(), in_thread, sender) };
     assert_eq!(made, 0);
-    // SAFETY: the thread was made, and nobody else waits for it.
-    assert_eq!(unsafe { libc::pthread_join(thread.assume_init(), ptr::null_mut()) }, 0);
+    // SAFETY: the thread was made.
+    let thread = unsafe { thread.assume_init() };
+    // SAFETY: nobody else waits for it.
+    assert_eq!(unsafe { libc::pthread_join(thread, ptr::null_mut()) }, 0);
     assert_eq!(receiver.recv().unwrap(), 500_500);
 }
 
