@@ -36,7 +36,7 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Optio
     m.tlb.forget_lookups();
     m.update_mode();
     let result = {
-        let _prepared = tier1.is_some().then(|| Tier1::prepare(m));
+        let _prepared = tier1.as_mut().map(|tier1| tier1.prepare(m));
         run_blocks(m, cache, tier1)
     };
     // Other vCPUs go on, and the clock is looked at, also where this vCPU is not run again.

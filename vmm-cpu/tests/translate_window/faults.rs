@@ -5,11 +5,9 @@
 use iced_x86::code_asm::*;
 
 use crate::machine::{
-    Answer, CODE, Call, DATA, PRESENT, SPACE, STACK, Setup, Tier, USER, WRITABLE, call, page, same_on_all,
-    same_with,
+    Answer, CODE, Call, DATA, Emit, PRESENT, SPACE, STACK, Setup, Tier, USER, WRITABLE, call, page,
+    same_on_all, same_with,
 };
-
-type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
 /// Bytes of code for each instruction under test.
 const SLOT: u64 = 0x100;

@@ -91,6 +91,9 @@ const TIERS: [Tier; 5] = [
     Tier::Window(false),
 ];
 
+/// Emits a part of a program.
+pub(crate) type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
 /// What a program asks the kernel for, by SYSCALL: RCX, R11, RAX, RDI and RSI change.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Call {
@@ -267,15 +270,19 @@ pub(crate) struct Run {
     pub(crate) setup: Setup,
     pub(crate) registers: GeneralRegisters,
     pub(crate) events: Vec<Event>,
-    counts: Vec<(&'static str, u64)>,
-    pub(crate) vcpu: Box<dyn Vcpu>,
+    vcpu: Box<dyn Vcpu>,
 }
 
 impl Run {
     /// A figure of the vCPU.
     pub(crate) fn count(&self, name: &str) -> u64 {
-        self.counts.iter().find(|(known, _)| *known == name).map_or(0, |(_, count)| *count)
+        figure(&*self.vcpu, name)
     }
+}
+
+/// A figure of a vCPU.
+pub(crate) fn figure(vcpu: &dyn Vcpu, name: &str) -> u64 {
+    vcpu.exit_counts().iter().find(|(known, _)| *known == name).map_or(0, |(_, count)| *count)
 }
 
 /// What the program tells the test goes to the function.
@@ -335,12 +342,15 @@ pub(crate) fn same_with(prepare: impl Fn(&mut Setup), told: impl Fn(&mut Setup, 
 pub(crate) fn run_on(tier: Tier, prepare: &impl Fn(&mut Setup), told: &impl Fn(&mut Setup, u8)) -> Run {
     let (mut setup, mut vcpu) = build(tier);
     prepare(&mut setup);
-    let halt = vcpu.run(&mut Bus { setup: &mut setup, told }).unwrap();
-    assert_eq!(halt, Halt::Halted, "{tier:?}");
+    assert_eq!(run(&mut setup, &mut *vcpu, told), Halt::Halted, "{tier:?}");
     let registers = vcpu.registers().unwrap();
-    let counts = vcpu.exit_counts();
     let events = events(&setup);
-    Run { setup, registers, events, counts, vcpu }
+    Run { setup, registers, events, vcpu }
+}
+
+/// Runs a vCPU until something ends it.
+pub(crate) fn run(setup: &mut Setup, vcpu: &mut dyn Vcpu, told: impl FnMut(&mut Setup, u8)) -> Halt {
+    vcpu.run(&mut Bus { setup, told }).unwrap()
 }
 
 fn events(setup: &Setup) -> Vec<Event> {

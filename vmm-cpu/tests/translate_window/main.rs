@@ -2,9 +2,12 @@
 //! with a small kernel below them, interpreted, translated, and translated with a window.
 
 #![cfg(all(feature = "translate", target_arch = "x86_64"))]
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+// The lint spares test functions only, not what they call.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::cast_possible_truncation)]
 
 mod machine;
 
 mod faults;
+mod process;
 mod stale;

@@ -7,7 +7,7 @@ use vmm_memory::PageBitmap;
 use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
 use crate::machine::{
-    ACCESSED, Answer, CODE, CR0, CR4, Call, DATA, DIRTY, EXTRA, GLOBAL, OTHER_SPACE, PRESENT, SPACE, Setup,
+    ACCESSED, Answer, CR0, CR4, Call, DATA, DIRTY, EXTRA, Emit, GLOBAL, OTHER_SPACE, PRESENT, SPACE, Setup,
     Tier, USER, WRITABLE, call, page, run_on, same_on_all, same_with,
 };
 
@@ -85,7 +85,7 @@ fn rights_that_are_taken_are_gone_after_invlpg() {
 }
 
 /// Writes to where RBX points to, by whatever way: what is there was 0x1002 and 0x1013 afterwards.
-const WRITES: &[fn(&mut CodeAssembler) -> Result<(), IcedError>] = &[
+const WRITES: &[Emit] = &[
     |a| {
         a.stc()?;
         a.adc(qword_ptr(rbx), 0x10)
@@ -304,7 +304,7 @@ fn invlpg_forgets_all_of_a_large_page() {
         let mut a = program(|a| {
             load(a, r12, base + 0x1000)?;
             load(a, r13, base + 0x2000)?;
-            call(a, Call::Store(entry, large + 0x20_0000 | DATA | 1 << 7));
+            call(a, Call::Store(entry, (large + 0x20_0000) | DATA | 1 << 7));
             call(a, Call::Invalidate(base + 0x3000));
             load(a, r14, base + 0x1000)?;
             load(a, r15, base + 0x2000)
@@ -335,7 +335,7 @@ fn invlpg_forgets_all_of_a_page_that_became_large() {
             call(a, Call::SetCr3(SPACE));
             load(a, r12, base + 0x1000)?;
             load(a, r13, base + 0x2000)?;
-            call(a, Call::Store(entry, large + 0x20_0000 | DATA | 1 << 7));
+            call(a, Call::Store(entry, (large + 0x20_0000) | DATA | 1 << 7));
             call(a, Call::Invalidate(base + 0x3000));
             load(a, r14, base + 0x1000)?;
             load(a, r15, base + 0x2000)
@@ -462,7 +462,6 @@ fn code_that_a_program_writes_is_executed() {
         setup.program(&mut a);
     });
     assert_eq!(run.registers.r12, 0x0102_0203_0304_0405);
-    let _ = CODE;
 }
 
 #[test]

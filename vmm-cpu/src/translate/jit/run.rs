@@ -63,6 +63,8 @@ pub(crate) struct Tier1 {
     /// When the alarm is to call.
     alarm: Option<u64>,
     window: AddressWindow,
+    /// Whether faults of translated code would come back to it, if that is known of this run.
+    handled: Option<bool>,
     merits: Merits,
     /// Pages that a window may have.
     pages: usize,
@@ -102,6 +104,7 @@ impl Tier1 {
                     budget: 0,
                     alarm: None,
                     window,
+                    handled: None,
                     merits,
                     pages,
                     spent: WindowFigures::default(),
@@ -143,7 +146,12 @@ impl Tier1 {
     }
 
     /// Makes GS refer to the vCPU's frame while it runs.
-    pub(crate) fn prepare(m: &mut Machine<'_>) -> Gs {
+    pub(crate) fn prepare(&mut self, m: &mut Machine<'_>) -> Gs {
+        // It is another thread's now, or the program has changed its signals.
+        self.handled = m.tlb.has_window().then(fault::are_handled);
+        if self.handled == Some(false) {
+            m.tlb.close_window();
+        }
         let go = m.signals.go_address();
         let frame = m.tlb.frame();
         frame.state.leave = entry::leave_address();
@@ -297,7 +305,7 @@ impl Tier1 {
             AddressWindow::Adaptive => self.merits.deserves(root),
             AddressWindow::Always => true,
         };
-        if !deserves || !fault::are_handled() {
+        if !deserves || !*self.handled.get_or_insert_with(fault::are_handled) {
             return;
         }
         let paging = m.paging();

@@ -409,11 +409,11 @@ impl Translator {
         Some((first?, second))
     }
 
-    /// Lets the jump at `site` lead to `target`.
+    /// Lets the jump at `site` lead to `target`, if that is code of the same mode: what is ready for one is not for another.
     pub(super) fn link(&mut self, site: u32, jump: &Jump, target: u32) {
-        let Some(found) = self.translations.get_mut(target as usize).filter(|found| !found.dropped) else {
-            return;
-        };
+        let from = self.site(site).and_then(|site| self.get(site.translation)).map(|from| from.mode);
+        let found = self.translations.get_mut(target as usize);
+        let Some(found) = found.filter(|found| !found.dropped && from == Some(found.mode)) else { return };
         let entry = if jump.live { found.near.live } else { found.near.saved };
         match jump.link {
             Link::Near { length } => {
