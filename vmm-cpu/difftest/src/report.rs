@@ -219,11 +219,11 @@ pub(crate) fn describe(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> R
         let _written = writeln!(text, "    [{address:x}]={}", hex(data));
     }
     match native {
-        Some(native) => outcome(&mut text, "processor  ", &native, &case),
-        None => text.push_str("  processor  : nothing, its child died\n"),
+        Some(native) => outcome(&mut text, "processor    ", &native, &case),
+        None => text.push_str("  processor    : nothing, its child died\n"),
     }
     for (who, ours) in &ours {
-        outcome(&mut text, &format!("{who:11}"), ours, &case);
+        outcome(&mut text, &format!("{who:13}"), ours, &case);
     }
     let plant = plan.plant.map_or_else(String::new, |code| format!(" --plant {code:?}"));
     let only = match plan.forms.as_slice() {
@@ -234,7 +234,7 @@ pub(crate) fn describe(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> R
         Tier::Interpreter => "",
         Tier::Translator => " --tier 1",
         Tier::Window => " --tier window",
-        Tier::Both => " --tier both",
+        Tier::All => " --tier all",
     };
     let sequences = if plan.shape == Shape::Sequence { " --sequences" } else { "" };
     let _written = writeln!(

@@ -121,7 +121,7 @@ impl Sides {
             Tier::Interpreter => &[Who::Interpreter][..],
             Tier::Translator => &[Who::Translator],
             Tier::Window => &[Who::Window],
-            Tier::Both => &[Who::Interpreter, Who::Translator],
+            Tier::All => &[Who::Interpreter, Who::Translator, Who::Window],
         };
         let backends = all.iter().map(|who| Ok((*who, Backend::new(*who)?))).collect::<Result<_>>()?;
         Ok(Self { native: Native::new()?, backends })
@@ -156,8 +156,8 @@ impl Sides {
         let mut all = Vec::new();
         for (who, backend) in &mut self.backends {
             all.push((*who, backend.run(case, prepared)?));
-            if *who == Who::Translator && plan.shape == Shape::Sequence {
-                all.push((Who::TranslatorAgain, backend.run(case, prepared)?));
+            if let Some(again) = who.again().filter(|_| plan.shape == Shape::Sequence) {
+                all.push((again, backend.run(case, prepared)?));
             }
         }
         if let Some(code) = plan.plant {
@@ -167,9 +167,7 @@ impl Sides {
     }
 
     fn backend(&mut self, who: Who) -> Result<&mut Backend> {
-        let is_meant =
-            |(other, _): &&mut (Who, Backend)| (*other == Who::Interpreter) == (who == Who::Interpreter);
-        let found = self.backends.iter_mut().find(is_meant);
+        let found = self.backends.iter_mut().find(|(other, _)| *other == who.first());
         found.map(|(_, backend)| backend).with_context(|| format!("there is no {who}"))
     }
 
@@ -214,7 +212,7 @@ impl Sides {
                 *ours = self.backend(*who)?.run_patiently(case, &entry.prepared)?;
             }
         }
-        // What both tiers do in the same way may have an excuse; where they differ, one is wrong.
+        // What all tiers do in the same way may have an excuse; where they differ, one is wrong.
         let mut pairs = ours.iter().zip(ours.iter().skip(1));
         let is_one = pairs.all(|((_, one), (_, other))| judge::differences(case, one, other).is_empty());
         let mut excuse = None;

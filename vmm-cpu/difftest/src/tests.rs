@@ -1,7 +1,5 @@
 //! A slice of what the program does, for every test run.
 
-use clap::ValueEnum as _;
-
 use crate::backend::Tier;
 use crate::generate::Shape;
 use crate::host;
@@ -16,33 +14,26 @@ fn plan(tier: Tier, shape: Shape) -> Plan {
 
 #[test]
 fn instructions_do_as_the_processors() {
-    does_as_the_processor(Tier::Both, Shape::Plain);
+    does_as_the_processor(Shape::Plain);
 }
 
 #[test]
 fn sequences_do_as_the_processors() {
-    does_as_the_processor(Tier::Both, Shape::Sequence);
+    does_as_the_processor(Shape::Sequence);
 }
 
-#[test]
-fn the_address_window_does_as_the_processor() {
-    does_as_the_processor(Tier::Window, Shape::Plain);
-    does_as_the_processor(Tier::Window, Shape::Sequence);
-}
-
-fn does_as_the_processor(tier: Tier, shape: Shape) {
+fn does_as_the_processor(shape: Shape) {
     if let Some(problem) = host::problem() {
         println!("skipped: {problem}");
         return;
     }
-    let plan = plan(tier, shape);
-    let summary = Sides::new(tier).unwrap().some(&plan, 0, EACH * plan.forms.len() as u64).unwrap();
+    let plan = plan(Tier::All, shape);
+    let summary = Sides::new(Tier::All).unwrap().some(&plan, 0, EACH * plan.forms.len() as u64).unwrap();
     let kept = summary.kept.iter().map(|mismatch| format!("{}, {:?}", mismatch.number, mismatch.target));
     assert_eq!(
         summary.mismatches,
         0,
-        "run `difftest --tier {} --seed 20 --case NUMBER` ({shape:?}): {:?}",
-        tier.to_possible_value().unwrap().get_name(),
+        "run `difftest --tier all --seed 20 --case NUMBER` ({shape:?}): {:?}",
         kept.collect::<Vec<_>>()
     );
     for code in &plan.forms {

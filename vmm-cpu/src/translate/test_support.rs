@@ -6,20 +6,22 @@ use std::sync::Arc;
 use iced_x86::Decoder;
 use vmm_memory::GuestRam;
 
-use super::TranslateOptions;
-use super::block::DECODING;
+use super::block::{BlockCache, DECODING};
 use super::clock::Clock;
 use super::core::{Core, Machine, Reason};
 use super::cpu::{BLOCK, RSP, TableRegister, cr0, cr4, efer};
 use super::exception::Exception;
+use super::hypervisor::TranslateOptions;
+use super::jit::Tier1;
 use super::memory::PAGE;
 use super::ops;
+use super::run;
 use super::segment::{SegmentRegister, index};
 use super::signals::Signals;
 use super::vm::{Shared, TranslateVm};
 use crate::cpuid::CpuidTable;
 use crate::hypervisor::{ClockSource, InterruptMode};
-use crate::vcpu::EmptyBus;
+use crate::vcpu::{EmptyBus, Halt, VcpuIo};
 use crate::vm::{GuestAccess, Vm};
 
 /// Bytes of RAM, from address 0.
@@ -58,13 +60,24 @@ pub(crate) const PAGE_TABLE: u64 = PAGE_TABLES + 3 * PAGE;
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) core: Core,
+    /// What the run loop works with, where a test uses that.
+    pub(crate) cache: BlockCache,
+    pub(crate) tier1: Option<Tier1>,
     bus: EmptyBus,
+}
+
+/// Calls `test` with a guest that is interpreted, and with one that is translated from the first run of a block on.
+pub(crate) fn on_each_tier(guest: fn() -> Guest, mut test: impl FnMut(Guest)) {
+    test(guest());
+    let mut translated = guest();
+    translated.tier1 = Tier1::new(&translated.core.shared);
+    test(translated);
 }
 
 impl Guest {
     /// In real mode, with code at 0x8000 and the stack below 0x10000 of segment 0.
     pub(crate) fn real() -> Self {
-        Self::with(TranslateOptions::default(), ClockSource::Deterministic)
+        Self::with(TranslateOptions::default().translate_after(Some(0)), ClockSource::Deterministic)
     }
 
     /// The same, executed as the options say, with that clock.
@@ -77,7 +90,7 @@ impl Guest {
             TranslateVm(Arc::clone(&shared)).map_memory(region, GuestAccess::ReadWrite).unwrap();
         }
         let core = Core::new(0, shared, Arc::new(Signals::new()), None);
-        let mut guest = Self { core, bus: EmptyBus };
+        let mut guest = Self { core, cache: BlockCache::new(), tier1: None, bus: EmptyBus };
         guest.core.cpu.segment_mut(index::CS).load_real(0);
         guest.core.cpu.rip = CODE;
         guest.core.cpu.set_r(RSP, STACK - 2);
@@ -187,6 +200,18 @@ impl Guest {
 
     pub(crate) fn machine(&mut self) -> Machine<'_> {
         Machine::new(&mut self.core, &mut self.bus)
+    }
+
+    /// Runs, as a vCPU does.
+    pub(crate) fn run(&mut self) -> Halt {
+        let mut bus = EmptyBus;
+        self.run_with(&mut bus)
+    }
+
+    /// Runs with a VMM of the test's own.
+    pub(crate) fn run_with(&mut self, io: &mut dyn VcpuIo) -> Halt {
+        let mut m = Machine::new(&mut self.core, io);
+        run::run(&mut m, &mut self.cache, &mut self.tier1).unwrap()
     }
 
     /// Executes one instruction at RIP, as the run loop does.

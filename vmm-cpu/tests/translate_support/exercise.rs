@@ -71,13 +71,13 @@ struct Machine<'a> {
 /// The backend with that tier. It is asked for what it offers once, which takes a while.
 fn hypervisor(tier: Tier) -> Arc<TranslateHypervisor> {
     thread_local! {
-        static HYPERVISORS: [Arc<TranslateHypervisor>; 3] =
+        static HYPERVISORS: [Arc<TranslateHypervisor>; 4] =
             Tier::ALL.map(|tier| Arc::new(TranslateHypervisor::with_options(tier.options())));
     }
     HYPERVISORS.with(|all| Arc::clone(&all[tier as usize]))
 }
 
-/// Runs the guest of an input, on both tiers if it says so.
+/// Runs the guest of an input, on all tiers if it says so.
 pub fn exercise(guest: &Guest) -> Tally {
     if guest.compared && is_deterministic(guest) {
         compare::compare(guest)

@@ -1,7 +1,7 @@
 //! What an input describes. Fields that select something are reduced to what there is, so that no input is refused.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use vmm_cpu::translate::TranslateOptions;
+use vmm_cpu::translate::{AddressWindow, TranslateOptions};
 
 use super::code::Instruction;
 use super::layout;
@@ -59,17 +59,21 @@ pub enum Tier {
     AtOnce,
     /// Blocks that ran twice are translated.
     Later,
+    /// Blocks are translated at once, and user programs access memory through the address window.
+    Window,
 }
 
 impl Tier {
-    pub const ALL: [Self; 3] = [Self::Interpreted, Self::AtOnce, Self::Later];
+    pub const ALL: [Self; 4] = [Self::Interpreted, Self::AtOnce, Self::Later, Self::Window];
 
     pub fn options(self) -> TranslateOptions {
-        TranslateOptions::default().translate_after(match self {
-            Self::Interpreted => None,
-            Self::AtOnce => Some(0),
-            Self::Later => Some(2),
-        })
+        let (translate_after, window) = match self {
+            Self::Interpreted => (None, AddressWindow::Never),
+            Self::AtOnce => (Some(0), AddressWindow::Never),
+            Self::Later => (Some(2), AddressWindow::Never),
+            Self::Window => (Some(0), AddressWindow::Always),
+        };
+        TranslateOptions::default().translate_after(translate_after).address_window(window)
     }
 }
 
@@ -302,7 +306,7 @@ pub enum Step {
 #[derive(Clone, Debug, Arbitrary)]
 pub struct Guest {
     pub tier: Tier,
-    /// Both tiers must come to the same, where all that the guest sees follows from the input.
+    /// All tiers must come to the same, where all that the guest sees follows from the input.
     pub compared: bool,
     pub start: Start,
     pub local_apic: bool,

@@ -8,7 +8,9 @@ use iced_x86::code_asm::{
 use vmm_cpu::state::GeneralRegisters;
 
 use super::accesses::{ACCESSES, Access, NEXT_AT, image};
-use super::machine::{CODE, DATA, HIGH, Machine, PAGE, Ram, STACK, Tier, Trap, WINDOW, entry, on_each_tier};
+use super::machine::{
+    CODE, DATA, HIGH, Machine, PAGE, Ram, STACK, Tier, Trap, WINDOW, entry, on_each_tier_at,
+};
 use super::program::{Code, here, labelled};
 
 /// Page of the window with the data, its frame, and where the data begin.
@@ -85,15 +87,12 @@ fn program(access: &Access, with_it: bool) -> (Code, [u64; 2]) {
     })
 }
 
-fn machine(tier: Tier, code: &Code, user: bool) -> Machine {
+fn machine(tier: Tier, code: &Code) -> Machine {
     let mut machine = Machine::new(tier, code);
     machine.set_xmm0(std::array::from_fn(|n| 0x40 + n as u8));
     let mut system = machine.vcpu.system_registers().unwrap();
     (system.fs.base, system.gs.base) = (0x10, 0x10);
     machine.vcpu.set_system_registers(&system).unwrap();
-    if user {
-        machine.enter_user();
-    }
     machine
 }
 
@@ -123,9 +122,9 @@ struct Seen {
 }
 
 /// Runs the program, with something wrong in the first and the third round.
-fn run(tier: Tier, access: &Access, good: u64, user: bool, wrong: Option<Wrong>) -> Seen {
+fn run(tier: Tier, access: &Access, good: u64, wrong: Option<Wrong>) -> Seen {
     let (code, [_, next]) = program(access, true);
-    let mut machine = machine(tier, &code, user);
+    let mut machine = machine(tier, &code);
     let (mut faults, mut behind, mut seen) = (Vec::new(), Vec::new(), Vec::new());
     let mut round = 0;
     let mut before = Vec::new();
@@ -172,7 +171,7 @@ fn repair(general: &mut GeneralRegisters, good: u64) {
 fn before(access: &Access, address: u64, user: bool) -> GeneralRegisters {
     let (_, [at, next]) = program(access, true);
     let (code, _) = program(access, false);
-    let mut machine = machine(Tier::INTERPRETED, &code, user);
+    let mut machine = machine(Tier::INTERPRETED.at(user), &code);
     let mut before = None;
     machine.run_with(|trap, ram| match trap.vector {
         0x80 => {
@@ -199,9 +198,9 @@ fn distance(access: &Access) -> u64 {
 
 fn check(access: &Access, good: u64, user: bool, wrong: Wrong) {
     let what = format!("{}, {wrong:?}, {good:#x}, {user}", access.name);
-    let undisturbed = on_each_tier(|tier| run(tier, access, good, user, None));
+    let undisturbed = on_each_tier_at(user, |tier| run(tier, access, good, None));
     assert!(undisturbed.faults.is_empty() && undisturbed.behind.len() == 3, "{what}: {undisturbed:x?}");
-    let seen = on_each_tier(|tier| run(tier, access, good, user, Some(wrong)));
+    let seen = on_each_tier_at(user, |tier| run(tier, access, good, Some(wrong)));
     assert_eq!(seen.behind, undisturbed.behind, "{what}");
     assert!(seen.memory == undisturbed.memory, "{what}: memory or vector registers");
 

@@ -12,24 +12,25 @@
 //! Linear addresses are guest-physical ones, but for the [`WINDOW`] where tests map pages as they like. From
 //! [`HIGH`] on, all of that is there once more.
 
+use std::fmt::Debug;
 use std::sync::Arc;
 
 use vmm_cpu::state::{DescriptorTable, GeneralRegisters, RunState, Segment, SystemRegisters, XsaveArea};
-use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
+use vmm_cpu::translate::{AddressWindow, TranslateHypervisor, TranslateOptions};
 use vmm_cpu::{
     ClockConfig, ClockSource, CpuModel, GuestAccess, Halt, Hypervisor, InterruptMode, Vcpu, VcpuIo, Vm,
     VmConfig,
 };
 use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
-use vmm_memory::{GuestRam, GuestRegion, RegionConfig};
+use vmm_memory::{Backing, GuestRam, GuestRegion, RegionConfig};
 
 use super::program::{Code, handlers};
 
 const GDT: u64 = 0x1000;
 const IDT: u64 = 0x2000;
 const TSS: u64 = 0x3000;
-const PML4: u64 = 0x4000;
-const POINTERS: u64 = 0x5000;
+pub const PML4: u64 = 0x4000;
+pub const POINTERS: u64 = 0x5000;
 pub const DIRECTORY: u64 = 0x6000;
 const LOW_TABLE: u64 = 0x7000;
 const WINDOW_TABLE: u64 = 0x8000;
@@ -54,6 +55,9 @@ pub const MMIO: u64 = 0xd000_0000;
 /// Port by which handlers call the test.
 pub const TRAP_PORT: u16 = 0x10;
 
+const HLT: u8 = 0xf4;
+const RESUME_FLAG: u64 = 1 << 16;
+
 const KERNEL_CS: u16 = 0x08;
 const KERNEL_DS: u16 = 0x10;
 const USER_DS: u16 = 0x1b;
@@ -76,24 +80,54 @@ pub mod entry {
 pub struct Tier {
     translate_after: Option<u32>,
     clock: ClockSource,
+    window: AddressWindow,
+    /// The guest begins at privilege level 3.
+    pub user: bool,
 }
 
 impl Tier {
-    pub const INTERPRETED: Self = Self { translate_after: None, clock: ClockSource::Deterministic };
+    pub const INTERPRETED: Self = Self {
+        translate_after: None,
+        clock: ClockSource::Deterministic,
+        window: AddressWindow::Never,
+        user: false,
+    };
     /// Translated code that counts instructions.
-    pub const COUNTED: Self = Self { translate_after: Some(0), clock: ClockSource::Deterministic };
+    pub const COUNTED: Self = Self { translate_after: Some(0), ..Self::INTERPRETED };
     /// Translated code in host time.
-    pub const FREE: Self = Self { translate_after: Some(0), clock: ClockSource::Host };
+    pub const FREE: Self = Self { clock: ClockSource::Host, ..Self::COUNTED };
+    /// The same, whose memory accesses at privilege level 3 go through the address window.
+    pub const WINDOW: Self = Self { window: AddressWindow::Always, ..Self::FREE };
+
+    /// The same for a guest that begins at privilege level 3, if `user`.
+    pub fn at(self, user: bool) -> Self {
+        Self { user, ..self }
+    }
 }
 
-/// Runs `test` on each tier, which must come to the same, and returns that.
-pub fn on_each_tier<T: PartialEq + std::fmt::Debug>(test: impl Fn(Tier) -> T) -> T {
-    let expected = test(Tier::INTERPRETED);
-    for tier in [Tier::COUNTED, Tier::FREE] {
-        let result = test(tier);
-        assert!(result == expected, "{tier:?}: {result:#x?}\ninterpreted: {expected:#x?}");
+/// Runs `test` on each tier, with guests at privilege level 0, which must come to the same, and returns that.
+pub fn on_each_tier<T: PartialEq + Debug>(test: impl Fn(Tier) -> T) -> T {
+    on_each_tier_at(false, test)
+}
+
+/// The same at privilege level 3, if `user`.
+pub fn on_each_tier_at<T: PartialEq + Debug>(user: bool, test: impl Fn(Tier) -> T) -> T {
+    let expected = test(Tier::INTERPRETED.at(user));
+    for tier in [Tier::COUNTED, Tier::FREE, Tier::WINDOW] {
+        if tier.window == AddressWindow::Always && !user {
+            continue;
+        }
+        let result = test(tier.at(user));
+        assert!(result == expected, "{tier:?}, {user}: {result:#x?}\ninterpreted: {expected:#x?}");
     }
     expected
+}
+
+/// The same at both levels, which come to the same as well: HLT ends all guests.
+pub fn on_each_tier_and_level<T: PartialEq + Debug>(test: impl Fn(Tier) -> T) -> T {
+    let [kernel, user] = [false, true].map(|user| on_each_tier_at(user, &test));
+    assert!(kernel == user, "at privilege level 0: {kernel:#x?}\nat level 3: {user:#x?}");
+    kernel
 }
 
 /// What a handler was called for, with all registers there.
@@ -203,6 +237,17 @@ impl Ram {
         self.0.write_obj(word, MemoryRegionAddress(gpa)).unwrap();
     }
 
+    /// The byte of code at a linear address.
+    fn byte_at(&self, address: u64) -> u8 {
+        let low = address % (2 * RAM);
+        let gpa = if low < WINDOW {
+            low
+        } else {
+            (self.word(window_entry((low - WINDOW) / PAGE)) & !(PAGE - 1)) + low % PAGE
+        };
+        self.bytes(gpa, 1)[0]
+    }
+
     /// Sets the page-table entry of page `page` of the window; handlers flush the TLB before they return.
     pub fn map(&self, page: u64, entry: u64) {
         self.set_word(window_entry(page), entry);
@@ -221,11 +266,13 @@ pub struct Machine {
     other: Option<Box<dyn Vcpu>>,
     pub vm: Arc<dyn Vm>,
     pub ram: Ram,
+    /// What was asked where there is no memory.
+    pub device: Device,
     tier: Tier,
 }
 
 impl Machine {
-    /// A guest that is about to execute `code` at privilege level 0, without interrupts.
+    /// A guest that is about to execute `code`, without interrupts.
     pub fn new(tier: Tier, code: &Code) -> Self {
         Self::with(tier, InterruptMode::External, code)
     }
@@ -238,10 +285,13 @@ impl Machine {
     fn of(tier: Tier, interrupts: InterruptMode, vcpus: u32, code: &Code) -> Self {
         let mut clock = ClockConfig::default();
         clock.source = tier.clock;
-        let options = TranslateOptions::default().translate_after(tier.translate_after);
+        let options =
+            TranslateOptions::default().translate_after(tier.translate_after).address_window(tier.window);
         let config = VmConfig::new(CpuModel::Host).vcpus(vcpus).interrupts(interrupts).clock(clock);
         let vm = TranslateHypervisor::with_options(options).create_vm(&config).unwrap();
-        let memory = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), RAM)).build().unwrap();
+        // Shared, as the address window needs it.
+        let memory = RegionConfig::new(GuestAddress(0), RAM).backing(Backing::Memfd);
+        let memory = GuestRam::builder().region(memory).build().unwrap();
         let region = memory.regions().into_iter().next().unwrap();
         vm.map_memory(Arc::clone(&region), GuestAccess::ReadWrite).unwrap();
         let ram = Ram(region);
@@ -253,7 +303,11 @@ impl Machine {
         let general =
             GeneralRegisters { rip: code.address, rsp: STACK, rflags: 2, ..GeneralRegisters::default() };
         vcpu.set_registers(&general).unwrap();
-        Self { vcpu, other: None, vm, ram, tier }
+        let mut machine = Self { vcpu, other: None, vm, ram, device: Device::default(), tier };
+        if tier.user {
+            machine.enter_user();
+        }
+        machine
     }
 
     /// A guest of two vCPUs, which take turns: see [`Machine::switch`]. Host time is all that there is for them.
@@ -283,7 +337,7 @@ impl Machine {
     }
 
     /// Lets the guest go on at privilege level 3.
-    pub fn enter_user(&mut self) {
+    fn enter_user(&mut self) {
         let mut system = self.vcpu.system_registers().unwrap();
         system.cs = Segment { dpl: 3, ..Segment::code64(USER_CS) };
         system.ss = Segment { dpl: 3, ..Segment::data32(USER_DS) };
@@ -309,18 +363,33 @@ impl Machine {
     }
 
     /// Runs to a HLT; the registers there.
-    pub fn run_with(&mut self, on_trap: impl FnMut(&mut Trap, &Ram)) -> GeneralRegisters {
-        let mut bus = Bus { ram: self.ram.clone(), on_trap, device: Device::default() };
-        self.run_on(&mut bus)
+    pub fn run_with(&mut self, mut on_trap: impl FnMut(&mut Trap, &Ram)) -> GeneralRegisters {
+        let mut end = None;
+        let ends_itself = self.tier.user;
+        let on_trap = |trap: &mut Trap, ram: &Ram| {
+            if ends_itself && trap.vector == 13 && ram.byte_at(trap.general.rip) == HLT {
+                end = Some(GeneralRegisters { rip: trap.general.rip + 1, ..trap.general });
+                trap.end();
+            } else {
+                on_trap(trap, ram);
+            }
+        };
+        let mut bus = Bus { ram: self.ram.clone(), on_trap, device: std::mem::take(&mut self.device) };
+        let general = self.run_on(&mut bus);
+        self.device = bus.device;
+        // As it would be where it may halt: the fault pushed RF.
+        end.map_or(general, |end| GeneralRegisters { rflags: end.rflags & !RESUME_FLAG, ..end })
     }
 
-    /// Runs to a HLT, with everything that it asks for in `bus`; the registers there.
-    pub fn run_on<F: FnMut(&mut Trap, &Ram)>(&mut self, bus: &mut Bus<F>) -> GeneralRegisters {
-        // A run after a HLT.
+    fn run_on<F: FnMut(&mut Trap, &Ram)>(&mut self, bus: &mut Bus<F>) -> GeneralRegisters {
+        // A run after a HLT, which may have been the handlers'.
         let mut state = self.vcpu.save().unwrap();
         if state.run_state == RunState::Halted {
             state.run_state = RunState::Running;
             self.vcpu.restore(&state).unwrap();
+            if self.tier.user {
+                self.enter_user();
+            }
         }
         let halt = self.vcpu.run(bus).unwrap();
         assert_eq!(halt, Halt::Halted, "{:?}: {}", self.tier, self.vcpu.registers().unwrap());
@@ -335,6 +404,15 @@ impl Machine {
         let translates = self.tier.translate_after.is_some()
             && cfg!(all(target_arch = "x86_64", target_os = "linux", not(vmm_portable)));
         assert_eq!(translations != 0, translates, "{:?}: {counts:?}", self.tier);
+        // What the window needs of the host's processor.
+        #[cfg(target_arch = "x86_64")]
+        if translates
+            && self.tier.window == AddressWindow::Always
+            && std::arch::is_x86_feature_detected!("bmi2")
+        {
+            let pages = counts.iter().find(|(name, _)| *name == "window-activations").unwrap();
+            assert_ne!(pages.1, 0, "{:?}: {counts:?}", self.tier);
+        }
     }
 }
 

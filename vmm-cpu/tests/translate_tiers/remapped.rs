@@ -5,7 +5,7 @@ use iced_x86::code_asm::{
 };
 
 use super::machine::{
-    CODE, DIRECTORY, HIGH, Machine, PAGE, STACK, WINDOW, entry, on_each_tier, window_entry,
+    CODE, DIRECTORY, HIGH, Machine, PAGE, STACK, WINDOW, entry, on_each_tier, on_each_tier_at, window_entry,
 };
 use super::program::{Code, Made, assemble, here};
 
@@ -199,11 +199,8 @@ fn and_not_there_or_not_to_be_executed() {
     for (bad, supervisor_error, user_error) in changes {
         for is_user in [false, true] {
             let error = if is_user { user_error } else { supervisor_error };
-            let faults = on_each_tier(|tier| {
+            let faults = on_each_tier_at(is_user, |tier| {
                 let mut machine = machine(tier, &code);
-                if is_user {
-                    machine.enter_user();
-                }
                 let mut faults = Vec::new();
                 let general = machine.run_with(|trap, ram| match trap.vector {
                     0x80 => ram.map(0, if trap.general.rcx % 2 == 0 { bad } else { FRAMES[0] | entry::ALL }),

@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::{CodeAssembler, ecx, r11d, r15, rax, rdi, rsi};
 
-use super::machine::{CODE, Machine, PAGE, Ram, Trap, WINDOW, entry, on_each_tier};
+use super::machine::{CODE, Machine, PAGE, Ram, Trap, WINDOW, entry, on_each_tier_at};
 use super::program::{Made, here, labelled};
 
 /// Where a page of the window ends that is always there, and one begins that is not.
@@ -57,7 +57,7 @@ fn around(ram: &Ram) -> Vec<u8> {
 
 #[test]
 fn strings_across_an_absent_page() {
-    for repeated in REPEATED {
+    for (repeated, user) in REPEATED.iter().flat_map(|repeated| [(repeated, false), (repeated, true)]) {
         let (code, [at]) = labelled(CODE, |a| {
             // Three rounds: absent, present, absent.
             a.mov(r15, 3_u64)?;
@@ -110,14 +110,15 @@ fn strings_across_an_absent_page() {
             });
             (faults, behind)
         };
-        let (none, undisturbed) = on_each_tier(|tier| run(tier, false));
+        let (none, undisturbed) = on_each_tier_at(user, |tier| run(tier, false));
         assert!(none.is_empty() && undisturbed.len() == 3, "{name}");
-        let (faults, behind) = on_each_tier(|tier| run(tier, true));
+        let (faults, behind) = on_each_tier_at(user, |tier| run(tier, true));
         assert!(behind == undisturbed, "{name} comes to something else");
         assert_eq!(faults.len(), 2, "{name}");
         for (fault, around) in &faults {
             let general = &fault.general;
-            assert_eq!((fault.cr2, fault.error), (BORDER, if stored.is_some() { 2 } else { 0 }), "{name}");
+            let error = if stored.is_some() { 2 } else { 0 } | if user { 4 } else { 0 };
+            assert_eq!((fault.cr2, fault.error), (BORDER, error), "{name}");
             assert_eq!((general.rip, general.rcx), (at, (BYTES - BEFORE) / repeated.size), "{name}");
             let across = if repeated.source { general.rsi } else { general.rdi };
             assert_eq!(across, BORDER, "{name}");

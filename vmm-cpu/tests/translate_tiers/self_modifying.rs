@@ -5,7 +5,7 @@ use iced_x86::code_asm::{
     rdi, rdx, rsi, rsp, word_ptr, xmm0, xmmword_ptr,
 };
 
-use super::machine::{CODE, DATA, HIGH, Machine, PAGE, STACK, WINDOW, entry, on_each_tier};
+use super::machine::{CODE, DATA, HIGH, Machine, PAGE, STACK, WINDOW, entry, on_each_tier_and_level};
 use super::program::{Code, Made, assemble, here, labelled};
 
 /// A function of another page than its callers, at the page's start.
@@ -66,7 +66,7 @@ fn the_next_instruction() {
         a.jne(again)?;
         a.hlt()
     });
-    let sum = on_each_tier(|tier| Machine::new(tier, &code).run().rbx);
+    let sum = on_each_tier_and_level(|tier| Machine::new(tier, &code).run().rbx);
     assert_eq!(sum, sum_to(20));
 }
 
@@ -89,7 +89,7 @@ fn an_instruction_further_ahead_while_flags_are_live() {
         a.jne(again)?;
         a.hlt()
     });
-    let sum = on_each_tier(|tier| Machine::new(tier, &code).run().rbx);
+    let sum = on_each_tier_and_level(|tier| Machine::new(tier, &code).run().rbx);
     assert_eq!(sum, sum_to(20) + 10);
 }
 
@@ -106,7 +106,7 @@ fn the_start_of_the_running_block() {
         a.jne(top)?;
         a.hlt()
     });
-    let sum = on_each_tier(|tier| Machine::new(tier, &code).run().rbx);
+    let sum = on_each_tier_and_level(|tier| Machine::new(tier, &code).run().rbx);
     assert_eq!(sum, sum_to(10));
 }
 
@@ -133,7 +133,7 @@ fn blocks_that_are_linked() {
         a.jne(again)?;
         a.hlt()
     });
-    let sum = on_each_tier(|tier| {
+    let sum = on_each_tier_and_level(|tier| {
         let mut machine = Machine::new(tier, &code);
         machine.ram.write(FUNCTION, &function(7));
         machine.run().rbx
@@ -155,7 +155,7 @@ fn code_of_another_page_through_an_alias() {
                 a.add(rbx, rax)
             },
         );
-        let sum = on_each_tier(|tier| {
+        let sum = on_each_tier_and_level(|tier| {
             let mut machine = Machine::new(tier, &code);
             machine.ram.map(0, FUNCTION | entry::ALL);
             machine.ram.map(1, FUNCTION | entry::ALL);
@@ -185,14 +185,14 @@ fn the_running_block_through_an_alias() {
         a.jne(again)?;
         a.hlt()
     });
-    let sum = on_each_tier(|tier| Machine::new(tier, &code).run().rbx);
+    let sum = on_each_tier_and_level(|tier| Machine::new(tier, &code).run().rbx);
     assert_eq!(sum, sum_to(20));
 }
 
 #[test]
 fn by_the_vmm_between_two_runs() {
     let code = rounds(CODE, 3, nothing, add_function);
-    let sum = on_each_tier(|tier| {
+    let sum = on_each_tier_and_level(|tier| {
         let mut machine = Machine::new(tier, &code);
         for value in 1..=5 {
             machine.ram.write(FUNCTION, &function(value));
@@ -211,7 +211,7 @@ fn by_the_vmm_in_a_callback() {
         a.int(0x80)?;
         add_function(a)
     });
-    let sum = on_each_tier(|tier| {
+    let sum = on_each_tier_and_level(|tier| {
         let mut machine = Machine::new(tier, &code);
         machine.run_with(|trap, ram| ram.write(FUNCTION, &function(trap.general.rcx as u32))).rbx
     });
@@ -232,7 +232,7 @@ fn by_another_vcpu() {
         a.jne(again)?;
         a.hlt()
     });
-    let sum = on_each_tier(|tier| {
+    let sum = on_each_tier_and_level(|tier| {
         let mut machine = Machine::of_two(tier, &code);
         machine.ram.write(FUNCTION, &function(0));
         machine.ram.write(writer.address, &writer.bytes);
@@ -274,7 +274,7 @@ fn data_beside_code_that_is_changed_all_the_time() {
             a.call(START)
         },
     );
-    let words = on_each_tier(|tier| {
+    let words = on_each_tier_and_level(|tier| {
         let mut machine = Machine::new(tier, &code);
         machine.ram.write(START, &body.bytes);
         machine.run();
@@ -397,7 +397,7 @@ fn by_every_kind_of_store() {
             a.mov(r9, rax)?;
             a.hlt()
         });
-        let (before, after) = on_each_tier(|tier| {
+        let (before, after) = on_each_tier_and_level(|tier| {
             let mut machine = Machine::new(tier, &code);
             machine.ram.write(FUNCTION, &function(0x0102_0304));
             machine.ram.write(DATA, &[0x31, 0x32, 0x33, 0x34]);

@@ -6,7 +6,7 @@ use iced_x86::code_asm::{
 };
 
 use super::machine::{
-    Bus, CODE, DATA, Device, MMIO, Machine, PAGE, Ram, STACK, Tier, Trap, WINDOW, entry, on_each_tier,
+    CODE, DATA, Device, MMIO, Machine, PAGE, Ram, STACK, Tier, Trap, WINDOW, entry, on_each_tier_at,
 };
 use super::program::{Code, Made, assemble, here};
 
@@ -183,16 +183,12 @@ fn run(
     tier: Tier,
     access: &Access,
     address: u64,
-    user: bool,
     entries: [[u64; 2]; 3],
     check: impl Fn(&Trap, &[u8]),
 ) -> Seen {
     let mut machine = Machine::new(tier, &accesses(access, address));
     machine.set_xmm0(std::array::from_fn(|n| 0xe0 + n as u8));
     fill(&machine.ram);
-    if user {
-        machine.enter_user();
-    }
     let mut traps = Vec::new();
     let mut round = 0;
     let mut before = memory(&machine.ram);
@@ -204,7 +200,7 @@ fn run(
             round += 1;
             // The pages, away from what is accessed, or others where they are not to be touched.
             let can = |entry: u64, rights: u64| {
-                let rights = if user { rights | entry::USER } else { rights };
+                let rights = if tier.user { rights | entry::USER } else { rights };
                 entry & !(PAGE - 1) != MMIO && entry & rights == rights
             };
             let write = entry::PRESENT | entry::WRITABLE;
@@ -225,9 +221,8 @@ fn run(
         }
         _ => panic!("{trap:x?}"),
     };
-    let mut bus = Bus { ram: machine.ram.clone(), on_trap, device: Device::default() };
-    machine.run_on(&mut bus);
-    let device = bus.device;
+    machine.run_with(on_trap);
+    let device = machine.device.clone();
     let vector = machine.vcpu.save().unwrap().xsave.bytes()[..416].to_vec();
     Seen { traps, device, memory: memory(&machine.ram), vector }
 }
@@ -237,10 +232,10 @@ const BOTH: [u64; 2] = [FIRST | entry::ALL, SECOND | entry::ALL];
 #[test]
 fn accesses_to_two_frames_are_those_to_one() {
     for access in ACCESSES {
-        for first in 1..access.bytes {
+        for (first, user) in (1..access.bytes).flat_map(|first| [(first, false), (first, true)]) {
             let at = BORDER - first;
             let seen =
-                on_each_tier(|tier| run(tier, access, at, false, [BOTH; 3], |trap, _| panic!("{trap:x?}")));
+                on_each_tier_at(user, |tier| run(tier, access, at, [BOTH; 3], |trap, _| panic!("{trap:x?}")));
             assert_eq!(seen.traps.len(), 3, "{}", access.name);
             // The same bytes at an address in one page only: the pattern continues there as it does at the border.
             let pattern = |at: u64| (at * 7 + 3) as u8;
@@ -284,8 +279,8 @@ fn one_of_the_two_pages_faults() {
                     let cr2 = if page == 0 { at } else { BORDER };
                     let what =
                         format!("{}, {first} before the border, page {page}, {kind}, {user}", access.name);
-                    let seen = on_each_tier(|tier| {
-                        run(tier, access, at, user, entries, |trap, _| {
+                    let seen = on_each_tier_at(user, |tier| {
+                        run(tier, access, at, entries, |trap, _| {
                             assert_eq!((trap.cr2, trap.error), (cr2, error), "{what}");
                             assert_eq!(trap.general.rflags & 0x8d5, FLAGS, "{what}");
                         })
@@ -303,13 +298,14 @@ fn one_of_the_two_pages_faults() {
 fn one_of_the_two_pages_is_a_devices() {
     for access in ACCESSES {
         for first in [1, access.bytes - 1] {
-            for page in [0, 1] {
+            for (page, user) in [(0, false), (1, true), (0, true), (1, false)] {
                 let at = BORDER - first;
                 let mut entries = [BOTH; 3];
                 entries[0][page] = MMIO | entry::ALL;
                 entries[2][page] = MMIO | entry::ALL;
-                let seen =
-                    on_each_tier(|tier| run(tier, access, at, false, entries, |trap, _| panic!("{trap:x?}")));
+                let seen = on_each_tier_at(user, |tier| {
+                    run(tier, access, at, entries, |trap, _| panic!("{trap:x?}"))
+                });
                 let what = format!("{}, {first} before the border, page {page}", access.name);
                 assert!(!seen.device.log.is_empty(), "{what}");
                 let mine = if page == 0 {

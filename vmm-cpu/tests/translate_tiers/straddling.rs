@@ -6,7 +6,10 @@ use iced_x86::code_asm::{
     CodeAssembler, byte_ptr, ebx, ecx, ptr, qword_ptr, r8, r9, rax, rbx, rcx, rdi, rsi, xmm0,
 };
 
-use super::machine::{CODE, DATA, Machine, PAGE, Ram, STACK, WINDOW, entry, on_each_tier, window_entry};
+use super::machine::{
+    CODE, DATA, Machine, PAGE, Ram, STACK, WINDOW, entry, on_each_tier, on_each_tier_and_level,
+    on_each_tier_at, window_entry,
+};
 use super::program::{Code, Made, assemble, here};
 
 /// Where the second of the two pages begins.
@@ -77,7 +80,7 @@ fn instructions_are_those_that_they_are_elsewhere() {
             })
         };
         let result = |at: u64| {
-            on_each_tier(|tier| {
+            on_each_tier_and_level(|tier| {
                 let mut machine = Machine::new(tier, &caller(at));
                 map_both(&machine.ram);
                 machine.ram.write(DATA, &(0..=255).collect::<Vec<_>>());
@@ -144,7 +147,7 @@ fn the_second_page_of_an_instruction_is_written() {
         a.inc(byte_ptr(rdi + 1))?;
         a.inc(byte_ptr(rdi - 1))
     });
-    let sum = on_each_tier(|tier| {
+    let sum = on_each_tier_and_level(|tier| {
         let mut machine = Machine::new(tier, &code);
         map_both(&machine.ram);
         write_function(&machine.ram);
@@ -161,13 +164,10 @@ fn the_second_page_of_an_instruction_is_absent() {
     let wrong = [(0, 0x10), (SECOND | entry::ALL | entry::NO_EXECUTE, 0x11)];
     for ((bad, error), user) in wrong.into_iter().flat_map(|wrong| [(wrong, false), (wrong, true)]) {
         let code = calls(4, |a| a.int(0x80));
-        let faults = on_each_tier(|tier| {
+        let faults = on_each_tier_at(user, |tier| {
             let mut machine = Machine::new(tier, &code);
             map_both(&machine.ram);
             write_function(&machine.ram);
-            if user {
-                machine.enter_user();
-            }
             let mut faults = Vec::new();
             let general = machine.run_with(|trap, ram| match trap.vector {
                 0x80 if trap.general.rcx == 1 => trap.end(),
@@ -203,7 +203,7 @@ fn a_block_goes_on_in_the_next_page() {
             a.jne(again)?;
             a.hlt()
         });
-        let sum = on_each_tier(|tier| {
+        let sum = on_each_tier_and_level(|tier| {
             let mut machine = Machine::new(tier, &assemble(CODE, |a| a.jmp(at)));
             map_both(&machine.ram);
             write(&machine.ram, at, &body.bytes);

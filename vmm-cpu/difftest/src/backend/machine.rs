@@ -131,7 +131,7 @@ pub(super) fn build(who: Who) -> Result<Machine> {
     let (translate_after, window) = match who {
         Who::Interpreter => (None, AddressWindow::Never),
         Who::Translator | Who::TranslatorAgain => (Some(0), AddressWindow::Never),
-        Who::Window => (Some(0), AddressWindow::Always),
+        Who::Window | Who::WindowAgain => (Some(0), AddressWindow::Always),
     };
     let options = TranslateOptions::default().translate_after(translate_after).address_window(window);
     let vm = TranslateHypervisor::with_options(options).create_vm(&config)?;

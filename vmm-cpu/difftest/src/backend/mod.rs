@@ -38,8 +38,8 @@ pub(crate) enum Tier {
     /// The same, and programs access memory through the address window.
     #[value(name = "window")]
     Window,
-    /// Interpreter and translator: both must do as the processor.
-    Both,
+    /// Each of them: all must do as the processor.
+    All,
 }
 
 /// Who it was that executed a case.
@@ -49,8 +49,30 @@ pub(crate) enum Who {
     Translator,
     /// The translator, which had translated the code already and linked its blocks.
     TranslatorAgain,
-    /// The translator, through the address window.
+    /// The translator, with memory in an address window.
     Window,
+    /// Likewise.
+    WindowAgain,
+}
+
+impl Who {
+    /// The same once more, if that may be something else.
+    pub(crate) fn again(self) -> Option<Self> {
+        match self {
+            Self::Translator => Some(Self::TranslatorAgain),
+            Self::Window => Some(Self::WindowAgain),
+            _ => None,
+        }
+    }
+
+    /// Whoever it is the first time.
+    pub(crate) fn first(self) -> Self {
+        match self {
+            Self::TranslatorAgain => Self::Translator,
+            Self::WindowAgain => Self::Window,
+            who => who,
+        }
+    }
 }
 
 impl fmt::Display for Who {
@@ -60,6 +82,7 @@ impl fmt::Display for Who {
             Self::Translator => "translator",
             Self::TranslatorAgain => "linked code",
             Self::Window => "window",
+            Self::WindowAgain => "linked window",
         })
     }
 }
