@@ -186,7 +186,8 @@ impl Translator {
         let after = self.translations.partition_point(|translation| translation.start <= offset);
         let translation = self.translations.get(after.checked_sub(1)?)?;
         let after = translation.accesses.partition_point(|access| translation.start + access.at <= offset);
-        translation.accesses.get(after.checked_sub(1)?).copied()
+        let access = translation.accesses.get(after.checked_sub(1)?).copied();
+        access.filter(|access| offset < translation.start + access.end)
     }
 
     /// The translation of what runs at `rip`, if it holds.
