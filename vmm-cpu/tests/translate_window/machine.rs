@@ -81,12 +81,15 @@ pub(crate) enum Tier {
     /// Counting instructions or not.
     Translator(bool),
     Window(bool),
+    /// Counting instructions, with a digest of what was in the registers at each block.
+    Traced,
 }
 
-const TIERS: [Tier; 5] = [
+const TIERS: [Tier; 6] = [
     Tier::Interpreter,
     Tier::Translator(true),
     Tier::Translator(false),
+    Tier::Traced,
     Tier::Window(true),
     Tier::Window(false),
 ];
@@ -327,6 +330,10 @@ pub(crate) fn same_with(prepare: impl Fn(&mut Setup), told: impl Fn(&mut Setup, 
             assert!(page == expected, "{tier:?}: page {n} is not the same");
         }
         match tier {
+            Tier::Traced => {
+                assert_eq!(run.count("digest"), expected.count("digest"));
+                assert!(run.count("window-pages-mapped") > 0);
+            }
             Tier::Window(_) => assert!(run.count("window-pages-mapped") > 0, "{tier:?} had no window"),
             Tier::Translator(_) => {
                 assert!(run.count("translated-entries") > 0 && run.count("window-pages-mapped") == 0);
@@ -373,16 +380,19 @@ fn events(setup: &Setup) -> Vec<Event> {
 /// A machine whose program is not there yet.
 pub(crate) fn build(tier: Tier) -> (Setup, Box<dyn Vcpu>) {
     let mut clock = ClockConfig::default();
-    if matches!(tier, Tier::Interpreter | Tier::Translator(true) | Tier::Window(true)) {
+    if !matches!(tier, Tier::Translator(false) | Tier::Window(false)) {
         clock.source = ClockSource::Deterministic;
     }
     let config = VmConfig::new(CpuModel::Host).clock(clock);
     let (translate_after, window) = match tier {
         Tier::Interpreter => (None, AddressWindow::Never),
         Tier::Translator(_) => (Some(0), AddressWindow::Never),
-        Tier::Window(_) => (Some(0), AddressWindow::Always),
+        Tier::Window(_) | Tier::Traced => (Some(0), AddressWindow::Always),
     };
-    let options = TranslateOptions::default().translate_after(translate_after).address_window(window);
+    let options = TranslateOptions::default()
+        .translate_after(translate_after)
+        .address_window(window)
+        .digest(matches!(tier, Tier::Interpreter | Tier::Traced));
     let vm = TranslateHypervisor::with_options(options).create_vm(&config).unwrap();
     let ram = region(0, RAM);
     vm.map_memory(Arc::clone(&ram), GuestAccess::ReadWrite).unwrap();

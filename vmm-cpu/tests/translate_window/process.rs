@@ -10,10 +10,11 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use iced_x86::code_asm::*;
-use vmm_cpu::{Halt, Vcpu};
-use vmm_memory::vm_memory::{Bytes, MemoryRegionAddress};
+use vmm_cpu::{GuestAccess, Halt, Vcpu};
+use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+use vmm_memory::{Backing, GuestRam, RegionConfig};
 
-use crate::machine::{Call, DATA, SPACE, Setup, Tier, build, call, figure, page, run};
+use crate::machine::{Call, DATA, EXTRA, SPACE, Setup, Tier, build, call, figure, page, run};
 
 const PLACE: u64 = 0x1234_5678_0000;
 
@@ -210,6 +211,81 @@ fn a_stack_that_overflows_is_still_reported() {
         output.status.signal() == Some(libc::SIGABRT) && text.contains("has overflowed its stack"),
         "{text}"
     );
+}
+
+#[test]
+fn a_handler_of_before_keeps_its_stack_and_its_mask() {
+    passes_alone("a_handler_of_before_keeps_its_stack_and_its_mask", || {
+        let action = || {
+            let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+            // SAFETY: the kernel writes an action there.
+            assert_eq!(unsafe { libc::sigaction(libc::SIGSEGV, ptr::null(), action.as_mut_ptr()) }, 0);
+            // SAFETY: it did.
+            unsafe { action.assume_init() }
+        };
+        let mut before = action();
+        (before.sa_sigaction, before.sa_flags) = (counter(), libc::SA_RESTART);
+        // SAFETY: the set is this function's.
+        unsafe { libc::sigaddset(&raw mut before.sa_mask, libc::SIGUSR1) };
+        // SAFETY: the handler does only what is allowed in one.
+        assert_eq!(unsafe { libc::sigaction(libc::SIGSEGV, &raw const before, ptr::null_mut()) }, 0);
+        half_way(Tier::Window(true), 10);
+        let now = action();
+        let flags = libc::SA_ONSTACK | libc::SA_SIGINFO | libc::SA_RESTART;
+        assert_eq!(now.sa_flags & flags, libc::SA_SIGINFO | libc::SA_RESTART);
+        // SAFETY: the set is this function's.
+        assert_eq!(unsafe { libc::sigismember(&raw const now.sa_mask, libc::SIGUSR1) }, 1);
+        // SAFETY: the call has no pointer.
+        unsafe { libc::raise(libc::SIGSEGV) };
+        assert_eq!(CAUGHT.load(Ordering::SeqCst), 1);
+    });
+}
+
+#[test]
+fn memory_that_the_host_has_lost_is_no_fault_of_the_guest() {
+    // Compare-and-exchange goes through the TLB: its page is gone, and what came before it is not done again.
+    let output = alone("memory_that_the_host_has_lost_is_no_fault_of_the_guest", || {
+        let (mut setup, mut vcpu) = build(Tier::Window(true));
+        let file = Arc::new(tempfile());
+        file.set_len(0x1_0000).unwrap();
+        let backing = Backing::File { file: Arc::clone(&file), offset: 0 };
+        let config = RegionConfig::new(GuestAddress(EXTRA), 0x1_0000).backing(backing);
+        let region = GuestRam::builder().region(config).build().unwrap().regions().remove(0);
+        setup.vm.map_memory(region, GuestAccess::ReadWrite).unwrap();
+        setup.map(SPACE, PLACE, page(1), DATA);
+        setup.map(SPACE, PLACE + 0x1000, EXTRA, DATA);
+        let mut a = CodeAssembler::new(64).unwrap();
+        let mut emit = || -> Result<(), IcedError> {
+            let mut again = a.create_label();
+            a.mov(rbx, PLACE)?;
+            a.set_label(&mut again)?;
+            a.inc(qword_ptr(rbx))?;
+            a.lock().cmpxchg(qword_ptr(rbx + 0x1000), rax)?;
+            a.cmp(qword_ptr(rbx), 2)?;
+            let mut end = a.create_label();
+            a.ja(end)?;
+            a.jb(again)?;
+            call(&mut a, Call::Tell(0));
+            a.jmp(again)?;
+            a.set_label(&mut end)?;
+            call(&mut a, Call::Exit);
+            Ok(())
+        };
+        emit().unwrap();
+        setup.program(&mut a);
+        run(&mut setup, &mut *vcpu, |_, _| file.set_len(0).unwrap());
+    });
+    let Some(output) = output else { return };
+    assert!(matches!(output.status.signal(), Some(libc::SIGABRT | libc::SIGBUS)), "{}", output.status);
+}
+
+/// A file that nobody else finds.
+fn tempfile() -> std::fs::File {
+    // SAFETY: the name is a string of C, and the call has no other pointer.
+    let descriptor = unsafe { libc::memfd_create(c"region".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(descriptor >= 0);
+    // SAFETY: the descriptor is new, and nobody else has it.
+    unsafe { std::os::fd::FromRawFd::from_raw_fd(descriptor) }
 }
 
 /// Takes all mappings that the process may have.

@@ -105,15 +105,29 @@ impl Builder<'_> {
             None => self.instruction_site(),
         };
         let live = self.flags == Flags::Live;
-        self.accesses.push(Access { at: self.e.len(), site, live });
+        let at = self.e.len();
+        self.accesses.push(Access { at, end: usize::MAX, site, live });
+    }
+}
+
+impl Builder<'_> {
+    /// The instruction of the last accesses ends here: what faults from here on is none of them.
+    pub(super) fn end_accesses(&mut self) {
+        let end = self.e.len();
+        self.accesses
+            .iter_mut()
+            .rev()
+            .take_while(|access| access.end > end)
+            .for_each(|access| access.end = end);
     }
 }
 
 /// An access through the window.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Access {
-    /// Offset in the translation of where it begins.
+    /// Offsets in the translation of where it begins and where its instruction ends.
     pub(super) at: usize,
+    pub(super) end: usize,
     /// What to do if it faults.
     pub(super) site: u32,
     /// The status flags are in the processor alone.

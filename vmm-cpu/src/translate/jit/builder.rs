@@ -379,6 +379,7 @@ impl<'a> Builder<'a> {
 
     /// The code of the running instruction is complete.
     fn end_instruction(&mut self) {
+        self.end_accesses();
         if self.resuming.is_empty() {
             return;
         }

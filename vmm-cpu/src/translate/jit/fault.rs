@@ -72,11 +72,21 @@ fn install(signal: libc::c_int, before: &OnceLock<libc::sigaction>, address: usi
     before.get_or_init(|| old);
     let mut action = old;
     action.sa_sigaction = address;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-    // SAFETY: the set is this function's.
-    unsafe { libc::sigemptyset(&raw mut action.sa_mask) };
+    if is_function(&old) {
+        // It finds the stack and the mask that it wants.
+        action.sa_flags = old.sa_flags & !libc::SA_RESETHAND | libc::SA_SIGINFO;
+    } else {
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+        // SAFETY: the set is this function's.
+        unsafe { libc::sigemptyset(&raw mut action.sa_mask) };
+    }
     // SAFETY: the handler does only what is allowed in one.
     unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) == 0 }
+}
+
+/// Whether an action is a handler of the program's.
+fn is_function(action: &libc::sigaction) -> bool {
+    !matches!(action.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN)
 }
 
 /// The thread is in translated code until dropped.
@@ -135,7 +145,7 @@ unsafe fn pass_on(
     context: *mut libc::c_void,
 ) {
     match before {
-        Some(before) if !matches!(before.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) => {
+        Some(before) if is_function(before) => {
             type Long = unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
             type Short = unsafe extern "C" fn(libc::c_int);
             let address = before.sa_sigaction as *const ();

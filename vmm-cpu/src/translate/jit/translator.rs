@@ -142,7 +142,8 @@ impl Translator {
         let (start, number) = self.code.translation_at(offset)?;
         let translation = self.get(number).filter(|found| found.start == start)?;
         let after = translation.accesses.partition_point(|access| start + access.at <= offset);
-        translation.accesses.get(after.checked_sub(1)?).copied()
+        let access = translation.accesses.get(after.checked_sub(1)?).copied();
+        access.filter(|access| offset < start + access.end)
     }
 
     /// The translation of what runs at `rip`, if it holds.
