@@ -12,7 +12,7 @@ mod tlb;
 mod walk;
 mod window;
 
-pub(crate) use code_pages::VcpuSet;
+pub(crate) use code_pages::{Added, VcpuSet};
 pub(crate) use host::{HostWord, Order};
 pub(crate) use map::{MemoryMap, Slot};
 pub(crate) use tlb::{Fetched, Forgotten, Reach, Tlb};
