@@ -4,6 +4,7 @@ mod crossing;
 mod eviction;
 mod pages;
 mod storing;
+mod two;
 
 use iced_x86::code_asm::CodeAssembler;
 

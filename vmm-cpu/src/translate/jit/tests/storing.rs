@@ -173,25 +173,31 @@ fn an_instruction_across_two_pages_is_checked_in_both() {
             // ADD RAX, 1: the immediate begins in the first page. RET.
             vcpu.put_bytes(CROSSING, &[0x48, 0x05, 1, 0, 0, 0, 0xc3]);
             vcpu.put(MAIN, |a| {
-                let (mut again, mut same) = (a.create_label(), a.create_label());
+                let mut again = a.create_label();
                 a.mov(rcx, ROUNDS)?;
                 a.set_label(&mut again)?;
                 a.inc(dword_ptr(low(counter)))?;
                 a.call(CROSSING)?;
-                a.test(rcx, 0xff)?;
-                a.jnz(same)?;
-                a.inc(byte_ptr(low(CROSSING + 2)))?;
-                a.inc(byte_ptr(low(CROSSING + 4)))?;
-                a.set_label(&mut same)?;
+                // One part, and the other one at other times.
+                for (at, low_bits) in [(CROSSING + 2, 0), (CROSSING + 4, 0x80)] {
+                    let mut same = a.create_label();
+                    a.mov(rdx, rcx)?;
+                    a.and(rdx, 0xff)?;
+                    a.cmp(rdx, low_bits)?;
+                    a.jne(same)?;
+                    a.inc(byte_ptr(low(at)))?;
+                    a.set_label(&mut same)?;
+                    a.nop()?;
+                }
                 a.dec(rcx)?;
                 a.jnz(again)?;
                 a.hlt()
             });
             vcpu.run();
-            let (mut sum, mut changes) = (0, 0);
+            let (mut sum, mut addend) = (0, 1);
             for round in (1..=ROUNDS).rev() {
-                sum += 1 + changes + (changes << 16);
-                changes += u64::from(round % 256 == 0);
+                sum += addend;
+                addend += u64::from(round % 256 == 0) + (u64::from(round % 256 == 0x80) << 16);
             }
             assert_eq!((vcpu.register(RAX), vcpu.guest.read::<4>(counter)), (sum, ROUNDS));
             assert_eq!(vcpu.pages_checked() > 0, vcpu.tier1.is_some());
