@@ -140,7 +140,7 @@ impl BlockCache {
         if same {
             return Some(id);
         }
-        self.drop_block(id);
+        self.remove(id);
         None
     }
 
@@ -166,9 +166,10 @@ impl BlockCache {
         id
     }
 
-    /// Whether there is a block with code in the page of `gpa`.
-    pub(crate) fn has_page(&self, gpa: u64) -> bool {
-        self.by_page.contains_key(&(gpa & PAGE_MASK))
+    /// Whether there is a block with code in the page of `gpa` that is not checked.
+    pub(crate) fn needs_watching(&self, gpa: u64) -> bool {
+        let ids = self.by_page.get(&(gpa & PAGE_MASK));
+        ids.is_some_and(|ids| ids.iter().any(|id| self.get(*id).is_some_and(|block| !block.checked)))
     }
 
     fn is_full(&self) -> bool {
@@ -182,7 +183,7 @@ impl BlockCache {
                 let id = self.oldest;
                 self.oldest = id + 1;
                 match self.get(id) {
-                    Some(block) if !block.ops.is_empty() => self.drop_block(id),
+                    Some(block) if !block.ops.is_empty() => self.remove(id),
                     Some(_) => {}
                     None => self.oldest = 0,
                 }
@@ -229,13 +230,14 @@ impl BlockCache {
             })
             .collect();
         for id in overlapping {
-            self.drop_block(id);
+            self.remove(id);
             any = true;
         }
         any
     }
 
-    fn drop_block(&mut self, id: u32) {
+    /// Drops a block.
+    pub(crate) fn remove(&mut self, id: u32) {
         if let Some(block) = self.get(id) {
             self.by_address.remove(&(block.gpa, block.code_bits));
         }
@@ -277,7 +279,7 @@ mod tests {
     fn block(gpa: u64, ops: usize) -> Block {
         let op = Op::new(|_, _| Ok(()), 0);
         let ops = std::iter::repeat_n(op, ops).collect();
-        Block { ops, bytes: [0x90].into(), gpa, second_page: None, code_bits: 64, runs: 0 }
+        Block { ops, bytes: [0x90].into(), gpa, second_page: None, code_bits: 64, checked: false, runs: 0 }
     }
 
     /// Adds `count` blocks of so many operations, one after another; their addresses.

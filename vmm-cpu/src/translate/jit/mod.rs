@@ -3,6 +3,7 @@
 mod access;
 mod branch;
 mod builder;
+mod check;
 mod effect;
 mod emit;
 mod entry;

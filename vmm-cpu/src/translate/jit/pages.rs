@@ -14,7 +14,12 @@ use crate::translate::memory::{Fetched, Forgotten, PAGE, PAGE_MASK, Reach};
 pub(super) const PAGE_BYTES: usize = 4096;
 const _: () = assert!(PAGE_BYTES as u64 == PAGE);
 
-pub(super) type PageBytes = Box<[u8; PAGE_BYTES]>;
+/// What a page holds, and its host address.
+#[derive(Debug)]
+pub(super) struct Content {
+    pub(super) bytes: Box<[u8; PAGE_BYTES]>,
+    pub(super) host: u64,
+}
 
 /// Binary logarithm of the size of a small page.
 const SMALL: u32 = PAGE.trailing_zeros();
@@ -43,9 +48,11 @@ pub(super) struct Page {
     /// Those that begin in the page before and end here.
     second: Vec<u32>,
     /// What it held when that was last compared.
-    bytes: PageBytes,
-    /// Each of its translations was made from what `bytes` has.
+    content: Content,
+    /// Each of its translations was made from that.
     exact: bool,
+    /// Some were made from blocks that are checked.
+    checked: bool,
 }
 
 impl Page {
@@ -112,6 +119,16 @@ impl Pages {
 
     pub(super) fn holds(&self, page: u32) -> bool {
         self.get(page).is_some_and(|page| page.holds)
+    }
+
+    /// Host address of a page, as far as its translations know.
+    pub(super) fn host(&self, page: u32) -> Option<u64> {
+        self.get(page).map(|page| page.content.host)
+    }
+
+    /// Whether some of its translations were made from blocks that are checked.
+    pub(super) fn is_checked(&self, page: u32) -> bool {
+        self.get(page).is_some_and(|page| page.checked)
     }
 
     /// The page that holds at a linear page.
@@ -193,10 +210,12 @@ impl Pages {
         self.local = self.current.values().copied().filter(is_local).collect();
     }
 
-    /// A new page with these bytes.
-    pub(super) fn add(&mut self, key: PageKey, bytes: PageBytes) -> Option<u32> {
+    /// A new page with that content.
+    pub(super) fn add(&mut self, key: PageKey, content: Content) -> Option<u32> {
         let (first, second) = (Vec::new(), Vec::new());
-        let new = Page { key, holds: false, global: false, size: SMALL, first, second, bytes, exact: true };
+        let (holds, global, exact, checked) = (false, false, true, false);
+        let size = SMALL;
+        let new = Page { key, holds, global, size, first, second, content, exact, checked };
         let page = match self.free.pop() {
             Some(page) => {
                 *self.pages.get_mut(page as usize)? = new;
@@ -215,7 +234,8 @@ impl Pages {
     pub(super) fn add_translation(&mut self, page: u32, translation: u32, block: &Block, begins: bool) {
         let Some(page) = self.pages.get_mut(page as usize) else { return };
         // Memory may have changed since they were read, and may change back.
-        page.exact &= is_in(block, page.key.2, &page.bytes);
+        page.exact &= is_in(block, page.key.2, &page.content.bytes);
+        page.checked |= block.checked;
         if begins { page.first.push(translation) } else { page.second.push(translation) }
     }
 
@@ -236,11 +256,11 @@ impl Pages {
     /// Takes note of what a page holds now; whether its translations may have been made from something else.
     pub(super) fn has_changed(&mut self, page: u32, now: &[u8; PAGE_BYTES]) -> bool {
         let Some(page) = self.pages.get_mut(page as usize) else { return false };
-        if page.exact && *now == *page.bytes {
+        if page.exact && *now == *page.content.bytes {
             return false;
         }
         // Those that differ are about to go.
-        *page.bytes = *now;
+        *page.content.bytes = *now;
         page.exact = true;
         true
     }

@@ -15,6 +15,7 @@ use super::site::Kind;
 use super::translation::branch_target;
 use super::translator::{Found, Translator};
 use crate::translate::block::{Block, BlockCache, DECODING};
+use crate::translate::code_stores;
 use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
 use crate::translate::hypervisor::AddressWindow;
@@ -244,6 +245,11 @@ impl Tier1 {
                     self.count(m, 0);
                     m.cpu.rip = rip;
                 }
+                Kind::Changed => {
+                    self.count(m, 0);
+                    m.cpu.rip = rip;
+                    self.translator.drop_translation(site.translation, m.tlb.frame());
+                }
             }
             if m.urgent && run::may_go_on(m) {
                 m.urgent = false;
@@ -441,7 +447,7 @@ impl Tier1 {
         if let Some(found) = self.translator.find(rip, mode) {
             return Ok(Some(found));
         }
-        let Some(id) = run::settled_block(m, cache, rip)? else { return Ok(None) };
+        let Some(id) = run::lasting_block(m, cache, rip)? else { return Ok(None) };
         // Looking may have changed what there is.
         self.catch_up(m, cache);
         let map = Arc::clone(m.map());
@@ -457,7 +463,13 @@ impl Tier1 {
             }
         }
         let found = Found { rip, mode, id, block, fetched, second };
-        self.translator.take_up(&found, &map, m.tlb.frame(), cache);
+        let quiet = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
+        if quiet != [None; 2] {
+            for gpa in quiet.into_iter().flatten() {
+                code_stores::stop_checking(m, cache, gpa);
+            }
+            return Ok(None);
+        }
         if let Some(known) = self.translator.find(rip, mode) {
             return Ok(Some(known));
         }

@@ -17,7 +17,7 @@ use rustc_hash::FxHashMap;
 use super::access::Access;
 use super::builder::{Builder, Mode, Place, gate_jump};
 use super::emit::distance;
-use super::pages::{PAGE_BYTES, PageBytes, PageKey, Pages, is_in, offset};
+use super::pages::{Content, PAGE_BYTES, PageKey, Pages, is_in, offset};
 use super::region::Regions;
 use super::site::{Jump, Kind, Link, Site};
 use super::translation::Translation;
@@ -178,15 +178,17 @@ impl Translator {
         }
     }
 
-    /// Takes up the pages of a block as far as there are translations of them.
+    /// Takes up the pages of a block as far as there are translations of them; the guest-physical pages that are checked in
+    /// vain, since nothing was stored there.
     pub(super) fn take_up(
         &mut self,
         found: &Found<'_>,
         map: &MemoryMap,
         frame: &mut Frame,
         cache: &BlockCache,
-    ) {
-        for (key, fetched) in found.keys() {
+    ) -> [Option<u64>; 2] {
+        let mut quiet = [None; 2];
+        for ((key, fetched), quiet) in found.keys().zip(&mut quiet) {
             let page = self.pages.find(&key);
             if page.is_some_and(|page| self.pages.holds(page)) {
                 continue;
@@ -195,12 +197,14 @@ impl Translator {
                 self.shut(page, frame);
             }
             let Some(page) = page else { continue };
-            self.compare(page, key.2, map, frame, cache);
+            let changed = self.compare(page, key.2, map, frame, cache);
             // It may have gone with the last of its translations.
             if self.pages.find(&key) == Some(page) {
+                *quiet = (!changed && self.pages.is_checked(page)).then_some(key.2);
                 self.hold(page, fetched, frame);
             }
         }
+        quiet
     }
 
     fn hold(&mut self, page: u32, fetched: Fetched, frame: &mut Frame) {
@@ -214,22 +218,31 @@ impl Translator {
         }
     }
 
-    /// Drops the translations in `page`, which is at `gpa`, whose code is not what it was.
-    fn compare(&mut self, page: u32, gpa: u64, map: &MemoryMap, frame: &mut Frame, cache: &BlockCache) {
+    /// Drops the translations in `page`, which is at `gpa`, whose code is not what it was, or is elsewhere in this process than
+    /// they look for it; whether the page has changed.
+    fn compare(
+        &mut self,
+        page: u32,
+        gpa: u64,
+        map: &MemoryMap,
+        frame: &mut Frame,
+        cache: &BlockCache,
+    ) -> bool {
         let mut now = [0; PAGE_BYTES];
-        let is_read = map.read(gpa, &mut now);
-        if !self.pages.has_changed(page, &now) && is_read {
-            return;
+        let is_there = map.read(gpa, &mut now) && map.host_page(gpa) == self.pages.host(page);
+        if !self.pages.has_changed(page, &now) && is_there {
+            return false;
         }
         let is_stale = |number: &u32| {
             let block = self.get(*number).and_then(|translation| cache.get(translation.block));
-            !is_read || block.is_none_or(|block| !is_in(block, gpa, &now))
+            !is_there || block.is_none_or(|block| !is_in(block, gpa, &now))
         };
         let stale: Vec<u32> =
             self.pages.get(page).into_iter().flat_map(|page| page.translations()).filter(is_stale).collect();
         for number in stale {
             self.drop_translation(number, frame);
         }
+        true
     }
 
     /// Drops the translations of a block that is gone.
@@ -239,7 +252,7 @@ impl Translator {
         }
     }
 
-    fn drop_translation(&mut self, number: u32, frame: &mut Frame) {
+    pub(super) fn drop_translation(&mut self, number: u32, frame: &mut Frame) {
         let Some(translation) = self.translations.get_mut(number as usize).filter(|found| !found.dropped)
         else {
             return;
@@ -319,16 +332,22 @@ impl Translator {
             Some(number) => *number,
             None => u32::try_from(self.translations.len()).ok()?,
         };
+        let mut checked = Vec::new();
+        if block.checked {
+            for (gpa, code) in block.parts() {
+                checked.push((map.host_page(gpa)? | gpa & !PAGE_MASK, code));
+            }
+        }
         let (origin, first_site) = self.code.next_place()?;
         let place = Place { origin, translation: number, first_site, rip, whole: second.is_none() };
         let buffer = std::mem::take(&mut self.buffer);
         let shared = self.code.shared();
         let builder = Builder::new(&mut self.encoder, &mut self.info, shared, mode, place, buffer);
-        let mut built = match builder.build(&self.instructions) {
+        let mut built = match builder.build(&self.instructions, &checked) {
             Some(built) => built,
             None => Builder::new(&mut self.encoder, &mut self.info, shared, mode, place, Vec::new())
                 .carefully()
-                .build(&self.instructions)?,
+                .build(&self.instructions, &checked)?,
         };
         let mut near = (built.live, built.saved);
         if second.is_some() {
@@ -338,13 +357,13 @@ impl Translator {
             near.1 = origin + built.bytes.len();
             built.bytes.extend(gate_jump(number, false));
         }
-        let bytes = self.read_pages(found, map)?;
+        let contents = self.read_pages(found, map)?;
         let is_added = self.code.add(number, &built.bytes, &built.sites);
         self.buffer = built.bytes;
         if !is_added {
             return None;
         }
-        let pages = self.hold_pages(found, bytes, frame)?;
+        let pages = self.hold_pages(found, contents, frame)?;
         let gate = |(live, saved)| Gate { live: self.code.address(live), saved: self.code.address(saved) };
         let translation = Translation {
             rip,
@@ -375,14 +394,16 @@ impl Translator {
     }
 
     /// What those pages of a block hold that are not known yet.
-    fn read_pages(&self, found: &Found<'_>, map: &MemoryMap) -> Option<[Option<PageBytes>; 2]> {
+    fn read_pages(&self, found: &Found<'_>, map: &MemoryMap) -> Option<[Option<Content>; 2]> {
         let mut pages = [None, None];
         for ((key, _), page) in found.keys().zip(&mut pages) {
             if self.pages.find(&key).is_none() {
-                let bytes = page.insert(Box::new([0; PAGE_BYTES]));
-                if !map.read(key.2, &mut **bytes) {
+                let mut bytes = Box::new([0; PAGE_BYTES]);
+                let host = map.host_page(key.2)?;
+                if !map.read(key.2, &mut *bytes) {
                     return None;
                 }
+                *page = Some(Content { bytes, host });
             }
         }
         Some(pages)
@@ -392,14 +413,14 @@ impl Translator {
     fn hold_pages(
         &mut self,
         found: &Found<'_>,
-        bytes: [Option<PageBytes>; 2],
+        contents: [Option<Content>; 2],
         frame: &mut Frame,
     ) -> Option<(u32, Option<u32>)> {
         let mut pages = [None; 2];
-        for (((key, fetched), bytes), page) in found.keys().zip(bytes).zip(&mut pages) {
-            *page = match bytes {
-                Some(bytes) => {
-                    let new = self.pages.add(key, bytes)?;
+        for (((key, fetched), content), page) in found.keys().zip(contents).zip(&mut pages) {
+            *page = match content {
+                Some(content) => {
+                    let new = self.pages.add(key, content)?;
                     self.hold(new, fetched, frame);
                     Some(new)
                 }

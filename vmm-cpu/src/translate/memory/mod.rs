@@ -15,7 +15,7 @@ mod walk;
 mod window;
 
 pub(crate) use budget::WINDOW_PAGES;
-pub(crate) use code_pages::VcpuSet;
+pub(crate) use code_pages::{Added, VcpuSet};
 pub(crate) use host::{HostWord, Order};
 pub(crate) use map::{MemoryMap, Slot};
 pub(crate) use tlb::{Fetched, Forgotten, Reach, Tlb};

@@ -3,6 +3,8 @@
 mod crossing;
 mod eviction;
 mod pages;
+mod storing;
+mod two;
 
 use iced_x86::code_asm::CodeAssembler;
 
@@ -33,6 +35,8 @@ impl Vcpu {
     fn new(options: TranslateOptions, clock: ClockSource) -> Self {
         let guest = Guest::with(options, clock).enter_long();
         let tier1 = Tier1::new(&guest.core.shared);
+        let mut guest = guest;
+        guest.core.checks_code = tier1.is_some();
         Self { guest, cache: BlockCache::new(), tier1 }
     }
 
