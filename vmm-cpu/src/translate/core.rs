@@ -105,6 +105,10 @@ pub(crate) struct Core {
     pub(crate) code_stores: Vec<CodeStore>,
     /// Pages with code whose stores other vCPUs may not notice yet, and the epoch from which on they do.
     pub(crate) unsettled: FxHashMap<u64, u64>,
+    /// How often stores to pages with code were noticed.
+    pub(crate) noticed: FxHashMap<u64, u32>,
+    /// Pages of code that are stored to all the time are not watched, see `code_stores.rs`.
+    pub(crate) checks_code: bool,
     pub(crate) tables: &'static Tables,
     /// Events that another backend was about to deliver when the state was saved.
     pub(crate) injected: Option<Event>,
@@ -212,6 +216,8 @@ impl Core {
             rare: Vec::new(),
             code_stores: Vec::new(),
             unsettled: FxHashMap::default(),
+            noticed: FxHashMap::default(),
+            checks_code: false,
             tables: Tables::get(),
             injected: None,
             apic,
@@ -412,7 +418,10 @@ impl Core {
                 }
                 Ok(translation)
             }
-            Err(fault) => Err(self.raise(Exception::page_fault(va, fault.error))),
+            Err(fault) => {
+                self.tlb.forget_data(va);
+                Err(self.raise(Exception::page_fault(va, fault.error)))
+            }
         }
     }
 
@@ -637,6 +646,13 @@ impl<'a> Machine<'a> {
         self.probe_write(place, W::BYTES as u64)?;
         let aligned = place.va.is_multiple_of(W::BYTES as u64);
         let translation = self.translate(place, Access::Write)?;
+        // Of a page that could only be read, the TLB may know another one, and what is changed is what was read.
+        self.fill(place.va, &translation);
+        let last = place.plus(W::BYTES as u64 - 1);
+        if !is_within_page(place.va, W::BYTES) {
+            let second = self.translate(last, Access::Write)?;
+            self.fill(last.va, &second);
+        }
         let gpa = translation.gpa | place.va & !PAGE_MASK;
         let map = Arc::clone(self.map());
         let slot = map.slot(gpa).filter(|slot| slot.is_writable());

@@ -33,6 +33,7 @@ mod alarm;
 mod apic;
 mod block;
 mod clock;
+mod code_stores;
 mod core;
 mod cpu;
 mod cpuid;

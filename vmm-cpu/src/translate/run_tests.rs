@@ -1,5 +1,7 @@
 //! The loop, with small guests that end with HLT.
 
+use std::sync::atomic::Ordering;
+
 use super::*;
 use crate::debug::{DebugReason, DebugRequest};
 use crate::exact::ExactStop;
@@ -7,6 +9,7 @@ use crate::hypervisor::ClockSource;
 use crate::translate::clock::Clock;
 use crate::translate::cpu::{RAX, RCX, RDI, RDX, RSI, RSP};
 use crate::translate::exception::vector;
+use crate::translate::memory::Added;
 use crate::translate::segment::{SegmentRegister, index};
 use crate::translate::signals::{Handle, Signals};
 use crate::translate::test_support::{CODE, CODE_32, CODE_64, DATA, Guest, STACK, on_each_tier};
@@ -277,16 +280,16 @@ fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
     // The other one has got as far as this.
     let map = Arc::clone(core.map());
     let slot = map.slot(CODE).unwrap();
-    assert!(!slot.code.add(slot.page(CODE), 1));
+    assert_eq!(slot.code.add(slot.page(CODE), 1), Added::Unsettled);
     let before = shared.epoch();
-    assert!(!core.watch_code(CODE), "stores of the other may still go unseen");
+    assert_eq!(core.watch_code(CODE), Watch::Unsettled, "stores of the other may still go unseen");
     assert!(shared.epoch() > before && other.wants_attention());
     // It is not asked again.
     let asked = shared.epoch();
-    assert!(!core.watch_code(CODE));
+    assert_eq!(core.watch_code(CODE), Watch::Unsettled);
     assert_eq!(shared.epoch(), asked);
     other.saw(asked);
-    assert!(core.watch_code(CODE) && core.watch_code(CODE));
+    assert_eq!([core.watch_code(CODE), core.watch_code(CODE)], [Watch::Settled; 2]);
     assert_eq!(shared.epoch(), asked);
 }
 
@@ -321,7 +324,7 @@ fn a_store_to_the_second_page_just_before_it_is_watched_is_not_missed() {
         assert!(map.write(CODE, &[HLT]) && map.write(function, &[0xb8, 0, 0, 0, 0]));
         core.watch_code(CODE);
         other.saw(shared.epoch());
-        assert!(core.watch_code(CODE));
+        assert_eq!(core.watch_code(CODE), Watch::Settled);
         other.take_attention();
         let mut cache = BlockCache::new();
         let begin = std::sync::Barrier::new(2);
@@ -367,7 +370,7 @@ fn an_aligned_quadword_of_code_is_fetched_at_once() {
         });
         let mut seen = FxHashSet::default();
         for _ in 0..100_000 {
-            let block = block::build(&mut guest.machine(), CODE + 1, CODE + 1).unwrap();
+            let block = block::build(&mut guest.machine(), CODE + 1, CODE + 1, Watch::Settled).unwrap();
             seen.insert(block.bytes[..2].to_vec());
         }
         done.store(true, Ordering::Relaxed);

@@ -53,6 +53,8 @@ pub(crate) const TASK: u16 = 0x38;
 pub(crate) const FREE: u16 = 0x48;
 
 const PAGE_TABLES: u64 = 0x4000;
+/// The page-table entries of the first 2 MiB, in long mode.
+pub(crate) const PAGE_TABLE: u64 = PAGE_TABLES + 3 * PAGE;
 
 /// A vCPU with its memory.
 #[derive(Debug)]
@@ -75,14 +77,14 @@ pub(crate) fn on_each_tier(guest: fn() -> Guest, mut test: impl FnMut(Guest)) {
 impl Guest {
     /// In real mode, with code at 0x8000 and the stack below 0x10000 of segment 0.
     pub(crate) fn real() -> Self {
-        let clock = Clock::new(None, ClockSource::Deterministic);
-        let shared = Arc::new(Shared::new(
-            CpuidTable::default(),
-            InterruptMode::External,
-            1,
-            clock,
-            TranslateOptions::default().translate_after(Some(0)),
-        ));
+        Self::with(TranslateOptions::default().translate_after(Some(0)), ClockSource::Deterministic)
+    }
+
+    /// The same, executed as the options say, with that clock.
+    pub(crate) fn with(options: TranslateOptions, clock: ClockSource) -> Self {
+        let clock = Clock::new(None, clock);
+        let cpuid = CpuidTable::default();
+        let shared = Arc::new(Shared::new(cpuid, InterruptMode::External, 1, clock, options));
         let ram = GuestRam::builder().ram(RAM).build().unwrap();
         for region in ram.regions() {
             TranslateVm(Arc::clone(&shared)).map_memory(region, GuestAccess::ReadWrite).unwrap();
@@ -98,7 +100,11 @@ impl Guest {
 
     /// At level 0 of 32-bit protected mode without paging, with flat segments and a TSS.
     pub(crate) fn protected() -> Self {
-        let mut guest = Self::real();
+        Self::real().enter_protected()
+    }
+
+    fn enter_protected(self) -> Self {
+        let mut guest = self;
         guest.descriptor(CODE_32, 0x00cf_9b00_0000_ffff);
         guest.descriptor(DATA, 0x00cf_9300_0000_ffff);
         guest.descriptor(USER_CODE_32, 0x00cf_fb00_0000_ffff);
@@ -118,7 +124,12 @@ impl Guest {
 
     /// At level 0 of 64-bit mode, RAM but for [`HOLE`] mapped one to one for all levels.
     pub(crate) fn long() -> Self {
-        let mut guest = Self::protected();
+        Self::real().enter_long()
+    }
+
+    /// From real mode to that state.
+    pub(crate) fn enter_long(self) -> Self {
+        let mut guest = self.enter_protected();
         guest.descriptor(CODE_64, 0x00af_9b00_0000_ffff);
         guest.descriptor(USER_CODE_64, 0x00af_fb00_0000_ffff);
         guest.write::<8>(TSS + 4, INNER_STACK);
@@ -128,7 +139,7 @@ impl Guest {
             guest.write::<8>(table, (table + PAGE) | 7);
         }
         for page in (0..0x20_0000 / PAGE).filter(|page| page * PAGE != HOLE) {
-            guest.write::<8>(PAGE_TABLES + 3 * PAGE + page * 8, (page * PAGE) | 7);
+            guest.write::<8>(PAGE_TABLE + page * 8, (page * PAGE) | 7);
         }
         let cpu = &mut guest.core.cpu;
         cpu.cr3 = PAGE_TABLES;

@@ -225,8 +225,8 @@ fn choose(options: &Options, name: &str) -> Result<Box<dyn Hypervisor>> {
     }
     if name != "auto" {
         ensure!(
-            !options.interpret && !options.digest,
-            "--interpret and --digest go with --backend translate"
+            !options.interpret && !options.digest && options.code_memory.is_none(),
+            "--interpret, --digest and --code-memory go with --backend translate"
         );
         return Ok(open_backend(name)?);
     }

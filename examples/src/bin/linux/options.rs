@@ -35,6 +35,9 @@ pub(crate) struct Options {
     /// Which of the guest's programs access memory through the host's MMU with backend translate
     #[arg(long, value_enum, default_value_t)]
     pub(crate) address_window: Windows,
+    /// KiB of memory for translated code that each vCPU has with backend translate, instead of 64 MiB.
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(256..=1 << 20))]
+    pub(crate) code_memory: Option<u32>,
     /// Has the backend compute a digest of the registers at the start of each basic block, which --timings shows at the end.
     #[arg(long)]
     pub(crate) digest: bool,
@@ -138,6 +141,9 @@ impl Options {
         let mut options = TranslateOptions::default().digest(self.digest);
         if self.interpret {
             options = options.translate_after(None);
+        }
+        if let Some(bytes) = self.code_memory.and_then(|kib| usize::try_from(kib).ok()?.checked_mul(1024)) {
+            options = options.code_memory(bytes);
         }
         options = options.address_window(match self.address_window {
             Windows::Never => AddressWindow::Never,

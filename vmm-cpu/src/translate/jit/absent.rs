@@ -28,7 +28,7 @@ impl Tier1 {
         None
     }
 
-    pub(crate) fn prepare(_: &mut Machine<'_>) -> Prepared {
+    pub(crate) fn prepare(&mut self, _: &mut Machine<'_>) -> Prepared {
         Prepared
     }
 

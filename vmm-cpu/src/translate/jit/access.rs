@@ -12,12 +12,15 @@ use super::builder::{Builder, Flags, displacement};
 use super::emit::{RAX, RCX, Rm};
 use super::instruction::{Outcome, Untranslated, needs_alignment};
 use super::registers::{GUEST_RSP, Home, home, number};
-use crate::translate::memory::NEAR as NEAR_BYTES;
+use crate::translate::memory::NEAR;
 use crate::translate::memory::frame::Frame;
 
-/// How far a displacement may lead from an address whose region is looked up. Where the region ends in between, the
-/// access faults.
-const NEAR: i32 = displacement(NEAR_BYTES);
+/// Whether a displacement may follow the lookup of a region: what lies beside each is that large. Where the region ends in
+/// between, the access faults.
+const fn is_guarded(disp: i32) -> bool {
+    // Of i32::MIN there is no absolute value.
+    (disp.unsigned_abs() as usize) < NEAR
+}
 
 impl Builder<'_> {
     /// Where the host finds the memory operand. RAX and RCX change, and are part of it; with the TLB, the status flags are in
@@ -38,7 +41,7 @@ impl Builder<'_> {
         let has_segment = matches!(instruction.memory_segment(), Register::FS | Register::GS);
         match (in_register, disp) {
             (Home::Host(host), Ok(disp))
-                if disp.abs() < NEAR && instruction.memory_index() == Register::None && !has_segment =>
+                if is_guarded(disp) && instruction.memory_index() == Register::None && !has_segment =>
             {
                 Ok(self.in_window(host, disp))
             }
@@ -66,7 +69,7 @@ impl Builder<'_> {
 
     /// Where the window has what is at a linear address in a register and a displacement. RCX changes, and is part of it.
     pub(super) fn in_window(&mut self, register: u8, disp: i32) -> Rm {
-        debug_assert!(disp.abs() < NEAR, "a displacement out of the window");
+        debug_assert!(is_guarded(disp), "a displacement out of the window");
         self.begin_access();
         // RORX RCX, register, 32
         let (r, b) = (0x80, if register >= 8 { 0 } else { 0x20 });
@@ -102,15 +105,29 @@ impl Builder<'_> {
             None => self.instruction_site(),
         };
         let live = self.flags == Flags::Live;
-        self.accesses.push(Access { at: self.e.len(), site, live });
+        let at = self.e.len();
+        self.accesses.push(Access { at, end: usize::MAX, site, live });
+    }
+}
+
+impl Builder<'_> {
+    /// The instruction of the last accesses ends here: what faults from here on is none of them.
+    pub(super) fn end_accesses(&mut self) {
+        let end = self.e.len();
+        self.accesses
+            .iter_mut()
+            .rev()
+            .take_while(|access| access.end > end)
+            .for_each(|access| access.end = end);
     }
 }
 
 /// An access through the window.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Access {
-    /// Offset in the translation of where it begins.
+    /// Offsets in the translation of where it begins and where its instruction ends.
     pub(super) at: usize,
+    pub(super) end: usize,
     /// What to do if it faults.
     pub(super) site: u32,
     /// The status flags are in the processor alone.

@@ -221,10 +221,11 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Translates the instructions of a block; `None` if it must be done [`carefully`](Self::carefully).
-    pub(super) fn build(mut self, instructions: &[Instruction]) -> Option<Built> {
+    /// Translates the instructions of a block; `None` if it must be done [`carefully`](Self::carefully). What is to be found
+    /// at host addresses whenever the translation is entered is `checked`.
+    pub(super) fn build(mut self, instructions: &[Instruction], checked: &[(u64, &[u8])]) -> Option<Built> {
         self.count = instructions.len();
-        let (live, saved) = self.entries(instructions);
+        let (live, saved) = self.entries(instructions, checked);
         let mut ended = false;
         for (op, instruction) in (0..).zip(instructions) {
             self.op = op;
@@ -265,9 +266,9 @@ impl<'a> Builder<'a> {
     }
 
     /// Emits what enters the translation; where, with flags in the processor and in the frame.
-    fn entries(&mut self, instructions: &[Instruction]) -> (usize, usize) {
+    fn entries(&mut self, instructions: &[Instruction], checked: &[(u64, &[u8])]) -> (usize, usize) {
         // The first that has to do with them says which of the two has less to do.
-        let plain = !self.mode.counted && !self.mode.traced;
+        let plain = !self.mode.counted && !self.mode.traced && checked.is_empty();
         let first =
             instructions.iter().filter(|_| plain).find(|i| accesses_memory(i) || effect(i) != Effect::None);
         if !self.careful && plain && flags_are_dead(instructions) {
@@ -294,13 +295,15 @@ impl<'a> Builder<'a> {
         self.save_flags();
         self.flags = Flags::Saved;
         let saved = self.e.len();
+        if !checked.is_empty() {
+            self.check(checked);
+        }
         if self.mode.counted {
             let count = i32::try_from(instructions.len()).unwrap_or(i32::MAX);
             // SUB
             self.e.group1(true, 5, Rm::Frame(state!(budget)), count);
             let from = self.e.jump_if(LESS);
-            let site = self.site(Kind::Budget);
-            self.stubs.push(Stub { from: vec![from], site, live: false });
+            self.leave_from(vec![from], Kind::Budget);
         }
         if self.mode.traced {
             let site = self.site(Kind::Trace { resume: 0 });
@@ -309,6 +312,12 @@ impl<'a> Builder<'a> {
             self.resume(&[site], at);
         }
         (live, saved)
+    }
+
+    /// Lets jumps whose distances are there leave translated code, with the flags in the frame.
+    pub(super) fn leave_from(&mut self, from: Vec<usize>, kind: Kind) {
+        let site = self.site(kind);
+        self.stubs.push(Stub { from, site, live: false });
     }
 
     /// What a shut gate leads to.
@@ -379,6 +388,7 @@ impl<'a> Builder<'a> {
 
     /// The code of the running instruction is complete.
     fn end_instruction(&mut self) {
+        self.end_accesses();
         if self.resuming.is_empty() {
             return;
         }

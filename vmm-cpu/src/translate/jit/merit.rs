@@ -2,7 +2,8 @@
 //!
 //! A window makes a program's own work a third faster, and costs microseconds for each page that comes and for each time that
 //! the address space is changed for another. So an address space earns a part of the time that its program runs, as
-//! samples tell, gets a window for some savings, and keeps it as long as it does not spend more than it has.
+//! samples tell, gets a window for some savings, and keeps it as long as it does not spend more than it has. It earns less and less if
+//! what it spent was for pages that went away again.
 
 use std::time::{Duration, Instant};
 
@@ -16,18 +17,18 @@ const SHORTEST: Duration = Duration::from_millis(1);
 
 /// What an address space earns is one part in so many of the time that its program runs.
 const SHARE: u32 = 12;
+/// The same if it wasted what it had again and again.
+const SMALLEST_SHARE: u32 = 12 << 7;
 /// The most that it saves.
 const SAVINGS: Duration = Duration::from_millis(30);
 /// What it must have saved for a window.
 const PRICE: Duration = Duration::from_micros(600);
-/// The same if its windows did not pay again and again.
-const HIGHEST_PRICE: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug)]
 struct Merit {
     root: u64,
     saved: Duration,
-    price: Duration,
+    share: u32,
     used: u64,
 }
 
@@ -64,40 +65,38 @@ impl Merits {
                         self.known.swap_remove(oldest);
                     }
                 }
-                self.known.push(Merit { root, saved: Duration::ZERO, price: PRICE, used: 0 });
+                self.known.push(Merit { root, saved: Duration::ZERO, share: SHARE, used: 0 });
                 self.known.len() - 1
             }
         };
         if let Some(merit) = self.known.get_mut(at) {
-            merit.saved = (merit.saved + passed.min(LONGEST) / SHARE).min(SAVINGS);
+            merit.saved = (merit.saved + passed.min(LONGEST) / merit.share).min(SAVINGS);
             merit.used = self.samples;
-            self.any |= merit.saved >= merit.price;
+            self.any |= merit.saved >= PRICE;
+            if merit.saved == SAVINGS {
+                merit.share = SHARE;
+            }
         }
     }
 
     /// Whether the address space with that CR3 is to have a window.
     pub(super) fn deserves(&self, root: u64) -> bool {
         self.any
-            && self
-                .known
-                .iter()
-                .find(|merit| merit.root == root)
-                .is_some_and(|merit| merit.saved >= merit.price)
+            && self.known.iter().find(|merit| merit.root == root).is_some_and(|merit| merit.saved >= PRICE)
     }
 
     /// Takes from its savings what its window has cost; whether it could afford that.
     pub(super) fn charge(&mut self, root: u64, cost: Duration) -> bool {
         let Some(merit) = self.known.iter_mut().find(|merit| merit.root == root) else { return false };
-        match merit.saved.checked_sub(cost) {
-            Some(left) => {
-                merit.saved = left;
-                true
-            }
-            None => {
-                merit.saved = Duration::ZERO;
-                merit.price = (merit.price * 3).min(HIGHEST_PRICE);
-                false
-            }
+        let left = merit.saved.checked_sub(cost);
+        merit.saved = left.unwrap_or_default();
+        left.is_some()
+    }
+
+    /// What it spent was wasted.
+    pub(super) fn reproach(&mut self, root: u64) {
+        if let Some(merit) = self.known.iter_mut().find(|merit| merit.root == root) {
+            merit.share = (merit.share * 2).min(SMALLEST_SHARE);
         }
     }
 
@@ -149,19 +148,28 @@ mod tests {
     }
 
     #[test]
-    fn one_that_does_not_pay_has_to_save_more() {
+    fn one_that_wastes_what_it_has_waits_longer_each_time() {
         let (mut merits, mut now) = (Merits::default(), Instant::now());
         let mut waits = Vec::new();
-        for _ in 0..6 {
+        for _ in 0..10 {
             let start = now;
             while !merits.deserves(1) {
                 run(&mut merits, &mut now, Some(1), LONGEST);
             }
             waits.push(now - start);
             assert!(!merits.charge(1, SAVINGS * 2));
+            merits.reproach(1);
         }
         assert!(waits.windows(2).all(|pair| pair[0] <= pair[1]), "{waits:?}");
-        assert!(waits[5] > waits[0] * 20 && waits[5] <= HIGHEST_PRICE * (SHARE + 2), "{waits:?}");
+        assert!(waits[9] > waits[0] * 50 && waits[9] <= PRICE * (SMALLEST_SHARE + SHARE), "{waits:?}");
+        // Until it has run for long without.
+        run(&mut merits, &mut now, Some(1), SAVINGS * (SMALLEST_SHARE + 1));
+        assert!(!merits.charge(1, SAVINGS * 2));
+        let start = now;
+        while !merits.deserves(1) {
+            run(&mut merits, &mut now, Some(1), LONGEST);
+        }
+        assert!(now - start <= waits[0] * 2);
     }
 
     #[test]

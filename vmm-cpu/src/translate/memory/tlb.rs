@@ -337,6 +337,9 @@ impl Tlb {
         self.large |= size > SMALL;
         self.fills += 1;
         let old = std::mem::replace(self.frame.entry_mut(self.reach, va), entry);
+        if let (Reach::User, Some(window)) = (self.reach, &mut self.window) {
+            window.follow(page, translation.gpa & PAGE_MASK, old.read);
+        }
         let was_local = old.kind & (PRESENT | GLOBAL) == PRESENT;
         if !translation.global && !was_local {
             if self.local.len() >= LOCAL {
@@ -362,16 +365,16 @@ impl Tlb {
         self.window.as_ref().is_some_and(Window::is_active)
     }
 
-    /// Gives the user program in the address space of `paging` a window of at most `limit` pages; `false` if that was
+    /// Gives the user program in the address space of `paging` a window of at most `limit` pages, `exact` as in [`Window`]; `false` if that was
     /// another program's, which is nothing to go on. Where the host has no room for a window, there is none.
-    pub(crate) fn open_window(&mut self, paging: &Paging, limit: usize) -> bool {
+    pub(crate) fn open_window(&mut self, paging: &Paging, limit: usize, exact: bool) -> bool {
         if self.no_window {
             return true;
         }
         let regions = &mut self.frame.regions;
         let window = match &mut self.window {
             Some(window) => window,
-            None => match Window::new(limit, regions) {
+            None => match Window::new(limit, exact, regions) {
                 Ok(window) => self.window.insert(window),
                 Err(error) => {
                     tracing::debug!(%error, "no address window");
@@ -383,16 +386,16 @@ impl Tlb {
         let map = &self.map;
         window.activate(paging.cr3, regions, |va, writes| {
             let access = if writes { Access::Write } else { Access::Read };
-            let gpa = peek(map, paging, va, access)?.gpa;
+            let Translation { gpa, size, .. } = peek(map, paging, va, access)?;
             let slot = map.slot(gpa)?;
-            (!writes || slot.is_writable() && !slot.must_notice_stores(gpa)).then_some(gpa)
+            (!writes || slot.is_writable() && !slot.must_notice_stores(gpa)).then_some((gpa, size))
         })
     }
 
-    /// Takes the window from the program that has one.
+    /// Takes the window from the program that has one, until it is opened again.
     pub(crate) fn close_window(&mut self) {
         if let Some(window) = &mut self.window {
-            window.give_up(&mut self.frame.regions);
+            window.suspend(&mut self.frame.regions);
         }
     }
 
@@ -487,6 +490,20 @@ impl Tlb {
             let tag = va & PAGE_MASK | reach as u64;
             self.fetched.remove(&tag);
             self.fetched_global.remove(&tag);
+        }
+    }
+
+    /// Forgets what is known of `va` for data, as a page fault there makes a processor do (Intel SDM 3A 5.10.4.1): a kernel
+    /// that gives the program another page then need not invalidate the one of before.
+    pub(crate) fn forget_data(&mut self, va: u64) {
+        if let Some(window) = &mut self.window {
+            window.forget_page(va);
+        }
+        for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
+            let entry = self.frame.entry_mut(reach, va);
+            if entry.read == va & PAGE_MASK || entry.write == va & PAGE_MASK {
+                *entry = Entry::nothing(Frame::index(va));
+            }
         }
     }
 

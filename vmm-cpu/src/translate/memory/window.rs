@@ -12,16 +12,23 @@
 //! the page tables, as if the processor had looked all of them up anew; those that changed, or whose accessed or dirty bits
 //! were cleared, go.
 //!
+//! While an address space is in use, what can be accessed is what the page tables said then or later, as in a TLB of any
+//! size. That of a processor of limited size forgets some by itself, and looks up again what is accessed next: that shows in
+//! accessed bits, which is why where instructions are counted the window forgets what the TLB does.
+//!
 //! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. [`Window::take_cost`] says how many
 //! there were.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
-use rustc_hash::FxHashMap;
+use rustc_hash::FxHashSet;
 
+use super::budget::Share;
 use super::frame::REGIONS;
 use super::reserve::{Reserve, Rights};
+use super::space::{CHANGE, CHECK, FAULT, MAPPING, Mapped, Space};
 use super::{PAGE, PAGE_MASK};
 
 /// Bytes of a region.
@@ -36,6 +43,9 @@ const GUARD: u64 = 1 << 20;
 /// Bytes from slot to slot.
 const STRIDE: u64 = REGION + 2 * GUARD;
 
+/// Bytes of addresses that one of the host's page tables is for.
+const TABLE: u64 = 1 << 21;
+
 /// Slots, with the one that nothing is ever mapped in.
 const SLOTS: u32 = 64;
 
@@ -45,33 +55,8 @@ const SPACES: usize = 4;
 /// First address that no program of the guest has.
 const END: u64 = 1 << 47;
 
-/// What an access costs that faults, with or without a page that is mapped then and unmapped some time.
-const FAULT: Duration = Duration::from_micros(3);
-const MAPPING: Duration = Duration::from_micros(8);
-/// What it costs to change the address space, and for each page of it to be compared with the page tables.
-const CHANGE: Duration = Duration::from_micros(4);
-const CHECK: Duration = Duration::from_nanos(150);
-
-/// Pages of which most must still hold, or the address space is another's.
+/// Pages of which most must still hold, or the address space is another program's.
 const TELLING: usize = 8;
-
-/// A mapped page.
-#[derive(Clone, Copy, Debug)]
-struct Mapped {
-    gpa: u64,
-    writable: bool,
-}
-
-/// The pages of an address space.
-#[derive(Debug)]
-struct Space {
-    /// Its CR3.
-    root: u64,
-    /// Region and slot.
-    slots: Vec<(u16, u32)>,
-    pages: FxHashMap<u64, Mapped>,
-    used: u64,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -81,12 +66,19 @@ pub(crate) struct Window {
     spaces: Vec<Space>,
     /// The pages can be accessed of `spaces[0]`.
     active: bool,
-    /// Where each guest-physical page is mapped: CR3 and linear page.
-    places: FxHashMap<u64, Vec<(u64, u64)>>,
-    /// Pages that may be mapped.
+    /// Where each guest-physical page is mapped: that, CR3, linear page.
+    places: BTreeSet<(u64, u64, u64)>,
+    /// Which parts of which slot had a page since nothing was mapped in the slot: the host has a page table for each, which
+    /// it keeps until then.
+    tables: FxHashSet<(u32, u64)>,
+    /// Pages that may be mapped, and parts that may have had one.
     limit: usize,
+    share: Share,
     /// Counts uses of spaces.
     clock: u64,
+    /// Nothing can be accessed that the TLB has not, so that accessed and dirty bits are set at the very instruction at which
+    /// they are without a window.
+    exact: bool,
     /// What it has cost since that was last asked.
     cost: Duration,
     /// Pages may be parts of large ones.
@@ -107,15 +99,18 @@ impl Window {
     ///
     /// # Errors
     /// Those of the operating system, where there is no room for it.
-    pub(crate) fn new(limit: usize, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
+    pub(crate) fn new(limit: usize, exact: bool, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
         let this = Self {
             reserve: Reserve::new(u64::from(SLOTS) * STRIDE)?,
             free: (1..SLOTS).collect(),
             spaces: Vec::new(),
             active: false,
-            places: FxHashMap::default(),
+            places: BTreeSet::new(),
+            tables: FxHashSet::default(),
             limit,
+            share: Share::of_process(),
             clock: 0,
+            exact,
             cost: Duration::ZERO,
             large: false,
             figures: Figures::default(),
@@ -135,14 +130,14 @@ impl Window {
         (self.reserve.address() + place(slot, 0)).wrapping_sub(u64::from(region) << 32)
     }
 
-    /// Makes the pages of the address space with that CR3 accessible as far as `gpa_of` says that they are what they were:
-    /// where a linear page leads to, for writing or not. Whether the space is a new one or most of what was known of it
-    /// still holds.
+    /// Makes the pages of the address space with that CR3 accessible as far as `find` says that they are what they were:
+    /// where a linear page leads to, for writing or not, and the size of the page that it is part of now. Whether the space is
+    /// a new one or most of what was known of it still holds; if not, it is forgotten.
     pub(crate) fn activate(
         &mut self,
         root: u64,
         regions: &mut [u64; REGIONS],
-        mut gpa_of: impl FnMut(u64, bool) -> Option<u64>,
+        mut find: impl FnMut(u64, bool) -> Option<(u64, u64)>,
     ) -> bool {
         self.suspend(regions);
         self.figures.activations += 1;
@@ -156,7 +151,7 @@ impl Window {
                         self.remove(oldest);
                     }
                 }
-                self.spaces.push(Space { root, slots: Vec::new(), pages: FxHashMap::default(), used: 0 });
+                self.spaces.push(Space::new(root));
                 self.spaces.len() - 1
             }
         };
@@ -165,16 +160,23 @@ impl Window {
         space.used = self.clock;
         let count = space.pages.len();
         self.cost += CHANGE + CHECK * u32::try_from(count).unwrap_or(u32::MAX);
-        let stale =
-            |(va, page): (&u64, &Mapped)| (gpa_of(*va, page.writable) != Some(page.gpa)).then_some(*va);
-        let stale: Vec<u64> = space.pages.iter().filter_map(stale).collect();
+        let mut large = self.large;
+        let mut is_stale = |va: u64, page: &Mapped| match find(va, page.writable) {
+            Some((gpa, size)) if gpa == page.gpa => {
+                large |= size > PAGE;
+                false
+            }
+            _ => true,
+        };
+        let pages = space.pages.iter();
+        let stale: Vec<u64> = pages.filter(|(va, page)| is_stale(**va, page)).map(|(va, _)| *va).collect();
         if count > TELLING && stale.len() > count / 2 {
             self.remove(0);
             return false;
         }
-        self.active = true;
+        (self.active, self.large) = (true, large);
         for va in stale {
-            self.unmap(va);
+            self.forget_page(va);
         }
         for (region, slot) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, slot, regions);
@@ -206,12 +208,8 @@ impl Window {
         for (region, _) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, 0, regions);
         }
-    }
-
-    /// Forgets the space in use.
-    pub(crate) fn give_up(&mut self, regions: &mut [u64; REGIONS]) {
-        if self.active {
-            self.suspend(regions);
+        if self.exact {
+            // The TLB keeps nothing for later either.
             self.remove(0);
         }
     }
@@ -235,7 +233,7 @@ impl Window {
         if !self.active || va >= END {
             return Ok(());
         }
-        if self.spaces.iter().map(|space| space.pages.len()).sum::<usize>() >= self.limit {
+        if self.places.len() >= self.limit || self.tables.len() >= self.limit {
             self.start_over(regions);
         }
         let Ok(region) = u16::try_from(va >> 32) else { return Ok(()) };
@@ -246,8 +244,16 @@ impl Window {
         let known = space.pages.get(&va).copied();
         if known.is_none_or(|known| known.gpa != gpa) {
             if known.is_some() {
-                self.unmap(va);
+                self.forget_page(va);
             }
+            if self.figures.mapped == 0 {
+                Reserve::probe(host)?;
+            }
+            if !self.share.set(self.places.len() + 1) {
+                // Others have all that there are.
+                return Ok(());
+            }
+            self.tables.insert((slot, at / TABLE));
             self.reserve.duplicate(host, at)?;
             if !writable {
                 self.reserve.protect(at, PAGE, Rights::Read)?;
@@ -255,7 +261,7 @@ impl Window {
             self.figures.mapped += 1;
             self.cost += MAPPING;
             let root = self.spaces.first().map_or(0, |space| space.root);
-            self.places.entry(gpa).or_default().push((root, va));
+            self.places.insert((gpa, root, va));
         } else if known.is_some_and(|known| known.writable != writable) {
             let rights = if writable { Rights::ReadWrite } else { Rights::Read };
             self.reserve.protect(at, PAGE, rights)?;
@@ -268,8 +274,7 @@ impl Window {
 
     /// The slot of a region in the space in use. If none is free, all others lose theirs.
     fn slot(&mut self, region: u16, regions: &mut [u64; REGIONS]) -> Option<u32> {
-        let known = |space: &Space| space.slots.iter().find(|(of, _)| *of == region).map(|(_, slot)| *slot);
-        if let Some(slot) = self.spaces.first().and_then(known) {
+        if let Some(slot) = self.spaces.first().and_then(|space| space.slot(region)) {
             return Some(slot);
         }
         if self.free.is_empty() {
@@ -285,50 +290,68 @@ impl Window {
         if self.large && va < END {
             self.suspend(regions);
         } else {
-            self.unmap(va);
+            self.forget_page(va);
         }
     }
 
-    fn unmap(&mut self, va: u64) {
+    /// The TLB has just learnt that the page at `va` is `gpa`, and forgotten that at `evicted` for it: in the space in use,
+    /// nothing else is accessible there any more.
+    pub(crate) fn follow(&mut self, va: u64, gpa: u64, evicted: u64) {
+        if self.exact && evicted != va {
+            self.forget_page(evicted);
+        }
+        let known = self.spaces.first().filter(|_| self.active).and_then(|space| space.pages.get(&va));
+        if known.is_some_and(|known| known.gpa != gpa) {
+            self.forget_page(va);
+        }
+    }
+
+    /// Makes the 4 KiB at `va` inaccessible in the space in use.
+    pub(crate) fn forget_page(&mut self, va: u64) {
         let va = va & PAGE_MASK;
         if !self.active {
             return;
         }
         let Some(space) = self.spaces.first_mut() else { return };
         let Some(page) = space.pages.remove(&va) else { return };
-        let Some((_, slot)) = space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32) else {
-            return;
-        };
-        let (root, at) = (space.root, place(*slot, va));
-        self.reserve.vacate(at, PAGE);
+        let Some(slot) = space.slot_at(va) else { return };
+        let root = space.root;
+        self.places.remove(&(page.gpa, root, va));
         self.figures.unmapped += 1;
-        self.forget_place(page.gpa, root, va);
+        self.vacate_page(root, slot, va);
     }
 
-    fn forget_place(&mut self, gpa: u64, root: u64, va: u64) {
-        if let Some(places) = self.places.get_mut(&gpa) {
-            places.retain(|place| *place != (root, va));
-            if places.is_empty() {
-                self.places.remove(&gpa);
-            }
+    /// Unmaps a page that a space does not list any more. Where the host lacks the memory to cut it out of what is mapped
+    /// around it, all of its slot goes.
+    fn vacate_page(&mut self, root: u64, slot: u32, va: u64) {
+        if self.reserve.vacate(place(slot, va), PAGE) {
+            return;
+        }
+        self.empty_slot(slot);
+        let Some(space) = self.spaces.iter_mut().find(|space| space.root == root) else { return };
+        for (va, page) in space.pages.extract_if(|other, _| *other >> 32 == va >> 32) {
+            self.places.remove(&(page.gpa, root, va));
+            self.figures.unmapped += 1;
         }
     }
 
     /// Makes a guest-physical page read-only wherever it is mapped.
     pub(crate) fn protect(&mut self, gpa: u64) {
-        let Some(places) = self.places.get(&gpa) else { return };
-        for (root, va) in places {
+        let mut failed = Vec::new();
+        for (_, root, va) in self.places.range((gpa, 0, 0)..=(gpa, u64::MAX, u64::MAX)) {
             let space = self.spaces.iter_mut().find(|space| space.root == *root);
             let Some(space) = space else { continue };
-            let slot =
-                space.slots.iter().find(|(region, _)| u64::from(*region) == va >> 32).map(|(_, slot)| *slot);
-            let Some((slot, page)) = slot.zip(space.pages.get_mut(va)) else { continue };
-            if std::mem::take(&mut page.writable) {
-                let at = place(slot, *va);
-                if self.reserve.protect(at, PAGE, Rights::Read).is_err() {
-                    self.reserve.vacate(at, PAGE);
-                }
+            let Some((slot, page)) = space.slot_at(*va).zip(space.pages.get_mut(va)) else { continue };
+            let was_writable = std::mem::take(&mut page.writable);
+            if was_writable && self.reserve.protect(place(slot, *va), PAGE, Rights::Read).is_err() {
+                space.pages.remove(va);
+                failed.push((*root, slot, *va));
             }
+        }
+        for (root, slot, va) in failed {
+            self.places.remove(&(gpa, root, va));
+            self.figures.unmapped += 1;
+            self.vacate_page(root, slot, va);
         }
     }
 
@@ -349,29 +372,42 @@ impl Window {
         let slots = self.spaces.first_mut().map(|space| std::mem::take(&mut space.slots)).unwrap_or_default();
         for (region, slot) in slots {
             self.set_region(region, 0, regions);
-            self.vacate_slot(slot);
+            self.free_slot(slot);
         }
         if let Some(space) = self.spaces.first_mut() {
             self.figures.unmapped += space.pages.len() as u64;
             space.pages.clear();
         }
         self.places.clear();
+        self.share.set(0);
     }
 
-    fn vacate_slot(&mut self, slot: u32) {
-        self.reserve.vacate(u64::from(slot) * STRIDE, STRIDE);
+    fn free_slot(&mut self, slot: u32) {
+        self.empty_slot(slot);
         self.free.push(slot);
+    }
+
+    /// Unmaps all pages of a slot. If the host refused that, the guest would keep pages that it has no right to: then the
+    /// process ends.
+    fn empty_slot(&mut self, slot: u32) {
+        if !self.reserve.vacate(u64::from(slot) * STRIDE, STRIDE) {
+            let error = io::Error::last_os_error();
+            tracing::error!(%error, "pages of the address window cannot be unmapped");
+            std::process::abort();
+        }
+        self.tables.retain(|(of, _)| *of != slot);
     }
 
     fn remove(&mut self, at: usize) {
         let space = self.spaces.swap_remove(at);
         for (_, slot) in space.slots {
-            self.vacate_slot(slot);
+            self.free_slot(slot);
         }
         for (va, page) in space.pages {
             self.figures.unmapped += 1;
-            self.forget_place(page.gpa, space.root, va);
+            self.places.remove(&(page.gpa, space.root, va));
         }
+        self.share.set(self.places.len());
     }
 }
 

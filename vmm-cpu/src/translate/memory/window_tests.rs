@@ -37,9 +37,9 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(pages: u64, limit: usize) -> Self {
+    fn new(pages: u64, limit: usize, exact: bool) -> Self {
         let mut regions: Box<[u64; REGIONS]> = vec![0; REGIONS].try_into().unwrap();
-        let window = Window::new(limit, &mut regions).unwrap();
+        let window = Window::new(limit, exact, &mut regions).unwrap();
         let (ram, region) = memory(pages);
         Self { window, regions, region, _ram: ram }
     }
@@ -77,7 +77,7 @@ impl Rig {
 
 #[test]
 fn no_address_leads_elsewhere_than_into_the_window() {
-    let mut rig = Rig::new(1, 16);
+    let mut rig = Rig::new(1, 16, false);
     rig.activate(0x1000);
     for region in [0, 1, 0x55d0, 0x7fff] {
         rig.map(region << 32 | 0x7000, 0, true);
@@ -103,7 +103,7 @@ fn no_address_leads_elsewhere_than_into_the_window() {
 
 #[test]
 fn pages_are_what_they_were_made() {
-    let mut rig = Rig::new(4, 16);
+    let mut rig = Rig::new(4, 16, false);
     rig.activate(0x1000);
     let (low, high) = (0x40_0000, 0x7ffd_1234_5000);
     assert_eq!(rig.read(low), None);
@@ -128,7 +128,7 @@ fn pages_are_what_they_were_made() {
 
 #[test]
 fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
-    let mut rig = Rig::new(2, 16);
+    let mut rig = Rig::new(2, 16, false);
     rig.activate(0x1000);
     rig.map(0x1000, 1, true);
     rig.activate(0x2000);
@@ -139,7 +139,7 @@ fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
     assert!(!rig.write(0x5000) && !rig.write(0x6000) && rig.write(0x7000));
     rig.window.activate(0x1000, &mut rig.regions, |va, writable| {
         assert!(!writable, "{va:#x}");
-        Some(PAGE)
+        Some((PAGE, PAGE))
     });
     assert!(!rig.write(0x1000));
     assert_eq!(rig.read(0x1000), Some(1));
@@ -147,7 +147,7 @@ fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
 
 #[test]
 fn an_address_space_comes_back_with_what_still_holds() {
-    let mut rig = Rig::new(4, 16);
+    let mut rig = Rig::new(4, 16, false);
     rig.activate(0x1000);
     for page in 0..4 {
         rig.map(0x1_0000_0000 + page * PAGE, page, page == 3);
@@ -158,9 +158,9 @@ fn an_address_space_comes_back_with_what_still_holds() {
     assert_eq!(rig.read(0x1_0000_0000), None);
     // Page 1 has another translation, page 3 is clean again.
     rig.window.activate(0x1000, &mut rig.regions, |va, writable| match (va >> 12 & 3, writable) {
-        (1, _) => Some(0),
+        (1, _) => Some((0, PAGE)),
         (3, true) => None,
-        (page, _) => Some(page * PAGE),
+        (page, _) => Some((page * PAGE, PAGE)),
     });
     let read: Vec<_> = (0..4).map(|page| rig.read(0x1_0000_0000 + page * PAGE)).collect();
     assert_eq!(read, [Some(0), None, Some(2), None]);
@@ -168,7 +168,7 @@ fn an_address_space_comes_back_with_what_still_holds() {
 
 #[test]
 fn what_it_has_is_bounded() {
-    let mut rig = Rig::new(8, 6);
+    let mut rig = Rig::new(8, 6, false);
     // More address spaces than are kept, more regions than there are slots, more pages than may be mapped.
     for root in 1..=2 * SPACES as u64 {
         rig.activate(root << 12);
@@ -186,13 +186,13 @@ fn what_it_has_is_bounded() {
 
 #[test]
 fn an_address_space_of_another_program_is_forgotten() {
-    let mut rig = Rig::new(16, 32);
+    let mut rig = Rig::new(16, 32, false);
     rig.activate(0x1000);
     for page in 0..16 {
         rig.map(page * PAGE, page, true);
     }
     rig.window.suspend(&mut rig.regions);
-    let same = |last: u64| move |va: u64, _| (va < last * PAGE).then_some(va);
+    let same = |last: u64| move |va: u64, _| (va < last * PAGE).then_some((va, PAGE));
     assert!(rig.window.activate(0x1000, &mut rig.regions, same(10)));
     assert_eq!((rig.read(9 * PAGE), rig.read(10 * PAGE)), (Some(9), None));
     assert!(!rig.window.activate(0x1000, &mut rig.regions, same(4)));
@@ -202,23 +202,20 @@ fn an_address_space_of_another_program_is_forgotten() {
 
 #[test]
 fn faults_pages_and_changes_cost() {
-    let mut rig = Rig::new(2, 16);
+    let mut rig = Rig::new(2, 16, false);
     rig.activate(0x1000);
     assert_eq!(rig.window.take_cost(), CHANGE);
     rig.window.note_fault();
     rig.map(0, 0, true);
     rig.map(0, 0, true);
     assert_eq!(rig.window.take_cost(), FAULT + MAPPING);
-    rig.window.activate(0x1000, &mut rig.regions, |_, _| Some(0));
+    rig.window.activate(0x1000, &mut rig.regions, |_, _| Some((0, PAGE)));
     assert_eq!(rig.window.take_cost(), CHANGE + CHECK);
-    rig.window.give_up(&mut rig.regions);
-    assert!(!rig.window.is_active());
-    assert_eq!(rig.read(0), None);
 }
 
 #[test]
 fn private_memory_is_refused() {
-    let mut rig = Rig::new(1, 16);
+    let mut rig = Rig::new(1, 16, false);
     let private = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), PAGE)).build().unwrap();
     let region = private.regions().remove(0);
     // Pages that exist.
@@ -229,4 +226,31 @@ fn private_memory_is_refused() {
     let error = rig.window.map(0x1000, 0, address, true, PAGE, &mut rig.regions).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     assert_eq!(rig.read(0x1000), None);
+}
+
+#[test]
+fn one_page_can_be_at_many_addresses() {
+    let mut rig = Rig::new(1, 8192, false);
+    rig.activate(0x1000);
+    for n in 0..8192 {
+        rig.map(0x1_0000_0000 + n * PAGE, 0, true);
+    }
+    rig.window.protect(0);
+    assert!((0..8192).all(|n| !rig.write(0x1_0000_0000 + n * PAGE)));
+    rig.window.activate(0x1000, &mut rig.regions, |_, _| None);
+    assert!(rig.window.places.is_empty());
+}
+
+#[test]
+fn pages_that_are_gone_leave_a_bounded_number_of_tables() {
+    let mut rig = Rig::new(1, 16, false);
+    rig.activate(0x1000);
+    for n in 0..100 {
+        let va = 0x1_0000_0000 + n * 8 * TABLE;
+        rig.map(va, 0, true);
+        assert_eq!(rig.read(va), Some(0));
+        rig.window.forget_page(va);
+        assert_eq!(rig.read(va), None);
+        assert!(rig.window.tables.len() <= 16);
+    }
 }

@@ -20,7 +20,7 @@ mod x87;
 
 use iced_x86::{Instruction, Mnemonic};
 
-pub(crate) use op::{Handler, Op, segment_slot};
+pub(crate) use op::{Handler, Op, implicit_segment, segment_slot};
 pub(crate) use simd::Tables;
 
 use self::op::is_invalid;

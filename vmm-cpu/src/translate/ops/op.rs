@@ -202,6 +202,15 @@ impl Machine<'_> {
     }
 }
 
+/// The segment of an operand that RSI or RDI is the address of. In 64-bit code prefixes but those of FS and GS do not even
+/// change which exception a bad address is.
+pub(crate) fn implicit_segment(instruction: &Instruction, is_64: bool) -> usize {
+    match segment_slot(instruction.memory_segment()) {
+        segment if is_64 && segment < index::FS => index::DS,
+        segment => segment,
+    }
+}
+
 /// The segment of addresses with this base register.
 fn default_segment(base: Register) -> usize {
     match base {

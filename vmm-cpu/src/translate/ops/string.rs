@@ -9,7 +9,7 @@
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind};
 
 use super::by_width;
-use super::op::{Handler, Op, segment_slot};
+use super::op::{Handler, Op, implicit_segment};
 use crate::translate::core::{Flow, Machine, Place, Reason};
 use crate::translate::cpu::{BLOCK, RAX, RCX, RDI, RDX, RSI};
 use crate::translate::flags::{Flags, bits};
@@ -63,7 +63,7 @@ impl Form {
                 _ => None,
             })
             .unwrap_or(u64::MAX);
-        let segment = segment_slot(instruction.memory_segment());
+        let segment = implicit_segment(&instruction, m.is_64());
         Self { repeat, mask, segment, backward: m.cpu.flags.control(bits::DF) }
     }
 

@@ -324,7 +324,7 @@ fn masked_store(m: &mut Machine<'_>, op: &Op) -> Flow {
         _ => u64::MAX,
     };
     let offset = m.cpu.r(RDI) & address_mask;
-    let segment = crate::translate::ops::segment_slot(instruction.memory_segment());
+    let segment = crate::translate::ops::implicit_segment(&instruction, m.is_64());
     let place = m.place_in(segment, offset, bytes, true)?;
     let selected = |n: usize| mask >> (8 * n + 7) & 1 != 0;
     m.require_aligned(place, 8)?;

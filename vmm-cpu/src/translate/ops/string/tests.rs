@@ -365,3 +365,16 @@ fn source_faults_before_the_destination() {
         assert_eq!(fault_address(bench.run(&[code]).map(|()| 1)), Some(HOLE), "{code:x}");
     }
 }
+
+#[test]
+fn a_prefix_that_means_nothing_does_not_change_the_exception() {
+    use crate::translate::cpu::RSI;
+    use crate::translate::exception::vector;
+    let mut guest = crate::translate::test_support::Guest::long();
+    guest.core.cpu.set_r(RSI, 1 << 62);
+    // MOVSB, LODSW, CMPSQ and OUTSD, with the prefix of SS.
+    for code in [&[0x36, 0xa4][..], &[0x36, 0x66, 0xad], &[0x36, 0x48, 0xa7], &[0x36, 0x6f]] {
+        let exception = guest.fault(code);
+        assert_eq!((exception.vector, exception.error), (vector::GP, Some(0)), "{code:x?}");
+    }
+}

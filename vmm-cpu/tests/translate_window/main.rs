@@ -1,0 +1,13 @@
+//! User programs whose accesses go through the address window see the memory that they see without one: the same programs,
+//! with a small kernel below them, interpreted, translated, and translated with a window.
+
+#![cfg(all(feature = "translate", target_arch = "x86_64"))]
+// The lint spares test functions only, not what they call.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::cast_possible_truncation)]
+
+mod machine;
+
+mod faults;
+mod process;
+mod stale;
