@@ -62,14 +62,16 @@ fn a_guest_that_runs_through_much_code_takes_little_memory() {
 #[test]
 fn a_guest_that_runs_at_many_addresses_takes_little_memory() {
     const FRAME: u64 = 0x8000;
-    const INSTRUCTIONS: u64 = 500_000;
+    const INSTRUCTIONS: u64 = 250_000;
     let _alone = alone();
     // ADD RDI, 0x1000; JMP RDI. Or the same with an INC of what is in the code itself, which is new each time.
     let codes: [&[u8]; 2] = [
         &[0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0xff, 0xe7],
         &[0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0xfe, 0x47, 12, 0x41, 0xb8, 0, 0, 0, 0, 0xff, 0xe7],
     ];
-    for (tier, code) in Tier::ALL.iter().flat_map(|tier| codes.map(|code| (*tier, code))) {
+    for (tier, code) in
+        [Tier::AtOnce, Tier::Later].into_iter().flat_map(|tier| codes.map(|code| (tier, code)))
+    {
         // Every entry of every table leads to the next table, that of the last one to the frame.
         let mut machine = Flat::long(tier, TABLES, 0x40_0000);
         for level in 0..4 {
@@ -84,9 +86,10 @@ fn a_guest_that_runs_at_many_addresses_takes_little_memory() {
         let stop = ExactStop::none().at_instructions(INSTRUCTIONS);
         machine.vcpu.exact_stops().unwrap().stop_at(stop);
         let before = resident();
-        assert_eq!(machine.run(), Halt::ExactStop);
+        // No watchdog: each kick would make all pages be looked up anew.
+        assert_eq!(machine.vcpu.run(&mut EmptyBus).unwrap(), Halt::ExactStop);
         let grown = resident().saturating_sub(before) >> 20;
-        assert!(grown < 256, "{tier:?}, {code:x?}: grown by {grown} MiB");
+        assert!(grown < 128, "{tier:?}, {code:x?}: grown by {grown} MiB");
     }
 }
 
@@ -144,7 +147,7 @@ fn memory_taken_away_from_translated_code_is_not_written() {
     };
     code(&mut a).unwrap();
     let program = a.assemble(0x6000).unwrap();
-    for (tier, user) in Tier::ALL.into_iter().flat_map(|tier| [(tier, false), (tier, true)]) {
+    for (tier, user) in [(Tier::AtOnce, false), (Tier::AtOnce, true), (Tier::Window, true)] {
         let config = VmConfig::new(CpuModel::Host).vcpus(2);
         let mut machine = Flat::long_with(tier, &config, TABLES, 0x6000);
         map_all(&mut machine);
