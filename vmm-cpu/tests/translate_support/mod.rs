@@ -30,6 +30,8 @@ mod flat;
 pub mod guest;
 pub mod layout;
 pub mod mutate;
+#[cfg(test)]
+mod translated;
 pub mod watchdog;
 
 /// Held by whoever measures memory or takes much of it: tests run in parallel.
