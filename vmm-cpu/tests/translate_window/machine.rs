@@ -168,6 +168,9 @@ pub(crate) struct Answer {
 
 const ANSWER: u64 = 32;
 
+/// [`Answer::resume`] that stands for the address in R8.
+pub(crate) const RESUME_AT_R8: u64 = 1;
+
 /// What a test prepares.
 pub(crate) struct Setup {
     pub(crate) tier: Tier,
@@ -199,8 +202,17 @@ impl Setup {
 
     /// The program's pages.
     fn pages(&self) -> Vec<u8> {
-        let mut bytes = vec![0; usize::try_from(RAM - page(0)).unwrap()];
-        self.ram.read_slice(&mut bytes, MemoryRegionAddress(page(0))).unwrap();
+        self.bytes(page(0), RAM)
+    }
+
+    /// The page tables.
+    pub(crate) fn tables(&self) -> Vec<u8> {
+        self.bytes(SPACE, self.next_table)
+    }
+
+    fn bytes(&self, start: u64, end: u64) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
+        self.ram.read_slice(&mut bytes, MemoryRegionAddress(start)).unwrap();
         bytes
     }
 
@@ -277,6 +289,20 @@ pub(crate) struct Run {
 }
 
 impl Run {
+    /// Whether the program saw the same as in another run.
+    pub(crate) fn assert_same(&self, expected: &Self, program: &str) {
+        let tier = self.setup.tier;
+        for (n, (event, expected)) in self.events.iter().zip(&expected.events).enumerate() {
+            assert_eq!(event, expected, "{tier:?}: exception {n} of {program}");
+        }
+        assert_eq!(self.events.len(), expected.events.len(), "{tier:?}: exceptions of {program}");
+        assert_eq!(self.registers, expected.registers, "{tier:?}: end of {program}");
+        let (pages, expected_pages) = (self.setup.pages(), expected.setup.pages());
+        for (n, (page, expected)) in pages.chunks(4096).zip(expected_pages.chunks(4096)).enumerate() {
+            assert!(page == expected, "{tier:?}: page {n} of {program}");
+        }
+    }
+
     /// A figure of the vCPU.
     pub(crate) fn count(&self, name: &str) -> u64 {
         figure(&*self.vcpu, name)
@@ -320,15 +346,7 @@ pub(crate) fn same_with(prepare: impl Fn(&mut Setup), told: impl Fn(&mut Setup, 
             first = Some(run);
             continue;
         };
-        for (n, (event, expected)) in run.events.iter().zip(&expected.events).enumerate() {
-            assert_eq!(event, expected, "{tier:?}: exception {n}");
-        }
-        assert_eq!(run.events.len(), expected.events.len(), "{tier:?}");
-        assert_eq!(run.registers, expected.registers, "{tier:?}");
-        let (pages, expected_pages) = (run.setup.pages(), expected.setup.pages());
-        for (n, (page, expected)) in pages.chunks(4096).zip(expected_pages.chunks(4096)).enumerate() {
-            assert!(page == expected, "{tier:?}: page {n} is not the same");
-        }
+        run.assert_same(expected, "the program");
         match tier {
             Tier::Traced => {
                 assert_eq!(run.count("digest"), expected.count("digest"));
@@ -574,6 +592,11 @@ fn exception(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(rcx, qword_ptr(rax + 24))?;
     a.test(rcx, rcx)?;
     a.je(resumed)?;
+    let mut known = a.create_label();
+    a.cmp(rcx, i32::try_from(RESUME_AT_R8).unwrap())?;
+    a.jne(known)?;
+    a.mov(rcx, r8)?;
+    a.set_label(&mut known)?;
     a.mov(qword_ptr(rsp + (SAVED + 16)), rcx)?;
     a.set_label(&mut resumed)?;
     a.pop(rcx)?;

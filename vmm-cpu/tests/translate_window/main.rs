@@ -10,4 +10,5 @@ mod machine;
 
 mod faults;
 mod process;
+mod random;
 mod stale;

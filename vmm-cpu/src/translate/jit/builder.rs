@@ -8,6 +8,7 @@
 //! Status flags stay in the processor as long as they can. The lookup changes them, so they are saved before it, unless
 //! they are saved already; whoever reads them restores them. So they are exact whenever translated code is left.
 
+use std::hash::{Hash, Hasher};
 use std::mem::offset_of;
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
@@ -34,7 +35,7 @@ pub(super) enum Flags {
 }
 
 /// What code is translated for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Mode {
     pub(super) reach: Reach,
     /// SSE instructions may run.
@@ -49,6 +50,15 @@ pub(super) struct Mode {
     pub(super) alone: bool,
     /// Memory is accessed through the address window.
     pub(super) window: bool,
+}
+
+impl Hash for Mode {
+    /// At once: translations are looked up all the time.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { reach, sse, counted, ticking, traced, alone, window } = *self;
+        let bits = [sse, counted, ticking, traced, alone, window];
+        state.write_u8(bits.into_iter().fold(reach as u8, |sum, bit| sum << 1 | u8::from(bit)));
+    }
 }
 
 impl Mode {

@@ -308,6 +308,13 @@ impl Tlb {
         true
     }
 
+    /// Where the host has the byte at `va`, if the TLB has its page for reading or writing.
+    pub(crate) fn host_address(&self, va: u64, write: bool) -> Option<u64> {
+        let entry = self.entry(va);
+        let tag = if write { entry.write } else { entry.read };
+        (tag == va & PAGE_MASK).then_some(entry.host | va & !PAGE_MASK)
+    }
+
     /// Remembers a translation, if it leads to RAM. `writes` says whether stores may go unnoticed.
     pub(crate) fn fill(&mut self, va: u64, translation: &Translation, writes: bool) {
         if self.reach == Reach::UserAligned {
@@ -485,8 +492,8 @@ impl Tlb {
                 }
             }
         }
+        self.forget_entries(va);
         for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll, Reach::UserAligned] {
-            *self.frame.entry_mut(reach, va) = Entry::nothing(Frame::index(va));
             let tag = va & PAGE_MASK | reach as u64;
             self.fetched.remove(&tag);
             self.fetched_global.remove(&tag);
@@ -499,6 +506,11 @@ impl Tlb {
         if let Some(window) = &mut self.window {
             window.forget_page(va);
         }
+        self.forget_entries(va);
+    }
+
+    /// Forgets the entries for the 4 KiB at `va`, and no other that is in their place.
+    fn forget_entries(&mut self, va: u64) {
         for reach in [Reach::User, Reach::Supervisor, Reach::SupervisorAll] {
             let entry = self.frame.entry_mut(reach, va);
             if entry.read == va & PAGE_MASK || entry.write == va & PAGE_MASK {

@@ -215,11 +215,10 @@ fn bytes_of<W: Word>(elements: u64) -> usize {
 
 /// Copies elements of RAM as far as the TLB has it; how many. The outcome is that of one element after the other.
 fn copy<W: HostWord>(m: &Machine<'_>, form: &Form, source: Place, destination: Place, elements: u64) -> u64 {
-    let distance = if form.backward {
-        source.va.wrapping_sub(destination.va)
-    } else {
-        destination.va.wrapping_sub(source.va)
-    };
+    // One page can be at two addresses.
+    let places = m.tlb.host_address(source.va, false).zip(m.tlb.host_address(destination.va, true));
+    let Some((from, to)) = places else { return 0 };
+    let distance = if form.backward { from.wrapping_sub(to) } else { to.wrapping_sub(from) };
     // Elements that are stored before they are loaded must be seen: no more is copied at once than lies in between.
     let apart = if distance == 0 { u64::MAX } else { distance };
     let at_once = apart.min(COPIED as u64) / W::BYTES as u64;

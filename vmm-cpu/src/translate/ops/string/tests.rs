@@ -378,3 +378,28 @@ fn a_prefix_that_means_nothing_does_not_change_the_exception() {
         assert_eq!((exception.vector, exception.error), (vector::GP, Some(0)), "{code:x?}");
     }
 }
+
+#[test]
+fn a_page_at_two_addresses_overlaps_itself() {
+    use crate::translate::cpu::{RCX, RDI, RSI};
+    const SEEN: u64 = 0x10_0000;
+    const ALSO: u64 = 0x1f_0000;
+    let mut guest = crate::translate::test_support::Guest::long();
+    let table = guest.core.cpu.cr3 + 3 * PAGE;
+    guest.write::<8>(table + (ALSO >> 12) * 8, SEEN | 7);
+    guest.write::<4>(SEEN, 0x0033_2211);
+    for (register, at) in [(RSI, SEEN), (RDI, ALSO)] {
+        guest.core.cpu.set_r(register, at);
+        // The TLB has both.
+        guest.execute(&[0x80, if register == RSI { 0x0e } else { 0x0f }, 0]).unwrap();
+    }
+    guest.core.cpu.set_r(RDI, ALSO + 3);
+    guest.core.cpu.set_r(RCX, 29);
+    // REP MOVSB
+    guest.execute(&[0xf3, 0xa4]).unwrap();
+    let bytes: Vec<u64> = (0..32).map(|n| guest.read::<1>(SEEN + n)).collect();
+    assert!(
+        bytes.iter().zip([0x11, 0x22, 0x33].iter().cycle()).all(|(one, other)| one == other),
+        "{bytes:x?}"
+    );
+}
