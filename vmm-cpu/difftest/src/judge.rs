@@ -406,9 +406,7 @@ fn free(case: &Case, native: &Outcome) -> Free {
             }
         }
         free.general |= free_results(&instruction);
-        if is_approximate(instruction.mnemonic()) {
-            free.approximate |= 1 << instruction.op0_register().number();
-        }
+        free.approximate |= approximated(&instruction);
         let image = pointers_in_image(&instruction);
         if !image.is_empty() {
             match address(case, &instruction, &written) {
@@ -426,9 +424,15 @@ fn free(case: &Case, native: &Outcome) -> Free {
         for (_, instruction) in decode(case) {
             free.flags |= undefined::possible(&instruction);
             free.general |= free_results(&instruction);
+            free.approximate |= approximated(&instruction);
         }
     }
     free
+}
+
+/// XMM registers with results that are approximations.
+fn approximated(instruction: &Instruction) -> u16 {
+    if is_approximate(instruction.mnemonic()) { 1 << instruction.op0_register().number() } else { 0 }
 }
 
 /// General registers with results that are each processor's own.
