@@ -362,9 +362,8 @@ const STORES: &[Store] = &[
     }),
     ("REP STOSB backwards", |a| {
         a.std()?;
-        a.mov(ecx, 0x80)?;
+        a.mov(ecx, 3)?;
         a.add(rdi, 2)?;
-        a.sub(ecx, 0x7d)?;
         a.rep().stosb()?;
         a.cld()
     }),
