@@ -10,8 +10,10 @@ use iced_x86::code_asm::{
 use vmm_cpu::state::{CpuState, GeneralRegisters};
 use vmm_cpu::{EmptyBus, ExactStop, Halt, InterruptMode, VcpuIo};
 
-use super::machine::{Bus, CODE, DATA, Device, Machine, PAGE, Ram, STACK, Tier, Trap, WINDOW, entry};
+use super::machine::{Bus, CODE, DATA, Device, Machine, PAGE, Ram, STACK, WINDOW, entry};
 use super::program::{Code, Made, assemble, here, labelled};
+use super::tier::Tier;
+use super::trap::Trap;
 
 /// Vector of the timer of the local APIC.
 const VECTOR: u64 = 0x40;

@@ -7,10 +7,9 @@ use vmm_cpu::GuestAccess;
 use vmm_memory::vm_memory::GuestAddress;
 use vmm_memory::{Backing, GuestRam, GuestRegion, PageBitmap, RegionConfig};
 
-use super::machine::{
-    CODE, DATA, MMIO, Machine, PAGE, PML4, POINTERS, WINDOW, entry, on_each_tier_and_level, window_entry,
-};
+use super::machine::{CODE, DATA, MMIO, Machine, PAGE, PML4, POINTERS, WINDOW, entry, window_entry};
 use super::program::{Code, Made, assemble, here};
+use super::tier::on_each_tier_and_level;
 
 /// Frames that a page leads to by turns.
 const FRAMES: [u64; 2] = [CODE + 0x1_0000, CODE + 0x1_4000];

@@ -8,10 +8,10 @@ use iced_x86::code_asm::{
 use vmm_cpu::state::GeneralRegisters;
 
 use super::accesses::{ACCESSES, Access, NEXT_AT, image};
-use super::machine::{
-    CODE, DATA, HIGH, Machine, PAGE, Ram, STACK, Tier, Trap, WINDOW, entry, on_each_tier_at,
-};
+use super::machine::{CODE, DATA, HIGH, Machine, PAGE, Ram, STACK, WINDOW, entry};
 use super::program::{Code, here, labelled};
+use super::tier::{Tier, on_each_tier_at};
+use super::trap::Trap;
 
 /// Page of the window with the data, its frame, and where the data begin.
 const WINDOW_PAGE: u64 = 5;

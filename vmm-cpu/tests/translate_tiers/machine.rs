@@ -12,7 +12,6 @@
 //! Linear addresses are guest-physical ones, but for the [`WINDOW`] where tests map pages as they like. From
 //! [`HIGH`] on, all of that is there once more.
 
-use std::fmt::Debug;
 use std::sync::Arc;
 
 use vmm_cpu::state::{DescriptorTable, GeneralRegisters, RunState, Segment, SystemRegisters, XsaveArea};
@@ -25,6 +24,8 @@ use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 use vmm_memory::{Backing, GuestRam, GuestRegion, RegionConfig};
 
 use super::program::{Code, handlers};
+use super::tier::Tier;
+use super::trap::{TRAP_FRAME, Trap};
 
 const GDT: u64 = 0x1000;
 const IDT: u64 = 0x2000;
@@ -34,7 +35,7 @@ pub const POINTERS: u64 = 0x5000;
 pub const DIRECTORY: u64 = 0x6000;
 const LOW_TABLE: u64 = 0x7000;
 const WINDOW_TABLE: u64 = 0x8000;
-const HANDLERS: u64 = 0x9000;
+pub const HANDLERS: u64 = 0x9000;
 /// Where the handlers' stack ends.
 pub const TRAP_STACK: u64 = 0xf000;
 /// Code of tests.
@@ -58,8 +59,8 @@ pub const TRAP_PORT: u16 = 0x10;
 const HLT: u8 = 0xf4;
 const RESUME_FLAG: u64 = 1 << 16;
 
-const KERNEL_CS: u16 = 0x08;
-const KERNEL_DS: u16 = 0x10;
+pub const KERNEL_CS: u16 = 0x08;
+pub const KERNEL_DS: u16 = 0x10;
 const USER_DS: u16 = 0x1b;
 const USER_CS: u16 = 0x23;
 const TASK: u16 = 0x28;
@@ -73,145 +74,6 @@ pub mod entry {
     pub const NO_EXECUTE: u64 = 1 << 63;
     /// For everybody and everything.
     pub const ALL: u64 = PRESENT | WRITABLE | USER;
-}
-
-/// What executes the guest.
-#[derive(Clone, Copy, Debug)]
-pub struct Tier {
-    translate_after: Option<u32>,
-    clock: ClockSource,
-    window: AddressWindow,
-    /// The guest begins at privilege level 3.
-    pub user: bool,
-}
-
-impl Tier {
-    pub const INTERPRETED: Self = Self {
-        translate_after: None,
-        clock: ClockSource::Deterministic,
-        window: AddressWindow::Never,
-        user: false,
-    };
-    /// Translated code that counts instructions.
-    pub const COUNTED: Self = Self { translate_after: Some(0), ..Self::INTERPRETED };
-    /// Translated code in host time.
-    pub const FREE: Self = Self { clock: ClockSource::Host, ..Self::COUNTED };
-    /// The same, whose memory accesses at privilege level 3 go through the address window.
-    pub const WINDOW: Self = Self { window: AddressWindow::Always, ..Self::FREE };
-
-    /// The same for a guest that begins at privilege level 3, if `user`.
-    pub fn at(self, user: bool) -> Self {
-        Self { user, ..self }
-    }
-}
-
-/// Runs `test` on each tier, with guests at privilege level 0, which must come to the same, and returns that.
-pub fn on_each_tier<T: PartialEq + Debug>(test: impl Fn(Tier) -> T) -> T {
-    on_each_tier_at(false, test)
-}
-
-/// The same at privilege level 3, if `user`.
-pub fn on_each_tier_at<T: PartialEq + Debug>(user: bool, test: impl Fn(Tier) -> T) -> T {
-    let expected = test(Tier::INTERPRETED.at(user));
-    for tier in [Tier::COUNTED, Tier::FREE, Tier::WINDOW] {
-        if tier.window == AddressWindow::Always && !user {
-            continue;
-        }
-        let result = test(tier.at(user));
-        assert!(result == expected, "{tier:?}, {user}: {result:#x?}\ninterpreted: {expected:#x?}");
-    }
-    expected
-}
-
-/// The same at both levels, which come to the same as well: HLT ends all guests.
-pub fn on_each_tier_and_level<T: PartialEq + Debug>(test: impl Fn(Tier) -> T) -> T {
-    let [kernel, user] = [false, true].map(|user| on_each_tier_at(user, &test));
-    assert!(kernel == user, "at privilege level 0: {kernel:#x?}\nat level 3: {user:#x?}");
-    kernel
-}
-
-/// What a handler was called for, with all registers there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Trap {
-    pub vector: u64,
-    pub error: u64,
-    pub cs: u64,
-    pub ss: u64,
-    pub cr2: u64,
-    pub general: GeneralRegisters,
-}
-
-/// Words of a trap on the handlers' stack: 15 registers from R15 up to RAX, vector, error code and the frame.
-const TRAP_WORDS: u64 = 15 + 2 + 5;
-const TRAP_FRAME: u64 = TRAP_STACK - TRAP_WORDS * 8;
-
-impl Trap {
-    fn load(ram: &Ram) -> Self {
-        let word = |n: u64| ram.word(TRAP_FRAME + n * 8);
-        Self {
-            vector: word(15),
-            error: word(16),
-            cs: word(18),
-            ss: word(21),
-            cr2: ram.word(TRAP_FRAME - 8),
-            general: GeneralRegisters {
-                r15: word(0),
-                r14: word(1),
-                r13: word(2),
-                r12: word(3),
-                r11: word(4),
-                r10: word(5),
-                r9: word(6),
-                r8: word(7),
-                rdi: word(8),
-                rsi: word(9),
-                rbp: word(10),
-                rdx: word(11),
-                rcx: word(12),
-                rbx: word(13),
-                rax: word(14),
-                rip: word(17),
-                rflags: word(19),
-                rsp: word(20),
-            },
-        }
-    }
-
-    fn store(&self, ram: &Ram) {
-        let g = &self.general;
-        let words = [
-            g.r15,
-            g.r14,
-            g.r13,
-            g.r12,
-            g.r11,
-            g.r10,
-            g.r9,
-            g.r8,
-            g.rdi,
-            g.rsi,
-            g.rbp,
-            g.rdx,
-            g.rcx,
-            g.rbx,
-            g.rax,
-            self.vector,
-            self.error,
-            g.rip,
-            self.cs,
-            g.rflags,
-            g.rsp,
-            self.ss,
-        ];
-        for (n, word) in (0..).zip(words) {
-            ram.set_word(TRAP_FRAME + n * 8, word);
-        }
-    }
-
-    /// The handler does not return to where it came from, but halts.
-    pub fn end(&mut self) {
-        (self.general.rip, self.cs, self.ss) = (HANDLERS, KERNEL_CS.into(), KERNEL_DS.into());
-    }
 }
 
 /// Guest memory as the test sees it.

@@ -4,10 +4,9 @@ use iced_x86::code_asm::{
     CodeAssembler, byte_ptr, cr3, cr4, dword_ptr, ecx, qword_ptr, r8, r9, rax, rbx, rdi, rdx, rsi,
 };
 
-use super::machine::{
-    CODE, DIRECTORY, HIGH, Machine, PAGE, STACK, WINDOW, entry, on_each_tier, on_each_tier_at, window_entry,
-};
+use super::machine::{CODE, DIRECTORY, HIGH, Machine, PAGE, STACK, WINDOW, entry, window_entry};
 use super::program::{Code, Made, assemble, here};
+use super::tier::{Tier, on_each_tier, on_each_tier_at};
 
 /// Frames with functions.
 const FRAMES: [u64; 2] = [CODE + 0x1_0000, CODE + 0x1_1000];
@@ -49,7 +48,7 @@ fn calls(change: impl FnOnce(&mut CodeAssembler) -> Made) -> Code {
 }
 
 /// A machine with two functions, the first of them mapped.
-fn machine(tier: super::machine::Tier, code: &Code) -> Machine {
+fn machine(tier: Tier, code: &Code) -> Machine {
     let machine = Machine::new(tier, code);
     machine.ram.write(FRAMES[0], &function(1));
     machine.ram.write(FRAMES[1], &function(100));

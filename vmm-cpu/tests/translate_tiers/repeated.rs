@@ -2,8 +2,10 @@
 
 use iced_x86::code_asm::{CodeAssembler, ecx, r11d, r15, rax, rdi, rsi};
 
-use super::machine::{CODE, Machine, PAGE, Ram, Trap, WINDOW, entry, on_each_tier_at};
+use super::machine::{CODE, Machine, PAGE, Ram, WINDOW, entry};
 use super::program::{Made, here, labelled};
+use super::tier::on_each_tier_at;
+use super::trap::Trap;
 
 /// Where a page of the window ends that is always there, and one begins that is not.
 const BORDER: u64 = WINDOW + 0x11 * PAGE;

@@ -5,8 +5,9 @@ use iced_x86::code_asm::{
     rdi, rdx, rsi, rsp, word_ptr, xmm0, xmmword_ptr,
 };
 
-use super::machine::{CODE, DATA, HIGH, Machine, PAGE, STACK, WINDOW, entry, on_each_tier_and_level};
+use super::machine::{CODE, DATA, HIGH, Machine, PAGE, STACK, WINDOW, entry};
 use super::program::{Code, Made, assemble, here, labelled};
+use super::tier::on_each_tier_and_level;
 
 /// A function of another page than its callers, at the page's start.
 const FUNCTION: u64 = CODE + 5 * PAGE;

@@ -5,10 +5,10 @@ use iced_x86::code_asm::{
     rcx, rdi, rdx, rsi, rsp, tbyte_ptr, word_ptr, xmm0, xmm1, xmmword_ptr,
 };
 
-use super::machine::{
-    CODE, DATA, Device, MMIO, Machine, PAGE, Ram, STACK, Tier, Trap, WINDOW, entry, on_each_tier_at,
-};
+use super::machine::{CODE, DATA, Device, MMIO, Machine, PAGE, Ram, STACK, WINDOW, entry};
 use super::program::{Code, Made, assemble, here};
+use super::tier::{Tier, on_each_tier_at};
+use super::trap::Trap;
 
 /// Where the second of the two pages begins.
 const BORDER: u64 = WINDOW + 0x11 * PAGE;

@@ -6,11 +6,9 @@ use iced_x86::code_asm::{
     CodeAssembler, byte_ptr, ebx, ecx, ptr, qword_ptr, r8, r9, rax, rbx, rcx, rdi, rsi, xmm0,
 };
 
-use super::machine::{
-    CODE, DATA, Machine, PAGE, Ram, STACK, WINDOW, entry, on_each_tier, on_each_tier_and_level,
-    on_each_tier_at, window_entry,
-};
+use super::machine::{CODE, DATA, Machine, PAGE, Ram, STACK, WINDOW, entry, window_entry};
 use super::program::{Code, Made, assemble, here};
+use super::tier::{on_each_tier, on_each_tier_and_level, on_each_tier_at};
 
 /// Where the second of the two pages begins.
 const BORDER: u64 = WINDOW + 0x11 * PAGE;

@@ -1,7 +1,8 @@
 //! What is hard for a translator, on each tier of the `translate` backend: the interpreter, translated code with an exact
 //! count of instructions, and translated code without, with the address window and without. All must come to the same.
 //!
-//! - [`machine`]: a guest with page tables and a handler for every vector, whose traps the test sees and changes.
+//! - [`tier`]: what executes guests.
+//! - [`machine`]: a guest with page tables and a handler for every vector, which stores a [`trap`] that the test changes.
 //! - [`program`]: its code.
 //! - [`self_modifying`]: code that is written while it runs.
 //! - [`remapped`]: code whose translation of addresses changes.
@@ -16,16 +17,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation, unreachable_pub)]
 
-mod translate_tiers {
-    mod accesses;
-    mod boundaries;
-    mod data_pages;
-    mod faults;
-    mod machine;
-    mod program;
-    mod remapped;
-    mod repeated;
-    mod self_modifying;
-    mod split_accesses;
-    mod straddling;
-}
+mod accesses;
+mod boundaries;
+mod data_pages;
+mod faults;
+mod machine;
+mod program;
+mod remapped;
+mod repeated;
+mod self_modifying;
+mod split_accesses;
+mod straddling;
+mod tier;
+mod trap;
