@@ -266,13 +266,17 @@ impl Tier1 {
             self.catch_up(m, cache);
             self.use_mode(m, mode);
             if link.is_none()
+                && !m.cpu.shadow_sti
                 && let Some(entry) = branch_target(m.cpu.rip, mode, m.tlb.frame())
             {
-                m.cpu.shadow_sti = false;
                 code = entry;
                 continue;
             }
-            let Some(next) = self.find(m, cache, mode)? else {
+            let next = self.find(m, cache, mode)?;
+            // Nothing comes between STI and the next instruction: the interpreter executes that where translated code may be
+            // left before it does.
+            let next = next.filter(|next| !m.cpu.shadow_sti || self.translator.runs_when_entered(*next));
+            let Some(next) = next else {
                 m.urgent |= m.cpu.shadow_sti;
                 return Ok(Ran::Something);
             };

@@ -13,6 +13,8 @@ pub(super) struct Translation {
     pub(super) page: u32,
     /// The page in which it ends, if that is another one.
     pub(super) second: Option<u32>,
+    /// Its code is compared with memory first.
+    pub(super) checked: bool,
     /// Offset in code memory.
     pub(super) start: usize,
     /// Its accesses through the window, by where they begin.
@@ -29,6 +31,11 @@ pub(super) struct Translation {
 }
 
 impl Translation {
+    /// Whether it runs whenever code of its first page, which holds, jumps to it.
+    pub(super) fn runs_when_entered(&self) -> bool {
+        self.second.is_none() && !self.checked
+    }
+
     pub(super) fn open(&self, number: u32, frame: &mut Frame) {
         set_gate(number, self.open, frame);
     }

@@ -158,6 +158,11 @@ impl Translator {
         self.pages.holds(translation.page) && translation.second.is_none_or(|page| self.pages.holds(page))
     }
 
+    /// Whether a translation that is reached runs, whatever changed since it was linked.
+    pub(super) fn runs_when_entered(&self, translation: u32) -> bool {
+        self.get(translation).is_some_and(Translation::runs_when_entered)
+    }
+
     /// Where a translation is entered with flags in the frame.
     pub(super) fn entry(&self, translation: u32) -> Option<u64> {
         self.get(translation).map(|found| found.open.saved)
@@ -361,6 +366,8 @@ impl Translator {
         let is_added = self.code.add(number, &built.bytes, &built.sites);
         self.buffer = built.bytes;
         if !is_added {
+            // A very large one, which fits into an empty region.
+            self.empty_region(frame);
             return None;
         }
         let pages = self.hold_pages(found, contents, frame)?;
@@ -371,6 +378,7 @@ impl Translator {
             block: id,
             page: pages.0,
             second: pages.1,
+            checked: block.checked,
             start: origin,
             accesses: built.accesses.into(),
             open: gate((built.live, built.saved)),

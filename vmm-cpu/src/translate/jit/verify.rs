@@ -29,6 +29,7 @@ impl Translator {
                     panic!("site {site} of {:#x} jumps nowhere", found.rip);
                 };
                 assert_eq!(jump.target, found.rip);
+                assert!(!jump.shadow || found.runs_when_entered(), "{:#x}", found.rip);
             }
         }
         for table in &frame.branches {

@@ -199,3 +199,35 @@ fn writes_of_others_are_seen_when_the_pages_are_taken_up() {
         }
     });
 }
+
+/// Nothing comes between STI and the next instruction, also where that crosses, or is compared with memory first.
+#[test]
+fn what_follows_sti_is_not_left_before_it_runs() {
+    const COUNTER: u64 = FIRST + 0x100;
+    on_all(|mut vcpu| {
+        put_functions(&mut vcpu);
+        // STI, and on into the instruction that crosses, which is behind a page that is stored to at the second call.
+        vcpu.put_bytes(CROSSING - 2, &[0xfa, 0xfb]);
+        vcpu.put(FIRST, |a| {
+            a.cli()?;
+            a.sti()?;
+            a.add(rbx, 1)?;
+            a.ret()
+        });
+        vcpu.put(MAIN, |a| {
+            repeated(a, 3000, |a| {
+                a.call(CROSSING - 2)?;
+                a.call(FIRST)
+            })?;
+            repeated(a, 3000, |a| {
+                a.inc(qword_ptr(COUNTER))?;
+                a.call(CROSSING - 2)?;
+                a.call(FIRST)
+            })?;
+            a.cli()?;
+            a.hlt()
+        });
+        vcpu.run();
+        assert_eq!((vcpu.register(RAX), vcpu.register(RBX)), (6000, 6000));
+    });
+}
