@@ -11,6 +11,7 @@ pub mod pc;
 pub mod pv_console;
 pub mod race;
 pub mod replay;
+pub mod soak;
 pub mod socket;
 pub mod terminal;
 pub mod trial;

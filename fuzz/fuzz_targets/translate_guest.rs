@@ -1,5 +1,6 @@
-//! A hostile guest of the interpreter: code, registers, page and descriptor tables, model-specific registers, and a VMM
-//! that answers at random and changes the machine under it.
+//! A hostile guest of the interpreter or of the translator, with its address window or without, as the input chooses: code,
+//! registers, page and descriptor tables, model-specific registers, and a VMM that answers at random and changes the machine
+//! under it. Or a guest of all of them, which must come to the same.
 
 #![no_main]
 

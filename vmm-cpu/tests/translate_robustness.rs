@@ -9,8 +9,9 @@ mod translate_support;
 use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
-use translate_support::exercise::{Tally, exercise};
-use translate_support::guest::Guest;
+use translate_support::compare::compare;
+use translate_support::exercise::{Tally, exercise_on};
+use translate_support::guest::{Guest, Tier};
 use translate_support::{alone, resident, watchdog};
 
 /// Bytes of one input.
@@ -35,27 +36,58 @@ fn input(seed: u64) -> Guest {
     Guest::arbitrary(&mut Unstructured::new(&bytes(seed))).unwrap()
 }
 
+fn count() -> u64 {
+    std::env::var("GUESTS").ok().and_then(|count| count.parse().ok()).unwrap_or(GUESTS)
+}
+
 #[test]
 fn no_guest_breaks_the_host() {
+    for tier in Tier::ALL {
+        no_guest_breaks_the_host_of(tier);
+    }
+}
+
+fn no_guest_breaks_the_host_of(tier: Tier) {
     let _alone = alone();
     watchdog::set_patience(Duration::from_secs(10));
-    let count = std::env::var("GUESTS").ok().and_then(|count| count.parse().ok()).unwrap_or(GUESTS);
     let mut sum = Tally::default();
     let mut before = 0;
-    for seed in 0..count {
-        sum.add(&exercise(&input(seed)));
-        if seed == count / 4 {
+    for seed in 0..count() {
+        sum.add(&exercise_on(&input(seed), tier, None).0);
+        if seed == count() / 4 {
             before = resident();
         }
     }
     let grown = resident().saturating_sub(before);
-    eprintln!("{sum:?}, grown by {grown} bytes");
+    eprintln!("{tier:?}: {sum:?}, grown by {grown} bytes");
     assert!(grown < 16 << 20, "resident memory has grown by {grown} bytes");
     // The inputs are worth something: they get to everything that a run can end with, and to devices.
     assert!(
         sum.halted > 50 && sum.debug > 50 && sum.interrupted > 50 && sum.shutdown > 5 && sum.unhandled > 0
     );
     assert!(sum.calls > 500 && sum.restored > 20 && sum.refused > 5 && sum.instructions > 100_000);
+}
+
+#[test]
+fn all_tiers_come_to_the_same() {
+    let _alone = alone();
+    watchdog::set_patience(Duration::from_secs(10));
+    let mut sum = Tally::default();
+    let first = std::env::var("SEED").map_or(0, |l| l.parse().unwrap());
+    for seed in first..count() {
+        if std::env::var("SHOW").is_ok() {
+            eprintln!("{seed}");
+        }
+        sum.add(&compare(&Guest { deterministic: true, two: false, ..input(seed) }));
+    }
+    eprintln!("{sum:?}");
+    // Few were kicked.
+    assert!(
+        sum.compared > sum.runs * 2 * 9 / 10,
+        "{} of twice {} runs were compared",
+        sum.compared,
+        sum.runs
+    );
 }
 
 /// Writes inputs for the fuzz target `translate_guest` to start with.

@@ -1,60 +1,12 @@
-//! Boots Debian as a paravirtual guest, again and again, and lets it do work whose results are known: what
-//! `examples/guest/workload` checks (processes, pipes, signals, timers, pages, registers, threads, clocks), digests,
-//! compression and a shell's arithmetic.
+//! Boots Debian as a paravirtual guest, again and again, and lets it do work whose results are known.
 //!
-//! A run fails if the output is not exactly what it is to be, the status is not 0, the kernel's log tells of a crash, or it takes
-//! too long. The last line is `runs: N failures: M`; the status is 0 if M is.
+//! The last line is `runs: N failures: M`; the status is 0 if M is.
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
 use clap::Parser;
-use vmm_examples::trial::{Trial, Verdict, linux};
-
-/// The program for the guest, which the build made.
-const WORKLOAD: &str = env!("WORKLOAD_GUEST");
-
-/// What the guest does after `workload check`.
-const SCRIPT: &str = "
-cd /tmp
-workload data >data
-sha256sum data
-gzip -c data | gunzip -c | cmp - data && echo the same
-i=0; sum=0
-while [ $i -lt 2000 ]; do i=$((i + 1)); sum=$(((sum * 31 + i) % 1000003)); done
-echo $sum
-for i in 1 2 3 4 5 6 7 8; do (exit $i); echo -n \"$? \"; done
-echo
-for i in 1 2 3 4; do { seq 1 2000 | sort -r | head -n 1; } & done
-wait
-i=0
-while [ $i -lt 30 ]; do i=$((i + 1)); /bin/busybox true || echo failed; done
-";
-
-/// What all of it prints.
-const EXPECTED: &str = "\
-children and their status: ok
-programs that are started: ok
-pipes: ok
-signals: ok
-timers: ok
-fresh pages and rights: ok
-copies on write: ok
-vector registers: ok
-threads: ok
-clocks: ok
-6d693407cca9546cf1cdfae3ab6bb57f6ff5bc48e6905384ee7abdf0eabd3c6d  data
-the same
-380591
-1 2 3 4 5 6 7 8 
-999
-999
-999
-999
-";
+use vmm_examples::soak::{Runner, Soak};
+use vmm_examples::trial::linux;
 
 /// Boots a paravirtual Debian again and again and lets it do work whose results are known.
 #[derive(Parser)]
@@ -62,136 +14,23 @@ struct Options {
     /// What executes the guest, as `linux --engine` takes it. Several take turns.
     #[arg(long = "engine", value_delimiter = ',', default_value = "translate")]
     engines: Vec<String>,
-    /// How often the guest is booted.
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
-    runs: u32,
-    /// Numbers of vCPUs, which take turns.
-    #[arg(long, value_delimiter = ',', default_value = "1,2,4", value_parser = clap::value_parser!(u32).range(1..))]
-    cpus: Vec<u32>,
-    /// How much the guest does in each run.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    rounds: u32,
-    /// Guests at a time.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
-    jobs: u32,
-    /// Seconds after which a run has failed.
-    #[arg(long, default_value_t = 300)]
-    seconds: u64,
-    /// Keeps output and log of runs that fail in this directory.
-    #[arg(long, value_name = "DIRECTORY")]
-    keep: Option<PathBuf>,
+    #[command(flatten)]
+    soak: Soak,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    let runner = |engine: &String| Runner {
+        name: engine.clone(),
+        arguments: ["--backend", "xen-pv", "--engine", engine].map(String::from).to_vec(),
+    };
+    let runners: Vec<Runner> = options.engines.iter().map(runner).collect();
+    match linux().and_then(|linux| options.soak.run(&linux, &runners)) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("xen_pv_soak: {error:#}");
             ExitCode::FAILURE
-        }
-    }
-}
-
-/// How many runs failed.
-fn run(options: &Options) -> Result<u32> {
-    let linux = linux()?;
-    if let Some(directory) = &options.keep {
-        std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
-    }
-    let (next, failures) = (AtomicU32::new(0), AtomicU32::new(0));
-    let job = || -> Result<()> {
-        loop {
-            let number = next.fetch_add(1, Ordering::SeqCst);
-            if number >= options.runs {
-                return Ok(());
-            }
-            if !one(options, &linux, number)? {
-                failures.fetch_add(1, Ordering::SeqCst);
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        let jobs: Vec<_> = (0..options.jobs).map(|_| scope.spawn(job)).collect();
-        jobs.into_iter().try_for_each(|job| job.join().map_err(|_| anyhow!("a job panicked"))?)
-    })?;
-    let failures = failures.load(Ordering::SeqCst);
-    println!("runs: {} failures: {failures}", options.runs);
-    Ok(failures)
-}
-
-/// A run; whether it went well.
-fn one(options: &Options, linux: &Path, number: u32) -> Result<bool> {
-    let turn = usize::try_from(number)?;
-    let engine = options.engines.get(turn % options.engines.len().max(1)).context("no engine")?;
-    // Each engine sees each number of vCPUs.
-    let turn = turn / options.engines.len().max(1);
-    let cpus = options.cpus.get(turn % options.cpus.len().max(1)).context("no number of vCPUs")?;
-    let trial = Trial {
-        backend: &["--backend", "xen-pv", "--engine", engine],
-        cpus: *cpus,
-        limit: Duration::from_secs(options.seconds),
-        files: &[&format!("{WORKLOAD}:/bin/workload")],
-        line: &format!("workload check {} || exit 1{SCRIPT}", options.rounds),
-    };
-    let verdict = trial.run(linux)?;
-    let what = format!("run {}, {engine}, {cpus} vCPUs, {:.1} s", number + 1, verdict.time.as_secs_f64());
-    let Some(why) = failure(&verdict) else {
-        println!("{what}: ok");
-        return Ok(true);
-    };
-    println!("{what}: FAILED: {why}");
-    if let Some(directory) = &options.keep {
-        let path = directory.join(format!("run-{}-{engine}-{cpus}.log", number + 1));
-        let text = format!("{what}: {why}\n--- output\n{}--- log\n{}", verdict.output, verdict.log);
-        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-    }
-    Ok(false)
-}
-
-/// Why a run has failed.
-fn failure(verdict: &Verdict) -> Option<String> {
-    if let Some(trouble) = verdict.troubles().next() {
-        return Some(trouble.to_owned());
-    }
-    if !verdict.status.success() {
-        return Some(verdict.status.to_string());
-    }
-    let difference = || {
-        let (got, expected) = (verdict.output.lines(), EXPECTED.lines());
-        let pair = got.zip(expected).find(|(got, expected)| got != expected);
-        pair.map_or_else(
-            || format!("{} lines of output", verdict.output.lines().count()),
-            |(got, expected)| format!("{got:?} in place of {expected:?}"),
-        )
-    };
-    (verdict.output != EXPECTED).then(difference)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::process::ExitStatusExt as _;
-    use std::process::ExitStatus;
-
-    use super::*;
-
-    #[test]
-    fn a_run_is_right_only_as_a_whole() {
-        let verdict = |output: &str, log: &str, status| {
-            let (output, log) = (output.to_owned(), log.to_owned());
-            Verdict { output, log, status: ExitStatus::from_raw(status), time: Duration::ZERO }
-        };
-        assert_eq!(failure(&verdict(EXPECTED, "booted\n", 0)), None);
-        let changed = EXPECTED.replace("the same", "not the same");
-        for (output, log, status, reason) in [
-            (EXPECTED, "sh[1]: segfault at 0\n", 0, "segfault"),
-            (EXPECTED, "", 124 << 8, "124"),
-            (&changed, "", 0, "\"not the same\" in place of \"the same\""),
-            (&format!("{EXPECTED}more\n"), "", 0, "19 lines"),
-            (EXPECTED.trim_end_matches("999\n"), "", 0, "14 lines"),
-        ] {
-            let why = failure(&verdict(output, log, status)).unwrap();
-            assert!(why.contains(reason), "{why}");
         }
     }
 }

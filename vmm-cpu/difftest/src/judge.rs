@@ -405,12 +405,7 @@ fn free(case: &Case, native: &Outcome) -> Free {
                 register => free.general |= 1 << register.full_register().number(),
             }
         }
-        free.general |= match instruction.code() {
-            Code::Rdtsc => RAX | RDX,
-            Code::Rdtscp => RAX | RCX | RDX,
-            Code::Cpuid => RAX | RBX | RCX | RDX,
-            _ => 0,
-        };
+        free.general |= free_results(&instruction);
         if is_approximate(instruction.mnemonic()) {
             free.approximate |= 1 << instruction.op0_register().number();
         }
@@ -428,10 +423,22 @@ fn free(case: &Case, native: &Outcome) -> Free {
     }
     if branches {
         // The instructions that were meant may be others than those that follow one another.
-        let all = decode(case).map(|(_, instruction)| undefined::possible(&instruction));
-        free.flags = all.fold(free.flags, |flags, possible| flags | possible);
+        for (_, instruction) in decode(case) {
+            free.flags |= undefined::possible(&instruction);
+            free.general |= free_results(&instruction);
+        }
     }
     free
+}
+
+/// General registers with results that are each processor's own.
+fn free_results(instruction: &Instruction) -> u16 {
+    match instruction.code() {
+        Code::Rdtsc => RAX | RDX,
+        Code::Rdtscp => RAX | RCX | RDX,
+        Code::Cpuid => RAX | RBX | RCX | RDX,
+        _ => 0,
+    }
 }
 
 /// The instruction at an address.

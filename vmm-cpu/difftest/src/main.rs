@@ -34,6 +34,7 @@ use clap::Parser;
 use iced_x86::Code;
 
 use backend::Tier;
+use generate::Shape;
 use run::{Plan, Sides, Summary};
 
 /// Compares vmm-cpu's interpreter with this processor.
@@ -58,6 +59,9 @@ struct Options {
     /// What executes the cases on our side.
     #[arg(long, value_enum, default_value_t)]
     tier: Tier,
+    /// Cases are sequences of 2 to 12 instructions with branches forwards, of which translated code runs each twice.
+    #[arg(long)]
+    sequences: bool,
     /// Threads, each with a child process.
     #[arg(long, default_value_t = default_threads())]
     threads: usize,
@@ -124,6 +128,7 @@ fn main() -> Result<ExitCode> {
         threads: options.threads,
         plant,
         tier: options.tier,
+        shape: if options.sequences { Shape::Sequence } else { Shape::Plain },
     };
     if options.plant_all {
         return plant_all(&plan);

@@ -3,9 +3,11 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use iced_x86::{Formatter, IntelFormatter};
+use iced_x86::{Code, Formatter, IntelFormatter};
 
+use crate::backend::Tier;
 use crate::case::{Case, Mode, Outcome, Registers};
+use crate::generate::Shape;
 use crate::judge::{self, general_name, selector_name};
 use crate::run::{Mismatch, Plan, Sides};
 use crate::start;
@@ -13,9 +15,43 @@ use crate::start;
 /// A simplification that is tried on a case.
 type Step = Box<dyn Fn(&mut Case)>;
 
+/// Has NOPs in the place of an instruction: whatever branches over it still leads where it did.
+fn omit(case: &mut Case, place: usize) {
+    let length = case.code.len();
+    let next = case.instructions.get(place + 1).map_or(length, |(_, offset)| usize::from(*offset));
+    let Some((form, offset)) = case.instructions.get_mut(place) else { return };
+    if let Some(bytes) = case.code.get_mut(usize::from(*offset)..next) {
+        bytes.fill(NOP);
+        *form = Code::Nopd;
+    }
+}
+
+const NOP: u8 = 0x90;
+
+/// Cuts NOPs off at both ends.
+fn trim(case: &mut Case) {
+    let is_nop = |(form, _): &(Code, u8)| *form == Code::Nopd;
+    while case.instructions.len() > 1 && case.instructions.last().is_some_and(is_nop) {
+        if let Some((_, offset)) = case.instructions.pop() {
+            case.code.truncate(offset.into());
+        }
+    }
+    while case.instructions.len() > 1 && case.instructions.first().is_some_and(is_nop) {
+        case.instructions.remove(0);
+        let Some((_, first)) = case.instructions.first().copied() else { return };
+        case.code.drain(..usize::from(first).min(case.code.len()));
+        case.address += u64::from(first);
+        case.instructions.iter_mut().for_each(|(_, offset)| *offset -= first);
+    }
+}
+
 /// What may be left out of a case one by one.
 fn steps(case: &Case) -> Vec<Step> {
     let mut steps: Vec<Step> = Vec::new();
+    for place in (0..case.instructions.len()).rev() {
+        steps.push(Box::new(move |case| omit(case, place)));
+    }
+    steps.push(Box::new(trim));
     for index in (0..case.memory.len()).rev() {
         steps.push(Box::new(move |case| {
             if index < case.memory.len() {
@@ -59,7 +95,7 @@ fn reduce(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> Result<Case> {
         let mut smaller = case.clone();
         step(&mut smaller);
         start::normalize(&mut smaller);
-        if sides.differences(plan, &smaller)? == mismatch.differences {
+        if sides.differences(plan, &smaller, mismatch.who)? == mismatch.differences {
             case = smaller;
         }
     }
@@ -157,9 +193,10 @@ pub(crate) fn describe(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> R
     let mode = if case.mode == Mode::Long { "64-bit" } else { "32-bit" };
     let _written = writeln!(
         text,
-        "case {} of {:?}, {mode}: {}\n  code {} at {:x}",
+        "case {} of {:?}, {mode}, {}: {}\n  code {} at {:x}",
         mismatch.number,
         mismatch.target,
+        mismatch.who,
         names.join(", "),
         hex(&case.code),
         case.address
@@ -182,15 +219,28 @@ pub(crate) fn describe(sides: &mut Sides, plan: &Plan, mismatch: &Mismatch) -> R
         let _written = writeln!(text, "    [{address:x}]={}", hex(data));
     }
     match native {
-        Some(native) => outcome(&mut text, "processor  ", &native, &case),
-        None => text.push_str("  processor  : nothing, its child died\n"),
+        Some(native) => outcome(&mut text, "processor    ", &native, &case),
+        None => text.push_str("  processor    : nothing, its child died\n"),
     }
-    outcome(&mut text, "interpreter", &ours, &case);
+    for (who, ours) in &ours {
+        outcome(&mut text, &format!("{who:13}"), ours, &case);
+    }
     let plant = plan.plant.map_or_else(String::new, |code| format!(" --plant {code:?}"));
     let only = match plan.forms.as_slice() {
         [code] => format!(" --code {code:?}"),
         _ => String::new(),
     };
-    let _written = writeln!(text, "  again: --seed {} --case {}{only}{plant}", plan.seed, mismatch.number);
+    let tier = match plan.tier {
+        Tier::Interpreter => "",
+        Tier::Translator => " --tier 1",
+        Tier::Window => " --tier window",
+        Tier::All => " --tier all",
+    };
+    let sequences = if plan.shape == Shape::Sequence { " --sequences" } else { "" };
+    let _written = writeln!(
+        text,
+        "  again: --seed {} --case {}{tier}{sequences}{only}{plant}",
+        plan.seed, mismatch.number
+    );
     Ok(text)
 }

@@ -3,13 +3,13 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use iced_x86::Code;
 
-use crate::backend::{Backend, Tier};
+use crate::backend::{Backend, Tier, Who};
 use crate::case::{Case, Ending, Outcome};
 use crate::forms;
-use crate::generate::{Random, generate};
+use crate::generate::{Random, Shape, generate};
 use crate::judge::{self, Difference};
 use crate::native::{Answer, BATCH, Native};
 use crate::plant;
@@ -34,6 +34,7 @@ pub(crate) struct Plan {
     pub(crate) plant: Option<Code>,
     /// What executes them on our side.
     pub(crate) tier: Tier,
+    pub(crate) shape: Shape,
 }
 
 /// A case with two outcomes.
@@ -41,6 +42,7 @@ pub(crate) struct Plan {
 pub(crate) struct Mismatch {
     pub(crate) number: u64,
     pub(crate) target: Code,
+    pub(crate) who: Who,
     pub(crate) case: Case,
     pub(crate) differences: Vec<Difference>,
 }
@@ -88,7 +90,7 @@ impl Plan {
     pub(crate) fn case(&self, number: u64) -> Result<(Case, Prepared), &'static str> {
         // A seed for each case, so that one can be repeated alone.
         let seed = Random::with_seed(self.seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15)).u64(..);
-        let mut case = generate(&mut Random::with_seed(seed), self.target(number))
+        let mut case = generate(&mut Random::with_seed(seed), self.target(number), self.shape)
             .ok_or("no case can be made of the form")?;
         start::normalize(&mut case);
         let prepared = start::prepare(&case)?;
@@ -99,19 +101,30 @@ impl Plan {
 /// Both sides.
 pub(crate) struct Sides {
     native: Native,
-    backend: Backend,
+    /// Who there is, with what.
+    backends: Vec<(Who, Backend)>,
 }
+
+/// What came of a case on our side.
+type Ours = Vec<(Who, Outcome)>;
 
 struct Entry {
     number: u64,
     case: Case,
     prepared: Prepared,
-    ours: Option<Outcome>,
+    ours: Ours,
 }
 
 impl Sides {
     pub(crate) fn new(tier: Tier) -> Result<Self> {
-        Ok(Self { native: Native::new()?, backend: Backend::new(tier)? })
+        let all = match tier {
+            Tier::Interpreter => &[Who::Interpreter][..],
+            Tier::Translator => &[Who::Translator],
+            Tier::Window => &[Who::Window],
+            Tier::All => &[Who::Interpreter, Who::Translator, Who::Window],
+        };
+        let backends = all.iter().map(|who| Ok((*who, Backend::new(*who)?))).collect::<Result<_>>()?;
+        Ok(Self { native: Native::new()?, backends })
     }
 
     /// Does the cases of these numbers.
@@ -120,42 +133,45 @@ impl Sides {
         for number in numbers {
             match plan.case(number) {
                 Ok((case, prepared)) => {
-                    entries.push(Entry { number, case, prepared, ours: None });
+                    entries.push(Entry { number, case, prepared, ours: Vec::new() });
                 }
                 Err(reason) => summary.tally.rejected(plan.target(number), reason),
             }
         }
         self.native.start(entries.iter().map(|entry| &entry.prepared))?;
         for entry in &mut entries {
-            entry.ours = Some(self.ours(plan, &entry.case, &entry.prepared)?);
+            entry.ours = self.ours(plan, &entry.case, &entry.prepared)?;
         }
         let asked: Vec<(&Case, &Prepared)> =
             entries.iter().map(|entry| (&entry.case, &entry.prepared)).collect();
         let answers = self.native.finish(&asked)?;
         for (entry, answer) in entries.iter().zip(answers) {
-            if let Some(ours) = &entry.ours {
-                self.judge(plan, entry, answer, ours, summary)?;
-            }
+            self.judge(plan, entry, answer, summary)?;
         }
         Ok(())
     }
 
-    fn ours(&mut self, plan: &Plan, case: &Case, prepared: &Prepared) -> Result<Outcome> {
-        let mut outcome = self.backend.run(case, prepared)?;
-        if let Some(code) = plan.plant {
-            plant::corrupt(case, &mut outcome, code);
+    /// What comes of a case on our side. Sequences are run by translated code twice, the second time by linked code.
+    fn ours(&mut self, plan: &Plan, case: &Case, prepared: &Prepared) -> Result<Ours> {
+        let mut all = Vec::new();
+        for (who, backend) in &mut self.backends {
+            all.push((*who, backend.run(case, prepared)?));
+            if let Some(again) = who.again().filter(|_| plan.shape == Shape::Sequence) {
+                all.push((again, backend.run(case, prepared)?));
+            }
         }
-        Ok(outcome)
+        if let Some(code) = plan.plant {
+            all.iter_mut().for_each(|(_, outcome)| plant::corrupt(case, outcome, code));
+        }
+        Ok(all)
     }
 
-    fn judge(
-        &mut self,
-        plan: &Plan,
-        entry: &Entry,
-        answer: Answer,
-        ours: &Outcome,
-        summary: &mut Summary,
-    ) -> Result<()> {
+    fn backend(&mut self, who: Who) -> Result<&mut Backend> {
+        let found = self.backends.iter_mut().find(|(other, _)| *other == who.first());
+        found.map(|(_, backend)| backend).with_context(|| format!("there is no {who}"))
+    }
+
+    fn judge(&mut self, plan: &Plan, entry: &Entry, answer: Answer, summary: &mut Summary) -> Result<()> {
         let target = plan.target(entry.number);
         let native = match answer {
             Ok(native) => native,
@@ -164,47 +180,59 @@ impl Sides {
                 return Ok(());
             }
         };
-        if judge::differences(&entry.case, &native, ours).is_empty() && native.ending != Ending::TimedOut {
-            summary.tally.compared(&entry.case, &native);
+        let case = &entry.case;
+        let agrees = |(_, ours): &(Who, Outcome)| judge::differences(case, &native, ours).is_empty();
+        if entry.ours.iter().all(agrees) && native.ending != Ending::TimedOut {
+            summary.tally.compared(case, &native);
             return Ok(());
         }
-        if judge::is_rewritten(&entry.case, ours) {
+        if entry.ours.iter().any(|(_, ours)| judge::is_rewritten(case, ours)) {
             summary.tally.rejected(target, "Linux has its own idea of SYSCALL in 32-bit code");
             return Ok(());
         }
-        if judge::is_unfiltered(ours) {
+        if entry.ours.iter().any(|(_, ours)| judge::is_unfiltered(ours)) {
             summary.tally.rejected(target, "Linux lets no filter have this system call");
             return Ok(());
         }
         // Once more, in a child that no case can have broken, and with the patience to see loops end.
-        let native = match self.native.fresh(&entry.case, &entry.prepared)? {
+        let native = match self.native.fresh(case, &entry.prepared)? {
             Ok(native) => native,
             Err(reason) => {
                 summary.tally.rejected(target, reason);
                 return Ok(());
             }
         };
-        let patient;
-        let ours = if ours.ending == Ending::TimedOut && native.ending != Ending::TimedOut {
-            patient = self.backend.run_patiently(&entry.case, &entry.prepared)?;
-            &patient
-        } else {
-            ours
-        };
         if native.ending == Ending::TimedOut {
             summary.tally.rejected(target, "it takes too long");
             return Ok(());
         }
-        let differences = judge::differences(&entry.case, &native, ours);
-        if let Some(reason) = self.excuse(entry, &native, ours)? {
-            summary.tally.rejected(target, reason);
-        } else if differences.is_empty() {
-            summary.tally.unsteady += 1;
-            summary.tally.compared(&entry.case, &native);
-        } else {
-            let (number, case) = (entry.number, entry.case.clone());
-            summary.keep(Mismatch { number, target, case, differences });
+        let mut ours = entry.ours.clone();
+        for (who, ours) in &mut ours {
+            if ours.ending == Ending::TimedOut {
+                *ours = self.backend(*who)?.run_patiently(case, &entry.prepared)?;
+            }
         }
+        // What all tiers do in the same way may have an excuse; where they differ, one is wrong.
+        let mut pairs = ours.iter().zip(ours.iter().skip(1));
+        let is_one = pairs.all(|((_, one), (_, other))| judge::differences(case, one, other).is_empty());
+        let mut excuse = None;
+        for (_, ours) in &ours {
+            excuse = excuse.or(self.excuse(entry, &native, ours)?);
+        }
+        if let Some(reason) = excuse.filter(|_| is_one) {
+            summary.tally.rejected(target, reason);
+            return Ok(());
+        }
+        for (who, ours) in ours {
+            let differences = judge::differences(case, &native, &ours);
+            if !differences.is_empty() {
+                let (number, case) = (entry.number, case.clone());
+                summary.keep(Mismatch { number, target, who, case, differences });
+                return Ok(());
+            }
+        }
+        summary.tally.unsteady += 1;
+        summary.tally.compared(case, &native);
         Ok(())
     }
 
@@ -229,23 +257,25 @@ impl Sides {
         let Some(memory) = &entry.prepared.native_memory else { return Ok(None) };
         // With the same code as the processor's.
         let same = Prepared { memory: memory.clone(), native_memory: None, ..entry.prepared.clone() };
-        let other = self.backend.run(case, &same)?;
+        let Some((_, backend)) = self.backends.first_mut() else { return Ok(None) };
+        let other = backend.run(case, &same)?;
         let reads_code = judge::reads_own_code(case, native, ours, &other);
         Ok(reads_code.then_some("it reads its own code"))
     }
 
-    /// What differs in a case that was made by hand.
-    pub(crate) fn differences(&mut self, plan: &Plan, case: &Case) -> Result<Vec<Difference>> {
+    /// What differs in a case that was made by hand, for one of us.
+    pub(crate) fn differences(&mut self, plan: &Plan, case: &Case, who: Who) -> Result<Vec<Difference>> {
         let Ok(prepared) = start::prepare(case) else { return Ok(Vec::new()) };
         let ours = self.ours(plan, case, &prepared)?;
+        let Some((_, ours)) = ours.iter().find(|(other, _)| *other == who) else { return Ok(Vec::new()) };
         Ok(match self.native.again(case, &prepared)? {
-            Ok(native) => judge::differences(case, &native, &ours),
+            Ok(native) => judge::differences(case, &native, ours),
             Err(_) => Vec::new(),
         })
     }
 
-    /// Both outcomes of a case.
-    pub(crate) fn outcomes(&mut self, plan: &Plan, case: &Case) -> Result<(Option<Outcome>, Outcome)> {
+    /// What comes of a case on both sides.
+    pub(crate) fn outcomes(&mut self, plan: &Plan, case: &Case) -> Result<(Option<Outcome>, Ours)> {
         let prepared = start::prepare(case).map_err(|reason| anyhow!("the case cannot be run: {reason}"))?;
         let ours = self.ours(plan, case, &prepared)?;
         Ok((self.native.fresh(case, &prepared)?.ok(), ours))

@@ -1,4 +1,4 @@
-//! Batches of scenarios, run by both engines and compared.
+//! Batches of scenarios, run by all engines and compared: each tier of `translate` with QEMU.
 
 use std::io::Write as _;
 
@@ -67,8 +67,8 @@ fn run_batch(
     batch: &[(u64, Scenario)],
     summary: &mut Summary,
 ) -> Result<()> {
-    let engines = [Engine::Translate, Engine::Qemu];
-    let [ours, theirs] = std::thread::scope(|scope| {
+    let engines = [Engine::Interpreter, Engine::Translator, Engine::Qemu];
+    let [interpreter, translator, qemu] = std::thread::scope(|scope| {
         engines
             .map(|engine| {
                 scope.spawn(move || {
@@ -84,26 +84,30 @@ fn run_batch(
                 thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("an engine's thread panicked")))
             })
     });
-    let ((our_memory, our_ends), (their_memory, their_ends)) = (ours?, theirs?);
+    let tiers = [("interpreted", interpreter?), ("translated", translator?)];
+    let (their_memory, their_ends) = qemu?;
     let bytes = usize::try_from(ARENA)?;
     let (mut ours, mut theirs) = (vec![0; bytes], vec![0; bytes]);
     for ((round, scenario), n) in batch.iter().zip(0_u64..) {
-        our_memory.arena(scenario.arena.base, &mut ours)?;
-        their_memory.arena(scenario.arena.base, &mut theirs)?;
         summary.scenarios += 1;
-        let ends = (our_ends.get(&n).copied(), their_ends.get(&n).copied());
-        if ours == theirs && ends.0 == ends.1 {
-            continue;
-        }
-        for known in known() {
-            (known.settle)(scenario, &ours, &mut theirs);
-        }
-        if ours == theirs && ends.0 == ends.1 {
-            continue;
-        }
-        summary.mismatches += 1;
-        if summary.mismatches <= options.told {
-            tell(options.seed, *round, scenario, (&ours, ends.0), (&theirs, ends.1));
+        for (tier, (our_memory, our_ends)) in &tiers {
+            our_memory.arena(scenario.arena.base, &mut ours)?;
+            their_memory.arena(scenario.arena.base, &mut theirs)?;
+            let ends = (our_ends.get(&n).copied(), their_ends.get(&n).copied());
+            if ours == theirs && ends.0 == ends.1 {
+                continue;
+            }
+            for known in known() {
+                (known.settle)(scenario, &ours, &mut theirs);
+            }
+            if ours == theirs && ends.0 == ends.1 {
+                continue;
+            }
+            summary.mismatches += 1;
+            if summary.mismatches <= options.told {
+                tell(options.seed, *round, scenario, (tier, &ours, ends.0), (&theirs, ends.1));
+            }
+            break;
         }
     }
     Ok(())
@@ -113,10 +117,11 @@ fn tell(
     seed: u64,
     round: u64,
     scenario: &Scenario,
-    ours: (&[u8], Option<End>),
+    (tier, ours, our_end): (&str, &[u8], Option<End>),
     theirs: (&[u8], Option<End>),
 ) {
-    println!("mismatch: --seed {seed} --from {round} --rounds 1 --topic {}", scenario.topic);
+    println!("mismatch, {tier}: --seed {seed} --from {round} --rounds 1 --topic {}", scenario.topic);
+    let ours = (ours, our_end);
     println!("  {}", scenario.title);
     let (bits, address) = outcome::start(ours.0);
     print!("{}", outcome::disassembly(ours.0, bits, address));

@@ -105,6 +105,10 @@ pub(crate) struct Core {
     pub(crate) code_stores: Vec<CodeStore>,
     /// Pages with code whose stores other vCPUs may not notice yet, and the epoch from which on they do.
     pub(crate) unsettled: FxHashMap<u64, u64>,
+    /// How often stores to pages with code were noticed.
+    pub(crate) noticed: FxHashMap<u64, u32>,
+    /// Pages of code that are stored to all the time are not watched, see `code_stores.rs`.
+    pub(crate) checks_code: bool,
     pub(crate) tables: &'static Tables,
     /// Events that another backend was about to deliver when the state was saved.
     pub(crate) injected: Option<Event>,
@@ -212,6 +216,8 @@ impl Core {
             rare: Vec::new(),
             code_stores: Vec::new(),
             unsettled: FxHashMap::default(),
+            noticed: FxHashMap::default(),
+            checks_code: false,
             tables: Tables::get(),
             injected: None,
             apic,

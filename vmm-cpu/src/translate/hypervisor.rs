@@ -44,11 +44,16 @@ pub struct TranslateOptions {
     pub digest: bool,
     /// Whose memory accesses go through an address window.
     pub address_window: AddressWindow,
+    /// Bytes of memory for translated code that each vCPU has: 256 KiB to 1 GiB, what is less or more counts as that. When it
+    /// is full, the oldest translations make room for new ones. What else is kept for translations takes up to three times
+    /// as much.
+    pub code_memory: usize,
 }
 
 impl Default for TranslateOptions {
     fn default() -> Self {
-        Self { translate_after: Some(2), digest: false, address_window: AddressWindow::default() }
+        let address_window = AddressWindow::default();
+        Self { translate_after: Some(2), digest: false, address_window, code_memory: 64 << 20 }
     }
 }
 
@@ -64,6 +69,13 @@ impl TranslateOptions {
     #[must_use]
     pub fn address_window(mut self, window: AddressWindow) -> Self {
         self.address_window = window;
+        self
+    }
+
+    /// Sets [`TranslateOptions::code_memory`].
+    #[must_use]
+    pub fn code_memory(mut self, bytes: usize) -> Self {
+        self.code_memory = bytes;
         self
     }
 

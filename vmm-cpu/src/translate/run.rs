@@ -1,15 +1,15 @@
 //! The run loop: from block to block, and what happens between two of them.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
 use super::block::{self, Block, BlockCache, Stamp};
-use super::core::{CodeStore, Core, Flow, Machine, Place, Reason, own_map};
+use super::code_stores::{Watch, drop_changed_code, drop_code};
+use super::core::{Core, Flow, Machine, Place, Reason, own_map};
 use super::cpu::{Activity, BLOCK};
 use super::exception::{Event, Exception, dr6};
 use super::flags::bits;
 use super::jit::{Ran, Tier1};
-use super::memory::{Access, PAGE_MASK, Reach, VcpuSet};
+use super::memory::{Access, PAGE_MASK, Reach};
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
 use crate::vcpu::{Halt, UnhandledInstruction};
@@ -178,13 +178,14 @@ pub(super) fn execute_rest(m: &mut Machine<'_>, block: &Block, rip: u64, at: usi
     Ok(())
 }
 
-/// The block at `rip`, if its code is safe from unseen stores.
-pub(super) fn settled_block(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<Option<u32>> {
+/// The block at `rip`, if its code is safe from unseen stores, or is to be checked.
+pub(super) fn lasting_block(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<Option<u32>> {
     if let Some(id) = cache.find(rip, m.stamp()) {
         return Ok(Some(id));
     }
-    find(m, cache, rip)?;
-    Ok(cache.find(rip, m.stamp()))
+    let (id, _) = find(m, cache, rip)?;
+    let is_checked = cache.get(id).is_some_and(|block| block.checked);
+    Ok(cache.find(rip, m.stamp()).or(is_checked.then_some(id)))
 }
 
 /// Dropped only where a callback panics: RIP, which is that of the end of the block, becomes that of the next
@@ -225,22 +226,31 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
     let gpa = translation.gpa | va & !PAGE_MASK;
     // Stores to the page are seen from before its bytes are looked at. A block that is known already may be of a region
     // that was mapped anew since.
-    let mut settled = m.watch_code(gpa);
+    let mut watch = m.watch_code(gpa);
     let map = Arc::clone(m.map());
     let mut known = cache.lookup(gpa, code_bits, &map, || {
         let next = (va | !PAGE_MASK).wrapping_add(1);
         let page = m.translate(Place::data(next), Access::Execute).ok()?;
-        settled &= m.watch_code(page.gpa);
+        watch = watch.max(m.watch_code(page.gpa));
         Some(page.gpa)
     });
+    if let Some(id) = known
+        && cache.get(id).is_some_and(|block| block.checked != (watch == Watch::Checked))
+    {
+        cache.remove(id);
+        known = None;
+    }
     if known.is_none() {
-        if cache.is_full() || m.rare.len() >= MAX_RARE {
+        if m.rare.len() >= MAX_RARE {
             cache.clear();
             m.rare.clear();
         }
-        let block = block::build(m, va, gpa)?;
-        // Its bytes may be older than what says now that all stores to the second page are seen.
-        settled &= block.second_page.is_none();
+        cache.make_room();
+        let block = block::build(m, va, gpa, watch)?;
+        if block.second_page.is_some() {
+            // Its bytes may be older than what says now that all stores to the second page are seen.
+            watch = watch.max(Watch::Unsettled);
+        }
         known = Some(cache.insert(block));
     }
     let Some(id) = known else { return Err(m.gp(0)) };
@@ -255,28 +265,10 @@ fn find(m: &mut Machine<'_>, cache: &mut BlockCache, rip: u64) -> Flow<(u32, boo
             return Ok((id, true));
         }
     }
-    if settled {
+    if watch == Watch::Settled {
         cache.remember(rip, m.stamp(), id);
     }
     Ok((id, false))
-}
-
-/// Drops the blocks that stores of this vCPU have changed, and tells the others.
-#[cold]
-fn drop_changed_code(m: &mut Machine<'_>, cache: &mut BlockCache) {
-    for store in std::mem::take(&mut m.code_stores) {
-        let others = m.holders_of_code(store.gpa);
-        drop_code(m, cache, store);
-        m.shared.post_code_store(m.index, others, store);
-    }
-}
-
-/// Drops the blocks that a store has changed, and the interest in its page if that holds no others.
-fn drop_code(m: &mut Machine<'_>, cache: &mut BlockCache, store: CodeStore) {
-    cache.invalidate(store);
-    if !cache.has_page(store.gpa) {
-        m.forget_code(store.gpa);
-    }
 }
 
 /// Looks at everything that may want something of the vCPU.
@@ -400,51 +392,6 @@ impl Core {
             self.tlb.watch_all_stores();
         }
         self.signals.saw(epoch);
-    }
-
-    /// Makes stores to a page of code seen, also those of other vCPUs; whether all of them see theirs already. Until
-    /// they do, what is decoded has to be compared with memory each time that it runs.
-    pub(super) fn watch_code(&mut self, gpa: u64) -> bool {
-        let (map, page_gpa) = (Arc::clone(self.tlb.map()), gpa & PAGE_MASK);
-        let Some(slot) = map.slot(gpa) else { return false };
-        let page = slot.page(gpa);
-        if slot.code.add(page, self.index) {
-            return true;
-        }
-        let epoch = match self.unsettled.get(&page_gpa) {
-            Some(epoch) => *epoch,
-            None => {
-                self.tlb.watch_stores(gpa);
-                if self.shared.max_vcpus == 1 {
-                    slot.code.settle(page, self.index);
-                    return true;
-                }
-                let epoch = self.shared.ask_others(self.index);
-                self.unsettled.insert(page_gpa, epoch);
-                epoch
-            }
-        };
-        if !self.shared.others_have_seen(self.index, epoch) {
-            return false;
-        }
-        slot.code.settle(page, self.index);
-        self.unsettled.remove(&page_gpa);
-        true
-    }
-
-    /// The vCPUs that have decoded code of the page of `gpa`, to which this one has stored something.
-    fn holders_of_code(&self, gpa: u64) -> VcpuSet {
-        // One that becomes a holder from here on reads what was stored.
-        fence(Ordering::SeqCst);
-        self.tlb.map().slot(gpa).map_or(VcpuSet::default(), |slot| slot.code.holders(slot.page(gpa)))
-    }
-
-    /// No block of this vCPU is left in the page: as far as it is concerned, stores need not be seen any more.
-    fn forget_code(&mut self, gpa: u64) {
-        self.unsettled.remove(&(gpa & PAGE_MASK));
-        if let Some(slot) = self.tlb.map().slot(gpa) {
-            slot.code.remove(slot.page(gpa), self.index);
-        }
     }
 
     /// Describes the instruction at RIP.

@@ -1,5 +1,7 @@
 //! The loop, with small guests that end with HLT.
 
+use std::sync::atomic::Ordering;
+
 use super::*;
 use crate::debug::{DebugReason, DebugRequest};
 use crate::exact::ExactStop;
@@ -7,9 +9,10 @@ use crate::hypervisor::ClockSource;
 use crate::translate::clock::Clock;
 use crate::translate::cpu::{RAX, RCX, RDI, RDX, RSI, RSP};
 use crate::translate::exception::vector;
+use crate::translate::memory::Added;
 use crate::translate::segment::{SegmentRegister, index};
 use crate::translate::signals::{Handle, Signals};
-use crate::translate::test_support::{CODE, CODE_32, CODE_64, DATA, Guest, STACK};
+use crate::translate::test_support::{CODE, CODE_32, CODE_64, DATA, Guest, STACK, on_each_tier};
 use crate::translate::vm::{Peer, Shared, TranslateVm};
 use crate::vcpu::{VcpuHandle, VcpuIo};
 use crate::vm::{GuestAccess, Vm};
@@ -25,14 +28,10 @@ fn put(guest: &mut Guest, gpa: u64, code: &[u8]) {
     assert!(guest.core.map().write(gpa, code));
 }
 
-fn run_on(guest: &mut Guest, cache: &mut BlockCache) -> Halt {
-    run(&mut guest.machine(), cache, &mut None).unwrap()
-}
-
 /// Runs from [`CODE`] to a HLT.
 fn run_code(guest: &mut Guest, code: &[u8]) {
     put(guest, CODE, code);
-    assert_eq!(run_on(guest, &mut BlockCache::new()), Halt::Halted);
+    assert_eq!(guest.run(), Halt::Halted);
 }
 
 /// A handler that halts at once; its address tells which.
@@ -48,119 +47,126 @@ fn handler(guest: &mut Guest, vector: u8) -> u64 {
 fn an_instruction_of_sixteen_bytes_is_a_protection_fault() {
     // Within a page, and into the next.
     for start in [CODE, CODE - 7] {
-        let mut guest = Guest::long();
-        let end = handler(&mut guest, vector::GP);
-        handler(&mut guest, vector::UD);
-        guest.core.cpu.rip = start;
-        put(&mut guest, start, &[0x66; 15]);
-        put(&mut guest, start + 15, &[0x90, HLT]);
-        assert_eq!(run_on(&mut guest, &mut BlockCache::new()), Halt::Halted);
-        assert_eq!(guest.core.cpu.rip, end, "{start:#x}");
+        on_each_tier(Guest::long, |mut guest| {
+            let end = handler(&mut guest, vector::GP);
+            handler(&mut guest, vector::UD);
+            guest.core.cpu.rip = start;
+            put(&mut guest, start, &[0x66; 15]);
+            put(&mut guest, start + 15, &[0x90, HLT]);
+            assert_eq!(guest.run(), Halt::Halted);
+            assert_eq!(guest.core.cpu.rip, end, "{start:#x}");
+        });
     }
 }
 
 #[test]
 fn the_step_that_follows_hlt_wakes() {
-    let mut guest = Guest::long();
-    let at = OTHER;
-    // INC EAX, HLT.
-    put(&mut guest, at, &[0xff, 0xc0, HLT]);
-    guest.gate(vector::DB, CODE_64, at, 0x8e, 0);
-    guest.core.cpu.flags.set_control(bits::TF, true);
-    run_code(&mut guest, &[HLT]);
-    assert_eq!((guest.core.cpu.r(RAX), guest.core.cpu.rip), (1, at + 3));
+    on_each_tier(Guest::long, |mut guest| {
+        let at = OTHER;
+        // INC EAX, HLT.
+        put(&mut guest, at, &[0xff, 0xc0, HLT]);
+        guest.gate(vector::DB, CODE_64, at, 0x8e, 0);
+        guest.core.cpu.flags.set_control(bits::TF, true);
+        run_code(&mut guest, &[HLT]);
+        assert_eq!((guest.core.cpu.r(RAX), guest.core.cpu.rip), (1, at + 3));
+    });
 }
 
 #[test]
 fn a_step_over_mov_ss_takes_the_next_instruction_along() {
-    let mut guest = Guest::long();
-    let end = handler(&mut guest, vector::DB);
-    guest.core.cpu.set_r(RAX, 0x10);
-    guest.core.cpu.flags.set_control(bits::TF, true);
-    // MOV SS, AX; NOP; NOP.
-    run_code(&mut guest, &[0x8e, 0xd0, 0x90, 0x90, HLT]);
-    assert_eq!(guest.core.cpu.rip, end);
-    assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP)), CODE + 3);
+    on_each_tier(Guest::long, |mut guest| {
+        let end = handler(&mut guest, vector::DB);
+        guest.core.cpu.set_r(RAX, 0x10);
+        guest.core.cpu.flags.set_control(bits::TF, true);
+        // MOV SS, AX; NOP; NOP.
+        run_code(&mut guest, &[0x8e, 0xd0, 0x90, 0x90, HLT]);
+        assert_eq!(guest.core.cpu.rip, end);
+        assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP)), CODE + 3);
+    });
 }
 
 #[test]
 fn the_step_over_an_iret_sees_the_resume_flag_that_it_loads() {
-    let mut guest = Guest::long();
-    let end = handler(&mut guest, vector::DB);
-    for (word, value) in [CODE + 2, CODE_64.into(), bits::RF | 2, STACK, DATA.into()].into_iter().enumerate()
-    {
-        guest.write::<8>(STACK - 0x40 + 8 * word as u64, value);
-    }
-    guest.core.cpu.set_r(RSP, STACK - 0x40);
-    guest.core.cpu.flags.set_control(bits::TF, true);
-    // IRETQ.
-    run_code(&mut guest, &[0x48, 0xcf, HLT]);
-    assert_eq!(guest.core.cpu.rip, end);
-    assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP) + 16), bits::RF | 2);
+    on_each_tier(Guest::long, |mut guest| {
+        let end = handler(&mut guest, vector::DB);
+        for (word, value) in
+            [CODE + 2, CODE_64.into(), bits::RF | 2, STACK, DATA.into()].into_iter().enumerate()
+        {
+            guest.write::<8>(STACK - 0x40 + 8 * word as u64, value);
+        }
+        guest.core.cpu.set_r(RSP, STACK - 0x40);
+        guest.core.cpu.flags.set_control(bits::TF, true);
+        // IRETQ.
+        run_code(&mut guest, &[0x48, 0xcf, HLT]);
+        assert_eq!(guest.core.cpu.rip, end);
+        assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP) + 16), bits::RF | 2);
+    });
 }
 
 #[test]
 fn the_resume_flag_is_for_all_iterations_of_a_string_instruction() {
     for (count, expected) in [(2, bits::RF), (1, 0)] {
-        let mut guest = Guest::long();
-        let end = handler(&mut guest, vector::DB);
-        guest.core.cpu.set_r(RCX, count);
-        guest.core.cpu.set_r(RDI, OTHER);
-        let flags = guest.core.cpu.flags.get();
-        guest.core.cpu.flags.set(flags | bits::RF | bits::TF);
-        // REP STOSB.
-        run_code(&mut guest, &[0xf3, 0xaa, HLT]);
-        assert_eq!(guest.core.cpu.rip, end);
-        let pushed = guest.read::<8>(guest.core.cpu.r(RSP) + 16);
-        assert_eq!(pushed & bits::RF, expected, "{count} elements");
+        on_each_tier(Guest::long, |mut guest| {
+            let end = handler(&mut guest, vector::DB);
+            guest.core.cpu.set_r(RCX, count);
+            guest.core.cpu.set_r(RDI, OTHER);
+            let flags = guest.core.cpu.flags.get();
+            guest.core.cpu.flags.set(flags | bits::RF | bits::TF);
+            // REP STOSB.
+            run_code(&mut guest, &[0xf3, 0xaa, HLT]);
+            assert_eq!(guest.core.cpu.rip, end);
+            let pushed = guest.read::<8>(guest.core.cpu.r(RSP) + 16);
+            assert_eq!(pushed & bits::RF, expected, "{count} elements");
+        });
     }
 }
 
 #[test]
 fn a_guest_breakpoint_behind_mov_ss_is_seen() {
-    let mut guest = Guest::long();
-    let end = handler(&mut guest, vector::DB);
-    guest.core.cpu.set_r(RAX, 0x10);
-    (guest.core.cpu.dr[0], guest.core.cpu.dr7) = (CODE + 2, 0x402);
-    run_code(&mut guest, &[0x8e, 0xd0, 0x90, HLT]);
-    assert_eq!(guest.core.cpu.rip, end);
-    assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP)), CODE + 2);
+    on_each_tier(Guest::long, |mut guest| {
+        let end = handler(&mut guest, vector::DB);
+        guest.core.cpu.set_r(RAX, 0x10);
+        (guest.core.cpu.dr[0], guest.core.cpu.dr7) = (CODE + 2, 0x402);
+        run_code(&mut guest, &[0x8e, 0xd0, 0x90, HLT]);
+        assert_eq!(guest.core.cpu.rip, end);
+        assert_eq!(guest.read::<8>(guest.core.cpu.r(RSP)), CODE + 2);
+    });
 }
 
 #[test]
 fn rf_that_iret_loads_is_for_one_instruction() {
     const RF: u64 = 1 << 16;
-    let mut guest = Guest::long();
-    let end = handler(&mut guest, vector::NMI);
-    let back = OTHER + 0x800;
-    put(&mut guest, back, &[HLT]);
-    let cpu = &mut guest.core.cpu;
-    let stack = cpu.r(RSP) - 40;
-    cpu.set_r(RSP, stack);
-    let (cs, ss) = (u64::from(cpu.cs().selector), u64::from(cpu.segment(index::SS).selector));
-    for (value, n) in [back, cs, RF | 2, stack, ss].into_iter().zip(0..) {
-        put(&mut guest, stack + 8 * n, &value.to_le_bytes());
-    }
-    // IRETQ, behind which an NMI waits.
-    (guest.core.cpu.nmi_masked, guest.core.cpu.nmi_pending, guest.core.urgent) = (true, true, true);
-    run_code(&mut guest, &[0x48, 0xcf]);
-    assert_eq!(guest.core.cpu.rip, end);
-    let frame = guest.core.cpu.r(RSP);
-    assert_eq!((guest.read::<8>(frame), guest.read::<8>(frame + 16) & RF), (back, RF));
+    on_each_tier(Guest::long, |mut guest| {
+        let end = handler(&mut guest, vector::NMI);
+        let back = OTHER + 0x800;
+        put(&mut guest, back, &[HLT]);
+        let cpu = &mut guest.core.cpu;
+        let stack = cpu.r(RSP) - 40;
+        cpu.set_r(RSP, stack);
+        let (cs, ss) = (u64::from(cpu.cs().selector), u64::from(cpu.segment(index::SS).selector));
+        for (value, n) in [back, cs, RF | 2, stack, ss].into_iter().zip(0..) {
+            put(&mut guest, stack + 8 * n, &value.to_le_bytes());
+        }
+        // IRETQ, behind which an NMI waits.
+        (guest.core.cpu.nmi_masked, guest.core.cpu.nmi_pending, guest.core.urgent) = (true, true, true);
+        run_code(&mut guest, &[0x48, 0xcf]);
+        assert_eq!(guest.core.cpu.rip, end);
+        let frame = guest.core.cpu.r(RSP);
+        assert_eq!((guest.read::<8>(frame), guest.read::<8>(frame + 16) & RF), (back, RF));
 
-    // The same NMI after the HLT that follows.
-    let cpu = &mut guest.core.cpu;
-    (cpu.nmi_masked, cpu.activity, cpu.rip) = (true, Activity::Running, CODE);
-    for (value, n) in [back, cs, RF | 2, stack, ss].into_iter().zip(0..) {
-        put(&mut guest, stack + 8 * n, &value.to_le_bytes());
-    }
-    guest.core.cpu.set_r(RSP, stack);
-    let mut cache = BlockCache::new();
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
-    (guest.core.cpu.nmi_pending, guest.core.urgent) = (true, true);
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
-    let frame = guest.core.cpu.r(RSP);
-    assert_eq!((guest.read::<8>(frame), guest.read::<8>(frame + 16) & RF), (back + 1, 0));
+        // The same NMI after the HLT that follows.
+        let cpu = &mut guest.core.cpu;
+        (cpu.nmi_masked, cpu.activity, cpu.rip) = (true, Activity::Running, CODE);
+        for (value, n) in [back, cs, RF | 2, stack, ss].into_iter().zip(0..) {
+            put(&mut guest, stack + 8 * n, &value.to_le_bytes());
+        }
+        guest.core.cpu.set_r(RSP, stack);
+        assert_eq!(guest.run(), Halt::Halted);
+        (guest.core.cpu.nmi_pending, guest.core.urgent) = (true, true);
+        assert_eq!(guest.run(), Halt::Halted);
+        let frame = guest.core.cpu.r(RSP);
+        assert_eq!((guest.read::<8>(frame), guest.read::<8>(frame + 16) & RF), (back + 1, 0));
+    });
 }
 
 #[test]
@@ -169,16 +175,15 @@ fn code_ends_with_its_segment() {
     for (limit, fault) in [(CODE + 1, CODE + 2), (CODE + 3, CODE + 2)] {
         let mut guest = Guest::protected();
         let end = handler(&mut guest, vector::GP);
-        let mut cache = BlockCache::new();
         // NOP, NOP, MOV EAX, 1, HLT: known whole from a run with another limit.
         let code = [0x90, 0x90, 0xb8, 1, 0, 0, 0, HLT];
         put(&mut guest, CODE, &code);
-        assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+        assert_eq!(guest.run(), Halt::Halted);
         assert_eq!(guest.core.cpu.rip, CODE + code.len() as u64);
         guest.core.cpu.activity = Activity::Running;
         guest.core.cpu.rip = CODE;
         guest.core.cpu.segment_mut(index::CS).limit = u32::try_from(limit).unwrap();
-        assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+        assert_eq!(guest.run(), Halt::Halted);
         assert_eq!(guest.core.cpu.rip, end, "{limit:#x}");
         assert_eq!(guest.read::<4>(guest.core.cpu.r(RSP) + 4), fault, "{limit:#x}");
     }
@@ -207,7 +212,7 @@ fn a_handler_that_its_own_frame_overwrites_is_decoded_anew() {
     // Nothing else makes the loop look at code anew.
     guest.core.see_epoch();
     let mut bus = Nmi(Arc::clone(&guest.core.signals));
-    let halt = run(&mut Machine::new(&mut guest.core, &mut bus), &mut BlockCache::new(), &mut None).unwrap();
+    let halt = guest.run_with(&mut bus);
     assert_eq!(halt, Halt::Halted);
     assert_eq!((guest.core.cpu.r(RSI), guest.core.cpu.rip), (1, OTHER + 6));
 }
@@ -215,14 +220,13 @@ fn a_handler_that_its_own_frame_overwrites_is_decoded_anew() {
 #[test]
 fn code_that_is_known_is_watched_after_its_memory_was_mapped_anew() {
     let mut guest = Guest::protected();
-    let mut cache = BlockCache::new();
     // INC EAX; RET.
     put(&mut guest, OTHER, &[0x40, 0xc3]);
     // CALL; MOV [OTHER], DL, which is the opcode of DEC EAX; CALL; HLT.
     put(&mut guest, CODE, &[0xe8, 0xfb, 0x0f, 0, 0, 0x88, 0x15, 0, 0x90, 0, 0]);
     put(&mut guest, CODE + 11, &[0xe8, 0xf0, 0x0f, 0, 0, HLT]);
     guest.core.cpu.set_r(RDX, 0x48);
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    assert_eq!(guest.run(), Halt::Halted);
     assert_eq!(guest.core.cpu.r(RAX), 0);
     // Now the other way round; the code that is called is what it was.
     guest.core.cpu.set_r(RDX, 0x40);
@@ -232,19 +236,18 @@ fn code_that_is_known_is_watched_after_its_memory_was_mapped_anew() {
     guest.core.see_epoch();
     guest.core.cpu.activity = Activity::Running;
     guest.core.cpu.rip = CODE;
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    assert_eq!(guest.run(), Halt::Halted);
     assert_eq!(guest.core.cpu.r(RAX), 0);
 }
 
 #[test]
 fn pages_whose_code_is_gone_are_written_at_full_speed_again() {
     let mut guest = Guest::protected();
-    let mut cache = BlockCache::new();
     put(&mut guest, OTHER, &[0x40, 0xc3]);
     // CALL; MOV BYTE PTR [OTHER], 0; HLT.
     let code = [0xe8, 0xfb, 0x0f, 0, 0, 0xc6, 0x05, 0x00, 0x90, 0, 0, 0, HLT];
     put(&mut guest, CODE, &code);
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
+    assert_eq!(guest.run(), Halt::Halted);
     let map = Arc::clone(guest.core.map());
     let slot = map.slot(OTHER).unwrap();
     assert!(slot.code.is_watched(slot.page(CODE)) && !slot.code.is_watched(slot.page(OTHER)));
@@ -277,16 +280,16 @@ fn a_page_that_another_vcpu_is_about_to_watch_is_not_taken_for_watched() {
     // The other one has got as far as this.
     let map = Arc::clone(core.map());
     let slot = map.slot(CODE).unwrap();
-    assert!(!slot.code.add(slot.page(CODE), 1));
+    assert_eq!(slot.code.add(slot.page(CODE), 1), Added::Unsettled);
     let before = shared.epoch();
-    assert!(!core.watch_code(CODE), "stores of the other may still go unseen");
+    assert_eq!(core.watch_code(CODE), Watch::Unsettled, "stores of the other may still go unseen");
     assert!(shared.epoch() > before && other.wants_attention());
     // It is not asked again.
     let asked = shared.epoch();
-    assert!(!core.watch_code(CODE));
+    assert_eq!(core.watch_code(CODE), Watch::Unsettled);
     assert_eq!(shared.epoch(), asked);
     other.saw(asked);
-    assert!(core.watch_code(CODE) && core.watch_code(CODE));
+    assert_eq!([core.watch_code(CODE), core.watch_code(CODE)], [Watch::Settled; 2]);
     assert_eq!(shared.epoch(), asked);
 }
 
@@ -321,7 +324,7 @@ fn a_store_to_the_second_page_just_before_it_is_watched_is_not_missed() {
         assert!(map.write(CODE, &[HLT]) && map.write(function, &[0xb8, 0, 0, 0, 0]));
         core.watch_code(CODE);
         other.saw(shared.epoch());
-        assert!(core.watch_code(CODE));
+        assert_eq!(core.watch_code(CODE), Watch::Settled);
         other.take_attention();
         let mut cache = BlockCache::new();
         let begin = std::sync::Barrier::new(2);
@@ -367,7 +370,7 @@ fn an_aligned_quadword_of_code_is_fetched_at_once() {
         });
         let mut seen = FxHashSet::default();
         for _ in 0..100_000 {
-            let block = block::build(&mut guest.machine(), CODE + 1, CODE + 1).unwrap();
+            let block = block::build(&mut guest.machine(), CODE + 1, CODE + 1, Watch::Settled).unwrap();
             seen.insert(block.bytes[..2].to_vec());
         }
         done.store(true, Ordering::Relaxed);
@@ -409,18 +412,20 @@ fn others_know_of_changed_code_before_the_vmm_is_called() {
 
 #[test]
 fn counted_time_is_exact_within_a_block_and_after_a_stay() {
-    let mut guest = Guest::long();
-    // NOP five times, RDTSC, HLT.
-    run_code(&mut guest, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x31, HLT]);
-    assert_eq!((guest.core.cpu.r(RAX), guest.core.cpu.r(RDX)), (5, 0));
-    let mut guest = Guest::long();
-    guest.core.debug = DebugRequest::none().step();
-    put(&mut guest, CODE, &[0x90, 0x90]);
-    match run_on(&mut guest, &mut BlockCache::new()) {
-        Halt::Debug(stop) => assert_eq!(stop.reason, DebugReason::SingleStep),
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(guest.core.shared.clock.nanoseconds(), 1);
+    on_each_tier(Guest::long, |mut guest| {
+        // NOP five times, RDTSC, HLT.
+        run_code(&mut guest, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x31, HLT]);
+        assert_eq!((guest.core.cpu.r(RAX), guest.core.cpu.r(RDX)), (5, 0));
+    });
+    on_each_tier(Guest::long, |mut guest| {
+        guest.core.debug = DebugRequest::none().step();
+        put(&mut guest, CODE, &[0x90, 0x90]);
+        match guest.run() {
+            Halt::Debug(stop) => assert_eq!(stop.reason, DebugReason::SingleStep),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(guest.core.shared.clock.nanoseconds(), 1);
+    });
 }
 
 #[test]
@@ -460,12 +465,18 @@ fn devices_see_the_time_before_the_instruction_wherever_its_block_begins() {
         put(&mut guest, CODE, &code);
         let mut stamps = Stamps { clock: Arc::clone(&guest.core.shared.clock), seen: Vec::new() };
         guest.core.stop.instructions = stop;
-        let mut cache = BlockCache::new();
-        while run(&mut Machine::new(&mut guest.core, &mut stamps), &mut cache, &mut None).unwrap()
-            != Halt::Halted
-        {}
+        while guest.run_with(&mut stamps) != Halt::Halted {}
         assert_eq!(stamps.seen, [5], "{stop:?}");
         assert_eq!(guest.core.retired(), 7);
+        // Likewise MOV [0x20000], EAX, which leads there.
+        on_each_tier(Guest::long, |mut guest| {
+            guest.write::<8>(entry(0x2_0000), 0x80_0007);
+            put(&mut guest, CODE, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x89, 0x04, 0x25, 0, 0, 2, 0, HLT]);
+            let mut stamps = Stamps { clock: Arc::clone(&guest.core.shared.clock), seen: Vec::new() };
+            guest.core.stop.instructions = stop;
+            while guest.run_with(&mut stamps) != Halt::Halted {}
+            assert_eq!((stamps.seen, guest.core.retired()), (vec![5], 7), "{stop:?}");
+        });
     }
 }
 
@@ -477,51 +488,48 @@ fn entry(page: u64) -> u64 {
 #[test]
 fn looking_anew_is_no_access() {
     const DATA: u64 = 0x2_0000;
-    let mut guest = Guest::long();
-    // MOV [0x20000], EAX; MOV ECX, [0x20000]; HLT; JMP to the start.
-    let code = [0x89, 0x04, 0x25, 0, 0, 2, 0, 0x8b, 0x0c, 0x25, 0, 0, 2, 0, HLT, 0xeb, 0xef];
-    put(&mut guest, CODE, &code);
-    let mut cache = BlockCache::new();
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
-    for (page, bits) in [(CODE, 0x20), (DATA, 0x60)] {
-        assert_eq!(guest.read::<1>(entry(page)) & 0x60, bits);
-        let cleared = guest.read::<1>(entry(page)) & !0x60;
-        guest.write::<1>(entry(page), cleared);
-    }
-    // Everything that makes the loop look again, but no flush.
-    guest.core.tlb.watch_all_stores();
-    guest.core.tlb.forget_lookups();
-    cache.clear();
-    guest.core.cpu.activity = Activity::Running;
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
-    for page in [CODE, DATA] {
-        assert_eq!(guest.read::<1>(entry(page)) & 0x60, 0, "{page:#x}");
-    }
-    guest.core.tlb.flush_all();
-    guest.core.cpu.activity = Activity::Running;
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
-    for (page, bits) in [(CODE, 0x20), (DATA, 0x60)] {
-        assert_eq!(guest.read::<1>(entry(page)) & 0x60, bits);
-    }
+    on_each_tier(Guest::long, |mut guest| {
+        // MOV [0x20000], EAX; MOV ECX, [0x20000]; HLT; JMP to the start.
+        let code = [0x89, 0x04, 0x25, 0, 0, 2, 0, 0x8b, 0x0c, 0x25, 0, 0, 2, 0, HLT, 0xeb, 0xef];
+        put(&mut guest, CODE, &code);
+        assert_eq!(guest.run(), Halt::Halted);
+        for (page, bits) in [(CODE, 0x20), (DATA, 0x60)] {
+            assert_eq!(guest.read::<1>(entry(page)) & 0x60, bits);
+            let cleared = guest.read::<1>(entry(page)) & !0x60;
+            guest.write::<1>(entry(page), cleared);
+        }
+        // Everything that makes the loop look again, but no flush.
+        guest.core.tlb.watch_all_stores();
+        guest.core.tlb.forget_lookups();
+        guest.cache.clear();
+        guest.core.cpu.activity = Activity::Running;
+        assert_eq!(guest.run(), Halt::Halted);
+        for page in [CODE, DATA] {
+            assert_eq!(guest.read::<1>(entry(page)) & 0x60, 0, "{page:#x}");
+        }
+        guest.core.tlb.flush_all();
+        guest.core.cpu.activity = Activity::Running;
+        assert_eq!(guest.run(), Halt::Halted);
+        for (page, bits) in [(CODE, 0x20), (DATA, 0x60)] {
+            assert_eq!(guest.read::<1>(entry(page)) & 0x60, bits);
+        }
+    });
 }
 
 #[test]
 fn a_string_instruction_that_goes_on_is_still_in_the_shadow_of_sti() {
-    let mut guest = Guest::long();
-    let end = handler(&mut guest, 0x20);
-    guest.core.signals.intr.set(true);
-    // STI; REP STOSB over the page of code, which it leaves once; HLT.
-    put(&mut guest, CODE, &[0xfb, 0xf3, 0xaa, HLT]);
-    guest.core.cpu.set_r(RAX, 0x90);
-    guest.core.cpu.set_r(crate::translate::cpu::RDI, CODE + 0x100);
-    guest.core.cpu.set_r(RCX, 0x20);
-    let mut bus = Vectors;
-    let mut cache = BlockCache::new();
-    assert_eq!(
-        run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache, &mut None).unwrap(),
-        Halt::Halted
-    );
-    assert_eq!((guest.core.cpu.rip, guest.core.cpu.r(RCX)), (end, 0));
+    on_each_tier(Guest::long, |mut guest| {
+        let end = handler(&mut guest, 0x20);
+        guest.core.signals.intr.set(true);
+        // STI; REP STOSB over the page of code, which it leaves once; HLT.
+        put(&mut guest, CODE, &[0xfb, 0xf3, 0xaa, HLT]);
+        guest.core.cpu.set_r(RAX, 0x90);
+        guest.core.cpu.set_r(crate::translate::cpu::RDI, CODE + 0x100);
+        guest.core.cpu.set_r(RCX, 0x20);
+        let mut bus = Vectors;
+        assert_eq!(guest.run_with(&mut bus), Halt::Halted);
+        assert_eq!((guest.core.cpu.rip, guest.core.cpu.r(RCX)), (end, 0));
+    });
 }
 
 /// Has an interrupt.
@@ -544,16 +552,15 @@ impl VcpuIo for Broken {
 
 #[test]
 fn a_panic_of_a_callback_leaves_the_rest_of_the_block_to_be_run() {
-    let mut guest = Guest::protected();
-    // NOP; MOV [0x800000], EAX; INC ECX; HLT.
-    put(&mut guest, CODE, &[0x90, 0xa3, 0, 0, 0x80, 0, 0x41, HLT]);
-    let mut cache = BlockCache::new();
-    let mut bus = Broken;
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        run(&mut Machine::new(&mut guest.core, &mut bus), &mut cache, &mut None)
-    }));
-    assert!(result.is_err());
-    assert_eq!(guest.core.cpu.rip, CODE + 6);
-    assert_eq!(run_on(&mut guest, &mut cache), Halt::Halted);
-    assert_eq!(guest.core.cpu.r(RCX), 1);
+    on_each_tier(Guest::long, |mut guest| {
+        guest.write::<8>(entry(0x2_0000), 0x80_0007);
+        // NOP; MOV [0x20000], EAX, which is the device's; INC ECX; HLT.
+        put(&mut guest, CODE, &[0x90, 0x89, 0x04, 0x25, 0, 0, 2, 0, 0xff, 0xc1, HLT]);
+        let mut bus = Broken;
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| guest.run_with(&mut bus)));
+        assert!(result.is_err());
+        assert_eq!(guest.core.cpu.rip, CODE + 8);
+        assert_eq!(guest.run(), Halt::Halted);
+        assert_eq!((guest.core.cpu.r(RCX), guest.core.retired()), (1, 4));
+    });
 }

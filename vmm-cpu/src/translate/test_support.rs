@@ -6,19 +6,22 @@ use std::sync::Arc;
 use iced_x86::Decoder;
 use vmm_memory::GuestRam;
 
-use super::block::DECODING;
+use super::block::{BlockCache, DECODING};
 use super::clock::Clock;
 use super::core::{Core, Machine, Reason};
 use super::cpu::{BLOCK, RSP, TableRegister, cr0, cr4, efer};
 use super::exception::Exception;
+use super::hypervisor::TranslateOptions;
+use super::jit::Tier1;
 use super::memory::PAGE;
 use super::ops;
+use super::run;
 use super::segment::{SegmentRegister, index};
 use super::signals::Signals;
 use super::vm::{Shared, TranslateVm};
 use crate::cpuid::CpuidTable;
 use crate::hypervisor::{ClockSource, InterruptMode};
-use crate::vcpu::EmptyBus;
+use crate::vcpu::{EmptyBus, Halt, VcpuIo};
 use crate::vm::{GuestAccess, Vm};
 
 /// Bytes of RAM, from address 0.
@@ -50,31 +53,44 @@ pub(crate) const TASK: u16 = 0x38;
 pub(crate) const FREE: u16 = 0x48;
 
 const PAGE_TABLES: u64 = 0x4000;
+/// The page-table entries of the first 2 MiB, in long mode.
+pub(crate) const PAGE_TABLE: u64 = PAGE_TABLES + 3 * PAGE;
 
 /// A vCPU with its memory.
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) core: Core,
+    /// What the run loop works with, where a test uses that.
+    pub(crate) cache: BlockCache,
+    pub(crate) tier1: Option<Tier1>,
     bus: EmptyBus,
+}
+
+/// Calls `test` with a guest that is interpreted, and with one that is translated from the first run of a block on.
+pub(crate) fn on_each_tier(guest: fn() -> Guest, mut test: impl FnMut(Guest)) {
+    test(guest());
+    let mut translated = guest();
+    translated.tier1 = Tier1::new(&translated.core.shared);
+    test(translated);
 }
 
 impl Guest {
     /// In real mode, with code at 0x8000 and the stack below 0x10000 of segment 0.
     pub(crate) fn real() -> Self {
-        let clock = Clock::new(None, ClockSource::Deterministic);
-        let shared = Arc::new(Shared::new(
-            CpuidTable::default(),
-            InterruptMode::External,
-            1,
-            clock,
-            crate::translate::TranslateOptions::default(),
-        ));
+        Self::with(TranslateOptions::default().translate_after(Some(0)), ClockSource::Deterministic)
+    }
+
+    /// The same, executed as the options say, with that clock.
+    pub(crate) fn with(options: TranslateOptions, clock: ClockSource) -> Self {
+        let clock = Clock::new(None, clock);
+        let cpuid = CpuidTable::default();
+        let shared = Arc::new(Shared::new(cpuid, InterruptMode::External, 1, clock, options));
         let ram = GuestRam::builder().ram(RAM).build().unwrap();
         for region in ram.regions() {
             TranslateVm(Arc::clone(&shared)).map_memory(region, GuestAccess::ReadWrite).unwrap();
         }
         let core = Core::new(0, shared, Arc::new(Signals::new()), None);
-        let mut guest = Self { core, bus: EmptyBus };
+        let mut guest = Self { core, cache: BlockCache::new(), tier1: None, bus: EmptyBus };
         guest.core.cpu.segment_mut(index::CS).load_real(0);
         guest.core.cpu.rip = CODE;
         guest.core.cpu.set_r(RSP, STACK - 2);
@@ -84,7 +100,11 @@ impl Guest {
 
     /// At level 0 of 32-bit protected mode without paging, with flat segments and a TSS.
     pub(crate) fn protected() -> Self {
-        let mut guest = Self::real();
+        Self::real().enter_protected()
+    }
+
+    fn enter_protected(self) -> Self {
+        let mut guest = self;
         guest.descriptor(CODE_32, 0x00cf_9b00_0000_ffff);
         guest.descriptor(DATA, 0x00cf_9300_0000_ffff);
         guest.descriptor(USER_CODE_32, 0x00cf_fb00_0000_ffff);
@@ -104,7 +124,12 @@ impl Guest {
 
     /// At level 0 of 64-bit mode, RAM but for [`HOLE`] mapped one to one for all levels.
     pub(crate) fn long() -> Self {
-        let mut guest = Self::protected();
+        Self::real().enter_long()
+    }
+
+    /// From real mode to that state.
+    pub(crate) fn enter_long(self) -> Self {
+        let mut guest = self.enter_protected();
         guest.descriptor(CODE_64, 0x00af_9b00_0000_ffff);
         guest.descriptor(USER_CODE_64, 0x00af_fb00_0000_ffff);
         guest.write::<8>(TSS + 4, INNER_STACK);
@@ -114,7 +139,7 @@ impl Guest {
             guest.write::<8>(table, (table + PAGE) | 7);
         }
         for page in (0..0x20_0000 / PAGE).filter(|page| page * PAGE != HOLE) {
-            guest.write::<8>(PAGE_TABLES + 3 * PAGE + page * 8, (page * PAGE) | 7);
+            guest.write::<8>(PAGE_TABLE + page * 8, (page * PAGE) | 7);
         }
         let cpu = &mut guest.core.cpu;
         cpu.cr3 = PAGE_TABLES;
@@ -175,6 +200,18 @@ impl Guest {
 
     pub(crate) fn machine(&mut self) -> Machine<'_> {
         Machine::new(&mut self.core, &mut self.bus)
+    }
+
+    /// Runs, as a vCPU does.
+    pub(crate) fn run(&mut self) -> Halt {
+        let mut bus = EmptyBus;
+        self.run_with(&mut bus)
+    }
+
+    /// Runs with a VMM of the test's own.
+    pub(crate) fn run_with(&mut self, io: &mut dyn VcpuIo) -> Halt {
+        let mut m = Machine::new(&mut self.core, io);
+        run::run(&mut m, &mut self.cache, &mut self.tier1).unwrap()
     }
 
     /// Executes one instruction at RIP, as the run loop does.

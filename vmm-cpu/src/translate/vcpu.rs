@@ -39,6 +39,8 @@ pub(crate) struct Counts {
     pub(crate) debug: u64,
     pub(crate) interrupt: u64,
     pub(crate) interrupted: u64,
+    /// Pages of code whose stores are not looked at any more.
+    pub(crate) pages_checked: u64,
 }
 
 /// A vCPU that is interpreted.
@@ -65,7 +67,10 @@ impl TranslateVcpu {
         let apic = inbox.map(|inbox| LocalApic::new(Arc::clone(inbox), features, index == 0));
         let waits = apic.is_some() && index > 0;
         let tier1 = Tier1::new(&shared);
+        let traced = shared.options.digest;
         let mut core = Core::new(index, shared, Arc::clone(&signals), apic);
+        // A digest is of blocks that begin where they do without checks.
+        core.checks_code = tier1.is_some() && !traced;
         if waits {
             core.cpu.activity = Activity::WaitForInit;
             core.cpu.apic_base &= !(1 << 8);
@@ -215,7 +220,10 @@ impl Vcpu for TranslateVcpu {
             ("debug", counts.debug),
             ("interrupt", counts.interrupt),
             ("interrupted", counts.interrupted),
+            ("code-pages-checked", counts.pages_checked),
             ("instructions", self.core.instructions),
+            ("tlb-fills", self.core.tlb.fills),
+            ("blocks-decoded", self.cache.decoded()),
         ];
         all.extend(self.tier1.iter().flat_map(|tier1| tier1.counts(&self.core.tlb)));
         all.extend(self.core.digest.map(|digest| ("digest", digest)));

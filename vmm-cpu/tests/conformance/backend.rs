@@ -20,6 +20,7 @@ pub(crate) struct Candidate {
 /// A backend that is open.
 #[derive(Clone)]
 pub(crate) struct Backend {
+    name: &'static str,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
 }
 
@@ -42,14 +43,34 @@ const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
 /// Subjects whose guests are too much for the toy.
 const BEYOND_THE_TOY: &[&str] = &["ordering", "litmus", "cross_modifying", "shootdown"];
 
-/// All backends: those of the crate by name, and the suite's own.
+/// All backends: those of the crate by name, and the suite's own. One that executes guests in several ways is several.
 pub(crate) fn candidates() -> Vec<Candidate> {
-    let compiled_in = backend_names().iter().map(|&name| {
-        let opened = open_backend(name).map(|hypervisor| Backend { hypervisor: Arc::from(hypervisor) });
-        Candidate { name, opened }
-    });
-    let toy = Backend { hypervisor: Arc::new(ToyHypervisor::new()) };
-    compiled_in.chain([Candidate { name: ToyHypervisor::NAME, opened: Ok(toy) }]).collect()
+    let mut candidates = Vec::new();
+    for &name in backend_names() {
+        #[cfg(feature = "translate")]
+        if name == vmm_cpu::translate::NAME {
+            candidates.extend(tiers());
+            continue;
+        }
+        let opened = open_backend(name).map(|hypervisor| Backend { name, hypervisor: Arc::from(hypervisor) });
+        candidates.push(Candidate { name, opened });
+    }
+    let name = ToyHypervisor::NAME;
+    let toy = Backend { name, hypervisor: Arc::new(ToyHypervisor::new()) };
+    candidates.push(Candidate { name, opened: Ok(toy) });
+    candidates
+}
+
+/// The interpreter alone, and all that can be translated from its first run on.
+#[cfg(feature = "translate")]
+fn tiers() -> [Candidate; 2] {
+    use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
+
+    [("translate-tier0", None), ("translate-tier1", Some(0))].map(|(name, translate_after)| {
+        let options = TranslateOptions::default().translate_after(translate_after);
+        let hypervisor = Arc::new(TranslateHypervisor::with_options(options));
+        Candidate { name, opened: Ok(Backend { name, hypervisor }) }
+    })
 }
 
 impl Candidate {
@@ -102,10 +123,9 @@ impl Backend {
 
     /// All other backends that this host can run.
     pub(crate) fn others(&self) -> Vec<Backend> {
-        let name = self.hypervisor.name();
         candidates()
             .into_iter()
-            .filter(|other| other.name != name && other.name != PARAVIRTUAL)
+            .filter(|other| other.name != self.name && other.name != PARAVIRTUAL)
             .filter_map(|other| other.opened.ok())
             .collect()
     }
@@ -113,6 +133,6 @@ impl Backend {
 
 impl fmt::Debug for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.hypervisor.name())
+        f.write_str(self.name)
     }
 }

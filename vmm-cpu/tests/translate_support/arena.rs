@@ -59,7 +59,13 @@ impl Arena {
     /// Memory of zeros, ROM filled with a pattern.
     pub fn new() -> Self {
         let sizes = EXTENTS.map(|extent| extent.size as usize);
-        let mapping = MmapRegion::new(sizes.iter().sum::<usize>() + CANARY * (sizes.len() + 1)).unwrap();
+        // Shared, as the address window needs it.
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let mapping = MmapRegionBuilder::new(sizes.iter().sum::<usize>() + CANARY * (sizes.len() + 1))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags)
+            .build()
+            .unwrap();
         let mut at = 0;
         let mut canaries = vec![(at, CANARY)];
         at += CANARY;
@@ -68,7 +74,7 @@ impl Arena {
             let start = unsafe { mapping.as_ptr().add(at) };
             let builder = MmapRegionBuilder::new_with_bitmap(size, None)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE);
+                .with_mmap_flags(flags);
             // SAFETY: those bytes are mapped with that protection, for as long as the arena lives, which outlives all
             // that use its regions: see `exercise`.
             let part = unsafe { builder.with_raw_mmap_pointer(start) }.build().unwrap();

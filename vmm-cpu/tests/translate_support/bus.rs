@@ -9,6 +9,7 @@ use vmm_memory::PageBitmap;
 use vmm_memory::vm_memory::GuestAddress;
 
 use super::arena::{Arena, MOVABLE, RAM};
+use super::compare::{Event, Record};
 use super::guest::{Reaction, Value};
 
 /// Callbacks of one run before it is kicked.
@@ -105,6 +106,8 @@ pub struct Bus {
     /// Memory came back during this run.
     pub put: bool,
     pub next: usize,
+    /// All that was seen, if that is to be compared.
+    pub record: Option<Record>,
 }
 
 impl Bus {
@@ -114,7 +117,10 @@ impl Bus {
         (self.calls, self.put) = (0, false);
     }
 
-    fn react(&mut self) -> u64 {
+    fn react(&mut self, name: &'static str, place: u64, data: &[u8]) -> u64 {
+        if let Some(record) = &mut self.record {
+            record.events.push(Event::Call { name, place, data: data.to_vec() });
+        }
         self.calls += 1;
         self.next = self.next.wrapping_add(1);
         if self.calls >= CALLS {
@@ -166,45 +172,49 @@ fn fill(data: &mut [u8], answer: u64) {
 }
 
 impl VcpuIo for Bus {
-    fn pio_read(&mut self, _: u16, size: usize, data: &mut [u8]) {
+    fn pio_read(&mut self, port: u16, size: usize, data: &mut [u8]) {
         Self::check_pio(size, data);
-        fill(data, self.react());
+        fill(data, self.react("pio_read", port.into(), &[size as u8]));
     }
 
-    fn pio_write(&mut self, _: u16, size: usize, data: &[u8]) {
+    fn pio_write(&mut self, port: u16, size: usize, data: &[u8]) {
         Self::check_pio(size, data);
-        self.react();
+        self.react("pio_write", port.into(), data);
     }
 
     fn mmio_read(&mut self, gpa: GuestAddress, data: &mut [u8]) {
         self.check_mmio(gpa, data.len(), false);
-        fill(data, self.react());
+        fill(data, self.react("mmio_read", gpa.0, &[data.len() as u8]));
     }
 
     fn mmio_write(&mut self, gpa: GuestAddress, data: &[u8]) {
         self.check_mmio(gpa, data.len(), true);
-        self.react();
+        self.react("mmio_write", gpa.0, data);
     }
 
-    fn msr_read(&mut self, _: u32) -> Result<u64, MsrFault> {
-        let answer = self.react();
+    fn msr_read(&mut self, index: u32) -> Result<u64, MsrFault> {
+        let answer = self.react("msr_read", index.into(), &[]);
         if answer & 1 == 0 { Ok(answer) } else { Err(MsrFault) }
     }
 
-    fn msr_write(&mut self, _: u32, _: u64) -> Result<(), MsrFault> {
-        if self.react() & 1 == 0 { Ok(()) } else { Err(MsrFault) }
+    fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrFault> {
+        if self.react("msr_write", index.into(), &value.to_le_bytes()) & 1 == 0 {
+            Ok(())
+        } else {
+            Err(MsrFault)
+        }
     }
 
-    fn eoi(&mut self, _: u8) {
-        self.react();
+    fn eoi(&mut self, vector: u8) {
+        self.react("eoi", vector.into(), &[]);
     }
 
     fn acknowledge_interrupt(&mut self) -> Option<u8> {
-        let answer = self.react();
+        let answer = self.react("acknowledge_interrupt", 0, &[]);
         (answer & 0x100 == 0).then_some(answer as u8)
     }
 
-    fn hypercall(&mut self, _: &Hypercall) -> u64 {
-        self.react()
+    fn hypercall(&mut self, call: &Hypercall) -> u64 {
+        self.react("hypercall", call.nr, &[])
     }
 }

@@ -62,6 +62,8 @@ pub enum Instruction {
     },
     /// To somewhere in the code.
     Jump(u16),
+    /// LOOP or JNE to one of the instructions before.
+    Again(u8),
     Iret {
         cs: u8,
         ss: u8,
@@ -275,11 +277,13 @@ fn shape(map: u8, code: u8, modrm: u8, operand: u32, address: u32, wide: bool) -
 pub struct Assembler {
     bytes: Vec<u8>,
     bits: u32,
+    /// Where each begins.
+    starts: Vec<usize>,
 }
 
 impl Assembler {
     pub fn new(bits: u32) -> Self {
-        Self { bytes: Vec::new(), bits }
+        Self { bytes: Vec::new(), bits, starts: Vec::new() }
     }
 
     pub fn finish(self) -> Vec<u8> {
@@ -315,6 +319,7 @@ impl Assembler {
 
     pub fn emit(&mut self, instruction: &Instruction) {
         let bits = self.bits;
+        self.starts.push(self.bytes.len());
         let pick = |list: &[u16], n: u8| list[usize::from(n) % list.len()];
         let code_at = |offset: u16| layout::CODE + u64::from(offset % layout::CODE_SIZE);
         let out = &mut self.bytes;
@@ -401,6 +406,12 @@ impl Assembler {
             Instruction::Jump(offset) => {
                 self.load(0, code_at(offset));
                 self.bytes.extend([0xff, 0xe0]);
+            }
+            Instruction::Again(back) => {
+                let place = self.starts.len().saturating_sub(usize::from(back >> 1) % 16 + 1);
+                let distance = self.starts[place] as i64 - (self.bytes.len() as i64 + 2);
+                let opcode = if back & 1 == 0 { 0xe2 } else { 0x75 };
+                self.bytes.extend([opcode, i8::try_from(distance).unwrap_or(-2).cast_unsigned()]);
             }
             Instruction::Iret { cs, ss, flags, offset } => {
                 let selector = |n: u8| u32::from(SELECTORS[usize::from(n) % SELECTORS.len()]);

@@ -4,19 +4,19 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use vmm_cpu::state::{
-    CpuState, ExceptionEvent, ExceptionStage, InterruptEvent, LocalApicState, Msr, RunState, XsaveArea,
-};
+use vmm_cpu::state::{CpuState, RunState};
 use vmm_cpu::translate::TranslateHypervisor;
 use vmm_cpu::{
     ClockConfig, ClockSource, CpuModel, DebugRequest, Error, Halt, HardwareStop, Hypervisor, InterruptMode,
     MsrRange, Vcpu, VcpuHandle, VmConfig,
 };
 
-use super::arena::{Arena, BELOW_4G, MOVABLE};
+use super::arena::{Arena, BELOW_4G, EXTENTS, MOVABLE};
 use super::bus::{Board, Bus};
 use super::code::Assembler;
-use super::guest::{Guest, Mutation, Start, Step};
+use super::compare::{self, Record};
+use super::guest::{Guest, Mutation, Start, Step, Tier};
+use super::mutate::{change_general, mutate};
 use super::{layout, watchdog};
 
 /// Single steps in a row.
@@ -35,6 +35,8 @@ pub struct Tally {
     pub instructions: u64,
     pub restored: u64,
     pub refused: u64,
+    /// Runs that went the same way on both tiers.
+    pub compared: u64,
 }
 
 impl Tally {
@@ -50,12 +52,12 @@ impl Tally {
         self.instructions += other.instructions;
         self.restored += other.restored;
         self.refused += other.refused;
+        self.compared += other.compared;
     }
 }
 
 struct Machine<'a> {
     guest: &'a Guest,
-    hypervisor: &'a TranslateHypervisor,
     config: VmConfig,
     // vCPUs and bus before the board with the memory.
     vcpus: Vec<Box<dyn Vcpu>>,
@@ -66,19 +68,34 @@ struct Machine<'a> {
     tally: Tally,
 }
 
-fn hypervisor() -> Arc<TranslateHypervisor> {
+/// The backend with that tier. It is asked for what it offers once, which takes a while.
+fn hypervisor(tier: Tier) -> Arc<TranslateHypervisor> {
     thread_local! {
-        static HYPERVISOR: Arc<TranslateHypervisor> = Arc::new(TranslateHypervisor::new());
+        static HYPERVISORS: [Arc<TranslateHypervisor>; 4] =
+            Tier::ALL.map(|tier| Arc::new(TranslateHypervisor::with_options(tier.options())));
     }
-    HYPERVISOR.with(Arc::clone)
+    HYPERVISORS.with(|all| Arc::clone(&all[tier as usize]))
 }
 
-/// Runs the guest of an input.
+/// Runs the guest of an input, on all tiers if it says so.
 pub fn exercise(guest: &Guest) -> Tally {
-    let hypervisor = hypervisor();
-    let deterministic = guest.deterministic && !guest.two;
+    if guest.compared && is_deterministic(guest) {
+        compare::compare(guest)
+    } else {
+        exercise_on(guest, guest.tier, None).0
+    }
+}
+
+/// Whether all that the guest sees follows from the input.
+pub fn is_deterministic(guest: &Guest) -> bool {
+    guest.deterministic && !guest.two
+}
+
+/// Runs the guest of an input on `tier`; adds to `record` what is seen of it.
+pub fn exercise_on(guest: &Guest, tier: Tier, record: Option<Record>) -> (Tally, Option<Record>) {
+    let hypervisor = hypervisor(tier);
     let mut clock = ClockConfig::default();
-    if deterministic {
+    if is_deterministic(guest) {
         clock.source = ClockSource::Deterministic;
     }
     let interrupts = if guest.local_apic { InterruptMode::LocalApic } else { InterruptMode::External };
@@ -98,18 +115,10 @@ pub fn exercise(guest: &Guest) -> Tally {
         calls: 0,
         put: false,
         next: 0,
+        record,
     };
-    let mut machine = Machine {
-        guest,
-        hypervisor: &hypervisor,
-        config,
-        vcpus,
-        current: 0,
-        bus,
-        board,
-        paused: false,
-        tally: Tally::default(),
-    };
+    let mut machine =
+        Machine { guest, config, vcpus, current: 0, bus, board, paused: false, tally: Tally::default() };
     machine.prepare();
     machine.start(&guest.start, 0);
     machine.run();
@@ -117,10 +126,10 @@ pub fn exercise(guest: &Guest) -> Tally {
         machine.step(step);
     }
     machine.finish();
-    let tally = machine.tally;
+    let (tally, record) = (machine.tally, machine.bus.record.take());
     drop(machine);
     arena.check();
-    tally
+    (tally, record)
 }
 
 impl Machine<'_> {
@@ -176,9 +185,20 @@ impl Machine<'_> {
     fn run(&mut self) -> Option<Halt> {
         let handle = self.handle();
         self.bus.rewind(Arc::clone(&handle));
-        let watch = watchdog::watch(handle, || format!("{:#?}", self.guest));
-        let result = self.vcpus[self.current].run(&mut self.bus);
-        drop(watch);
+        let vcpu = &mut self.vcpus[self.current];
+        let kick_after = if self.bus.record.is_some() {
+            let now = self.board.vm.clock().unwrap().now().unwrap();
+            compare::limit(&mut **vcpu, now);
+            compare::KICK_AFTER
+        } else {
+            watchdog::KICK_AFTER
+        };
+        let watch = watchdog::watch(handle, kick_after, || format!("{:#?}", self.guest));
+        let result = vcpu.run(&mut self.bus);
+        let kicked = watch.end();
+        if let Some(record) = &mut self.bus.record {
+            record.note(&mut **vcpu, &result, kicked);
+        }
         let tally = &mut self.tally;
         tally.runs += 1;
         tally.calls += u64::from(self.bus.calls);
@@ -186,7 +206,7 @@ impl Machine<'_> {
             Ok(Halt::Halted) => tally.halted += 1,
             Ok(Halt::Shutdown) => tally.shutdown += 1,
             Ok(Halt::Debug(_)) => tally.debug += 1,
-            Ok(Halt::Interrupted) => tally.interrupted += 1,
+            Ok(Halt::Interrupted | Halt::ExactStop) => tally.interrupted += 1,
             Ok(other) => panic!("{other:?}"),
             Err(Error::Unhandled(unhandled)) => {
                 tally.unhandled += 1;
@@ -303,7 +323,8 @@ impl Machine<'_> {
         let again = self.vcpu().save().unwrap();
         assert_eq!(without_time(&state), without_time(&again));
         let config = self.config.clone().vcpus(2).clock(ClockConfig::default());
-        let other = self.hypervisor.create_vm(&config).unwrap();
+        // Whatever saved it: state does not tell.
+        let other = hypervisor(Tier::Interpreted).create_vm(&config).unwrap();
         let index = self.current as u32;
         other.restore_vcpu(index, &state).unwrap_or_else(|error| panic!("{error}: {state:?}"));
     }
@@ -348,6 +369,9 @@ impl Machine<'_> {
         if let Some(bytes) = self.board.taken.borrow_mut().take() {
             assert!(self.board.arena.bytes(MOVABLE) == bytes, "memory was written after it was taken away");
         }
+        if let Some(record) = &mut self.bus.record {
+            record.memory = EXTENTS.iter().map(|extent| self.board.arena.bytes(*extent)).collect();
+        }
     }
 }
 
@@ -364,112 +388,4 @@ fn without_time(state: &CpuState) -> CpuState {
         apic.registers[0x0a] = 0;
     }
     state
-}
-
-fn change_general(general: &mut vmm_cpu::state::GeneralRegisters, register: u8, value: u64) {
-    let g = general;
-    let registers = [
-        &mut g.rax,
-        &mut g.rbx,
-        &mut g.rcx,
-        &mut g.rdx,
-        &mut g.rsi,
-        &mut g.rdi,
-        &mut g.rsp,
-        &mut g.rbp,
-        &mut g.r8,
-        &mut g.r9,
-        &mut g.r15,
-        &mut g.rflags,
-        &mut g.rip,
-    ];
-    let count = registers.len();
-    for (n, place) in registers.into_iter().enumerate() {
-        if n == usize::from(register) % count {
-            *place = value;
-        }
-    }
-}
-
-fn mutate(state: &mut CpuState, mutation: &Mutation) {
-    let control = |state: &mut CpuState, n: u8, change: &dyn Fn(&mut u64)| {
-        let s = &mut state.system;
-        let [d0, d1, d2, d3] = &mut s.dr;
-        let registers = [
-            &mut s.cr0,
-            &mut s.cr2,
-            &mut s.cr3,
-            &mut s.cr4,
-            &mut s.cr8,
-            &mut s.efer,
-            &mut s.apic_base,
-            d0,
-            d1,
-            d2,
-            d3,
-            &mut s.dr6,
-            &mut s.dr7,
-            &mut s.xcr0,
-        ];
-        let count = registers.len();
-        for (index, register) in registers.into_iter().enumerate() {
-            if index == usize::from(n) % count {
-                change(register);
-            }
-        }
-    };
-    match *mutation {
-        Mutation::General(register, value) => change_general(&mut state.general, register, value.get()),
-        Mutation::Control(n, value) => control(state, n, &|register| *register = value.get()),
-        Mutation::ControlBit(n, bit) => control(state, n, &|register| *register ^= 1 << (bit & 63)),
-        Mutation::Segment(change) => layout::change_segment(&mut state.system, &change),
-        Mutation::Table(n, base, limit) => {
-            let table = if n & 1 == 0 { &mut state.system.gdtr } else { &mut state.system.idtr };
-            (table.base, table.limit) = (base.get(), limit);
-        }
-        Mutation::Xsave(at, byte) => {
-            let mut bytes = state.xsave.bytes().to_vec();
-            bytes.resize(bytes.len().max(576 + usize::from(at >> 12) * 1000), 0x5a);
-            let at = usize::from(at) % bytes.len().min(640);
-            bytes[at] = byte;
-            state.xsave = XsaveArea::from_bytes(bytes).unwrap();
-        }
-        Mutation::Msr(index, value) => {
-            state.msrs.retain(|msr| msr.index != index.get());
-            state.msrs.push(Msr { index: index.get(), value: value.get() });
-        }
-        Mutation::Apic(register, value) => {
-            if let Some(apic) = &mut state.local_apic {
-                apic.registers[usize::from(register & 63)] = value;
-            }
-        }
-        Mutation::NoApic => state.local_apic = None,
-        Mutation::AnApic => {
-            state.local_apic.get_or_insert_with(LocalApicState::default);
-        }
-        Mutation::Exception { vector, error, pending, payload } => {
-            let mut event = ExceptionEvent::injected(vector & 0x3f, error);
-            if pending {
-                event.stage = ExceptionStage::Pending;
-            }
-            event.payload = payload.map(super::guest::Value::get);
-            state.events.exception = Some(event);
-        }
-        Mutation::Interrupt { vector, software } => {
-            state.events.interrupt = Some(InterruptEvent::new(vector, software));
-        }
-        Mutation::Nmi(bits) => {
-            let events = &mut state.events;
-            events.nmi.injected = bits & 1 != 0;
-            events.nmi.pending = bits & 2 != 0;
-            events.nmi.masked = bits & 4 != 0;
-            events.shadow.sti = bits & 8 != 0;
-            events.shadow.mov_ss = bits & 16 != 0;
-            events.intr = bits & 32 != 0;
-        }
-        Mutation::Run(n) => {
-            let states = [RunState::Running, RunState::Halted, RunState::WaitForInit, RunState::WaitForSipi];
-            state.run_state = states[usize::from(n & 3)];
-        }
-    }
 }

@@ -1,10 +1,11 @@
-//! A small machine for single attacks: 32-bit code in flat segments, no paging, RAM from 0 on.
+//! A small machine for single attacks: 32-bit code in flat segments, no paging, RAM from 0 on. Or 64-bit code, which can be
+//! translated, with page tables of the test's own.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_cpu::state::{DescriptorTable, GeneralRegisters, RunState, Segment, SystemRegisters};
-use vmm_cpu::translate::TranslateHypervisor;
+use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
 use vmm_cpu::{
     ClockConfig, ClockSource, CpuModel, EmptyBus, GuestAccess, Halt, Hypervisor, InterruptMode, Vcpu, VcpuIo,
     Vm, VmConfig,
@@ -12,6 +13,7 @@ use vmm_cpu::{
 use vmm_memory::vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_memory::{Backing, GuestRam, GuestRegion, RegionConfig};
 
+use super::guest::Tier;
 use super::watchdog;
 
 pub const SIZE: u64 = 0x4_0000;
@@ -22,9 +24,9 @@ pub struct Flat {
     pub ram: Arc<GuestRegion>,
 }
 
-/// A region of its own.
+/// A region of its own, shared as the address window needs it.
 pub fn region(gpa: u64, size: u64) -> Arc<GuestRegion> {
-    made(RegionConfig::new(GuestAddress(gpa), size))
+    made(RegionConfig::new(GuestAddress(gpa), size).backing(Backing::Memfd))
 }
 
 /// One whose host mapping refuses writes.
@@ -79,7 +81,29 @@ impl Flat {
     }
 
     pub fn with(config: &VmConfig, at: u64, code: &[u8]) -> Self {
-        let vm = TranslateHypervisor::new().create_vm(config).unwrap();
+        Self::on(TranslateOptions::default(), config, at, code)
+    }
+
+    /// Runs 64-bit code at a linear address with that CR3, which memory is yet to be filled for.
+    pub fn long(tier: Tier, cr3: u64, at: u64) -> Self {
+        Self::long_with(tier, &config(InterruptMode::External), cr3, at)
+    }
+
+    /// The same with another configuration.
+    pub fn long_with(tier: Tier, config: &VmConfig, cr3: u64, at: u64) -> Self {
+        let mut machine = Self::on(tier.options(), config, 0, &[]);
+        let mut system = machine.vcpu.system_registers().unwrap();
+        system.cs = Segment::code64(8);
+        // PE MP NE WP PG, PAE OSFXSR OSXMMEXCPT, LME LMA.
+        (system.cr0, system.cr3, system.cr4, system.efer) = (0x8001_0033, cr3, 0x620, 0x500);
+        machine.vcpu.set_system_registers(&system).unwrap();
+        let general = machine.vcpu.registers().unwrap();
+        machine.vcpu.set_registers(&GeneralRegisters { rip: at, ..general }).unwrap();
+        machine
+    }
+
+    fn on(options: TranslateOptions, config: &VmConfig, at: u64, code: &[u8]) -> Self {
+        let vm = TranslateHypervisor::with_options(options).create_vm(config).unwrap();
         let ram = region(0, SIZE);
         vm.map_memory(Arc::clone(&ram), GuestAccess::ReadWrite).unwrap();
         let mut vcpu = vm.create_vcpu(0).unwrap();
@@ -127,7 +151,7 @@ impl Flat {
     /// Runs until something ends it, at the latest a kick of the watchdog.
     pub fn run_once(&mut self, io: &mut dyn VcpuIo) -> Halt {
         watchdog::set_patience(Duration::from_secs(10));
-        let _watch = watchdog::watch(self.vcpu.handle(), || "an attack".to_owned());
+        let _watch = watchdog::watch(self.vcpu.handle(), watchdog::KICK_AFTER, || "an attack".to_owned());
         self.vcpu.run(io).unwrap()
     }
 }

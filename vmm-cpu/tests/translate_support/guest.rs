@@ -1,6 +1,7 @@
 //! What an input describes. Fields that select something are reduced to what there is, so that no input is refused.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
+use vmm_cpu::translate::{AddressWindow, TranslateOptions};
 
 use super::code::Instruction;
 use super::layout;
@@ -46,6 +47,33 @@ impl Mode {
 
     pub fn is_paged(self) -> bool {
         matches!(self, Self::Paged32 | Self::Pae) || self.is_long()
+    }
+}
+
+/// What executes the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
+pub enum Tier {
+    /// The interpreter alone.
+    Interpreted,
+    /// Blocks are translated before they run for the first time.
+    AtOnce,
+    /// Blocks that ran twice are translated.
+    Later,
+    /// Blocks are translated at once, and user programs access memory through the address window.
+    Window,
+}
+
+impl Tier {
+    pub const ALL: [Self; 4] = [Self::Interpreted, Self::AtOnce, Self::Later, Self::Window];
+
+    pub fn options(self) -> TranslateOptions {
+        let (translate_after, window) = match self {
+            Self::Interpreted => (None, AddressWindow::Never),
+            Self::AtOnce => (Some(0), AddressWindow::Never),
+            Self::Later => (Some(2), AddressWindow::Never),
+            Self::Window => (Some(0), AddressWindow::Always),
+        };
+        TranslateOptions::default().translate_after(translate_after).address_window(window)
     }
 }
 
@@ -277,6 +305,9 @@ pub enum Step {
 /// The whole input.
 #[derive(Clone, Debug, Arbitrary)]
 pub struct Guest {
+    pub tier: Tier,
+    /// All tiers must come to the same, where all that the guest sees follows from the input.
+    pub compared: bool,
     pub start: Start,
     pub local_apic: bool,
     pub deterministic: bool,

@@ -6,7 +6,9 @@
 //! - [`arena`]: guest memory between canaries.
 //! - [`bus`]: a VMM that answers at random and changes the machine from its callbacks.
 //! - [`watchdog`]: kicks long runs, and ends the process at one that does not answer.
+//! - [`mutate`]: changes of saved states.
 //! - [`exercise`]: all of it together.
+//! - [`compare`]: what both tiers make of a guest.
 //!
 //! Uses nothing but the public API, so that the fuzz target can include it.
 
@@ -21,11 +23,15 @@ pub mod arena;
 mod attacks;
 pub mod bus;
 pub mod code;
+pub mod compare;
 pub mod exercise;
 #[cfg(test)]
 mod flat;
 pub mod guest;
 pub mod layout;
+pub mod mutate;
+#[cfg(test)]
+mod translated;
 pub mod watchdog;
 
 /// Held by whoever measures memory or takes much of it: tests run in parallel.

@@ -8,8 +8,8 @@ use vmm_cpu::VcpuHandle;
 
 /// How often the thread looks.
 const TICK: Duration = Duration::from_micros(50);
-/// How long a run lasts before it is kicked.
-const KICK_AFTER: Duration = Duration::from_micros(300);
+/// How long a run lasts before it is kicked, unless it is told how long.
+pub const KICK_AFTER: Duration = Duration::from_micros(300);
 
 /// How long a kicked run may take to return, in milliseconds.
 static PATIENCE_MS: AtomicU64 = AtomicU64::new(1000);
@@ -17,6 +17,7 @@ static PATIENCE_MS: AtomicU64 = AtomicU64::new(1000);
 struct Run {
     handle: Arc<dyn VcpuHandle>,
     since: Instant,
+    kick_after: Duration,
     kicked: bool,
     what: String,
 }
@@ -32,20 +33,33 @@ pub fn set_patience(patience: Duration) {
 /// Watches the run that follows, until dropped.
 pub struct Watch(u64);
 
-pub fn watch(handle: Arc<dyn VcpuHandle>, what: impl FnOnce() -> String) -> Watch {
+pub fn watch(handle: Arc<dyn VcpuHandle>, kick_after: Duration, what: impl FnOnce() -> String) -> Watch {
     static THREAD: OnceLock<()> = OnceLock::new();
     THREAD.get_or_init(|| {
         std::thread::Builder::new().name("watchdog".to_owned()).spawn(look).unwrap();
     });
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    let run = Run { handle, since: Instant::now(), kicked: false, what: what() };
+    let run = Run { handle, since: Instant::now(), kick_after, kicked: false, what: what() };
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner).push((id, run));
     Watch(id)
 }
 
+impl Watch {
+    /// Ends it; whether the run was kicked, or the next one will be.
+    pub fn end(self) -> bool {
+        self.forget()
+    }
+
+    fn forget(&self) -> bool {
+        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = running.iter().position(|(id, _)| *id == self.0);
+        place.is_some_and(|place| running.swap_remove(place).1.kicked)
+    }
+}
+
 impl Drop for Watch {
     fn drop(&mut self) {
-        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).retain(|(id, _)| *id != self.0);
+        self.forget();
     }
 }
 
@@ -64,11 +78,11 @@ fn look() {
         }
         for (_, run) in running.iter_mut() {
             let lasted = run.since.elapsed();
-            if !run.kicked && lasted > KICK_AFTER {
+            if !run.kicked && lasted > run.kick_after {
                 run.handle.kick();
                 run.kicked = true;
             }
-            if lasted > KICK_AFTER + patience + lost {
+            if lasted > run.kick_after + patience + lost {
                 eprintln!("a run did not answer a kick within {patience:?}: {}", run.what);
                 std::process::abort();
             }

@@ -78,10 +78,13 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         Some(session) => session,
         None => session(options)?,
     };
-    // What the translator maps a second time has to be shared.
-    let backing = if hypervisor.name() == translate::NAME { Backing::Memfd } else { Backing::Anonymous };
-    let ram =
-        GuestRam::builder().ram(options.memory << 20).backing(backing).track_dirty(rerun.hashes()).build()?;
+    let ram_backing =
+        if hypervisor.name() == translate::NAME { options.translated_ram() } else { Backing::Anonymous };
+    let ram = GuestRam::builder()
+        .ram(options.memory << 20)
+        .backing(ram_backing)
+        .track_dirty(rerun.hashes())
+        .build()?;
     let stop = Arc::new(StopSign::default());
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let output = |port| Watch::port(&watch, port);
@@ -222,8 +225,8 @@ fn choose(options: &Options, name: &str) -> Result<Box<dyn Hypervisor>> {
     }
     if name != "auto" {
         ensure!(
-            !options.interpret && !options.digest,
-            "--interpret and --digest go with --backend translate"
+            !options.interpret && !options.digest && options.code_memory.is_none(),
+            "--interpret, --digest and --code-memory go with --backend translate"
         );
         return Ok(open_backend(name)?);
     }

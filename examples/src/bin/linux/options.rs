@@ -16,7 +16,7 @@ use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
 use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices};
-use vmm_memory::GuestRam;
+use vmm_memory::{Backing, GuestRam};
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
@@ -35,6 +35,9 @@ pub(crate) struct Options {
     /// Which of the guest's programs access memory through the host's MMU with backend translate
     #[arg(long, value_enum, default_value_t)]
     pub(crate) address_window: Windows,
+    /// KiB of memory for translated code that each vCPU has with backend translate, instead of 64 MiB.
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(256..=1 << 20))]
+    pub(crate) code_memory: Option<u32>,
     /// Has the backend compute a digest of the registers at the start of each basic block, which --timings shows at the end.
     #[arg(long)]
     pub(crate) digest: bool,
@@ -139,12 +142,23 @@ impl Options {
         if self.interpret {
             options = options.translate_after(None);
         }
+        if let Some(bytes) = self.code_memory.and_then(|kib| usize::try_from(kib).ok()?.checked_mul(1024)) {
+            options = options.code_memory(bytes);
+        }
         options = options.address_window(match self.address_window {
             Windows::Never => AddressWindow::Never,
             Windows::Adaptive => AddressWindow::Adaptive,
             Windows::Always => AddressWindow::Always,
         });
         Box::new(TranslateHypervisor::with_options(options))
+    }
+
+    /// What RAM is made of for that backend: what it maps a second time, into address windows, has to be shared.
+    pub(crate) fn translated_ram(&self) -> Backing {
+        match self.address_window {
+            Windows::Never => Backing::Anonymous,
+            Windows::Adaptive | Windows::Always => Backing::Memfd,
+        }
     }
 
     /// The transport of virtio devices, if any are wanted.

@@ -20,7 +20,7 @@ use vmm_cpu::{ClockConfig, ClockSource, CpuModel, GuestAccess, Hypervisor, Vcpu,
 use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 use vmm_memory::{Backing, GuestRam, GuestRegion, RegionConfig};
 
-use super::{Tier, kernel};
+use super::{Who, kernel};
 use crate::case::AREAS;
 use crate::memory::{self, IMAGE};
 use crate::start::{USER_DS, USER32_CS, USER64_CS};
@@ -123,15 +123,15 @@ pub(super) struct Machine {
 }
 
 /// A machine whose vCPU is about to load the state of a case.
-pub(super) fn build(tier: Tier) -> Result<Machine> {
+pub(super) fn build(who: Who) -> Result<Machine> {
     let mut clock = ClockConfig::default();
     // Stops at instruction counts come with it.
     clock.source = ClockSource::Deterministic;
     let config = VmConfig::new(CpuModel::Host).clock(clock);
-    let (translate_after, window) = match tier {
-        Tier::Interpreter => (None, AddressWindow::Never),
-        Tier::Translator => (Some(0), AddressWindow::Never),
-        Tier::Window => (Some(0), AddressWindow::Always),
+    let (translate_after, window) = match who {
+        Who::Interpreter => (None, AddressWindow::Never),
+        Who::Translator | Who::TranslatorAgain => (Some(0), AddressWindow::Never),
+        Who::Window | Who::WindowAgain => (Some(0), AddressWindow::Always),
     };
     let options = TranslateOptions::default().translate_after(translate_after).address_window(window);
     let vm = TranslateHypervisor::with_options(options).create_vm(&config)?;

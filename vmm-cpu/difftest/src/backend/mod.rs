@@ -3,6 +3,7 @@
 mod kernel;
 mod machine;
 
+use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -37,9 +38,56 @@ pub(crate) enum Tier {
     /// The same, and programs access memory through the address window.
     #[value(name = "window")]
     Window,
+    /// Each of them: all must do as the processor.
+    All,
 }
 
-/// The backend, ready for a case.
+/// Who it was that executed a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    Interpreter,
+    Translator,
+    /// The translator, which had translated the code already and linked its blocks.
+    TranslatorAgain,
+    /// The translator, with memory in an address window.
+    Window,
+    /// Likewise.
+    WindowAgain,
+}
+
+impl Who {
+    /// The same once more, if that may be something else.
+    pub(crate) fn again(self) -> Option<Self> {
+        match self {
+            Self::Translator => Some(Self::TranslatorAgain),
+            Self::Window => Some(Self::WindowAgain),
+            _ => None,
+        }
+    }
+
+    /// Whoever it is the first time.
+    pub(crate) fn first(self) -> Self {
+        match self {
+            Self::TranslatorAgain => Self::Translator,
+            Self::WindowAgain => Self::Window,
+            who => who,
+        }
+    }
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Interpreter => "interpreter",
+            Self::Translator => "translator",
+            Self::TranslatorAgain => "linked code",
+            Self::Window => "window",
+            Self::WindowAgain => "linked window",
+        })
+    }
+}
+
+/// The backend on one tier, ready for a case.
 pub(crate) struct Backend {
     machine: Machine,
     /// Where ring 0 begins, for when a case did not come back there.
@@ -97,8 +145,8 @@ fn bytes(start: &Start) -> [u8; START] {
 }
 
 impl Backend {
-    pub(crate) fn new(tier: Tier) -> Result<Self> {
-        let mut machine = machine::build(tier).context("cannot make the guest")?;
+    pub(crate) fn new(who: Who) -> Result<Self> {
+        let mut machine = machine::build(who).context("cannot make the guest")?;
         let fresh = machine.vcpu.save()?;
         let port = Port { handle: machine.vcpu.handle(), done: false };
         Ok(Self {

@@ -12,7 +12,12 @@ fn both(native: &mut Native, backend: &mut Backend, case: &Case) -> (Outcome, Ou
 
 #[test]
 fn both_sides_agree() {
-    let (mut native, mut backend) = (Native::new().unwrap(), Backend::new(Tier::Interpreter).unwrap());
+    both_sides_agree_with(Who::Interpreter);
+    both_sides_agree_with(Who::Translator);
+}
+
+fn both_sides_agree_with(who: Who) {
+    let (mut native, mut backend) = (Native::new().unwrap(), Backend::new(who).unwrap());
     let long: &[&[u8]] = &[
         &[0x90],
         &[0xcc],

@@ -6,7 +6,7 @@ use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind, R
 
 use super::builder::{Builder, Pointer, RSP};
 use super::layout::{Destination, Step};
-use super::operands;
+use super::{Shape, operands};
 use crate::case::Mode;
 use crate::forms::is_beyond;
 use crate::undefined;
@@ -189,7 +189,7 @@ fn companion(builder: &mut Builder<'_>, target: Code) -> Code {
 }
 
 /// The instructions of a case.
-pub(super) fn steps(builder: &mut Builder<'_>, target: Code) -> Option<Vec<Step>> {
+pub(super) fn steps(builder: &mut Builder<'_>, target: Code, shape: Shape) -> Option<Vec<Step>> {
     let instruction = operands::instruction(builder, target)?;
     let mut step = Step::new(builder, instruction);
     if builder.one_in(32) {
@@ -198,6 +198,7 @@ pub(super) fn steps(builder: &mut Builder<'_>, target: Code) -> Option<Vec<Step>
     }
     step.decorate(builder);
     let others = match builder.random.u8(..16) {
+        _ if shape == Shape::Sequence => builder.random.usize(1..12),
         0..=6 => 0,
         7..=12 => builder.random.usize(1..4),
         _ => builder.random.usize(4..12),
@@ -217,7 +218,7 @@ pub(super) fn steps(builder: &mut Builder<'_>, target: Code) -> Option<Vec<Step>
     let mut steps = Vec::new();
     let mut changed = 0;
     for _ in 0..before {
-        let Some((step, written)) = other(builder, target, changed) else { continue };
+        let Some((step, written)) = other(builder, target, shape, changed) else { continue };
         // What the target needs stays as it is, mostly.
         if written & needed == 0 || builder.one_in(24) {
             changed |= written;
@@ -233,7 +234,8 @@ pub(super) fn steps(builder: &mut Builder<'_>, target: Code) -> Option<Vec<Step>
             true => builder.pick(&Companions::of(builder.mode).consumers, Code::Nopd),
             false => target,
         };
-        let made = if consumer { made(builder, code, changed) } else { other(builder, target, changed) };
+        let made =
+            if consumer { made(builder, code, changed) } else { other(builder, target, shape, changed) };
         if let Some((step, written)) = made {
             changed |= written;
             steps.push(step);
@@ -242,9 +244,74 @@ pub(super) fn steps(builder: &mut Builder<'_>, target: Code) -> Option<Vec<Step>
     Some(defined(steps, place))
 }
 
-fn other(builder: &mut Builder<'_>, target: Code, changed: u16) -> Option<(Step, u16)> {
+fn other(builder: &mut Builder<'_>, target: Code, shape: Shape, changed: u16) -> Option<(Step, u16)> {
+    if shape == Shape::Sequence && builder.one_in(6) {
+        return Some((forward(builder), 0));
+    }
     let code = companion(builder, target);
     made(builder, code, changed)
+}
+
+/// A branch over some of what follows, if there is so much.
+fn forward(builder: &mut Builder<'_>) -> Step {
+    let number = builder.random.u8(..16);
+    let code = match builder.mode {
+        Mode::Long => FORWARD_64.get(usize::from(number)),
+        Mode::Compatibility => FORWARD_32.get(usize::from(number)),
+    };
+    let code = code.copied().unwrap_or(Code::Nopd);
+    branch(builder, code, Destination::Later)
+}
+
+const FORWARD_64: [Code; 16] = [
+    Code::Jo_rel8_64,
+    Code::Jno_rel8_64,
+    Code::Jb_rel8_64,
+    Code::Jae_rel8_64,
+    Code::Je_rel8_64,
+    Code::Jne_rel8_64,
+    Code::Jbe_rel8_64,
+    Code::Ja_rel32_64,
+    Code::Js_rel8_64,
+    Code::Jns_rel32_64,
+    Code::Jp_rel8_64,
+    Code::Jge_rel8_64,
+    Code::Jle_rel8_64,
+    Code::Jrcxz_rel8_64,
+    Code::Jmp_rel8_64,
+    Code::Jmp_rel32_64,
+];
+const FORWARD_32: [Code; 16] = [
+    Code::Jo_rel8_32,
+    Code::Jno_rel8_32,
+    Code::Jb_rel8_32,
+    Code::Jae_rel8_32,
+    Code::Je_rel8_32,
+    Code::Jne_rel8_32,
+    Code::Jbe_rel8_32,
+    Code::Ja_rel32_32,
+    Code::Js_rel8_32,
+    Code::Jns_rel32_32,
+    Code::Jp_rel8_32,
+    Code::Jge_rel8_32,
+    Code::Jle_rel8_32,
+    Code::Jecxz_rel8_32,
+    Code::Jmp_rel8_32,
+    Code::Jmp_rel32_32,
+];
+
+/// A near branch of form `code`.
+fn branch(builder: &mut Builder<'_>, code: Code, to: Destination) -> Step {
+    let kind = match builder.mode {
+        Mode::Long => OpKind::NearBranch64,
+        Mode::Compatibility => OpKind::NearBranch32,
+    };
+    let mut instruction = Instruction::new();
+    instruction.set_code(code);
+    instruction.set_op0_kind(kind);
+    builder.pointers.clear();
+    builder.pointers.push((Pointer::Operand, to));
+    Step::new(builder, instruction)
 }
 
 /// An instruction of form `code` behind others that have written `changed`, and the registers that it writes.
@@ -266,23 +333,18 @@ fn is_near_branch(step: &Step) -> bool {
 }
 
 /// The branch comes last and leads back to others, behind which the case ends.
-fn backward(builder: &mut Builder<'_>, mut branch: Step, others: usize) -> Vec<Step> {
+fn backward(builder: &mut Builder<'_>, mut last_branch: Step, others: usize) -> Vec<Step> {
     let jump = |builder: &mut Builder<'_>, to: usize| {
-        let (code, kind) = match builder.mode {
-            Mode::Long => (Code::Jmp_rel32_64, OpKind::NearBranch64),
-            Mode::Compatibility => (Code::Jmp_rel32_32, OpKind::NearBranch32),
+        let code = match builder.mode {
+            Mode::Long => Code::Jmp_rel32_64,
+            Mode::Compatibility => Code::Jmp_rel32_32,
         };
-        let mut instruction = Instruction::new();
-        instruction.set_code(code);
-        instruction.set_op0_kind(kind);
-        builder.pointers.clear();
-        builder.pointers.push((Pointer::Operand, Destination::Instruction(to)));
-        Step::new(builder, instruction)
+        branch(builder, code, Destination::Instruction(to))
     };
     let mut body = Vec::new();
-    let mut changed = builder.written(&branch.instruction);
+    let mut changed = builder.written(&last_branch.instruction);
     for _ in 0..others.min(5) {
-        if let Some((step, written)) = other(builder, Code::Nopd, changed) {
+        if let Some((step, written)) = other(builder, Code::Nopd, Shape::Plain, changed) {
             changed |= written;
             body.push(step);
         }
@@ -292,8 +354,8 @@ fn backward(builder: &mut Builder<'_>, mut branch: Step, others: usize) -> Vec<S
     let mut steps = vec![jump(builder, last)];
     steps.extend(body);
     steps.push(jump(builder, last + 1));
-    branch.pointers = vec![(Pointer::Operand, Destination::Instruction(1))];
-    steps.push(branch);
+    last_branch.pointers = vec![(Pointer::Operand, Destination::Instruction(1))];
+    steps.push(last_branch);
     steps
 }
 

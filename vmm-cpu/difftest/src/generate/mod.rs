@@ -22,18 +22,28 @@ use values::Element;
 /// The generator: the same seed gives the same case.
 pub(crate) type Random = fastrand::Rng;
 
-/// A case with an instruction of form `target`, which depends on `random` alone. None where there is no such instruction
-/// in code of ring 3.
-pub(crate) fn generate(random: &mut Random, target: Code) -> Option<Case> {
-    (0..20).find_map(|_| attempt(random, target))
+/// What stands around the instruction that a case is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Shape {
+    /// Nothing, or others that it depends on and that depend on it.
+    #[default]
+    Plain,
+    /// Others in any case, up to 12 in all, with branches forwards among them.
+    Sequence,
 }
 
-fn attempt(random: &mut Random, target: Code) -> Option<Case> {
+/// A case with an instruction of form `target`, which depends on `random` alone. None where there is no such instruction
+/// in code of ring 3.
+pub(crate) fn generate(random: &mut Random, target: Code, shape: Shape) -> Option<Case> {
+    (0..20).find_map(|_| attempt(random, target, shape))
+}
+
+fn attempt(random: &mut Random, target: Code, shape: Shape) -> Option<Case> {
     let op_code = target.op_code();
     let mode = match (op_code.mode64(), op_code.mode32()) {
         // From 32-bit code it has Linux return to where the kernel's own system calls are.
         (true, _) if target == Code::Syscall => Mode::Long,
-        (true, true) if random.u8(..6) == 0 => Mode::Compatibility,
+        (true, true) if shape == Shape::Plain && random.u8(..6) == 0 => Mode::Compatibility,
         (true, _) => Mode::Long,
         (false, true) => Mode::Compatibility,
         (false, false) => return None,
@@ -42,7 +52,7 @@ fn attempt(random: &mut Random, target: Code) -> Option<Case> {
     builder.backward = builder.one_in(if is_string(target) { 3 } else { 10 });
     // The processor's side has something else in their place.
     builder.reads_code = !has_rule(target);
-    let mut steps = blocks::steps(&mut builder, target)?;
+    let mut steps = blocks::steps(&mut builder, target, shape)?;
     let layout = layout::place(&mut builder, &mut steps)?;
 
     let mut general = builder.general();

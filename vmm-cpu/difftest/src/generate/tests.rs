@@ -8,7 +8,7 @@ use crate::forms::forms;
 fn cases(code: Code, count: u64) -> impl Iterator<Item = Case> {
     (0..count).map(move |n| {
         let mut random = Random::with_seed(n.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        generate(&mut random, code).unwrap_or_else(|| panic!("{code:?} {n}"))
+        generate(&mut random, code, Shape::Plain).unwrap_or_else(|| panic!("{code:?} {n}"))
     })
 }
 
@@ -80,4 +80,22 @@ fn operands_in_memory_are_mostly_there() {
     }
     assert!(all > 1000, "{all} in memory");
     assert!(there * 100 > all * 85 && there * 100 < all * 98, "{there} of {all} are there");
+}
+
+#[test]
+fn sequences_are_sequences() {
+    let (mut instructions, mut branches, mut count) = (0, 0, 0);
+    for code in forms().iter().step_by(3) {
+        for n in 0..4 {
+            let mut random = Random::with_seed(n);
+            let Some(case) = generate(&mut random, *code, Shape::Sequence) else { continue };
+            assert!(case.instructions.len() <= 12, "{code:?}");
+            instructions += case.instructions.len();
+            let all = decoded(&case);
+            branches += all.iter().filter(|instruction| instruction.near_branch_target() != 0).count();
+            count += 1;
+        }
+    }
+    assert!(instructions > 3 * count, "{instructions} instructions in {count} sequences");
+    assert!(branches * 3 > count, "{branches} branches in {count} sequences");
 }

@@ -1,4 +1,4 @@
-//! The two engines that run the same image.
+//! The engines that run the same image.
 
 mod qemu;
 mod translate;
@@ -29,7 +29,10 @@ pub enum End {
 /// Which engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
-    Translate,
+    /// `translate`, interpreted.
+    Interpreter,
+    /// `translate`, translated wherever it can be, from the first run on.
+    Translator,
     Qemu,
 }
 
@@ -40,7 +43,8 @@ impl Engine {
         while memory.word(control::DONE)? == 0 {
             let before = memory.word(control::STARTED)?;
             let end = match self {
-                Engine::Translate => translate::boot(image, memory)?,
+                Engine::Interpreter => translate::boot(image, memory, None)?,
+                Engine::Translator => translate::boot(image, memory, Some(0))?,
                 Engine::Qemu => qemu::boot(image, memory)?,
             };
             if let Some(end) = end {

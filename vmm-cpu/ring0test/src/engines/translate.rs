@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use vmm_cpu::entry::entry_state;
+use vmm_cpu::translate::{TranslateHypervisor, TranslateOptions};
 use vmm_cpu::{
-    ClockConfig, ClockSource, CpuModel, Error, ExactStop, Halt, InterruptMode, VcpuHandle, VcpuIo, VmConfig,
-    open_backend,
+    ClockConfig, ClockSource, CpuModel, Error, ExactStop, Halt, Hypervisor, InterruptMode, VcpuHandle,
+    VcpuIo, VmConfig,
 };
 use vmm_memory::boot::{Boot, KernelImage};
 use vmm_memory::vm_memory::GuestAddress;
@@ -36,7 +37,7 @@ impl VcpuIo for Bus {
 }
 
 /// Boots the image. `None`: all scenarios are done.
-pub(super) fn boot(image: &Path, memory: &Memory) -> Result<Option<End>> {
+pub(super) fn boot(image: &Path, memory: &Memory, translate_after: Option<u32>) -> Result<Option<End>> {
     let backing = Backing::File { file: Arc::clone(&memory.file), offset: 0 };
     let region = RegionConfig::new(GuestAddress(0), memory.bytes).backing(backing);
     let ram = GuestRam::builder().region(region).build()?;
@@ -46,7 +47,8 @@ pub(super) fn boot(image: &Path, memory: &Memory) -> Result<Option<End>> {
     let mut clock = ClockConfig::host_at_khz(1_000_000);
     clock.source = ClockSource::Deterministic;
     let config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic).clock(clock);
-    let vm = open_backend("translate")?.create_vm(&config)?;
+    let options = TranslateOptions::default().translate_after(translate_after);
+    let vm = TranslateHypervisor::with_options(options).create_vm(&config)?;
     vm.map_ram(&ram)?;
     let mut vcpu = vm.create_vcpu(0)?;
     entry_state(&entry)?.apply(&mut *vcpu)?;

@@ -1,9 +1,10 @@
 //! Decodes a block.
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess};
 
 use super::length::{MAX_INSTRUCTION, is_cut_off, is_too_long, is_ud1};
 use super::{Block, MAX_OPS};
+use crate::translate::code_stores::Watch;
 use crate::translate::core::{Flow, Machine, Place};
 use crate::translate::memory::{Access, PAGE, PAGE_MASK};
 use crate::translate::ops::{self, Lowered, Op};
@@ -13,11 +14,11 @@ use crate::translate::ops::{self, Lowered, Op};
 /// is not offered.
 pub(crate) const DECODING: u32 = DecoderOptions::AMD | DecoderOptions::NO_WBNOINVD;
 
-/// Decodes the block at linear address `va`, whose first byte lies at `gpa`.
+/// Decodes the block at linear address `va`, whose first byte lies at `gpa`, in a page that is watched like that.
 ///
 /// # Errors
 /// If the first instruction crosses into a page that cannot be fetched, is too long, or lies in no memory.
-pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
+pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64, watch: Watch) -> Flow<Block> {
     let code_bits = m.mode.code_bits;
     // Whole quadwords, since another vCPU may change the instructions in one of them by one store (AMD APM 2, 7.6.1).
     let skipped = gpa % 8;
@@ -29,6 +30,8 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
         return Err(m.unhandled(format!("code at guest-physical {gpa:#x}, where there is no memory")));
     }
     let bytes = bytes.get(usize::try_from(skipped).unwrap_or(0)..).unwrap_or_default();
+    let checked = watch == Watch::Checked;
+    let mut info = checked.then(InstructionInfoFactory::new);
     let mut list = Vec::with_capacity(8);
     let mut decoder = Decoder::with_ip(code_bits, bytes, 0, DECODING);
     let mut length = 0;
@@ -45,7 +48,7 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
                 // As many bytes as an instruction can have, and it is longer.
                 return Err(m.gp(0));
             }
-            return crossing(m, va, gpa, bytes);
+            return crossing(m, va, gpa, bytes, watch);
         }
         if incomplete {
             break;
@@ -56,12 +59,18 @@ pub(crate) fn build(m: &mut Machine<'_>, va: u64, gpa: u64) -> Flow<Block> {
         }
         list.push(lowered.op);
         length = decoder.position();
-        if lowered.ends_block {
+        if lowered.ends_block || info.as_mut().is_some_and(|info| may_store(info, &instruction)) {
             break;
         }
     }
     let code = bytes.get(..length).unwrap_or_default();
-    Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits, runs: 0 })
+    Ok(Block { ops: list.into(), bytes: code.into(), gpa, second_page: None, code_bits, checked, runs: 0 })
+}
+
+/// Whether an instruction may store something.
+fn may_store(info: &mut InstructionInfoFactory, instruction: &Instruction) -> bool {
+    let reads = |access| matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+    info.info(instruction).used_memory().iter().any(|used| !reads(used.access()))
 }
 
 /// What becomes of an instruction, with which `rest` begins.
@@ -94,12 +103,12 @@ fn too_long(m: &mut Machine<'_>, _: &Op) -> Flow {
 }
 
 /// A block of one instruction that continues in the next page.
-fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block> {
+fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8], watch: Watch) -> Flow<Block> {
     let code_bits = m.mode.code_bits;
     let next = va.wrapping_add(first.len() as u64) & if code_bits == 64 { u64::MAX } else { 0xffff_ffff };
     let second_page = m.translate(Place::data(next), Access::Execute)?.gpa;
     // Before its bytes are looked at, as the first page.
-    m.watch_code(second_page);
+    let watch = watch.max(m.watch_code(second_page));
     let mut bytes = [0; MAX_INSTRUCTION];
     let (here, there) = bytes.split_at_mut(first.len().min(MAX_INSTRUCTION));
     here.copy_from_slice(first);
@@ -116,6 +125,7 @@ fn crossing(m: &mut Machine<'_>, va: u64, gpa: u64, first: &[u8]) -> Flow<Block>
         gpa,
         second_page: Some(second_page),
         code_bits,
+        checked: watch == Watch::Checked,
         runs: 0,
     })
 }

@@ -4,12 +4,12 @@ use rustc_hash::FxHashMap;
 
 use super::Block;
 use crate::translate::core::CodeStore;
-use crate::translate::memory::{MemoryMap, PAGE, PAGE_MASK};
+use crate::translate::memory::{MemoryMap, PAGE_MASK};
 
 /// Entries of the table from RIP to block.
 const JUMPS: usize = 4096;
 
-/// Blocks that are kept. When there are more, all are dropped: whoever fills this much runs through new code.
+/// Blocks that are kept. Where there is no room for another, the oldest go.
 const MAX_BLOCKS: usize = 128 * 1024;
 
 /// Operations that are kept, of all blocks together: 64 MiB. A kernel's blocks have some six each.
@@ -17,6 +17,9 @@ const MAX_KEPT_OPS: usize = 2 * 1024 * 1024;
 
 /// Blocks that are listed as gone. If there are more, all count as such.
 const MAX_DROPPED: usize = 4096;
+
+/// Blocks that go at a time to make room, at most: fewer than are listed.
+const EVICTED: usize = MAX_DROPPED / 2;
 
 /// Whether what is known of a linear address still holds: TLB generation, code width and privilege level.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +40,9 @@ pub(crate) struct BlockCache {
     /// Dropped blocks have no operations until their place is used again.
     blocks: Vec<Block>,
     free: Vec<u32>,
+    /// The place that is made free next: blocks come to be in the order of their places, but for those that are made free
+    /// one by one.
+    oldest: u32,
     /// Operations in them.
     ops: usize,
     by_address: FxHashMap<(u64, u32), u32>,
@@ -47,6 +53,8 @@ pub(crate) struct BlockCache {
     epoch: u32,
     /// Blocks that are gone since somebody asked; `None`: all that there were.
     dropped: Option<Vec<u32>>,
+    /// Blocks that there ever were.
+    decoded: u64,
 }
 
 impl BlockCache {
@@ -54,13 +62,20 @@ impl BlockCache {
         Self {
             blocks: Vec::new(),
             free: Vec::new(),
+            oldest: 0,
             ops: 0,
             by_address: FxHashMap::default(),
             by_page: FxHashMap::default(),
             jumps: Box::new([Jump::default(); JUMPS]),
             epoch: 1,
             dropped: Some(Vec::new()),
+            decoded: 0,
         }
+    }
+
+    /// How many blocks were decoded.
+    pub(crate) fn decoded(&self) -> u64 {
+        self.decoded
     }
 
     /// Whether blocks are gone of which nobody heard yet.
@@ -117,24 +132,15 @@ impl BlockCache {
     ) -> Option<u32> {
         let id = *self.by_address.get(&(gpa, code_bits))?;
         let block = self.get(id)?;
-        let here = block.bytes.len().min(usize::try_from(PAGE - (gpa & !PAGE_MASK)).unwrap_or(0));
-        let mut now = [0; 1024];
-        let same = match (now.get_mut(..block.bytes.len()), block.second_page) {
-            (Some(now), None) => map.read(gpa, now) && *now == *block.bytes,
-            (Some(now), Some(page)) => {
-                let (first, second) = now.split_at_mut(here);
-                second_page() == Some(page)
-                    && map.read(gpa, first)
-                    && map.read(page, second)
-                    && block.bytes.starts_with(first)
-                    && block.bytes.ends_with(second)
-            }
-            (None, _) => false,
-        };
+        let same = block.second_page.is_none_or(|page| second_page() == Some(page))
+            && block.parts().all(|(gpa, bytes)| {
+                let mut now = [0; 1024];
+                now.get_mut(..bytes.len()).is_some_and(|now| map.read(gpa, now) && *now == *bytes)
+            });
         if same {
             return Some(id);
         }
-        self.drop_block(id);
+        self.remove(id);
         None
     }
 
@@ -146,6 +152,7 @@ impl BlockCache {
             None => u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
         };
         self.ops += block.ops.len();
+        self.decoded += 1;
         match self.blocks.get_mut(id as usize) {
             Some(place) => *place = block,
             None => self.blocks.push(block),
@@ -159,19 +166,36 @@ impl BlockCache {
         id
     }
 
-    /// Whether there is a block with code in the page of `gpa`.
-    pub(crate) fn has_page(&self, gpa: u64) -> bool {
-        self.by_page.contains_key(&(gpa & PAGE_MASK))
+    /// Whether there is a block with code in the page of `gpa` that is not checked.
+    pub(crate) fn needs_watching(&self, gpa: u64) -> bool {
+        let ids = self.by_page.get(&(gpa & PAGE_MASK));
+        ids.is_some_and(|ids| ids.iter().any(|id| self.get(*id).is_some_and(|block| !block.checked)))
     }
 
-    pub(crate) fn is_full(&self) -> bool {
+    fn is_full(&self) -> bool {
         self.blocks.len() >= MAX_BLOCKS && self.free.is_empty() || self.ops >= MAX_KEPT_OPS
+    }
+
+    /// Drops the oldest blocks as far as another one needs their room.
+    pub(crate) fn make_room(&mut self) {
+        while self.is_full() {
+            for _ in 0..EVICTED {
+                let id = self.oldest;
+                self.oldest = id + 1;
+                match self.get(id) {
+                    Some(block) if !block.ops.is_empty() => self.remove(id),
+                    Some(_) => {}
+                    None => self.oldest = 0,
+                }
+            }
+        }
     }
 
     /// Drops everything.
     pub(crate) fn clear(&mut self) {
         self.blocks.clear();
         self.free.clear();
+        self.oldest = 0;
         self.dropped = None;
         self.ops = 0;
         self.by_address.clear();
@@ -199,20 +223,21 @@ impl BlockCache {
             .copied()
             .filter(|id| {
                 self.get(*id).is_some_and(|block| {
-                    let in_second = block.second_page == Some(first);
-                    let in_first = block.gpa < end && store.gpa < block.gpa.saturating_add(block.len());
-                    in_second || in_first
+                    block
+                        .parts()
+                        .any(|(gpa, bytes)| gpa < end && store.gpa < gpa.saturating_add(bytes.len() as u64))
                 })
             })
             .collect();
         for id in overlapping {
-            self.drop_block(id);
+            self.remove(id);
             any = true;
         }
         any
     }
 
-    fn drop_block(&mut self, id: u32) {
+    /// Drops a block.
+    pub(crate) fn remove(&mut self, id: u32) {
         if let Some(block) = self.get(id) {
             self.by_address.remove(&(block.gpa, block.code_bits));
         }
@@ -243,5 +268,69 @@ impl BlockCache {
                 self.dropped = None;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::translate::ops::Op;
+
+    fn block(gpa: u64, ops: usize) -> Block {
+        let op = Op::new(|_, _| Ok(()), 0);
+        let ops = std::iter::repeat_n(op, ops).collect();
+        Block { ops, bytes: [0x90].into(), gpa, second_page: None, code_bits: 64, checked: false, runs: 0 }
+    }
+
+    /// Adds `count` blocks of so many operations, one after another; their addresses.
+    fn fill(cache: &mut BlockCache, count: u64, ops: usize) -> Vec<(u64, u32)> {
+        (0..count)
+            .map(|n| {
+                cache.make_room();
+                (n * 8, cache.insert(block(n * 8, ops)))
+            })
+            .collect()
+    }
+
+    fn is_kept(cache: &BlockCache, (gpa, id): (u64, u32)) -> bool {
+        cache.get(id).is_some_and(|block| block.gpa == gpa && !block.ops.is_empty())
+    }
+
+    #[test]
+    fn the_oldest_blocks_make_room_and_are_told() {
+        let mut cache = BlockCache::new();
+        let most = MAX_BLOCKS as u64;
+        let blocks = fill(&mut cache, most, 1);
+        assert!(!cache.has_dropped());
+        assert!(blocks.iter().all(|block| is_kept(&cache, *block)));
+        cache.make_room();
+        let dropped = cache.take_dropped().unwrap().unwrap();
+        let (gone, kept) = blocks.split_at(EVICTED);
+        assert_eq!(dropped, gone.iter().map(|(_, id)| *id).collect::<Vec<_>>());
+        assert!(kept.iter().all(|block| is_kept(&cache, *block)));
+        assert!(!gone.iter().any(|block| is_kept(&cache, *block)));
+        // All around, where some are gone for other reasons.
+        cache.invalidate(CodeStore { gpa: 3 * most * 8 / 4, bytes: 8 });
+        let late: Vec<(u64, u32)> = (0..most)
+            .map(|n| {
+                cache.make_room();
+                let gpa = (most + n) * 8;
+                (gpa, cache.insert(block(gpa, 1)))
+            })
+            .collect();
+        assert!(
+            late[EVICTED..].iter().filter(|block| is_kept(&cache, **block)).count()
+                > MAX_BLOCKS - 2 * EVICTED
+        );
+        assert!(!kept[..MAX_BLOCKS / 2].iter().any(|block| is_kept(&cache, *block)));
+    }
+
+    #[test]
+    fn operations_are_bounded() {
+        let mut cache = BlockCache::new();
+        let blocks = fill(&mut cache, 2 * (MAX_KEPT_OPS / 64) as u64, 64);
+        assert!(cache.ops <= MAX_KEPT_OPS);
+        assert!(cache.ops > MAX_KEPT_OPS - 64 * (EVICTED + 1));
+        assert!(is_kept(&cache, *blocks.last().unwrap()));
     }
 }

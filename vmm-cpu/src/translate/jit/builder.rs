@@ -8,6 +8,7 @@
 //! Status flags stay in the processor as long as they can. The lookup changes them, so they are saved before it, unless
 //! they are saved already; whoever reads them restores them. So they are exact whenever translated code is left.
 
+use std::hash::{Hash, Hasher};
 use std::mem::offset_of;
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
@@ -34,7 +35,7 @@ pub(super) enum Flags {
 }
 
 /// What code is translated for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Mode {
     pub(super) reach: Reach,
     /// SSE instructions may run.
@@ -49,6 +50,15 @@ pub(super) struct Mode {
     pub(super) alone: bool,
     /// Memory is accessed through the address window.
     pub(super) window: bool,
+}
+
+impl Hash for Mode {
+    /// At once: translations are looked up all the time.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { reach, sse, counted, ticking, traced, alone, window } = *self;
+        let bits = [sse, counted, ticking, traced, alone, window];
+        state.write_u8(bits.into_iter().fold(reach as u8, |sum, bit| sum << 1 | u8::from(bit)));
+    }
 }
 
 impl Mode {
@@ -221,10 +231,11 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Translates the instructions of a block; `None` if it must be done [`carefully`](Self::carefully).
-    pub(super) fn build(mut self, instructions: &[Instruction]) -> Option<Built> {
+    /// Translates the instructions of a block; `None` if it must be done [`carefully`](Self::carefully). What is to be found
+    /// at host addresses whenever the translation is entered is `checked`.
+    pub(super) fn build(mut self, instructions: &[Instruction], checked: &[(u64, &[u8])]) -> Option<Built> {
         self.count = instructions.len();
-        let (live, saved) = self.entries(instructions);
+        let (live, saved) = self.entries(instructions, checked);
         let mut ended = false;
         for (op, instruction) in (0..).zip(instructions) {
             self.op = op;
@@ -265,9 +276,9 @@ impl<'a> Builder<'a> {
     }
 
     /// Emits what enters the translation; where, with flags in the processor and in the frame.
-    fn entries(&mut self, instructions: &[Instruction]) -> (usize, usize) {
+    fn entries(&mut self, instructions: &[Instruction], checked: &[(u64, &[u8])]) -> (usize, usize) {
         // The first that has to do with them says which of the two has less to do.
-        let plain = !self.mode.counted && !self.mode.traced;
+        let plain = !self.mode.counted && !self.mode.traced && checked.is_empty();
         let first =
             instructions.iter().filter(|_| plain).find(|i| accesses_memory(i) || effect(i) != Effect::None);
         if !self.careful && plain && flags_are_dead(instructions) {
@@ -294,13 +305,15 @@ impl<'a> Builder<'a> {
         self.save_flags();
         self.flags = Flags::Saved;
         let saved = self.e.len();
+        if !checked.is_empty() {
+            self.check(checked);
+        }
         if self.mode.counted {
             let count = i32::try_from(instructions.len()).unwrap_or(i32::MAX);
             // SUB
             self.e.group1(true, 5, Rm::Frame(state!(budget)), count);
             let from = self.e.jump_if(LESS);
-            let site = self.site(Kind::Budget);
-            self.stubs.push(Stub { from: vec![from], site, live: false });
+            self.leave_from(vec![from], Kind::Budget);
         }
         if self.mode.traced {
             let site = self.site(Kind::Trace { resume: 0 });
@@ -309,6 +322,12 @@ impl<'a> Builder<'a> {
             self.resume(&[site], at);
         }
         (live, saved)
+    }
+
+    /// Lets jumps whose distances are there leave translated code, with the flags in the frame.
+    pub(super) fn leave_from(&mut self, from: Vec<usize>, kind: Kind) {
+        let site = self.site(kind);
+        self.stubs.push(Stub { from, site, live: false });
     }
 
     /// What a shut gate leads to.

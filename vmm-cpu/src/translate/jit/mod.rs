@@ -3,6 +3,7 @@
 mod access;
 mod branch;
 mod builder;
+mod check;
 mod effect;
 mod emit;
 mod entry;
@@ -11,12 +12,17 @@ mod host;
 mod instruction;
 mod memory;
 mod merit;
+mod pages;
+mod region;
 mod registers;
 mod run;
 mod site;
 mod special;
 mod string;
 mod system;
+#[cfg(test)]
+mod tests;
+mod translation;
 mod translator;
 
 pub(crate) use run::{Ran, Tier1};

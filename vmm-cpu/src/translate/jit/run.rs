@@ -1,7 +1,6 @@
 //! Runs translated code, and does what it is left for.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use iced_x86::{Decoder, Mnemonic, OpKind, Register};
 
@@ -10,15 +9,18 @@ use super::builder::{FAULT, Mode};
 use super::entry::{self, Gs};
 use super::fault::{self, Guard, Running};
 use super::merit::Merits;
+use super::region::{MAX_CODE, MIN_CODE};
 use super::registers::number;
 use super::site::Kind;
+use super::translation::branch_target;
 use super::translator::{Found, Translator};
 use crate::translate::block::{Block, BlockCache, DECODING};
+use crate::translate::code_stores;
 use crate::translate::core::{Flow, Machine};
 use crate::translate::flags::bits;
 use crate::translate::hypervisor::AddressWindow;
 use crate::translate::memory::frame::Frame;
-use crate::translate::memory::{Policy, Reach, Tlb, WINDOW_PAGES};
+use crate::translate::memory::{PAGE_MASK, Reach, Tlb, WINDOW_PAGES, WindowFigures};
 use crate::translate::run;
 use crate::translate::segment::index;
 use crate::translate::vm::Shared;
@@ -46,6 +48,7 @@ struct Figures {
     native: u64,
     links: u64,
     faults: u64,
+    closed: u64,
 }
 
 /// Translated code of one vCPU.
@@ -61,11 +64,13 @@ pub(crate) struct Tier1 {
     /// When the alarm is to call.
     alarm: Option<u64>,
     window: AddressWindow,
-    /// Faults of translated code would come back to it.
-    handled: bool,
+    /// Whether faults of translated code would come back to it, if that is known of this run.
+    handled: Option<bool>,
     merits: Merits,
     /// Pages that a window may have.
     pages: usize,
+    /// What it had done when it was last taken away.
+    spent: WindowFigures,
     figures: Figures,
 }
 
@@ -88,7 +93,8 @@ impl Tier1 {
             other => other,
         };
         let pages = WINDOW_PAGES / usize::try_from(shared.max_vcpus).unwrap_or(1).max(1);
-        match Translator::new(flavour) {
+        let bytes = shared.options.code_memory.clamp(MIN_CODE, MAX_CODE).next_multiple_of(MIN_CODE);
+        match Translator::new(flavour, bytes) {
             Ok(translator) => {
                 let figures = Figures::default();
                 let merits = Merits::default();
@@ -99,9 +105,10 @@ impl Tier1 {
                     budget: 0,
                     alarm: None,
                     window,
-                    handled: false,
+                    handled: None,
                     merits,
                     pages,
+                    spent: WindowFigures::default(),
                     figures,
                 })
             }
@@ -123,20 +130,28 @@ impl Tier1 {
             ("translated-interpreted", figures.interpreted),
             ("translated-instructions", figures.native),
             ("translated-bytes", self.translator.used_bytes()),
+            ("translated-pages", self.translator.page_count()),
+            ("translated-parts-emptied", self.translator.emptied()),
             ("window-faults", figures.faults),
             ("window-pages-mapped", window.mapped),
             ("window-pages-unmapped", window.unmapped),
             ("window-activations", window.activations),
-            ("window-given-up", window.given_up),
+            ("windows-closed", figures.closed),
         ]
+    }
+
+    /// See [`Translator::verify`].
+    #[cfg(test)]
+    pub(super) fn verify(&self, m: &mut Machine<'_>) {
+        self.translator.verify(m.tlb.frame());
     }
 
     /// Makes GS refer to the vCPU's frame while it runs.
     pub(crate) fn prepare(&mut self, m: &mut Machine<'_>) -> Gs {
         // It is another thread's now, or the program has changed its signals.
-        self.handled = self.window != AddressWindow::Never && fault::are_handled();
-        if !self.handled {
-            m.tlb.suspend_window();
+        self.handled = m.tlb.has_window().then(fault::are_handled);
+        if self.handled == Some(false) {
+            m.tlb.close_window();
         }
         let go = m.signals.go_address();
         let frame = m.tlb.frame();
@@ -148,9 +163,7 @@ impl Tier1 {
     /// Runs translated code from RIP on, if there is or comes to be some.
     pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
         self.catch_up(m, cache);
-        if self.window == AddressWindow::Adaptive && m.mode.reach == Reach::User {
-            self.merits.sample(m.cpu.cr3);
-        }
+        self.look_at_window(m);
         self.open_window(m);
         let Some(mut mode) = self.mode(m) else { return Ok(Ran::Nothing) };
         self.set_alarm(m);
@@ -170,7 +183,7 @@ impl Tier1 {
                 return Ok(Ran::Nothing);
             };
             let mut link = None;
-            let clears = self.figures.clears;
+            let emptied = self.translator.emptied();
             match site.kind {
                 Kind::Instruction { op, resume } => {
                     let Some(found) = cache.get(block) else { return Ok(Ran::Nothing) };
@@ -180,9 +193,10 @@ impl Tier1 {
                     let places = if faulted { accessed(m, found, rip, op) } else { [None; 2] };
                     let goes_on = run::execute_one(m, found, rip, op)?;
                     for (va, len) in places.into_iter().flatten() {
-                        if !m.tlb.extend_window(va, len) {
-                            self.merits.disappoint(m.cpu.cr3);
-                        }
+                        m.tlb.extend_window(va, len);
+                    }
+                    if faulted {
+                        self.charge_window(m);
                     }
                     let is_last = op + 1 == found.ops.len();
                     if !goes_on {
@@ -231,6 +245,11 @@ impl Tier1 {
                     self.count(m, 0);
                     m.cpu.rip = rip;
                 }
+                Kind::Changed => {
+                    self.count(m, 0);
+                    m.cpu.rip = rip;
+                    self.translator.drop_translation(site.translation, m.tlb.frame());
+                }
             }
             if m.urgent && run::may_go_on(m) {
                 m.urgent = false;
@@ -247,7 +266,7 @@ impl Tier1 {
             self.catch_up(m, cache);
             self.use_mode(m, mode);
             if link.is_none()
-                && let Some(entry) = Translator::branch_target(m.cpu.rip, mode, m.tlb.frame())
+                && let Some(entry) = branch_target(m.cpu.rip, mode, m.tlb.frame())
             {
                 m.cpu.shadow_sti = false;
                 code = entry;
@@ -259,7 +278,7 @@ impl Tier1 {
             };
             m.cpu.shadow_sti = false;
             match link {
-                Some(jump) if self.figures.clears == clears => {
+                Some(jump) if self.translator.emptied() == emptied => {
                     self.figures.links += 1;
                     self.translator.link(number, &jump, next);
                 }
@@ -283,25 +302,52 @@ impl Tier1 {
 
     /// Lets the user program that runs have its window, if it has none and deserves one.
     fn open_window(&mut self, m: &mut Machine<'_>) {
-        if !self.handled || m.mode.reach != Reach::User || m.tlb.has_window() {
+        if m.mode.reach != Reach::User || m.tlb.has_window() {
             return;
         }
-        let (policy, merited) = match self.window {
-            AddressWindow::Adaptive => (Policy::Thrifty, self.merits.merited(m.cpu.cr3)),
-            _ if self.translator.flavour.counted => (Policy::Exact, Some(Duration::ZERO)),
-            _ => (Policy::Lavish, Some(Duration::ZERO)),
+        let root = m.cpu.cr3;
+        let deserves = match self.window {
+            AddressWindow::Never => false,
+            AddressWindow::Adaptive => self.merits.deserves(root),
+            AddressWindow::Always => true,
         };
-        let Some(ran) = merited else { return };
+        if !deserves || !*self.handled.get_or_insert_with(fault::are_handled) {
+            return;
+        }
         let paging = m.paging();
-        m.tlb.open_window(&paging, ran, self.pages, policy);
-        if !m.tlb.has_window() {
-            self.merits.disappoint(m.cpu.cr3);
+        if !m.tlb.open_window(&paging, self.pages, self.translator.flavour.counted) {
+            self.merits.forget(root);
+        }
+        self.charge_window(m);
+    }
+
+    /// Notes who runs.
+    fn look_at_window(&mut self, m: &mut Machine<'_>) {
+        if self.window == AddressWindow::Adaptive {
+            self.merits.sample((m.mode.reach == Reach::User).then_some(m.cpu.cr3));
+        }
+    }
+
+    /// Lets the program that has the window pay for it, or takes it away. Its pages wait for it to have saved more.
+    fn charge_window(&mut self, m: &mut Machine<'_>) {
+        let cost = m.tlb.take_window_cost();
+        let root = m.cpu.cr3;
+        if self.window != AddressWindow::Adaptive || self.merits.charge(root, cost) || !m.tlb.has_window() {
+            return;
+        }
+        self.figures.closed += 1;
+        m.tlb.close_window();
+        let now = m.tlb.window_figures();
+        let before = std::mem::replace(&mut self.spent, now);
+        if (now.unmapped - before.unmapped) * 2 > now.mapped - before.mapped {
+            self.merits.reproach(root);
         }
     }
 
     /// The number of the site for the access that has just faulted.
     fn faulting_site(&mut self, m: &mut Machine<'_>) -> u32 {
         self.figures.faults += 1;
+        m.tlb.note_window_fault();
         let state = &m.tlb.frame().state;
         let (address, flags) = (state.fault, state.fault_flags);
         let Some(access) = self.translator.access(address) else {
@@ -401,31 +447,37 @@ impl Tier1 {
         if let Some(found) = self.translator.find(rip, mode) {
             return Ok(Some(found));
         }
-        let Some(id) = run::settled_block(m, cache, rip)? else { return Ok(None) };
+        let Some(id) = run::lasting_block(m, cache, rip)? else { return Ok(None) };
         // Looking may have changed what there is.
         self.catch_up(m, cache);
         let map = Arc::clone(m.map());
+        let runs = cache.count_run(id);
         let Some(block) = cache.get(id) else { return Ok(None) };
-        if block.second_page.is_some() {
-            return Ok(None);
-        }
         let Some(fetched) = m.tlb.fetch_translation(rip) else { return Ok(None) };
-        let found = Found { rip, mode, block, fetched };
-        let page = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
-        let Some(page) = page else { return Ok(None) };
-        if let Some(found) = self.translator.find(rip, mode) {
-            return Ok(Some(found));
+        let mut second = None;
+        if let Some(gpa) = block.second_page {
+            let next = (rip | !PAGE_MASK).wrapping_add(1);
+            second = m.tlb.fetch_translation(next).filter(|fetched| fetched.gpa == gpa);
+            if second.is_none() {
+                return Ok(None);
+            }
         }
-        if cache.count_run(id) < self.threshold {
+        let found = Found { rip, mode, id, block, fetched, second };
+        let quiet = self.translator.take_up(&found, &map, m.tlb.frame(), cache);
+        if quiet != [None; 2] {
+            for gpa in quiet.into_iter().flatten() {
+                code_stores::stop_checking(m, cache, gpa);
+            }
             return Ok(None);
         }
-        if self.translator.is_full() {
-            self.clear(m);
+        if let Some(known) = self.translator.find(rip, mode) {
+            return Ok(Some(known));
+        }
+        if runs < self.threshold {
             return Ok(None);
         }
-        let Some(block) = cache.get(id) else { return Ok(None) };
         self.figures.translations += 1;
-        Ok(self.translator.translate(rip, mode, id, block, page, m.tlb.frame()))
+        Ok(self.translator.translate(&found, &map, m.tlb.frame()))
     }
 }
 

@@ -19,6 +19,8 @@ pub(super) enum Kind {
     Poll { target: u64 },
     /// The translation was entered through its gate, which was shut.
     Gate,
+    /// The code that the translation was made from is no longer in memory.
+    Changed,
     /// The budget has not that many instructions left.
     Budget,
     /// The start of a translation that is traced.

@@ -106,7 +106,7 @@ impl Builder<'_> {
     }
 
     /// STI, which ends its block; the next instruction runs before an interrupt is taken. So nothing may leave translated
-    /// code between the two.
+    /// code between the two. Where IF is set already, it holds nothing off (Intel SDM 2B, STI), which is rare.
     fn enable_interrupts(&mut self, instruction: &Instruction) -> Outcome {
         self.supervisor()?;
         if self.mode.traced || !self.is_near(instruction.next_ip()) {
@@ -119,6 +119,10 @@ impl Builder<'_> {
             self.interpret_if(LESS);
         }
         self.e.group1(true, 7, Rm::Frame(state!(held)), 0);
+        self.interpret_if(NOT_EQUAL);
+        // TEST
+        self.e.op(false, &[0xf7], 0, Rm::Frame(state!(control)));
+        self.e.imm32(imm(bits::IF));
         self.interpret_if(NOT_EQUAL);
         self.e.group1(false, OR, Rm::Frame(state!(control)), imm(bits::IF));
         self.shadow = true;

@@ -6,334 +6,243 @@
 //! those of before.
 //!
 //! Within a page, jumps go straight to their target. From other pages a translation is entered through its gate, which is
-//! shut while its page is suspended.
+//! shut while its page is suspended. An instruction that crosses from one page into the next holds while both do, so it is
+//! entered through its gate from everywhere.
+//!
+//! Where there is no room for more, the oldest translations go: see [`Regions`].
 
 use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 use rustc_hash::FxHashMap;
 
 use super::access::Access;
-use super::builder::{Builder, Mode, Place, Shared, gate_jump, shared_code};
+use super::builder::{Builder, Mode, Place, gate_jump};
 use super::emit::distance;
-use super::memory::CodeMemory;
+use super::pages::{Content, PAGE_BYTES, PageKey, Pages, is_in, offset};
+use super::region::Regions;
 use super::site::{Jump, Kind, Link, Site};
+use super::translation::Translation;
 use crate::translate::block::{Block, BlockCache, DECODING};
-use crate::translate::memory::frame::{BRANCHES, Branch, Frame, Gate, TRANSLATIONS};
-use crate::translate::memory::{Fetched, Forgotten, MemoryMap, PAGE, PAGE_MASK, Reach};
-
-/// Bytes of code memory.
-const CODE_BYTES: usize = 64 << 20;
-
-/// What one translation may need: 64 instructions.
-const MAX_TRANSLATION: usize = 64 * 256;
-
-/// Whom code of the guest's kernel runs for, and whether through the address window.
-const KERNELS: [(Reach, bool); 2] = [(Reach::Supervisor, false), (Reach::SupervisorAll, false)];
-
-/// Sites at one time, at most.
-const MAX_SITES: usize = 1 << 22;
-
-/// One page of code: a linear page at a guest-physical page.
-#[derive(Debug)]
-struct Page {
-    va: u64,
-    mode: Mode,
-    gpa: u64,
-    /// Its translations may be entered.
-    holds: bool,
-    /// Of what the page tables have there: whether it is global, and the binary logarithm of its size.
-    global: bool,
-    size: u32,
-    translations: Vec<u32>,
-    /// What it held when that was last compared.
-    bytes: Box<[u8; PAGE_BYTES]>,
-}
-
-/// Bytes of a page.
-const PAGE_BYTES: usize = 4096;
-const _: () = assert!(PAGE_BYTES as u64 == PAGE);
-
-/// Binary logarithm of the size of a small page.
-const SMALL: u32 = PAGE.trailing_zeros();
-
-/// Key of a page: linear page with the mode, guest-physical page.
-type PageKey = (u64, Mode, u64);
-
-#[derive(Debug)]
-pub(super) struct Translation {
-    pub(super) rip: u64,
-    /// Its block in the interpreter's cache.
-    pub(super) block: u32,
-    page: u32,
-    mode: Mode,
-    /// Offset in code memory.
-    start: usize,
-    accesses: Box<[Access]>,
-    live: u64,
-    saved: u64,
-    shut: Gate,
-    /// Sites whose jumps lead here.
-    incoming: Vec<u32>,
-    dropped: bool,
-}
+use crate::translate::memory::frame::{Frame, Gate, TRANSLATIONS};
+use crate::translate::memory::{Fetched, Forgotten, MemoryMap, PAGE, PAGE_MASK};
 
 /// A block that the interpreter has just found.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found<'a> {
     pub(super) rip: u64,
     pub(super) mode: Mode,
+    /// Its number in the interpreter's cache.
+    pub(super) id: u32,
     pub(super) block: &'a Block,
     /// The page that it was fetched from.
     pub(super) fetched: Fetched,
+    /// That of its last bytes, if they come from another one.
+    pub(super) second: Option<Fetched>,
+}
+
+impl Found<'_> {
+    /// Its pages.
+    fn keys(&self) -> impl Iterator<Item = (PageKey, Fetched)> + use<> {
+        let (va, mode) = (self.rip & PAGE_MASK, self.mode);
+        let second = self.second.map(|fetched| ((va.wrapping_add(PAGE), mode, fetched.gpa), fetched));
+        [Some(((va, mode, self.block.gpa & PAGE_MASK), self.fetched)), second].into_iter().flatten()
+    }
 }
 
 /// See the module.
 pub(crate) struct Translator {
-    memory: CodeMemory,
-    used: usize,
-    shared: Shared,
-    encoder: Encoder,
-    info: InstructionInfoFactory,
-    buffer: Vec<u8>,
-    instructions: Vec<Instruction>,
-    sites: Vec<Site>,
+    code: Regions,
+    pages: Pages,
+    /// Those that are dropped are there until their numbers are used again.
     translations: Vec<Translation>,
-    pages: Vec<Page>,
-    by_page: FxHashMap<PageKey, u32>,
-    /// Pages that hold, by linear page and mode.
-    current: FxHashMap<(u64, Mode), u32>,
-    /// Those that are not global, and maybe some that do not hold any more.
-    local: Vec<u32>,
-    /// What all modes of this vCPU have in common.
-    pub(super) flavour: Mode,
-    /// Some that hold may be parts of large pages.
-    large: bool,
+    free: Vec<u32>,
     /// By page and offset in it.
     by_place: FxHashMap<(u32, u16), u32>,
     /// Translations of each block.
     by_block: FxHashMap<u32, Vec<u32>>,
-    /// Code memory was written since translated code was last entered.
-    patched: bool,
+    encoder: Encoder,
+    info: InstructionInfoFactory,
+    buffer: Vec<u8>,
+    instructions: Vec<Instruction>,
+    /// What all modes of this vCPU have in common.
+    pub(super) flavour: Mode,
+    /// Counts regions that were emptied. Where this has changed, a site's number may be that of another.
+    emptied: u64,
 }
 
 impl std::fmt::Debug for Translator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Translator")
-            .field("translations", &self.translations.len())
-            .field("used", &self.used)
-            .finish_non_exhaustive()
+        f.debug_struct("Translator").field("code", &self.code).finish_non_exhaustive()
     }
 }
 
 impl Translator {
-    pub(super) fn new(flavour: Mode) -> std::io::Result<Self> {
-        let mut memory = CodeMemory::new(CODE_BYTES)?;
-        let (code, shared) = shared_code();
-        memory.write(0, &code);
+    /// With that many bytes of code memory.
+    ///
+    /// # Errors
+    /// Those of the operating system, where it does not let anybody make code.
+    pub(super) fn new(flavour: Mode, bytes: usize) -> std::io::Result<Self> {
         Ok(Self {
-            memory,
-            used: code.len().next_multiple_of(16),
-            shared,
+            code: Regions::new(bytes)?,
+            pages: Pages::new(bytes),
+            translations: Vec::new(),
+            free: Vec::new(),
+            by_place: FxHashMap::default(),
+            by_block: FxHashMap::default(),
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
             buffer: Vec::new(),
             instructions: Vec::new(),
-            sites: Vec::new(),
-            translations: Vec::new(),
-            pages: Vec::new(),
-            by_page: FxHashMap::default(),
-            current: FxHashMap::default(),
-            local: Vec::new(),
             flavour,
-            large: false,
-            by_place: FxHashMap::default(),
-            by_block: FxHashMap::default(),
-            patched: false,
+            emptied: 0,
         })
     }
 
     /// Bytes of code memory that are in use.
     pub(super) fn used_bytes(&self) -> u64 {
-        self.used as u64
+        self.code.used_bytes()
+    }
+
+    /// Pages that there are translations of.
+    pub(super) fn page_count(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    /// How often a part of code memory was emptied.
+    pub(super) fn emptied(&self) -> u64 {
+        self.emptied
     }
 
     /// Whether code memory was written since this was last asked.
     pub(super) fn take_patched(&mut self) -> bool {
-        std::mem::take(&mut self.patched)
+        self.code.take_patched()
     }
 
     pub(super) fn site(&self, site: u32) -> Option<Site> {
-        self.sites.get(site as usize).copied()
+        self.code.site(site)
     }
 
     pub(super) fn get(&self, translation: u32) -> Option<&Translation> {
-        self.translations.get(translation as usize)
+        self.translations.get(translation as usize).filter(|found| !found.dropped)
     }
 
     /// Host address of an offset in code memory.
     pub(super) fn address(&self, offset: u32) -> u64 {
-        self.memory.address(offset as usize)
+        self.code.address(offset as usize)
     }
 
     /// Code memory and where translated code goes on after a fault: first address, bytes, address.
     pub(super) fn extent(&self) -> (u64, u64, u64) {
-        (self.memory.address(0), self.memory.len() as u64, self.memory.address(self.shared.leave_fault))
+        let (start, bytes) = self.code.extent();
+        (start, bytes, self.code.address(self.code.shared().leave_fault))
     }
 
     /// The access through the window that the instruction at that host address is part of.
     pub(super) fn access(&self, address: u64) -> Option<Access> {
-        let offset = usize::try_from(address.checked_sub(self.memory.address(0))?).ok()?;
-        // Translations lie in the order of their numbers.
-        let after = self.translations.partition_point(|translation| translation.start <= offset);
-        let translation = self.translations.get(after.checked_sub(1)?)?;
-        let after = translation.accesses.partition_point(|access| translation.start + access.at <= offset);
+        let offset = self.code.offset(address)?;
+        let (start, number) = self.code.translation_at(offset)?;
+        let translation = self.get(number).filter(|found| found.start == start)?;
+        let after = translation.accesses.partition_point(|access| start + access.at <= offset);
         let access = translation.accesses.get(after.checked_sub(1)?).copied();
-        access.filter(|access| offset < translation.start + access.end)
+        access.filter(|access| offset < start + access.end)
     }
 
     /// The translation of what runs at `rip`, if it holds.
     pub(super) fn find(&self, rip: u64, mode: Mode) -> Option<u32> {
-        let page = *self.current.get(&(rip & PAGE_MASK, mode))?;
-        self.by_place.get(&(page, offset(rip))).copied()
+        let page = self.pages.current(rip & PAGE_MASK, mode)?;
+        let number = *self.by_place.get(&(page, offset(rip)))?;
+        self.get(number).is_some_and(|found| self.holds(found)).then_some(number)
     }
 
-    /// The translation that the table of branch targets has for `rip`.
-    pub(super) fn branch_target(rip: u64, mode: Mode, frame: &Frame) -> Option<u64> {
-        let branch = frame.branches.get(mode.branch_table())?.get(branch_index(rip))?;
-        (branch.rip == rip).then_some(branch.code)
+    /// Whether a translation may be entered.
+    fn holds(&self, translation: &Translation) -> bool {
+        self.pages.holds(translation.page) && translation.second.is_none_or(|page| self.pages.holds(page))
     }
 
     /// Where a translation is entered with flags in the frame.
     pub(super) fn entry(&self, translation: u32) -> Option<u64> {
-        self.get(translation).filter(|found| !found.dropped).map(|found| found.saved)
+        self.get(translation).map(|found| found.open.saved)
     }
 
     /// Lets no page be entered whose translation of addresses is forgotten, before it is looked at anew.
     pub(super) fn forget(&mut self, forgotten: &Forgotten, frame: &mut Frame) {
-        if forgotten.all {
-            self.local.clear();
-            self.large = false;
-            for page in std::mem::take(&mut self.current).into_values() {
-                self.shut(page, frame);
-            }
-            return;
+        for page in self.pages.forget(forgotten, self.flavour) {
+            self.shut(page, frame);
         }
-        if forgotten.local {
-            for page in std::mem::take(&mut self.local) {
-                if self.pages.get(page as usize).is_some_and(|page| !page.global) {
-                    self.suspend(page, frame);
-                }
-            }
-        }
-        for va in &forgotten.pages {
-            let users = [(Reach::User, false), (Reach::User, true)];
-            for (reach, window) in users.into_iter().chain(KERNELS) {
-                for sse in [false, true] {
-                    let mode = Mode { reach, sse, window, ..self.flavour };
-                    if let Some(page) = self.current.get(&(va & PAGE_MASK, mode)) {
-                        self.suspend(*page, frame);
-                    }
-                }
-            }
-            if self.large {
-                let is_part = |page: &Page| page.size > SMALL && page.va >> page.size == va >> page.size;
-                let is_part = |page: &u32| self.pages.get(*page as usize).is_some_and(is_part);
-                let parts: Vec<u32> = self.current.values().copied().filter(is_part).collect();
-                for page in parts {
-                    self.suspend(page, frame);
-                }
+    }
+
+    fn shut(&self, page: u32, frame: &mut Frame) {
+        for number in self.pages.get(page).into_iter().flat_map(|page| page.translations()) {
+            if let Some(translation) = self.get(number) {
+                translation.shut(number, frame);
             }
         }
     }
 
-    /// Lets a page not be entered.
-    fn suspend(&mut self, page: u32, frame: &mut Frame) {
-        let Some(found) = self.pages.get(page as usize).filter(|found| found.holds) else { return };
-        self.current.remove(&(found.va, found.mode));
-        self.shut(page, frame);
-    }
-
-    fn shut(&mut self, page: u32, frame: &mut Frame) {
-        let Some(page) = self.pages.get_mut(page as usize) else { return };
-        page.holds = false;
-        for translation in &page.translations {
-            if let Some(found) = self.translations.get(*translation as usize) {
-                found.shut(*translation, frame);
-            }
-        }
-    }
-
-    /// Takes up the page of a block; the page.
+    /// Takes up the pages of a block as far as there are translations of them; the guest-physical pages that are checked in
+    /// vain, since nothing was stored there.
     pub(super) fn take_up(
         &mut self,
         found: &Found<'_>,
         map: &MemoryMap,
         frame: &mut Frame,
         cache: &BlockCache,
-    ) -> Option<u32> {
-        let Found { rip, mode, block, fetched } = *found;
-        let (va, gpa) = (rip & PAGE_MASK, block.gpa & PAGE_MASK);
-        if let Some(page) = self.current.get(&(va, mode)) {
-            if self.pages.get(*page as usize).is_some_and(|page| page.gpa == gpa) {
-                return Some(*page);
+    ) -> [Option<u64>; 2] {
+        let mut quiet = [None; 2];
+        for ((key, fetched), quiet) in found.keys().zip(&mut quiet) {
+            let page = self.pages.find(&key);
+            if page.is_some_and(|page| self.pages.holds(page)) {
+                continue;
             }
-            let page = *page;
-            self.suspend(page, frame);
-        }
-        let page = match self.by_page.get(&(va, mode, gpa)) {
-            Some(page) => *page,
-            None => {
-                let page = u32::try_from(self.pages.len()).ok()?;
-                let bytes = Box::new([0; PAGE_BYTES]);
-                let (global, size) = (fetched.global, fetched.size);
-                let translations = Vec::new();
-                self.pages.push(Page { va, mode, gpa, holds: false, global, size, translations, bytes });
-                self.by_page.insert((va, mode, gpa), page);
-                page
+            if let Some(page) = self.pages.current(key.0, key.1).and_then(|page| self.pages.suspend(page)) {
+                self.shut(page, frame);
             }
-        };
-        self.compare(page, map, frame, cache);
-        self.current.insert((va, mode), page);
-        if let Some(found) = self.pages.get_mut(page as usize) {
-            found.holds = true;
-            (found.global, found.size) = (fetched.global, fetched.size);
-            self.large |= found.size > SMALL;
-            if !found.global {
-                self.local.push(page);
-            }
-            for translation in &found.translations {
-                if let Some(open) = self.translations.get(*translation as usize) {
-                    open.open(*translation, frame);
-                }
+            let Some(page) = page else { continue };
+            let changed = self.compare(page, key.2, map, frame, cache);
+            // It may have gone with the last of its translations.
+            if self.pages.find(&key) == Some(page) {
+                *quiet = (!changed && self.pages.is_checked(page)).then_some(key.2);
+                self.hold(page, fetched, frame);
             }
         }
-        Some(page)
+        quiet
     }
 
-    /// Drops the translations in `page` whose code is not what it was.
-    fn compare(&mut self, page: u32, map: &MemoryMap, frame: &mut Frame, cache: &BlockCache) {
-        let Some(found) = self.pages.get_mut(page as usize) else { return };
+    fn hold(&mut self, page: u32, fetched: Fetched, frame: &mut Frame) {
+        self.pages.hold(page, fetched);
+        for number in self.pages.get(page).into_iter().flat_map(|page| page.translations()) {
+            if let Some(translation) = self.get(number)
+                && self.holds(translation)
+            {
+                translation.open(number, frame);
+            }
+        }
+    }
+
+    /// Drops the translations in `page`, which is at `gpa`, whose code is not what it was, or is elsewhere in this process than
+    /// they look for it; whether the page has changed.
+    fn compare(
+        &mut self,
+        page: u32,
+        gpa: u64,
+        map: &MemoryMap,
+        frame: &mut Frame,
+        cache: &BlockCache,
+    ) -> bool {
         let mut now = [0; PAGE_BYTES];
-        let is_read = map.read(found.gpa, &mut now);
-        if is_read && now == *found.bytes {
-            return;
+        let is_there = map.read(gpa, &mut now) && map.host_page(gpa) == self.pages.host(page);
+        if !self.pages.has_changed(page, &now) && is_there {
+            return false;
         }
-        *found.bytes = now;
-        let stale: Vec<u32> = found
-            .translations
-            .iter()
-            .copied()
-            .filter(|translation| {
-                let block = self.translations.get(*translation as usize).and_then(|t| cache.get(t.block));
-                !is_read
-                    || block.is_none_or(|block| {
-                        let start = usize::from(offset(block.gpa));
-                        now.get(start..start + block.bytes.len()) != Some(&*block.bytes)
-                    })
-            })
-            .collect();
-        for translation in stale {
-            self.drop_translation(translation, frame);
+        let is_stale = |number: &u32| {
+            let block = self.get(*number).and_then(|translation| cache.get(translation.block));
+            !is_there || block.is_none_or(|block| !is_in(block, gpa, &now))
+        };
+        let stale: Vec<u32> =
+            self.pages.get(page).into_iter().flat_map(|page| page.translations()).filter(is_stale).collect();
+        for number in stale {
+            self.drop_translation(number, frame);
         }
+        true
     }
 
     /// Drops the translations of a block that is gone.
@@ -343,129 +252,200 @@ impl Translator {
         }
     }
 
-    fn drop_translation(&mut self, number: u32, frame: &mut Frame) {
-        let Some(translation) = self.translations.get_mut(number as usize) else { return };
-        if std::mem::replace(&mut translation.dropped, true) {
+    pub(super) fn drop_translation(&mut self, number: u32, frame: &mut Frame) {
+        let Some(translation) = self.translations.get_mut(number as usize).filter(|found| !found.dropped)
+        else {
             return;
-        }
-        let (incoming, page, rip) =
-            (std::mem::take(&mut translation.incoming), translation.page, translation.rip);
-        translation.shut(number, frame);
-        let block = translation.block;
+        };
+        translation.drop(number, frame);
+        let incoming = std::mem::take(&mut translation.incoming);
+        let Translation { page, second, rip, block, .. } = *translation;
         for site in incoming {
             self.unlink(site);
         }
         self.by_place.remove(&(page, offset(rip)));
-        if let Some(page) = self.pages.get_mut(page as usize) {
-            page.translations.retain(|other| *other != number);
+        for page in [Some(page), second].into_iter().flatten() {
+            self.pages.remove_translation(page, number);
         }
         if let Some(others) = self.by_block.get_mut(&block) {
             others.retain(|other| *other != number);
+            if others.is_empty() {
+                self.by_block.remove(&block);
+            }
         }
+        self.free.push(number);
     }
 
     /// Forgets everything.
     pub(super) fn clear(&mut self, frame: &mut Frame) {
-        self.forget(&Forgotten { all: true, ..Forgotten::default() }, frame);
-        self.used = shared_code().0.len().next_multiple_of(16);
-        self.sites.clear();
-        self.translations.clear();
+        for number in (0..).take(self.translations.len()) {
+            if let Some(translation) = self.translations.get_mut(number as usize) {
+                translation.drop(number, frame);
+            }
+        }
+        self.code.clear();
         self.pages.clear();
-        self.by_page.clear();
+        self.translations.clear();
+        self.free.clear();
         self.by_place.clear();
         self.by_block.clear();
+        self.emptied += 1;
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        self.used + MAX_TRANSLATION > self.memory.len()
-            || self.sites.len() >= MAX_SITES
-            || self.translations.len() >= TRANSLATIONS
+    /// Drops the oldest translations as far as another one needs their room.
+    fn make_room(&mut self, frame: &mut Frame) {
+        let has_number = |this: &Self| !this.free.is_empty() || this.translations.len() < TRANSLATIONS;
+        while !(self.code.has_room() && has_number(self) && !self.pages.is_full()) {
+            self.empty_region(frame);
+        }
     }
 
-    /// Translates `block`, number `id` of the interpreter's, at `rip`, whose page holds.
-    pub(super) fn translate(
-        &mut self,
-        rip: u64,
-        mode: Mode,
-        id: u32,
-        block: &Block,
-        page: u32,
-        frame: &mut Frame,
-    ) -> Option<u32> {
+    fn empty_region(&mut self, frame: &mut Frame) {
+        let (region, translations) = self.code.advance();
+        if translations.is_empty() {
+            return;
+        }
+        self.emptied += 1;
+        for (start, number) in translations {
+            if self.get(number).is_some_and(|found| found.start == start) {
+                self.drop_translation(number, frame);
+            }
+        }
+        for translation in &mut self.translations {
+            translation.incoming.retain(|site| !Regions::is_of(*site, region));
+        }
+    }
+
+    /// Translates a block whose pages were taken up, as far as there were any.
+    pub(super) fn translate(&mut self, found: &Found<'_>, map: &MemoryMap, frame: &mut Frame) -> Option<u32> {
+        let Found { rip, mode, id, block, second, .. } = *found;
         self.instructions.clear();
         let mut decoder = Decoder::with_ip(64, &block.bytes, rip, DECODING);
         while decoder.can_decode() && self.instructions.len() < block.ops.len() {
             self.instructions.push(decoder.decode());
         }
-        if self.instructions.len() != block.ops.len() || block.second_page.is_some() {
+        if self.instructions.len() != block.ops.len() {
             return None;
         }
-        let number = u32::try_from(self.translations.len()).ok()?;
-        let place = Place {
-            origin: self.used,
-            translation: number,
-            first_site: u32::try_from(self.sites.len()).ok()?,
-            rip,
-            whole: true,
+        self.make_room(frame);
+        let number = match self.free.last() {
+            Some(number) => *number,
+            None => u32::try_from(self.translations.len()).ok()?,
         };
+        let mut checked = Vec::new();
+        if block.checked {
+            for (gpa, code) in block.parts() {
+                checked.push((map.host_page(gpa)? | gpa & !PAGE_MASK, code));
+            }
+        }
+        let (origin, first_site) = self.code.next_place()?;
+        let place = Place { origin, translation: number, first_site, rip, whole: second.is_none() };
         let buffer = std::mem::take(&mut self.buffer);
-        let builder = Builder::new(&mut self.encoder, &mut self.info, self.shared, mode, place, buffer);
-        let built = match builder.build(&self.instructions) {
+        let shared = self.code.shared();
+        let builder = Builder::new(&mut self.encoder, &mut self.info, shared, mode, place, buffer);
+        let mut built = match builder.build(&self.instructions, &checked) {
             Some(built) => built,
-            None => Builder::new(&mut self.encoder, &mut self.info, self.shared, mode, place, Vec::new())
+            None => Builder::new(&mut self.encoder, &mut self.info, shared, mode, place, Vec::new())
                 .carefully()
-                .build(&self.instructions)?,
+                .build(&self.instructions, &checked)?,
         };
-        if self.used + built.bytes.len() > self.memory.len() {
+        let mut near = (built.live, built.saved);
+        if second.is_some() {
+            // Whoever holds with the first page alone goes through the gate.
+            near.0 = origin + built.bytes.len();
+            built.bytes.extend(gate_jump(number, true));
+            near.1 = origin + built.bytes.len();
+            built.bytes.extend(gate_jump(number, false));
+        }
+        let contents = self.read_pages(found, map)?;
+        let is_added = self.code.add(number, &built.bytes, &built.sites);
+        self.buffer = built.bytes;
+        if !is_added {
             return None;
         }
-        self.memory.write(self.used, &built.bytes);
-        self.patched = true;
-        let start = self.used;
-        self.used = (self.used + built.bytes.len()).next_multiple_of(16);
-        self.buffer = built.bytes;
-        self.sites.extend_from_slice(&built.sites);
-        let at = |offset| self.memory.address(offset);
+        let pages = self.hold_pages(found, contents, frame)?;
+        let gate = |(live, saved)| Gate { live: self.code.address(live), saved: self.code.address(saved) };
         let translation = Translation {
             rip,
-            block: id,
-            page,
             mode,
-            start,
+            block: id,
+            page: pages.0,
+            second: pages.1,
+            start: origin,
             accesses: built.accesses.into(),
-            live: at(built.live),
-            saved: at(built.saved),
-            shut: Gate { live: at(built.shut_live), saved: at(built.shut_saved) },
+            open: gate((built.live, built.saved)),
+            near: gate(near),
+            shut: gate((built.shut_live, built.shut_saved)),
             incoming: Vec::new(),
             dropped: false,
         };
         translation.open(number, frame);
-        self.translations.push(translation);
-        self.by_place.insert((page, offset(rip)), number);
+        for page in [Some(pages.0), pages.1].into_iter().flatten() {
+            self.pages.add_translation(page, number, block, page == pages.0);
+        }
+        self.by_place.insert((pages.0, offset(rip)), number);
         self.by_block.entry(id).or_default().push(number);
-        if let Some(page) = self.pages.get_mut(page as usize) {
-            page.translations.push(number);
+        self.free.pop();
+        match self.translations.get_mut(number as usize) {
+            Some(place) => *place = translation,
+            None => self.translations.push(translation),
         }
         Some(number)
+    }
+
+    /// What those pages of a block hold that are not known yet.
+    fn read_pages(&self, found: &Found<'_>, map: &MemoryMap) -> Option<[Option<Content>; 2]> {
+        let mut pages = [None, None];
+        for ((key, _), page) in found.keys().zip(&mut pages) {
+            if self.pages.find(&key).is_none() {
+                let mut bytes = Box::new([0; PAGE_BYTES]);
+                let host = map.host_page(key.2)?;
+                if !map.read(key.2, &mut *bytes) {
+                    return None;
+                }
+                *page = Some(Content { bytes, host });
+            }
+        }
+        Some(pages)
+    }
+
+    /// The pages of a block, which hold from now on.
+    fn hold_pages(
+        &mut self,
+        found: &Found<'_>,
+        contents: [Option<Content>; 2],
+        frame: &mut Frame,
+    ) -> Option<(u32, Option<u32>)> {
+        let mut pages = [None; 2];
+        for (((key, fetched), content), page) in found.keys().zip(contents).zip(&mut pages) {
+            *page = match content {
+                Some(content) => {
+                    let new = self.pages.add(key, content)?;
+                    self.hold(new, fetched, frame);
+                    Some(new)
+                }
+                None => self.pages.find(&key),
+            };
+        }
+        let [first, second] = pages;
+        Some((first?, second))
     }
 
     /// Lets the jump at `site` lead to `target`, if that is code of the same mode: what is ready for one is not for another.
     pub(super) fn link(&mut self, site: u32, jump: &Jump, target: u32) {
         let from = self.site(site).and_then(|site| self.get(site.translation)).map(|from| from.mode);
-        let found = self.translations.get_mut(target as usize).filter(|found| from == Some(found.mode));
-        let Some(found) = found else { return };
-        let entry = if jump.live { found.live } else { found.saved };
+        let found = self.translations.get_mut(target as usize);
+        let Some(found) = found.filter(|found| !found.dropped && from == Some(found.mode)) else { return };
+        let entry = if jump.live { found.near.live } else { found.near.saved };
         match jump.link {
             Link::Near { length } => {
                 let at = jump.at as usize + usize::from(length) - 4;
-                let origin = self.memory.address(0);
-                let Ok(entry) = usize::try_from(entry.wrapping_sub(origin)) else { return };
-                self.memory.write(at, &distance(at, entry).to_le_bytes());
+                let Some(entry) = self.code.offset(entry) else { return };
+                self.code.write(at, &distance(at, entry).to_le_bytes());
             }
-            Link::Gate => self.memory.write(jump.at as usize, &gate_jump(target, jump.live)),
+            Link::Gate => self.code.write(jump.at as usize, &gate_jump(target, jump.live)),
         }
         found.incoming.push(site);
-        self.patched = true;
     }
 
     fn unlink(&mut self, site: u32) {
@@ -474,54 +454,23 @@ impl Translator {
         match jump.link {
             Link::Near { length } => {
                 let at = at + usize::from(length) - 4;
-                self.memory.write(at, &distance(at, stub).to_le_bytes());
+                self.code.write(at, &distance(at, stub).to_le_bytes());
             }
             Link::Gate => {
                 let [a, b, c, d] = distance(at + 1, stub).to_le_bytes();
-                self.memory.write(at, &[0xe9, a, b, c, d, 0xcc, 0xcc, 0xcc]);
+                self.code.write(at, &[0xe9, a, b, c, d, 0xcc, 0xcc, 0xcc]);
             }
         }
-        self.patched = true;
     }
 
     /// Lets indirect branches find a translation.
     pub(super) fn remember_branch(&self, translation: u32, frame: &mut Frame) {
-        if let Some(found) = self.get(translation).filter(|found| !found.dropped)
-            && let Some(branch) = branch(frame, found.mode, found.rip)
-        {
-            *branch = Branch { rip: found.rip, code: found.saved };
+        if let Some(found) = self.get(translation) {
+            found.remember(frame);
         }
     }
 }
 
-impl Translation {
-    fn open(&self, number: u32, frame: &mut Frame) {
-        if let Some(gate) = frame.gates.get_mut(number as usize) {
-            *gate = Gate { live: self.live, saved: self.saved };
-        }
-    }
-
-    fn shut(&self, number: u32, frame: &mut Frame) {
-        if let Some(gate) = frame.gates.get_mut(number as usize) {
-            *gate = self.shut;
-        }
-        if let Some(branch) = branch(frame, self.mode, self.rip)
-            && branch.rip == self.rip
-        {
-            *branch = Branch::nothing(branch_index(self.rip));
-        }
-    }
-}
-
-/// The entry of the table of branch targets that `rip` uses.
-fn branch(frame: &mut Frame, mode: Mode, rip: u64) -> Option<&mut Branch> {
-    frame.branches.get_mut(mode.branch_table())?.get_mut(branch_index(rip))
-}
-
-fn branch_index(rip: u64) -> usize {
-    usize::try_from(rip % BRANCHES as u64).unwrap_or(0)
-}
-
-fn offset(rip: u64) -> u16 {
-    u16::try_from(rip & !PAGE_MASK).unwrap_or(0)
-}
+#[cfg(test)]
+#[path = "verify.rs"]
+mod verify;

@@ -115,6 +115,11 @@ pub(crate) struct Gate {
     pub(crate) saved: u64,
 }
 
+impl Gate {
+    /// That of no translation.
+    pub(crate) const NOWHERE: Self = Self { live: 0, saved: 0 };
+}
+
 /// See the module.
 #[repr(C, align(4096))]
 pub(crate) struct Frame {

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vmm_memory::GuestRegion;
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::PAGE;
 use super::code_pages::CodePages;
 use super::host::{self, HostWord, Order};
+use super::{PAGE, PAGE_MASK};
 use crate::error::{Error, Result};
 use crate::vm::GuestAccess;
 
@@ -184,6 +184,12 @@ impl MemoryMap {
             }
             _ => false,
         }
+    }
+
+    /// Host address of the page at `gpa`, if all of it is RAM of one region.
+    pub(crate) fn host_page(&self, gpa: u64) -> Option<u64> {
+        let (address, room) = self.slot(gpa)?.host(gpa & PAGE_MASK)?;
+        (room >= PAGE).then(|| address.expose_provenance() as u64)
     }
 
     /// Reads RAM of one region; whether there is any.

@@ -15,12 +15,12 @@ mod walk;
 mod window;
 
 pub(crate) use budget::WINDOW_PAGES;
-pub(crate) use code_pages::VcpuSet;
+pub(crate) use code_pages::{Added, VcpuSet};
 pub(crate) use host::{HostWord, Order};
 pub(crate) use map::{MemoryMap, Slot};
 pub(crate) use tlb::{Fetched, Forgotten, Reach, Tlb};
 pub(crate) use walk::{Access, GPA_BITS, Paging, Translation, walk};
-pub(crate) use window::{NEAR, Policy};
+pub(crate) use window::{Figures as WindowFigures, NEAR};
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const PAGE_MASK: u64 = !(PAGE - 1);

@@ -1,20 +1,16 @@
-//! An address space in the address window: its pages, and what they may cost.
-//!
-//! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. So an address space has to earn
-//! them by the time that it runs.
+//! An address space in the address window: its pages, and what they cost.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustc_hash::FxHashMap;
 
-/// What a fault costs that maps a page.
-pub(super) const FAULT: Duration = Duration::from_micros(10);
-/// What it costs to compare a page with the page tables.
+/// What an access costs that faults.
+pub(super) const FAULT: Duration = Duration::from_micros(3);
+/// What it costs to map a page, and to unmap it some time.
+pub(super) const MAPPING: Duration = Duration::from_micros(8);
+/// What it costs to change the address space, and for each page of it to be compared with the page tables.
+pub(super) const CHANGE: Duration = Duration::from_micros(4);
 pub(super) const CHECK: Duration = Duration::from_nanos(150);
-/// An address space earns one part in so many of the time that it runs.
-const SHARE: u32 = 8;
-/// The most that it can have earned.
-const MOST: Duration = Duration::from_millis(50);
 
 /// A mapped page.
 #[derive(Clone, Copy, Debug)]
@@ -33,15 +29,11 @@ pub(super) struct Space {
     pub(super) pages: FxHashMap<u64, Mapped>,
     /// When it was last used, as the window counts.
     pub(super) used: u64,
-    /// What it may spend.
-    credit: Duration,
-    since: Instant,
 }
 
 impl Space {
-    pub(super) fn new(root: u64, earned: Duration) -> Self {
-        let (slots, pages) = (Vec::new(), FxHashMap::default());
-        Self { root, slots, pages, used: 0, credit: earned, since: Instant::now() }
+    pub(super) fn new(root: u64) -> Self {
+        Self { root, slots: Vec::new(), pages: FxHashMap::default(), used: 0 }
     }
 
     /// The slot of a region.
@@ -52,24 +44,5 @@ impl Space {
     /// The slot that `va` is in.
     pub(super) fn slot_at(&self, va: u64) -> Option<u32> {
         self.slot(u16::try_from(va >> 32).ok()?)
-    }
-
-    /// It runs from now on.
-    pub(super) fn start(&mut self) {
-        self.since = Instant::now();
-    }
-
-    /// It has run until now.
-    pub(super) fn earn(&mut self) {
-        let now = Instant::now();
-        self.credit = (self.credit + now.duration_since(self.since) / SHARE).min(MOST);
-        self.since = now;
-    }
-
-    /// Takes what something costs, as far as there is so much; whether there is.
-    pub(super) fn spend(&mut self, cost: Duration) -> bool {
-        let left = self.credit.checked_sub(cost);
-        self.credit = left.unwrap_or_default();
-        left.is_some()
     }
 }

@@ -21,7 +21,7 @@ use super::frame::{ENTRIES, Entry, Frame, nothing_at};
 use super::host::{HostWord, Order};
 use super::map::MemoryMap;
 use super::walk::{Access, Paging, Translation, peek};
-use super::window::{Figures, Policy, Window};
+use super::window::{Figures, Window};
 use super::{PAGE, PAGE_MASK};
 use crate::translate::segment::low8;
 
@@ -110,6 +110,8 @@ pub(crate) struct Tlb {
     large: bool,
     /// Changes whenever an entry may have gone: whoever remembers a translation elsewhere compares.
     generation: u64,
+    /// How often an entry was filled.
+    pub(crate) fills: u64,
     window: Option<Window>,
     /// This host cannot map guest memory into the window.
     no_window: bool,
@@ -133,6 +135,7 @@ impl Tlb {
             local: Vec::with_capacity(LOCAL),
             large: false,
             generation: 1,
+            fills: 0,
             window: None,
             no_window: false,
         }
@@ -339,6 +342,7 @@ impl Tlb {
             kind,
         };
         self.large |= size > SMALL;
+        self.fills += 1;
         let old = std::mem::replace(self.frame.entry_mut(self.reach, va), entry);
         if let (Reach::User, Some(window)) = (self.reach, &mut self.window) {
             window.follow(page, translation.gpa & PAGE_MASK, old.read);
@@ -368,67 +372,70 @@ impl Tlb {
         self.window.as_ref().is_some_and(Window::is_active)
     }
 
-    /// Gives the user program in the address space of `paging` a window, which under [`Policy::Thrifty`] it must have
-    /// `earned`. Where the host has no room for one, there is none.
-    pub(crate) fn open_window(&mut self, paging: &Paging, earned: Duration, limit: usize, policy: Policy) {
+    /// Gives the user program in the address space of `paging` a window of at most `limit` pages, `exact` as in [`Window`]; `false` if that was
+    /// another program's, which is nothing to go on. Where the host has no room for a window, there is none.
+    pub(crate) fn open_window(&mut self, paging: &Paging, limit: usize, exact: bool) -> bool {
         if self.no_window {
-            return;
+            return true;
         }
         let regions = &mut self.frame.regions;
         let window = match &mut self.window {
             Some(window) => window,
-            None => match Window::new(limit, policy, regions) {
+            None => match Window::new(limit, exact, regions) {
                 Ok(window) => self.window.insert(window),
                 Err(error) => {
                     tracing::debug!(%error, "no address window");
                     self.no_window = true;
-                    return;
+                    return true;
                 }
             },
         };
         let map = &self.map;
-        window.activate(paging.cr3, earned, regions, |va, writes| {
+        window.activate(paging.cr3, regions, |va, writes| {
             let access = if writes { Access::Write } else { Access::Read };
             let Translation { gpa, size, .. } = peek(map, paging, va, access)?;
             let slot = map.slot(gpa)?;
             (!writes || slot.is_writable() && !slot.must_notice_stores(gpa)).then_some((gpa, size))
-        });
+        })
     }
 
-    /// Takes the user program's window away until it is opened again.
-    pub(crate) fn suspend_window(&mut self) {
+    /// Takes the window from the program that has one, until it is opened again.
+    pub(crate) fn close_window(&mut self) {
         if let Some(window) = &mut self.window {
             window.suspend(&mut self.frame.regions);
         }
     }
 
-    /// Lets the window have the pages of `len` bytes at `va` as far as the TLB has them; whether the window stays.
-    pub(crate) fn extend_window(&mut self, va: u64, len: u64) -> bool {
-        let Some(window) = &mut self.window else { return false };
-        let regions = &mut self.frame.regions;
-        if !window.pays() {
-            window.give_up(regions);
-            return false;
+    /// What the window has cost since this was last asked.
+    pub(crate) fn take_window_cost(&mut self) -> Duration {
+        self.window.as_mut().map_or(Duration::ZERO, Window::take_cost)
+    }
+
+    /// Notes that an access through the window has faulted.
+    pub(crate) fn note_window_fault(&mut self) {
+        if let Some(window) = &mut self.window {
+            window.note_fault();
         }
+    }
+
+    /// Lets the window have the pages of `len` bytes at `va` as far as the TLB has them.
+    pub(crate) fn extend_window(&mut self, va: u64, len: u64) {
+        let Some(window) = &mut self.window else { return };
+        let regions = &mut self.frame.regions;
         let last = va.wrapping_add(len.saturating_sub(1));
         for va in [va & PAGE_MASK, last & PAGE_MASK] {
             // Not borrowed from the frame as a whole.
-            let Some(entry) = self.frame.tables.first().and_then(|table| table.get(Frame::index(va))) else {
-                break;
-            };
-            if entry.read != va {
-                continue;
-            }
+            let entry = self.frame.tables.first().and_then(|table| table.get(Frame::index(va)));
+            let Some(entry) = entry.filter(|entry| entry.read == va) else { continue };
             let (gpa, writable) = (entry.kind & PAGE_MASK, entry.write == va);
             let size = 1 << size_of(entry);
             if let Err(error) = window.map(va, gpa, entry.host, writable, size, regions) {
                 tracing::debug!(%error, "guest memory cannot be mapped into the address window");
                 window.clear(regions);
                 self.no_window = true;
-                return false;
+                return;
             }
         }
-        true
     }
 
     /// What the window did.

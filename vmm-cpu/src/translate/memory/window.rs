@@ -15,6 +15,9 @@
 //! While an address space is in use, what can be accessed is what the page tables said then or later, as in a TLB of any
 //! size. That of a processor of limited size forgets some by itself, and looks up again what is accessed next: that shows in
 //! accessed bits, which is why where instructions are counted the window forgets what the TLB does.
+//!
+//! Faults and mappings cost microseconds, a thousand times what a lookup in the TLB does. [`Window::take_cost`] says how many
+//! there were.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,7 +28,7 @@ use rustc_hash::FxHashSet;
 use super::budget::Share;
 use super::frame::REGIONS;
 use super::reserve::{Reserve, Rights};
-use super::space::{CHECK, FAULT, Mapped, Space};
+use super::space::{CHANGE, CHECK, FAULT, MAPPING, Mapped, Space};
 use super::{PAGE, PAGE_MASK};
 
 /// Bytes of a region.
@@ -52,17 +55,8 @@ const SPACES: usize = 4;
 /// First address that no program of the guest has.
 const END: u64 = 1 << 47;
 
-/// What a window is to care about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Policy {
-    /// An address space spends no more than it earns.
-    Thrifty,
-    /// None is given up.
-    Lavish,
-    /// The same; and nothing can be accessed that the TLB has not, so that accessed and dirty bits are set at the very
-    /// instruction at which they are without a window.
-    Exact,
-}
+/// Pages of which most must still hold, or the address space is another program's.
+const TELLING: usize = 8;
 
 /// See the module.
 #[derive(Debug)]
@@ -82,7 +76,11 @@ pub(crate) struct Window {
     share: Share,
     /// Counts uses of spaces.
     clock: u64,
-    policy: Policy,
+    /// Nothing can be accessed that the TLB has not, so that accessed and dirty bits are set at the very instruction at which
+    /// they are without a window.
+    exact: bool,
+    /// What it has cost since that was last asked.
+    cost: Duration,
     /// Pages may be parts of large ones.
     large: bool,
     pub(crate) figures: Figures,
@@ -94,7 +92,6 @@ pub(crate) struct Figures {
     pub(crate) mapped: u64,
     pub(crate) unmapped: u64,
     pub(crate) activations: u64,
-    pub(crate) given_up: u64,
 }
 
 impl Window {
@@ -102,7 +99,7 @@ impl Window {
     ///
     /// # Errors
     /// Those of the operating system, where there is no room for it.
-    pub(crate) fn new(limit: usize, policy: Policy, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
+    pub(crate) fn new(limit: usize, exact: bool, regions: &mut [u64; REGIONS]) -> io::Result<Self> {
         let this = Self {
             reserve: Reserve::new(u64::from(SLOTS) * STRIDE)?,
             free: (1..SLOTS).collect(),
@@ -113,7 +110,8 @@ impl Window {
             limit,
             share: Share::of_process(),
             clock: 0,
-            policy,
+            exact,
+            cost: Duration::ZERO,
             large: false,
             figures: Figures::default(),
         };
@@ -133,15 +131,14 @@ impl Window {
     }
 
     /// Makes the pages of the address space with that CR3 accessible as far as `find` says that they are what they were:
-    /// where a linear page leads to, for writing or not, and the size of the page that it is part of now. `earned` is what
-    /// the space may spend if it is a new one. If it cannot afford that, it is forgotten.
+    /// where a linear page leads to, for writing or not, and the size of the page that it is part of now. Whether the space is
+    /// a new one or most of what was known of it still holds; if not, it is forgotten.
     pub(crate) fn activate(
         &mut self,
         root: u64,
-        earned: Duration,
         regions: &mut [u64; REGIONS],
         mut find: impl FnMut(u64, bool) -> Option<(u64, u64)>,
-    ) {
+    ) -> bool {
         self.suspend(regions);
         self.figures.activations += 1;
         self.clock += 1;
@@ -154,20 +151,15 @@ impl Window {
                         self.remove(oldest);
                     }
                 }
-                self.spaces.push(Space::new(root, earned));
+                self.spaces.push(Space::new(root));
                 self.spaces.len() - 1
             }
         };
         self.spaces.swap(0, at);
-        let Some(space) = self.spaces.first_mut() else { return };
+        let Some(space) = self.spaces.first_mut() else { return false };
         space.used = self.clock;
-        space.start();
-        let count = u32::try_from(space.pages.len()).unwrap_or(u32::MAX);
-        if !space.spend(CHECK * count) && self.policy == Policy::Thrifty {
-            self.figures.given_up += 1;
-            self.remove(0);
-            return;
-        }
+        let count = space.pages.len();
+        self.cost += CHANGE + CHECK * u32::try_from(count).unwrap_or(u32::MAX);
         let mut large = self.large;
         let mut is_stale = |va: u64, page: &Mapped| match find(va, page.writable) {
             Some((gpa, size)) if gpa == page.gpa => {
@@ -178,6 +170,10 @@ impl Window {
         };
         let pages = space.pages.iter();
         let stale: Vec<u64> = pages.filter(|(va, page)| is_stale(**va, page)).map(|(va, _)| *va).collect();
+        if count > TELLING && stale.len() > count / 2 {
+            self.remove(0);
+            return false;
+        }
         (self.active, self.large) = (true, large);
         for va in stale {
             self.forget_page(va);
@@ -185,6 +181,17 @@ impl Window {
         for (region, slot) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, slot, regions);
         }
+        true
+    }
+
+    /// Notes that an access has faulted.
+    pub(crate) fn note_fault(&mut self) {
+        self.cost += FAULT;
+    }
+
+    /// What it has cost since this was last asked.
+    pub(crate) fn take_cost(&mut self) -> Duration {
+        std::mem::take(&mut self.cost)
     }
 
     fn set_region(&self, region: u16, slot: u32, regions: &mut [u64; REGIONS]) {
@@ -198,33 +205,12 @@ impl Window {
         if !std::mem::take(&mut self.active) {
             return;
         }
-        if let Some(space) = self.spaces.first_mut() {
-            space.earn();
-        }
         for (region, _) in self.spaces.first().map(|space| space.slots.clone()).unwrap_or_default() {
             self.set_region(region, 0, regions);
         }
-        if self.policy == Policy::Exact {
+        if self.exact {
             // The TLB keeps nothing for later either.
             self.remove(0);
-        }
-    }
-
-    /// Whether the space in use can afford another fault, which it pays for.
-    pub(crate) fn pays(&mut self) -> bool {
-        let Some(space) = self.spaces.first_mut().filter(|_| self.active) else { return false };
-        space.earn();
-        space.spend(FAULT) || self.policy != Policy::Thrifty
-    }
-
-    /// Forgets the space in use.
-    pub(crate) fn give_up(&mut self, regions: &mut [u64; REGIONS]) {
-        if self.active {
-            self.figures.given_up += 1;
-            self.suspend(regions);
-            if !self.spaces.is_empty() {
-                self.remove(0);
-            }
         }
     }
 
@@ -273,6 +259,7 @@ impl Window {
                 self.reserve.protect(at, PAGE, Rights::Read)?;
             }
             self.figures.mapped += 1;
+            self.cost += MAPPING;
             let root = self.spaces.first().map_or(0, |space| space.root);
             self.places.insert((gpa, root, va));
         } else if known.is_some_and(|known| known.writable != writable) {
@@ -310,7 +297,7 @@ impl Window {
     /// The TLB has just learnt that the page at `va` is `gpa`, and forgotten that at `evicted` for it: in the space in use,
     /// nothing else is accessible there any more.
     pub(crate) fn follow(&mut self, va: u64, gpa: u64, evicted: u64) {
-        if self.policy == Policy::Exact && evicted != va {
+        if self.exact && evicted != va {
             self.forget_page(evicted);
         }
         let known = self.spaces.first().filter(|_| self.active).and_then(|space| space.pages.get(&va));

@@ -13,8 +13,6 @@ fn pointer(address: u64) -> *mut libc::c_void {
     std::ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap())
 }
 
-const EARNED: Duration = Duration::from_secs(1);
-
 /// Shared memory of so many pages, the first byte of each its number.
 fn memory(pages: u64) -> (GuestRam, Arc<GuestRegion>) {
     let config = RegionConfig::new(GuestAddress(0), pages * PAGE).backing(Backing::Memfd);
@@ -39,15 +37,15 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(pages: u64, limit: usize, policy: Policy) -> Self {
+    fn new(pages: u64, limit: usize, exact: bool) -> Self {
         let mut regions: Box<[u64; REGIONS]> = vec![0; REGIONS].try_into().unwrap();
-        let window = Window::new(limit, policy, &mut regions).unwrap();
+        let window = Window::new(limit, exact, &mut regions).unwrap();
         let (ram, region) = memory(pages);
         Self { window, regions, region, _ram: ram }
     }
 
     fn activate(&mut self, root: u64) {
-        self.window.activate(root, EARNED, &mut self.regions, |_, _| panic!("nothing is mapped"));
+        self.window.activate(root, &mut self.regions, |_, _| panic!("nothing is mapped"));
     }
 
     fn map(&mut self, va: u64, page: u64, writable: bool) {
@@ -79,7 +77,7 @@ impl Rig {
 
 #[test]
 fn no_address_leads_elsewhere_than_into_the_window() {
-    let mut rig = Rig::new(1, 16, Policy::Lavish);
+    let mut rig = Rig::new(1, 16, false);
     rig.activate(0x1000);
     for region in [0, 1, 0x55d0, 0x7fff] {
         rig.map(region << 32 | 0x7000, 0, true);
@@ -105,7 +103,7 @@ fn no_address_leads_elsewhere_than_into_the_window() {
 
 #[test]
 fn pages_are_what_they_were_made() {
-    let mut rig = Rig::new(4, 16, Policy::Lavish);
+    let mut rig = Rig::new(4, 16, false);
     rig.activate(0x1000);
     let (low, high) = (0x40_0000, 0x7ffd_1234_5000);
     assert_eq!(rig.read(low), None);
@@ -130,7 +128,7 @@ fn pages_are_what_they_were_made() {
 
 #[test]
 fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
-    let mut rig = Rig::new(2, 16, Policy::Lavish);
+    let mut rig = Rig::new(2, 16, false);
     rig.activate(0x1000);
     rig.map(0x1000, 1, true);
     rig.activate(0x2000);
@@ -139,7 +137,7 @@ fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
     rig.map(0x7000, 0, true);
     rig.window.protect(PAGE);
     assert!(!rig.write(0x5000) && !rig.write(0x6000) && rig.write(0x7000));
-    rig.window.activate(0x1000, EARNED, &mut rig.regions, |va, writable| {
+    rig.window.activate(0x1000, &mut rig.regions, |va, writable| {
         assert!(!writable, "{va:#x}");
         Some((PAGE, PAGE))
     });
@@ -149,7 +147,7 @@ fn stores_to_a_page_that_is_watched_fault_wherever_it_is() {
 
 #[test]
 fn an_address_space_comes_back_with_what_still_holds() {
-    let mut rig = Rig::new(4, 16, Policy::Lavish);
+    let mut rig = Rig::new(4, 16, false);
     rig.activate(0x1000);
     for page in 0..4 {
         rig.map(0x1_0000_0000 + page * PAGE, page, page == 3);
@@ -159,7 +157,7 @@ fn an_address_space_comes_back_with_what_still_holds() {
     rig.activate(0x2000);
     assert_eq!(rig.read(0x1_0000_0000), None);
     // Page 1 has another translation, page 3 is clean again.
-    rig.window.activate(0x1000, EARNED, &mut rig.regions, |va, writable| match (va >> 12 & 3, writable) {
+    rig.window.activate(0x1000, &mut rig.regions, |va, writable| match (va >> 12 & 3, writable) {
         (1, _) => Some((0, PAGE)),
         (3, true) => None,
         (page, _) => Some((page * PAGE, PAGE)),
@@ -170,7 +168,7 @@ fn an_address_space_comes_back_with_what_still_holds() {
 
 #[test]
 fn what_it_has_is_bounded() {
-    let mut rig = Rig::new(8, 6, Policy::Lavish);
+    let mut rig = Rig::new(8, 6, false);
     // More address spaces than are kept, more regions than there are slots, more pages than may be mapped.
     for root in 1..=2 * SPACES as u64 {
         rig.activate(root << 12);
@@ -187,18 +185,37 @@ fn what_it_has_is_bounded() {
 }
 
 #[test]
-fn what_does_not_pay_is_given_up() {
-    let mut rig = Rig::new(1, 16, Policy::Thrifty);
-    rig.window.activate(0x1000, FAULT * 3, &mut rig.regions, |_, _| None);
-    let faults = (0..100_000).take_while(|_| rig.window.pays()).count();
-    assert!((3..100_000).contains(&faults), "{faults} faults");
-    rig.window.give_up(&mut rig.regions);
-    assert!(!rig.window.is_active() && rig.window.figures.given_up == 1);
+fn an_address_space_of_another_program_is_forgotten() {
+    let mut rig = Rig::new(16, 32, false);
+    rig.activate(0x1000);
+    for page in 0..16 {
+        rig.map(page * PAGE, page, true);
+    }
+    rig.window.suspend(&mut rig.regions);
+    let same = |last: u64| move |va: u64, _| (va < last * PAGE).then_some((va, PAGE));
+    assert!(rig.window.activate(0x1000, &mut rig.regions, same(10)));
+    assert_eq!((rig.read(9 * PAGE), rig.read(10 * PAGE)), (Some(9), None));
+    assert!(!rig.window.activate(0x1000, &mut rig.regions, same(4)));
+    assert!(!rig.window.is_active() && rig.window.spaces.is_empty());
+    assert_eq!(rig.read(0), None);
+}
+
+#[test]
+fn faults_pages_and_changes_cost() {
+    let mut rig = Rig::new(2, 16, false);
+    rig.activate(0x1000);
+    assert_eq!(rig.window.take_cost(), CHANGE);
+    rig.window.note_fault();
+    rig.map(0, 0, true);
+    rig.map(0, 0, true);
+    assert_eq!(rig.window.take_cost(), FAULT + MAPPING);
+    rig.window.activate(0x1000, &mut rig.regions, |_, _| Some((0, PAGE)));
+    assert_eq!(rig.window.take_cost(), CHANGE + CHECK);
 }
 
 #[test]
 fn private_memory_is_refused() {
-    let mut rig = Rig::new(1, 16, Policy::Lavish);
+    let mut rig = Rig::new(1, 16, false);
     let private = GuestRam::builder().region(RegionConfig::new(GuestAddress(0), PAGE)).build().unwrap();
     let region = private.regions().remove(0);
     // Pages that exist.
@@ -213,20 +230,20 @@ fn private_memory_is_refused() {
 
 #[test]
 fn one_page_can_be_at_many_addresses() {
-    let mut rig = Rig::new(1, 8192, Policy::Lavish);
+    let mut rig = Rig::new(1, 8192, false);
     rig.activate(0x1000);
     for n in 0..8192 {
         rig.map(0x1_0000_0000 + n * PAGE, 0, true);
     }
     rig.window.protect(0);
     assert!((0..8192).all(|n| !rig.write(0x1_0000_0000 + n * PAGE)));
-    rig.window.activate(0x1000, EARNED, &mut rig.regions, |_, _| None);
+    rig.window.activate(0x1000, &mut rig.regions, |_, _| None);
     assert!(rig.window.places.is_empty());
 }
 
 #[test]
 fn pages_that_are_gone_leave_a_bounded_number_of_tables() {
-    let mut rig = Rig::new(1, 16, Policy::Lavish);
+    let mut rig = Rig::new(1, 16, false);
     rig.activate(0x1000);
     for n in 0..100 {
         let va = 0x1_0000_0000 + n * 8 * TABLE;
