@@ -353,6 +353,17 @@ fn debian_boots_the_same_way_twice() {
     }
 }
 
+/// Programs that access memory through the host's MMU leave the same state everywhere, accessed bits and all.
+#[test]
+fn debian_boots_the_same_way_with_address_windows() {
+    let (always, never) = (["--address-window", "always"], ["--address-window", "never"]);
+    if let Some([with, without]) = recorded_and_replayed("Debian with address windows", &always, &never) {
+        assert_eq!(with.0, without.0);
+        assert!(figure(&with.1, "window-pages-mapped") > 100, "{}", with.1);
+        assert_eq!(figure(&without.1, "window-pages-mapped"), 0);
+    }
+}
+
 /// Translated code comes to the same states as the interpreter.
 #[test]
 fn debian_boots_the_same_way_translated_and_interpreted() {

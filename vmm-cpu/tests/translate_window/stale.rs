@@ -465,6 +465,38 @@ fn code_that_a_program_writes_is_executed() {
 }
 
 #[test]
+fn code_that_a_program_writes_all_the_time_is_executed() {
+    const FUNCTION: u64 = 0x7000_0000_0000;
+    const TIMES: u64 = 5000;
+    let run = same_on_all(|setup| {
+        setup.map(SPACE, FUNCTION, page(1), DATA);
+        setup.map(SPACE, PLACE, page(1), DATA);
+        // MOV of CL to the immediate of the next instruction; MOV EAX, 0; ADD EAX, 0; RET.
+        let code = [0x88, 0x0d, 1, 0, 0, 0, 0xb8, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0xc3];
+        setup.write(page(1) + 0x100, &code);
+        let mut a = program(|a| {
+            a.mov(rbx, FUNCTION + 0x100)?;
+            a.mov(rsi, PLACE + 0x100)?;
+            a.mov(rdx, rbx)?;
+            a.mov(ecx, TIMES as u32)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            // The immediate of ADD, by both addresses in turn.
+            a.mov(byte_ptr(rbx + 12), cl)?;
+            a.inc(qword_ptr(rsi + 0x800))?;
+            a.call(rdx)?;
+            a.add(r12, rax)?;
+            a.xchg(rbx, rsi)?;
+            a.dec(ecx)?;
+            a.jne(again)
+        });
+        setup.program(&mut a);
+    });
+    let sum = (1..=TIMES).map(|n| 2 * (n & 0xff)).sum::<u64>();
+    assert_eq!((run.registers.r12, run.setup.read(page(1) + 0x900)), (sum, TIMES));
+}
+
+#[test]
 fn a_dirty_log_sees_what_a_window_writes() {
     let run = same_with(
         |setup| {
