@@ -360,7 +360,7 @@ fn debian_boots_the_same_way_with_address_windows() {
     if let Some([with, without]) = recorded_and_replayed("Debian with address windows", &always, &never) {
         assert_eq!(with.0, without.0);
         assert!(figure(&with.1, "window-pages-mapped") > 100, "{}", with.1);
-        assert_eq!(figure(&without.1, "window-pages-mapped"), 0);
+        assert!(!without.1.contains("window-"), "{}", without.1);
     }
 }
 

@@ -12,6 +12,7 @@ use vmm_memory::vm_memory::GuestAddress;
 use super::apic::LocalApic;
 use super::cpu::{Cpu, cr0, cr4};
 use super::exception::{Event, Exception, vector};
+use super::flags::bits;
 use super::memory::{
     Access, HostWord, MemoryMap, Order, PAGE, PAGE_MASK, Paging, Reach, Slot, Tlb, Translation, walk,
 };
@@ -131,6 +132,8 @@ pub(crate) struct Core {
     pub(crate) keeps_rf: bool,
     /// Value of `instructions` before the instruction that RFLAGS.RF was last loaded for.
     pub(crate) rf_loaded_at: Option<u64>,
+    /// RFLAGS.RF is cleared by each instruction, as they run one by one; otherwise it holds as [`Core::flags`] says.
+    pub(crate) rf_is_kept: bool,
     /// The debugger's breakpoint here was reported; the instruction is due.
     pub(crate) reported: Option<u64>,
     /// The loop looks at events before the next block.
@@ -231,6 +234,7 @@ impl Core {
             trap_pending: false,
             keeps_rf: false,
             rf_loaded_at: None,
+            rf_is_kept: true,
             reported: None,
             urgent: true,
             held: (false, false),
@@ -325,6 +329,14 @@ impl Core {
     pub(crate) fn update_reach(&mut self) {
         self.mode.reach = self.cpu.reach(self.mode.cpl);
         self.tlb.set_reach(self.mode.reach);
+    }
+
+    /// RFLAGS as the instruction at RIP finds it. Where instructions do not run one by one none clears RF, which then is
+    /// for the instruction that it was loaded for.
+    pub(crate) fn flags(&self) -> u64 {
+        let now = self.instructions + self.position as u64;
+        let has_run = !self.rf_is_kept && self.rf_loaded_at != Some(now);
+        self.cpu.flags.get() & if has_run { !bits::RF } else { u64::MAX }
     }
 
     /// A block begins at RIP.

@@ -134,6 +134,32 @@ fn a_guest_breakpoint_behind_mov_ss_is_seen() {
 }
 
 #[test]
+fn the_resume_flag_is_gone_when_a_breakpoint_is_set() {
+    on_each_tier(Guest::long, |mut guest| {
+        let end = handler(&mut guest, vector::DB);
+        let flags = guest.core.cpu.flags.get();
+        guest.core.cpu.flags.set(flags | bits::RF);
+        (guest.core.cpu.dr[0], guest.core.cpu.dr7) = (CODE + 5, 0x400);
+        guest.core.cpu.set_r(RAX, 0x402);
+        // NOP; NOP; MOV DR7, RAX; NOP.
+        run_code(&mut guest, &[0x90, 0x90, 0x0f, 0x23, 0xf8, 0x90, HLT]);
+        assert_eq!(guest.core.cpu.rip, end);
+        let frame = guest.core.cpu.r(RSP);
+        assert_eq!((guest.read::<8>(frame), guest.read::<8>(frame + 16) & bits::RF), (CODE + 5, 0));
+    });
+}
+
+#[test]
+fn the_resume_flag_is_not_seen_behind_the_instruction_that_it_is_for() {
+    on_each_tier(Guest::long, |mut guest| {
+        let flags = guest.core.cpu.flags.get();
+        guest.core.cpu.flags.set(flags | bits::RF);
+        run_code(&mut guest, &[0x90, HLT]);
+        assert_eq!(guest.core.general_registers().rflags & bits::RF, 0);
+    });
+}
+
+#[test]
 fn rf_that_iret_loads_is_for_one_instruction() {
     const RF: u64 = 1 << 16;
     on_each_tier(Guest::long, |mut guest| {

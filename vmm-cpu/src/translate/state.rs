@@ -91,7 +91,7 @@ impl Core {
             r14: r(14),
             r15: r(15),
             rip: self.cpu.rip,
-            rflags: self.cpu.flags.get(),
+            rflags: self.flags(),
         }
     }
 
@@ -106,6 +106,7 @@ impl Core {
         }
         self.cpu.rip = g.rip;
         self.cpu.flags.set(g.rflags);
+        self.rf_loaded_at = Some(self.instructions);
         self.reported = None;
         self.update_mode();
     }

@@ -141,8 +141,8 @@ impl Machine<'_> {
         };
         let flags = match how {
             TaskSwitch::Event { flags, .. } => flags,
-            TaskSwitch::Return => self.cpu.flags.get() & !bits::NT,
-            _ => self.cpu.flags.get(),
+            TaskSwitch::Return => self.flags() & !bits::NT,
+            _ => self.flags(),
         };
         self.save_task(old_layout, flags)?;
         let saved = self.saved_task(layout, new.register.base)?;

@@ -33,15 +33,11 @@ impl Machine<'_> {
         if let Event::Exception(exception) = &event {
             self.note(exception);
         }
-        let flags = self.cpu.flags.get();
+        let flags = self.flags();
         let flags = match event {
             Event::Exception(exception) if exception.sets_resume_flag() => flags | bits::RF,
-            // A step has been taken one by one, even if it was an IRET that ended that.
-            Event::Exception(exception) if exception.vector == vector::DB => flags,
-            // RF is kept up to date only while instructions run one by one; otherwise it means something until one has.
-            Event::Exception(_) | Event::External { .. } | Event::Nmi if self.is_careful() => flags,
-            Event::External { .. } | Event::Nmi if self.rf_loaded_at == Some(self.instructions) => flags,
-            _ => flags & !bits::RF,
+            Event::Exception(_) | Event::External { .. } | Event::Nmi => flags,
+            Event::Software { .. } | Event::Breakpoint | Event::Overflow | Event::Int1 => flags & !bits::RF,
         };
         let entry =
             Entry { vector: event.vector(), error: event.error(), flags, is_software: event.is_software() };

@@ -394,6 +394,10 @@ impl Tier1 {
         #[allow(unsafe_code, reason = "translated code is not Rust's")]
         let site = unsafe { entry::enter(code, &mut m.cpu) };
         store(m);
+        if !self.translator.flavour.counted {
+            // Nothing else tells that instructions have run.
+            m.rf_loaded_at = None;
+        }
         site
     }
 

@@ -11,6 +11,8 @@
 //!
 //! Where there is no room for more, the oldest translations go: see [`Regions`].
 
+use std::collections::BTreeSet;
+
 use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 use rustc_hash::FxHashMap;
 
@@ -57,8 +59,8 @@ pub(crate) struct Translator {
     free: Vec<u32>,
     /// By page and offset in it.
     by_place: FxHashMap<(u32, u16), u32>,
-    /// Translations of each block.
-    by_block: FxHashMap<u32, Vec<u32>>,
+    /// Each block with each of its translations, of which one whose page is mapped at many addresses has many.
+    by_block: BTreeSet<(u32, u32)>,
     encoder: Encoder,
     info: InstructionInfoFactory,
     buffer: Vec<u8>,
@@ -87,7 +89,7 @@ impl Translator {
             translations: Vec::new(),
             free: Vec::new(),
             by_place: FxHashMap::default(),
-            by_block: FxHashMap::default(),
+            by_block: BTreeSet::new(),
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
             buffer: Vec::new(),
@@ -252,7 +254,8 @@ impl Translator {
 
     /// Drops the translations of a block that is gone.
     pub(super) fn drop_block(&mut self, block: u32, frame: &mut Frame) {
-        for translation in self.by_block.remove(&block).unwrap_or_default() {
+        let translations: Vec<_> = self.by_block.range((block, 0)..=(block, u32::MAX)).copied().collect();
+        for (_, translation) in translations {
             self.drop_translation(translation, frame);
         }
     }
@@ -272,12 +275,7 @@ impl Translator {
         for page in [Some(page), second].into_iter().flatten() {
             self.pages.remove_translation(page, number);
         }
-        if let Some(others) = self.by_block.get_mut(&block) {
-            others.retain(|other| *other != number);
-            if others.is_empty() {
-                self.by_block.remove(&block);
-            }
-        }
+        self.by_block.remove(&(block, number));
         self.free.push(number);
     }
 
@@ -392,7 +390,7 @@ impl Translator {
             self.pages.add_translation(page, number, block, page == pages.0);
         }
         self.by_place.insert((pages.0, offset(rip)), number);
-        self.by_block.entry(id).or_default().push(number);
+        self.by_block.insert((id, number));
         self.free.pop();
         match self.translations.get_mut(number as usize) {
             Some(place) => *place = translation,
