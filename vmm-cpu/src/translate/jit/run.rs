@@ -163,7 +163,6 @@ impl Tier1 {
     /// Runs translated code from RIP on, if there is or comes to be some.
     pub(crate) fn run(&mut self, m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Ran> {
         self.catch_up(m, cache);
-        self.look_at_window(m);
         self.open_window(m);
         let Some(mut mode) = self.mode(m) else { return Ok(Ran::Nothing) };
         self.set_alarm(m);
@@ -191,6 +190,7 @@ impl Tier1 {
                     self.count(m, found.ops.len() - op);
                     self.figures.interpreted += 1;
                     let places = if faulted { accessed(m, found, rip, op) } else { [None; 2] };
+                    let is_last = op + 1 == found.ops.len();
                     let goes_on = run::execute_one(m, found, rip, op)?;
                     for (va, len) in places.into_iter().flatten() {
                         m.tlb.extend_window(va, len);
@@ -198,8 +198,8 @@ impl Tier1 {
                     if faulted {
                         self.charge_window(m);
                     }
-                    let is_last = op + 1 == found.ops.len();
-                    if !goes_on {
+                    // What else ends a block is seen to where blocks end.
+                    if !goes_on && (!is_last || !m.code_stores.is_empty()) {
                         return Ok(Ran::Something);
                     }
                     let is_same = self.mode(m) == Some(mode) && Self::is_current(m, cache);
@@ -239,6 +239,7 @@ impl Tier1 {
                 Kind::Poll { target } => {
                     self.count(m, 0);
                     m.cpu.rip = target;
+                    self.look_at_window(m);
                     return Ok(Ran::Something);
                 }
                 Kind::Gate => {
@@ -259,6 +260,7 @@ impl Tier1 {
                 Some(mode) if !m.urgent && m.budget > 0 && !m.signals.wants_attention() => mode,
                 _ => {
                     m.urgent |= m.cpu.shadow_sti;
+                    self.look_at_window(m);
                     return Ok(Ran::Something);
                 }
             };
