@@ -373,6 +373,21 @@ struct Free {
     approximate: u16,
 }
 
+impl Free {
+    /// What an instruction that stores an image of the FPU leaves open there, `written` being the registers that others before it
+    /// may have changed.
+    fn note_image(&mut self, case: &Case, instruction: &Instruction, written: &RegisterSet) {
+        let image = pointers_in_image(instruction);
+        if image.is_empty() {
+            return;
+        }
+        match address(case, instruction, written) {
+            Some(start) => self.bytes.extend(image.iter().map(|(from, to)| (start + from, start + to))),
+            None => self.memory = true,
+        }
+    }
+}
+
 const RAX: u16 = 1;
 const RCX: u16 = 1 << 1;
 const RDX: u16 = 1 << 2;
@@ -407,15 +422,7 @@ fn free(case: &Case, native: &Outcome) -> Free {
         }
         free.general |= free_results(&instruction);
         free.approximate |= approximated(&instruction);
-        let image = pointers_in_image(&instruction);
-        if !image.is_empty() {
-            match address(case, &instruction, &written) {
-                Some(start) => {
-                    free.bytes.extend(image.iter().map(|(from, to)| (start + from, start + to)));
-                }
-                None => free.memory = true,
-            }
-        }
+        free.note_image(case, &instruction, &written);
         written.note(&mut info, &instruction);
         count_is_known = !written.has(Register::RCX);
     }
@@ -425,6 +432,8 @@ fn free(case: &Case, native: &Outcome) -> Free {
             free.flags |= undefined::possible(&instruction);
             free.general |= free_results(&instruction);
             free.approximate |= approximated(&instruction);
+            free.note_image(case, &instruction, &written);
+            written.note(&mut info, &instruction);
         }
     }
     free
