@@ -333,13 +333,13 @@ fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
             return Ok(Next::Instruction);
         }
     }
-    let keeps_rf = m.is_careful();
-    if keeps_rf && !m.rf_is_kept {
+    let is_careful = m.is_careful();
+    if is_careful && !m.rf_is_kept {
         let is_set = m.flags() & bits::RF != 0;
         m.cpu.flags.set_control(bits::RF, is_set);
     }
-    m.rf_is_kept = keeps_rf;
-    if keeps_rf {
+    m.rf_is_kept = is_careful;
+    if is_careful {
         m.urgent = true;
         return match m.before_instruction()? {
             Some(halt) => Ok(Next::Return(halt)),

@@ -8,6 +8,7 @@ use vmm_memory::GuestRegion;
 use vmm_memory::vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::flat::{self, Flat, SIZE};
+use crate::own_process;
 
 /// A task whose debug trap flag is set traps as soon as it is entered. If its handler is that task, this goes on for
 /// ever; the busy bit, which would end it, is in memory that cannot be written.
@@ -182,8 +183,10 @@ fn memory_taken_away_by_a_callback_is_not_written() {
 /// Two linear pages that are the same page, an instruction across them, and stores to it: its block is listed once.
 #[test]
 fn a_block_that_crosses_into_its_own_page_is_dropped_once() {
-    use super::{is_own_process, resident};
-    if !is_own_process() {
+    use super::resident;
+    if !own_process::is_it(
+        "translate_support::attacks::a_block_that_crosses_into_its_own_page_is_dropped_once",
+    ) {
         return;
     }
     // Paging: 0x8000 and 0x9000 are both the page at 0x8000; the rest is where it is.

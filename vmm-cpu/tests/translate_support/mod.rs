@@ -34,23 +34,6 @@ pub mod mutate;
 mod translated;
 pub mod watchdog;
 
-/// Whether the running test has a process of its own, as one that measures memory needs: tests run in parallel. If not, it has
-/// passed in one when this returns.
-pub fn is_own_process() -> bool {
-    const MARK: &str = "TRANSLATE_TEST_IS_ALONE";
-    let thread = std::thread::current();
-    let name = thread.name().filter(|name| *name != "main");
-    let Some(name) = name.filter(|_| std::env::var_os(MARK).is_none()) else { return true };
-    let program = std::env::current_exe().unwrap();
-    let mut command = std::process::Command::new(program);
-    let output = command.args(["--exact", name, "--nocapture"]).env(MARK, "").output().unwrap();
-    let said =
-        [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-    eprintln!("{said}");
-    assert!(output.status.success() && said.contains("1 passed"), "in a process of its own");
-    false
-}
-
 /// Held by whoever takes much memory: tests run in parallel.
 pub fn alone() -> std::sync::MutexGuard<'static, ()> {
     static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());

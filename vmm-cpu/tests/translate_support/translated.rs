@@ -12,7 +12,8 @@ use vmm_memory::vm_memory::{Bytes, MemoryRegionAddress};
 use super::attacks::take_away_and_put_back;
 use super::flat::{self, Flat};
 use super::guest::Tier;
-use super::{alone, is_own_process, resident};
+use super::{alone, resident};
+use crate::own_process;
 
 /// Page tables.
 const TABLES: u64 = 0x1_0000;
@@ -29,7 +30,9 @@ fn map_all(machine: &mut Flat) {
 /// Blocks and translations are kept by how much there is in them.
 #[test]
 fn a_guest_that_runs_through_much_code_takes_little_memory() {
-    if !is_own_process() {
+    if !own_process::is_it(
+        "translate_support::translated::a_guest_that_runs_through_much_code_takes_little_memory",
+    ) {
         return;
     }
     let size: u32 = 4 << 20;
@@ -65,7 +68,9 @@ fn a_guest_that_runs_through_much_code_takes_little_memory() {
 fn a_guest_that_runs_at_many_addresses_takes_little_memory() {
     const FRAME: u64 = 0x8000;
     const INSTRUCTIONS: u64 = 250_000;
-    if !is_own_process() {
+    if !own_process::is_it(
+        "translate_support::translated::a_guest_that_runs_at_many_addresses_takes_little_memory",
+    ) {
         return;
     }
     // ADD RDI, 0x1000; JMP RDI. Or the same with an INC of what is in the code itself, which is new each time.
@@ -101,7 +106,8 @@ fn a_guest_that_runs_at_many_addresses_takes_little_memory() {
 #[test]
 fn a_guest_that_invalidates_its_code_takes_no_memory() {
     const ROUNDS: u64 = 2_000_000;
-    if !is_own_process() {
+    if !own_process::is_it("translate_support::translated::a_guest_that_invalidates_its_code_takes_no_memory")
+    {
         return;
     }
     // INVLPG [RDI]; CALL RDI; DEC ECX; JNZ to the start; HLT. And RET, in the page that is called.

@@ -8,6 +8,8 @@
 #![allow(clippy::cast_possible_truncation)]
 
 mod machine;
+#[path = "../own_process/mod.rs"]
+mod own_process;
 
 mod faults;
 mod process;

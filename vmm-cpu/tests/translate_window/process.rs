@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "signals and mappings are the process's")]
 
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -15,30 +15,23 @@ use vmm_memory::vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 use vmm_memory::{Backing, GuestRam, RegionConfig};
 
 use crate::machine::{Call, DATA, EXTRA, SPACE, Setup, Tier, build, call, figure, page, run};
+use crate::own_process;
 
 const PLACE: u64 = 0x1234_5678_0000;
 
 /// Runs a test in a process of its own; what became of that.
 fn alone(name: &str, test: impl FnOnce()) -> Option<Output> {
-    const CHILD: &str = "TRANSLATE_WINDOW_CHILD";
-    if std::env::var_os(CHILD).is_some() {
+    let output = own_process::run(&format!("process::{name}"));
+    if output.is_none() {
         test();
-        return None;
     }
-    let name = format!("process::{name}");
-    let arguments = ["--exact", &name, "--nocapture", "--test-threads=1"];
-    let child = Command::new(std::env::current_exe().unwrap()).args(arguments).env(CHILD, "1").output();
-    let output = child.unwrap();
-    let ran = String::from_utf8_lossy(&output.stdout).contains("running 1 test");
-    assert!(ran, "there is no test {name}");
-    Some(output)
+    output
 }
 
 /// The same for a test that must pass.
 fn passes_alone(name: &str, test: impl FnOnce()) {
-    if let Some(output) = alone(name, test) {
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{}: {text}", output.status);
+    if own_process::is_it(&format!("process::{name}")) {
+        test();
     }
 }
 

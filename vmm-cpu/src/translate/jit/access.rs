@@ -108,9 +108,7 @@ impl Builder<'_> {
         let at = self.e.len();
         self.accesses.push(Access { at, end: usize::MAX, site, live });
     }
-}
 
-impl Builder<'_> {
     /// The instruction of the last accesses ends here: what faults from here on is none of them.
     pub(super) fn end_accesses(&mut self) {
         let end = self.e.len();
