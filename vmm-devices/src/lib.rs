@@ -4,6 +4,7 @@
 #[cfg(feature = "acpi")]
 pub mod acpi;
 pub mod bus;
+pub mod channel;
 pub mod clock;
 mod error;
 pub mod interrupt;

@@ -1,0 +1,139 @@
+//! Who keeps account of what is open.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::gate::{DenyAll, Gate, Refusal};
+use super::grant::{Grant, GrantId, Right};
+use super::request::{Channel, Party, Request};
+
+/// What is open.
+#[derive(Default)]
+struct Open {
+    rights: BTreeMap<GrantId, Arc<Right>>,
+    /// How often everything has been reconsidered.
+    epoch: u64,
+}
+
+/// What a gatekeeper and its grants have in common.
+pub(super) struct Account {
+    gate: Box<dyn Gate>,
+    next: AtomicU64,
+    open: Mutex<Open>,
+}
+
+impl Account {
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn closed(&self, id: GrantId, request: &Request) {
+        // The guard goes before the gate is called.
+        drop(self.open().rights.remove(&id));
+        self.gate.closed(id, request);
+    }
+}
+
+/// Hands out [`Grant`]s, after asking a [`Gate`], and takes them back. Its clones are the same one. The default refuses
+/// everything ([`DenyAll`]).
+#[derive(Clone)]
+pub struct Gatekeeper {
+    account: Arc<Account>,
+}
+
+/// A channel that is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OpenChannel {
+    /// Its grant.
+    pub id: GrantId,
+    /// What was asked for.
+    pub request: Request,
+}
+
+impl Gatekeeper {
+    /// One that asks `gate`.
+    pub fn new(gate: impl Gate + 'static) -> Self {
+        let account = Account { gate: Box::new(gate), next: AtomicU64::new(1), open: Mutex::default() };
+        Self { account: Arc::new(account) }
+    }
+
+    /// Asks for a channel: `asker` wants `channel` of `peer`.
+    ///
+    /// # Errors
+    /// If the gate refuses.
+    pub fn open<C: Channel>(
+        &self,
+        asker: Party,
+        peer: Option<Party>,
+        channel: C,
+    ) -> Result<Grant<C>, Refusal> {
+        let account = &self.account;
+        let id = GrantId(account.next.fetch_add(1, Ordering::Relaxed));
+        let right = Arc::new(Right::new(Request::new(asker, peer, &channel)));
+        loop {
+            let epoch = account.open().epoch;
+            // No lock is held here.
+            if let Err(refusal) = account.gate.decide(id, &right.request) {
+                account.gate.closed(id, &right.request);
+                return Err(refusal);
+            }
+            let mut open = account.open();
+            // Else it was decided by what may hold no more, and `reconsider` has not seen it.
+            if open.epoch == epoch {
+                open.rights.insert(id, Arc::clone(&right));
+                break;
+            }
+        }
+        Ok(Grant::new(channel, id, right, Arc::clone(account)))
+    }
+
+    /// Takes back the right of `id`, and returns when its holder has closed the channel, as far as it has said how
+    /// ([`Grant::on_revoked`]). Whether there was one to take back.
+    pub fn revoke(&self, id: GrantId) -> bool {
+        let right = self.account.open().rights.get(&id).map(Arc::clone);
+        right.is_some_and(|right| right.revoke())
+    }
+
+    /// Takes back all that `which` says yes to, and returns how many that were.
+    pub fn revoke_all(&self, mut which: impl FnMut(&Request) -> bool) -> usize {
+        let chosen = self.open_channels().into_iter().filter(|channel| which(&channel.request));
+        chosen.filter(|channel| self.revoke(channel.id)).count()
+    }
+
+    /// Asks the gate about all that is open and takes back what it refuses. Those channels, with the reasons, when their
+    /// holders have closed them.
+    pub fn reconsider(&self) -> Vec<(OpenChannel, Refusal)> {
+        self.account.open().epoch += 1;
+        let mut refused = Vec::new();
+        for channel in self.open_channels() {
+            if let Err(refusal) = self.account.gate.decide(channel.id, &channel.request)
+                && self.revoke(channel.id)
+            {
+                refused.push((channel, refusal));
+            }
+        }
+        refused
+    }
+
+    /// What is open, in the order in which it was opened; what has been revoked and is not closed yet is not among it.
+    pub fn open_channels(&self) -> Vec<OpenChannel> {
+        let open = self.account.open();
+        let live = open.rights.iter().filter(|(_, right)| right.is_live());
+        live.map(|(id, right)| OpenChannel { id: *id, request: right.request.clone() }).collect()
+    }
+}
+
+impl Default for Gatekeeper {
+    fn default() -> Self {
+        Self::new(DenyAll)
+    }
+}
+
+impl fmt::Debug for Gatekeeper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gatekeeper").field("open", &self.account.open().rights.len()).finish_non_exhaustive()
+    }
+}
