@@ -8,8 +8,10 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::MemoryError;
+use crate::guest_memfd::GuestMemfdRange;
+use crate::huge::HugePageSize;
 
-/// The host memory behind a region. Every kind is sparse: a page costs host memory once it is touched.
+/// The host memory behind a region. Every kind but huge pages is sparse: a page costs host memory once it is touched.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Backing {
@@ -23,6 +25,26 @@ pub enum Backing {
     /// Its size is sealed (`F_SEAL_SHRINK`, `F_SEAL_GROW`, `F_SEAL_SEAL`), so no holder of the descriptor can
     /// truncate it and make the monitor die of SIGBUS.
     Memfd,
+
+    /// Private memory of the host's pool of huge pages (`MAP_HUGETLB`): fewer faults and a better use of TLBs, for certain.
+    ///
+    /// The pool gives all pages when the region is mapped, or an error says how to make it larger; so no access can find it
+    /// empty later. Base and size of the region are multiples of the page size. A part of a page does not go back to the host:
+    /// see [`GuestRam::discard`](crate::GuestRam::discard).
+    HugeTlb {
+        /// Size of the pages.
+        page_size: HugePageSize,
+    },
+
+    /// A memfd of the region's own as with [`Backing::Memfd`], made of huge pages (`MFD_HUGETLB`) as with
+    /// [`Backing::HugeTlb`].
+    HugeTlbMemfd {
+        /// Size of the pages.
+        page_size: HugePageSize,
+    },
+
+    /// Part of a guest_memfd that the host can map, mapped shared.
+    GuestMemfd(GuestMemfdRange),
 
     /// Part of a regular file or memfd, mapped shared: writes reach the file.
     ///
@@ -41,12 +63,23 @@ pub enum Backing {
 pub(crate) const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
 /// A new memfd of `size` bytes (all zero), carrying `seals`. It is never executable where the host can
-/// enforce that.
-pub(crate) fn create_memfd(name: &str, size: u64, seals: SealFlags) -> Result<File, MemoryError> {
+/// enforce that. One of huge pages has a size that is a multiple of theirs, and takes them when it is mapped.
+pub(crate) fn create_memfd(
+    name: &str,
+    size: u64,
+    huge: Option<HugePageSize>,
+    seals: SealFlags,
+) -> Result<File, MemoryError> {
     let failed = |operation| {
         move |error: rustix::io::Errno| MemoryError::File { operation, size, source: io::Error::from(error) }
     };
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    if let Some(page_size) = huge
+        && page_size.pool().is_none()
+    {
+        return Err(page_size.unknown());
+    }
+    let kind = huge.map_or(MemfdFlags::empty(), HugePageSize::memfd_flags);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
     let fd: OwnedFd = match rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
         // Linux before 6.3 does not know the flag.
         Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create(name, flags),
@@ -77,7 +110,7 @@ mod tests {
 
     #[test]
     fn size_of_a_sealed_memfd_is_fixed() {
-        let file = create_memfd("test", PAGE_SIZE, SIZE_SEALS | SealFlags::SEAL).unwrap();
+        let file = create_memfd("test", PAGE_SIZE, None, SIZE_SEALS | SealFlags::SEAL).unwrap();
         assert_eq!(file.metadata().unwrap().len(), PAGE_SIZE);
         for size in [0, 2 * PAGE_SIZE] {
             let error = file.set_len(size).unwrap_err();
@@ -89,9 +122,9 @@ mod tests {
 
     #[test]
     fn impossible_memfd_is_an_error() {
-        let error = create_memfd(&"x".repeat(300), PAGE_SIZE, SIZE_SEALS).unwrap_err();
+        let error = create_memfd(&"x".repeat(300), PAGE_SIZE, None, SIZE_SEALS).unwrap_err();
         assert!(matches!(error, MemoryError::File { operation: "memfd_create", .. }), "{error}");
-        let error = create_memfd("test", u64::MAX, SIZE_SEALS).unwrap_err();
+        let error = create_memfd("test", u64::MAX, None, SIZE_SEALS).unwrap_err();
         assert!(matches!(error, MemoryError::File { operation: "ftruncate", .. }), "{error}");
     }
 }

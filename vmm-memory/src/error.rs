@@ -6,6 +6,9 @@ use std::io;
 use vm_memory::GuestRegionCollectionError;
 use vm_memory::mmap::MmapRegionError;
 
+use crate::huge::HugePageSize;
+use crate::numa::NodeSet;
+
 /// An error of guest RAM, of dirty tracking or of shared memory.
 ///
 /// Every message names the value that was refused and what would have been accepted. Addresses are
@@ -150,6 +153,118 @@ pub enum MemoryError {
         size: u64,
         /// What the host answered.
         source: MmapRegionError,
+    },
+
+    /// The host's pool has too few huge pages.
+    #[error(
+        "region at {gpa:#x} of {size:#x} bytes needs {needed} huge pages of {page_size}, of which the host has {available} to \
+         give; to have enough: echo {wanted} > {file}"
+    )]
+    HugePages {
+        /// Base address of the region.
+        gpa: u64,
+        /// Size of the region.
+        size: u64,
+        /// Size of the pages.
+        page_size: HugePageSize,
+        /// Pages that the region takes.
+        needed: u64,
+        /// Pages that are neither in use nor reserved.
+        available: u64,
+        /// Size of a pool that is large enough.
+        wanted: u64,
+        /// The file that holds the size of the pool.
+        file: String,
+    },
+
+    /// The NUMA nodes that a region is bound to have too few huge pages, though the host has enough.
+    #[error(
+        "region at {gpa:#x} of {size:#x} bytes needs {needed} huge pages of {page_size} on NUMA nodes {nodes}, which have \
+         {free}; to have more: echo N > /sys/devices/system/node/nodeX/hugepages/hugepages-{}kB/nr_hugepages",
+        .page_size.bytes() >> 10
+    )]
+    HugePagesOnNodes {
+        /// Base address of the region.
+        gpa: u64,
+        /// Size of the region.
+        size: u64,
+        /// Size of the pages.
+        page_size: HugePageSize,
+        /// Pages that the region takes.
+        needed: u64,
+        /// The nodes.
+        nodes: NodeSet,
+        /// Free pages on these nodes.
+        free: u64,
+    },
+
+    /// Huge pages of a size that the host does not have.
+    #[error("huge pages of {page_size}: the host has pools of these sizes: {supported}")]
+    HugePageSize {
+        /// The size asked for.
+        page_size: HugePageSize,
+        /// Those there are.
+        supported: String,
+    },
+
+    /// The pool of huge pages did not grow.
+    #[error("cannot add {pages} huge pages of {page_size} to the host's pool")]
+    HugePagePool {
+        /// Size of the pages.
+        page_size: HugePageSize,
+        /// How many were to be added.
+        pages: u64,
+        /// What the host answered.
+        source: io::Error,
+    },
+
+    /// A NUMA node without memory, or none at all.
+    #[error("NUMA node {node} has no memory; the host has nodes {present}")]
+    NumaNode {
+        /// The node asked for.
+        node: u32,
+        /// The nodes with memory.
+        present: NodeSet,
+    },
+
+    /// A NUMA policy that names no node.
+    #[error("the NUMA policy names no node; the host has nodes {present}")]
+    NoNumaNodes {
+        /// The nodes with memory.
+        present: NodeSet,
+    },
+
+    /// A NUMA policy for memory that follows none.
+    #[error(
+        "region at {gpa:#x}: {what} follows no NUMA policy of a mapping; use anonymous memory, a memfd or huge pages"
+    )]
+    NumaBacking {
+        /// Base address of the region.
+        gpa: u64,
+        /// What the region is made of.
+        what: &'static str,
+    },
+
+    /// The host did not take the NUMA policy.
+    #[error("cannot set the NUMA policy of {size:#x} bytes at {gpa:#x} to nodes {nodes}")]
+    Numa {
+        /// Base address of the region.
+        gpa: u64,
+        /// Size of the region.
+        size: u64,
+        /// The nodes of the policy.
+        nodes: NodeSet,
+        /// What the host answered.
+        source: io::Error,
+    },
+
+    /// A guest_memfd that the host cannot map, as what a region is made of.
+    #[error(
+        "region at {gpa:#x}: its guest_memfd is private to the guest; make a mappable one, or give the region a shared half"
+    )]
+    NotMappable {
+        /// Base address of the region.
+        gpa: u64,
     },
 
     /// A system call on the file behind a region failed.

@@ -10,7 +10,11 @@ pub mod boot;
 pub mod dirty;
 mod discard;
 mod error;
+mod guest_memfd;
+mod huge;
 pub mod layout;
+mod mempolicy;
+mod numa;
 mod page_bitmap;
 mod prefault;
 mod ram;
@@ -20,8 +24,13 @@ pub mod shared;
 pub use backing::Backing;
 pub use dirty::{DirtyLog, DirtyPages, DirtyTracker};
 pub use error::{Kept, MemoryError, Seal};
+pub use guest_memfd::{GuestMemfd, GuestMemfdRange};
+pub use huge::{HugePagePool, HugePageSize, ReservedHugePages};
+pub use numa::{NodeSet, NumaPolicy};
 pub use page_bitmap::{PageBitmap, PageRanges};
 pub use ram::{GuestRam, GuestRamBuilder};
-pub use region::{DirtyBitmap, GuestMemoryMap, GuestRegion, PAGE_SIZE, RegionConfig, is_read_only};
+pub use region::{
+    DirtyBitmap, GuestMemoryMap, GuestRegion, PAGE_SIZE, RegionConfig, host_page_size, is_read_only,
+};
 pub use shared::{Access, ReadOnlySharedMemory, SharedMapping, SharedMemory};
 pub use vm_memory;

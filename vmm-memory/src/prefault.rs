@@ -14,18 +14,18 @@ use rustix::io::Errno;
 use vm_memory::{GuestMemoryRegion, MmapRegion, VolatileMemory};
 
 use crate::advice::{Advice, advise};
-use crate::region::{GuestRegion, is_read_only};
+use crate::region::{GuestRegion, host_page_size, is_read_only};
 use crate::{MemoryError, PAGE_SIZE};
 
 /// More threads than this wait for each other in the host's page allocator.
 const MAX_THREADS: usize = 64;
 
-/// Bytes that a thread takes at a time: many enough to keep all busy to the end, few enough to be cheap
+/// Bytes that a thread takes at a time, or a huge page where that is larger: many enough to keep all busy to the end, few enough to be cheap
 /// to hand out.
 const CHUNK: u64 = 32 << 20;
 
 pub(crate) fn prefault(regions: &[Arc<GuestRegion>], threads: NonZeroUsize) -> Result<(), MemoryError> {
-    let total: u64 = regions.iter().map(|region| region.len().div_ceil(CHUNK)).sum();
+    let total: u64 = regions.iter().map(|region| region.len().div_ceil(chunk_of(region))).sum();
     let threads = threads.get().min(MAX_THREADS).min(usize::try_from(total).unwrap_or(MAX_THREADS));
     let work = Mutex::new(Work { chunks: chunks(regions), failure: None });
     thread::scope(|scope| {
@@ -54,11 +54,16 @@ struct Chunk<'a> {
     size: u64,
 }
 
+fn chunk_of(region: &GuestRegion) -> u64 {
+    CHUNK.max(host_page_size(region))
+}
+
 fn chunks(regions: &[Arc<GuestRegion>]) -> impl Iterator<Item = Chunk<'_>> + Send {
     regions.iter().flat_map(|region| {
-        (0..region.len().div_ceil(CHUNK)).map(move |index| {
-            let offset = index * CHUNK;
-            Chunk { region, offset, size: CHUNK.min(region.len() - offset) }
+        let chunk = chunk_of(region);
+        (0..region.len().div_ceil(chunk)).map(move |index| {
+            let offset = index * chunk;
+            Chunk { region, offset, size: chunk.min(region.len() - offset) }
         })
     })
 }

@@ -12,7 +12,10 @@ use vm_memory::{
 };
 
 use crate::backing::Backing;
+use crate::discard::Discardable;
+use crate::guest_memfd::GuestMemfdRange;
 use crate::layout::{MAX_RAM, x86_ram_ranges};
+use crate::numa::NumaPolicy;
 use crate::region::{GuestMemoryMap, GuestRegion, RegionConfig, check_region, is_read_only};
 use crate::{MemoryError, discard, prefault};
 
@@ -72,6 +75,12 @@ impl GuestRam {
         self.table().entries.iter().map(|entry| Arc::clone(&entry.region)).collect()
     }
 
+    /// Where the region that starts at `gpa` lies in a guest_memfd: its private half, or all of it. For the virtual machine
+    /// that maps it.
+    pub fn guest_memfd(&self, gpa: GuestAddress) -> Option<GuestMemfdRange> {
+        self.table().entries.iter().find(|entry| entry.region.start_addr() == gpa)?.guest_memfd.clone()
+    }
+
     /// Sum of the sizes of all regions, in bytes.
     pub fn size(&self) -> u64 {
         self.table().size()
@@ -83,7 +92,7 @@ impl GuestRam {
     /// Those of a configuration that cannot be mapped, and those of [`insert`](Self::insert).
     pub fn add_region(&self, config: RegionConfig) -> Result<Arc<GuestRegion>, MemoryError> {
         let region = config.map(self.inner.track_dirty)?;
-        self.insert_with(Arc::clone(&region), config.has_own_memfd())?;
+        self.insert_with(Arc::clone(&region), config.has_own_memfd(), config.guest_memfd_range())?;
         Ok(region)
     }
 
@@ -98,12 +107,17 @@ impl GuestRam {
     /// [`MemoryError::Unaligned`], [`MemoryError::BeyondAddressSpace`] and
     /// [`MemoryError::BitmapGranule`] are about the region itself.
     pub fn insert(&self, region: Arc<GuestRegion>) -> Result<(), MemoryError> {
-        self.insert_with(region, false)
+        self.insert_with(region, false, None)
     }
 
-    fn insert_with(&self, region: Arc<GuestRegion>, own_memfd: bool) -> Result<(), MemoryError> {
+    fn insert_with(
+        &self,
+        region: Arc<GuestRegion>,
+        own_memfd: bool,
+        guest_memfd: Option<&GuestMemfdRange>,
+    ) -> Result<(), MemoryError> {
         let mut table = self.table();
-        let at = table.insert(region, own_memfd)?;
+        let at = table.insert(region, own_memfd, guest_memfd)?;
         self.publish(&table).inspect_err(|_| {
             table.entries.remove(at);
         })
@@ -144,6 +158,9 @@ impl GuestRam {
     /// Gives the host memory of `len` bytes at `gpa` back, both multiples of [`PAGE_SIZE`](crate::PAGE_SIZE): for balloons, and
     /// for whatever else knows that nobody needs the contents. The range then reads as zero and takes host memory again
     /// page by page, as it is touched. It may span regions that touch.
+    ///
+    /// Of huge pages of a pool, whole ones go back; what the range has of others is made zero and stays. One that is touched
+    /// again comes from the pool anew, which has to have one then. A private half in a guest_memfd goes with the shared one.
     ///
     /// Works on anonymous memory (`MADV_DONTNEED`) and on the memfd of a region of this RAM's own
     /// ([`Backing::Memfd`], `FALLOC_FL_PUNCH_HOLE`, for all who map it). Discarded pages are dirty, since their contents are
@@ -195,11 +212,13 @@ struct Entry {
     region: Arc<GuestRegion>,
     /// Behind it is a memfd that was made for it. Nobody else maps it but to share the guest's memory with it.
     own_memfd: bool,
+    guest_memfd: Option<GuestMemfdRange>,
 }
 
 impl Entry {
-    fn as_discardable(&self) -> (&Arc<GuestRegion>, bool) {
-        (&self.region, self.own_memfd)
+    fn as_discardable(&self) -> Discardable<'_> {
+        let guest_memfd = self.guest_memfd.as_ref();
+        Discardable { region: &self.region, own_memfd: self.own_memfd, guest_memfd }
     }
 }
 
@@ -209,7 +228,12 @@ impl RegionTable {
     }
 
     /// Adds a region and returns its index.
-    fn insert(&mut self, region: Arc<GuestRegion>, own_memfd: bool) -> Result<usize, MemoryError> {
+    fn insert(
+        &mut self,
+        region: Arc<GuestRegion>,
+        own_memfd: bool,
+        guest_memfd: Option<&GuestMemfdRange>,
+    ) -> Result<usize, MemoryError> {
         check_region(&region)?;
         let (gpa, size) = (region.start_addr().0, region.len());
         let present = self.size();
@@ -227,7 +251,8 @@ impl RegionTable {
         if let Some(other) = self.entries.iter().find(|other| share_host_memory(&other.region, &region)) {
             return Err(MemoryError::SharedHostMapping { gpa, other_gpa: other.region.start_addr().0 });
         }
-        self.entries.insert(at, Entry { id: self.next_id, region, own_memfd });
+        self.entries
+            .insert(at, Entry { id: self.next_id, region, own_memfd, guest_memfd: guest_memfd.cloned() });
         self.next_id += 1;
         Ok(at)
     }
@@ -259,6 +284,7 @@ pub struct GuestRamBuilder {
     regions: Vec<RegionConfig>,
     track_dirty: bool,
     prefault: Option<NonZeroUsize>,
+    numa: Option<NumaPolicy>,
 }
 
 impl GuestRamBuilder {
@@ -274,6 +300,12 @@ impl GuestRamBuilder {
     /// Of a file, the RAM above the hole takes the bytes that follow those of the RAM below it.
     pub fn backing(mut self, backing: Backing) -> Self {
         self.backing = backing;
+        self
+    }
+
+    /// On which of the host's NUMA nodes the RAM laid out by [`ram`](Self::ram) is to be.
+    pub fn numa(mut self, policy: NumaPolicy) -> Self {
+        self.numa = Some(policy);
         self
     }
 
@@ -303,7 +335,8 @@ impl GuestRamBuilder {
     pub fn build(self) -> Result<GuestRam, MemoryError> {
         let mut table = RegionTable::default();
         for config in self.layout()?.iter().chain(&self.regions) {
-            table.insert(config.map(self.track_dirty)?, config.has_own_memfd())?;
+            let region = config.map(self.track_dirty)?;
+            table.insert(region, config.has_own_memfd(), config.guest_memfd_range())?;
         }
         let space = GuestMemoryAtomic::new(table.writable_map()?);
         let inner = Inner { space, table: Mutex::new(table), track_dirty: self.track_dirty };
@@ -320,11 +353,17 @@ impl GuestRamBuilder {
         let mut before = 0;
         for (gpa, size) in x86_ram_ranges(bytes)? {
             let mut backing = self.backing.clone();
-            if let Backing::File { offset, .. } = &mut backing {
+            if let Backing::File { offset, .. } | Backing::GuestMemfd(GuestMemfdRange { offset, .. }) =
+                &mut backing
+            {
                 // One that would overflow is too large for any file, which mapping refuses.
                 *offset = offset.saturating_add(before);
             }
-            configs.push(RegionConfig::new(gpa, size).backing(backing));
+            let mut config = RegionConfig::new(gpa, size).backing(backing);
+            if let Some(policy) = &self.numa {
+                config = config.numa(policy.clone());
+            }
+            configs.push(config);
             before += size;
         }
         Ok(configs)

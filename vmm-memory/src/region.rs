@@ -14,7 +14,12 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, Gu
 use crate::MemoryError;
 use crate::advice::advise_huge_pages;
 use crate::backing::{Backing, SIZE_SEALS, create_memfd};
+use crate::guest_memfd::GuestMemfdRange;
+use crate::huge::{HugePageSize, map_flags, page_size_of_file, page_size_of_flags};
 use crate::layout::{GPA_LIMIT, MAX_RAM};
+use crate::mempolicy;
+use crate::numa::NumaPolicy;
+use crate::prefault::prefault;
 
 /// Guest page size in bytes: the granule of mapping and of dirty tracking (Intel SDM 3A 5.1).
 pub const PAGE_SIZE: u64 = 4096;
@@ -60,12 +65,23 @@ pub struct RegionConfig {
     track_dirty: Option<bool>,
     read_only: bool,
     huge_pages: bool,
+    numa: Option<NumaPolicy>,
+    guest_memfd: Option<GuestMemfdRange>,
 }
 
 impl RegionConfig {
     /// A writable region of `size` bytes of anonymous memory at `gpa`; both multiples of [`PAGE_SIZE`].
     pub fn new(gpa: GuestAddress, size: u64) -> Self {
-        Self { gpa, size, backing: Backing::Anonymous, track_dirty: None, read_only: false, huge_pages: true }
+        Self {
+            gpa,
+            size,
+            backing: Backing::Anonymous,
+            track_dirty: None,
+            read_only: false,
+            huge_pages: true,
+            numa: None,
+            guest_memfd: None,
+        }
     }
 
     /// What the region is made of.
@@ -99,31 +115,54 @@ impl RegionConfig {
         self
     }
 
-    /// Whether mapping it makes a memfd for it.
+    /// On which of the host's NUMA nodes the memory is to be. Huge pages that are bound to nodes become resident at once,
+    /// since the host's promise of a page is not one of a page on these nodes.
+    pub fn numa(mut self, policy: NumaPolicy) -> Self {
+        self.numa = Some(policy);
+        self
+    }
+
+    /// Gives the region a private half in a guest_memfd, beside what it is made of on the host, which is then the shared
+    /// half: see [`GuestMemfd`](crate::GuestMemfd). The virtual machine that made the file maps the two.
+    pub fn guest_memfd(mut self, range: GuestMemfdRange) -> Self {
+        self.guest_memfd = Some(range);
+        self
+    }
+
+    /// Whether mapping it makes a memfd for it, or whether it is the guest's alone otherwise.
     pub(crate) fn has_own_memfd(&self) -> bool {
-        matches!(self.backing, Backing::Memfd)
+        matches!(self.backing, Backing::Memfd | Backing::HugeTlbMemfd { .. } | Backing::GuestMemfd(_))
+    }
+
+    /// The guest_memfd that the region has a half in, or that it is made of.
+    pub(crate) fn guest_memfd_range(&self) -> Option<&GuestMemfdRange> {
+        match &self.backing {
+            Backing::GuestMemfd(range) => Some(range),
+            _ => self.guest_memfd.as_ref(),
+        }
     }
 
     /// Checks the configuration and maps the region.
     pub(crate) fn map(&self, track_by_default: bool) -> Result<Arc<GuestRegion>, MemoryError> {
         check_range(self.gpa, self.size)?;
-        let file = match &self.backing {
-            Backing::Anonymous => None,
-            Backing::Memfd => {
-                let file = create_memfd("guest-ram", self.size, SIZE_SEALS | SealFlags::SEAL)?;
-                Some(FileOffset::new(file, 0))
-            }
-            Backing::File { file, offset } => {
-                self.check_file(file, *offset)?;
-                Some(FileOffset::from_arc(Arc::clone(file), *offset))
-            }
-        };
+        let gpa = self.gpa.0;
+        if let Some(range) = self.guest_memfd_range() {
+            range.check(gpa, self.size)?;
+        }
+        if let Some(policy) = &self.numa {
+            policy.check()?;
+            self.check_policy()?;
+        }
+        let bytes = self.bytes()?;
+        let advisable = matches!(bytes, Bytes::Anonymous);
         let track = !self.read_only && self.track_dirty.unwrap_or(track_by_default);
-        let anonymous = file.is_none();
-        let region = map_region(self.gpa, self.size, file, self.read_only, track)?;
-        if anonymous {
+        let region = map_region(self.gpa, self.size, bytes, self.read_only, track)?;
+        if let Some(policy) = &self.numa {
+            self.place(&region, policy)?;
+        }
+        if advisable {
             advise_huge_pages(&region, self.huge_pages).map_err(|error| MemoryError::Map {
-                gpa: self.gpa.0,
+                gpa,
                 size: self.size,
                 source: MmapRegionError::Mmap(error.into()),
             })?;
@@ -131,10 +170,86 @@ impl RegionConfig {
         Ok(region)
     }
 
+    fn bytes(&self) -> Result<Bytes, MemoryError> {
+        let seals = SIZE_SEALS | SealFlags::SEAL;
+        Ok(match &self.backing {
+            Backing::Anonymous => Bytes::Anonymous,
+            Backing::Memfd => {
+                Bytes::File(FileOffset::new(create_memfd("guest-ram", self.size, None, seals)?, 0))
+            }
+            Backing::HugeTlb { page_size } => {
+                self.check_pages(page_size.bytes())?;
+                Bytes::Huge(*page_size)
+            }
+            Backing::HugeTlbMemfd { page_size } => {
+                self.check_pages(page_size.bytes())?;
+                Bytes::File(FileOffset::new(
+                    create_memfd("guest-ram", self.size, Some(*page_size), seals)?,
+                    0,
+                ))
+            }
+            Backing::GuestMemfd(range) if range.memfd.is_mappable() => {
+                Bytes::File(FileOffset::from_arc(Arc::clone(range.memfd.file()), range.offset))
+            }
+            Backing::GuestMemfd(_) => return Err(MemoryError::NotMappable { gpa: self.gpa.0 }),
+            Backing::File { file, offset } => {
+                self.check_file(file, *offset)?;
+                Bytes::File(FileOffset::from_arc(Arc::clone(file), *offset))
+            }
+        })
+    }
+
+    fn check_pages(&self, align: u64) -> Result<(), MemoryError> {
+        let (gpa, size) = (self.gpa.0, self.size);
+        if gpa.is_multiple_of(align) && size.is_multiple_of(align) {
+            return Ok(());
+        }
+        Err(MemoryError::Unaligned { gpa, size, align })
+    }
+
+    /// Memory of files that are no memory of their own belongs to the page cache, which asks no mapping.
+    fn check_policy(&self) -> Result<(), MemoryError> {
+        let what = match &self.backing {
+            Backing::File { file, .. } if rustix::fs::fcntl_get_seals(file).is_err() => "a file",
+            Backing::GuestMemfd(_) => "a guest_memfd",
+            _ => return Ok(()),
+        };
+        Err(MemoryError::NumaBacking { gpa: self.gpa.0, what })
+    }
+
+    /// Says where the pages are to be, before anything touches them.
+    fn place(&self, region: &Arc<GuestRegion>, policy: &NumaPolicy) -> Result<(), MemoryError> {
+        let (gpa, size, nodes) = (self.gpa.0, self.size, policy.nodes());
+        mempolicy::apply(region, policy).map_err(|source| MemoryError::Numa {
+            gpa,
+            size,
+            nodes: nodes.clone(),
+            source,
+        })?;
+        let (Backing::HugeTlb { page_size } | Backing::HugeTlbMemfd { page_size }, NumaPolicy::Bind(_)) =
+            (&self.backing, policy)
+        else {
+            return Ok(());
+        };
+        let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        prefault(&[Arc::clone(region)], threads).map_err(|error| {
+            let (needed, free) = (size / page_size.bytes(), page_size.free_on(nodes));
+            if needed <= free {
+                return error;
+            }
+            let (page_size, nodes) = (*page_size, nodes.clone());
+            MemoryError::HugePagesOnNodes { gpa, size, page_size, needed, nodes, free }
+        })
+    }
+
     fn check_file(&self, file: &std::fs::File, offset: u64) -> Result<(), MemoryError> {
         let (gpa, size) = (self.gpa.0, self.size);
-        if !offset.is_multiple_of(PAGE_SIZE) {
-            return Err(MemoryError::UnalignedOffset { gpa, offset, align: PAGE_SIZE });
+        let align = page_size_of_file(file);
+        if !offset.is_multiple_of(align) {
+            return Err(MemoryError::UnalignedOffset { gpa, offset, align });
+        }
+        if align != PAGE_SIZE {
+            self.check_pages(align)?;
         }
         let file_size =
             file.metadata().map_err(|source| MemoryError::File { operation: "fstat", size, source })?.len();
@@ -145,31 +260,73 @@ impl RegionConfig {
     }
 }
 
-/// Maps `size` bytes (a size that [`check_range`] accepts) of `file`, or of anonymous memory.
+/// What is mapped.
+#[derive(Debug)]
+pub(crate) enum Bytes {
+    /// Private memory, zero.
+    Anonymous,
+    /// The same, of huge pages.
+    Huge(HugePageSize),
+    /// Part of a file.
+    File(FileOffset),
+}
+
+/// Size in bytes of the host's pages that a region is made of: [`PAGE_SIZE`], or that of the huge pages of a pool. Giving
+/// memory back and mapping parts of it elsewhere work in these. Transparent huge pages, which the host makes and splits as it
+/// likes, do not count.
+pub fn host_page_size(region: &GuestRegion) -> u64 {
+    page_size_of_flags(region.flags())
+        .or_else(|| region.file_offset().map(|file| page_size_of_file(file.file())))
+        .unwrap_or(PAGE_SIZE)
+}
+
+/// Maps `size` bytes, a size that [`check_range`] accepts.
 pub(crate) fn map_region(
     gpa: GuestAddress,
     size: u64,
-    file: Option<FileOffset>,
+    bytes: Bytes,
     read_only: bool,
     track_dirty: bool,
 ) -> Result<Arc<GuestRegion>, MemoryError> {
     let failed = |source| MemoryError::Map { gpa: gpa.0, size, source };
-    let bytes = usize::try_from(size).map_err(|_| MemoryError::TooLarge {
+    let length = usize::try_from(size).map_err(|_| MemoryError::TooLarge {
         gpa: gpa.0,
         size,
         present: 0,
         max: MAX_RAM,
     })?;
-    let bitmap = track_dirty.then(|| AtomicBitmap::new(bytes, BITMAP_PAGE));
+    let bitmap = track_dirty.then(|| AtomicBitmap::new(length, BITMAP_PAGE));
     let prot = if read_only { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
-    let sharing = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
-    let mut builder = MmapRegionBuilder::new_with_bitmap(bytes, bitmap)
-        .with_mmap_prot(prot)
-        .with_mmap_flags(sharing | libc::MAP_NORESERVE);
+    // Huge pages are taken now. Without that, a guest that touches one more than there are would end the monitor by SIGBUS.
+    let (flags, file, huge) = match bytes {
+        Bytes::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, None, None),
+        Bytes::Huge(page_size) => {
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | page_size.map_flag(), None, Some(page_size))
+        }
+        Bytes::File(file) => match page_size_of_file(file.file()) {
+            PAGE_SIZE => (libc::MAP_SHARED | libc::MAP_NORESERVE, Some(file), None),
+            other => {
+                let huge = HugePageSize::ALL.into_iter().find(|size| size.bytes() == other);
+                (libc::MAP_SHARED | map_flags(other), Some(file), huge)
+            }
+        },
+    };
+    let mut builder =
+        MmapRegionBuilder::new_with_bitmap(length, bitmap).with_mmap_prot(prot).with_mmap_flags(flags);
     if let Some(file) = file {
         builder = builder.with_file_offset(file);
     }
-    let mapping: MmapRegion<DirtyBitmap> = builder.build().map_err(failed)?;
+    let mapping: MmapRegion<DirtyBitmap> = builder.build().map_err(|error| match (error, huge) {
+        (MmapRegionError::Mmap(error), Some(page_size)) if error.raw_os_error() == Some(libc::ENOMEM) => {
+            page_size.shortage(gpa.0, size)
+        }
+        (MmapRegionError::Mmap(error), Some(page_size))
+            if error.raw_os_error() == Some(libc::EINVAL) && page_size.pool().is_none() =>
+        {
+            page_size.unknown()
+        }
+        (error, _) => failed(error),
+    })?;
     let region =
         GuestRegion::new(mapping, gpa).ok_or_else(|| failed(MmapRegionError::InvalidOffsetLength))?;
     Ok(Arc::new(region))
@@ -210,125 +367,4 @@ pub(crate) fn check_region(region: &GuestRegion) -> Result<(), MemoryError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::File;
-
-    use vm_memory::Bytes;
-
-    use super::*;
-
-    const BASE: GuestAddress = GuestAddress(0x10_0000);
-
-    fn file_of(size: u64) -> Arc<File> {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(size).unwrap();
-        Arc::new(file)
-    }
-
-    #[test]
-    fn ranges_that_cannot_be() {
-        type Refusal = fn(&MemoryError) -> bool;
-        let cases: [(u64, u64, Refusal); 9] = [
-            (0x1000, 0, |e| matches!(e, MemoryError::ZeroSize { gpa: 0x1000, .. })),
-            (0x1001, 0x1000, |e| matches!(e, MemoryError::Unaligned { gpa: 0x1001, size: 0x1000, .. })),
-            (0x1000, 0x1001, |e| matches!(e, MemoryError::Unaligned { gpa: 0x1000, size: 0x1001, .. })),
-            (0x1000, 0xfff, |e| matches!(e, MemoryError::Unaligned { .. })),
-            (GPA_LIMIT, 0x1000, |e| matches!(e, MemoryError::BeyondAddressSpace { size: 0x1000, .. })),
-            (GPA_LIMIT - 0x1000, 0x2000, |e| matches!(e, MemoryError::BeyondAddressSpace { .. })),
-            (!0xfff, 0x1000, |e| matches!(e, MemoryError::BeyondAddressSpace { .. })),
-            (0x1000, !0xfff, |e| matches!(e, MemoryError::BeyondAddressSpace { .. })),
-            (0x1000, MAX_RAM + 0x1000, |e| matches!(e, MemoryError::TooLarge { .. })),
-        ];
-        for (gpa, size, expected) in cases {
-            let error = RegionConfig::new(GuestAddress(gpa), size).map(false).unwrap_err();
-            assert!(expected(&error), "{gpa:#x} {size:#x}: {error}");
-            assert!(error.to_string().contains(&format!("{gpa:#x}")), "{error}");
-        }
-        check_range(GuestAddress(GPA_LIMIT - PAGE_SIZE), PAGE_SIZE).unwrap();
-        check_range(GuestAddress(0), MAX_RAM).unwrap();
-    }
-
-    #[test]
-    fn every_backing_is_zero_and_writable() {
-        let file = file_of(0x5000);
-        let backings =
-            [Backing::Anonymous, Backing::Memfd, Backing::File { file: Arc::clone(&file), offset: 0x1000 }];
-        for backing in backings {
-            let region = RegionConfig::new(BASE, 0x4000).backing(backing.clone()).map(true).unwrap();
-            assert_eq!((region.start_addr(), region.len()), (BASE, 0x4000));
-            assert!(!is_read_only(&region));
-            let last = vm_memory::MemoryRegionAddress(0x3ff8);
-            assert_eq!(region.read_obj::<u64>(last).unwrap(), 0, "{backing:?}");
-            region.write_obj(7u64, last).unwrap();
-            assert_eq!(region.read_obj::<u64>(last).unwrap(), 7, "{backing:?}");
-            assert_eq!(region.file_offset().is_some(), !matches!(backing, Backing::Anonymous));
-        }
-        let mut word = [0; 8];
-        std::os::unix::fs::FileExt::read_exact_at(&*file, &mut word, 0x1000 + 0x3ff8).unwrap();
-        assert_eq!(u64::from_ne_bytes(word), 7, "the mapping of a file is shared");
-    }
-
-    #[test]
-    fn memfd_cannot_change_size() {
-        let region = RegionConfig::new(BASE, 0x4000).backing(Backing::Memfd).map(false).unwrap();
-        let file = region.file_offset().unwrap().file();
-        assert!(file.set_len(0).is_err() && file.set_len(0x8000).is_err());
-        assert_eq!(file.metadata().unwrap().len(), 0x4000);
-    }
-
-    #[test]
-    fn short_file_is_refused_with_both_sizes() {
-        let config = |offset| {
-            RegionConfig::new(BASE, 0x3000)
-                .backing(Backing::File { file: file_of(0x4000), offset })
-                .map(false)
-        };
-        config(0x1000).unwrap();
-        let error = config(0x2000).unwrap_err();
-        assert!(
-            matches!(error, MemoryError::FileTooShort { size: 0x3000, file_size: 0x4000, .. }),
-            "{error}"
-        );
-        assert!(error.to_string().contains("0x3000") && error.to_string().contains("0x4000"), "{error}");
-        assert!(matches!(config(!0xfff), Err(MemoryError::FileTooShort { .. })));
-        assert!(matches!(config(0x10), Err(MemoryError::UnalignedOffset { offset: 0x10, .. })));
-    }
-
-    #[test]
-    fn read_only_needs_no_writable_file() {
-        let mut image = tempfile::NamedTempFile::new().unwrap();
-        std::io::Write::write_all(&mut image, &[0x55; 0x1000]).unwrap();
-        let file = Arc::new(File::open(image.path()).unwrap());
-        let config = RegionConfig::new(BASE, 0x1000).backing(Backing::File { file, offset: 0 });
-        assert!(matches!(config.clone().map(false), Err(MemoryError::Map { .. })));
-        let region = config.read_only(true).track_dirty(true).map(true).unwrap();
-        assert!(is_read_only(&region));
-        assert!(MmapRegion::bitmap(&region).is_none());
-        let byte: u8 = region.read_obj(vm_memory::MemoryRegionAddress(0xfff)).unwrap();
-        assert_eq!(byte, 0x55);
-    }
-
-    #[test]
-    fn dirty_bitmap_only_where_asked() {
-        let tracked = |config: RegionConfig, default| {
-            let region = config.map(default).unwrap();
-            check_region(&region).unwrap();
-            MmapRegion::bitmap(&region).is_some()
-        };
-        let config = RegionConfig::new(BASE, 0x1000);
-        assert!(tracked(config.clone(), true) && !tracked(config.clone(), false));
-        assert!(tracked(config.clone().track_dirty(true), false));
-        assert!(!tracked(config.track_dirty(false), true));
-    }
-
-    #[test]
-    fn foreign_region_with_another_granule_is_refused() {
-        let bitmap = AtomicBitmap::new(0x4000, NonZeroUsize::new(0x2000).unwrap());
-        let mapping = MmapRegionBuilder::new_with_bitmap(0x4000, Some(bitmap))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .build()
-            .unwrap();
-        let error = check_region(&GuestRegion::new(mapping, BASE).unwrap()).unwrap_err();
-        assert!(matches!(error, MemoryError::BitmapGranule { bits: 2, pages: 4, .. }), "{error}");
-    }
-}
+mod tests;

@@ -36,7 +36,8 @@ use vm_memory::{FileOffset, GuestAddress};
 use crate::MemoryError;
 use crate::backing::{SIZE_SEALS, add_seals, create_memfd};
 use crate::error::Seal;
-use crate::region::{GuestRegion, check_range, map_region};
+use crate::huge::HugePageSize;
+use crate::region::{Bytes, GuestRegion, check_range, map_region};
 
 /// What a mapping of shared memory is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,9 +79,25 @@ impl SharedMemory {
     /// [`MemoryError::TooLarge`], [`MemoryError::BeyondAddressSpace`]; the address they name is 0), and
     /// [`MemoryError::File`].
     pub fn create(name: &str, size: u64) -> Result<Self, MemoryError> {
+        Self::create_of(name, size, None)
+    }
+
+    /// As [`create`](Self::create), of huge pages. The host's pool gives them when the memory is first mapped.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create); the size has to be a multiple of the page size. [`MemoryError::HugePageSize`] if the host
+    /// has no such pages. [`map`](Self::map) fails with [`MemoryError::HugePages`] if the pool has too few.
+    pub fn create_huge(name: &str, size: u64, page_size: HugePageSize) -> Result<Self, MemoryError> {
+        if !size.is_multiple_of(page_size.bytes()) {
+            return Err(MemoryError::Unaligned { gpa: 0, size, align: page_size.bytes() });
+        }
+        Self::create_of(name, size, Some(page_size))
+    }
+
+    fn create_of(name: &str, size: u64, huge: Option<HugePageSize>) -> Result<Self, MemoryError> {
         check_range(GuestAddress(0), size)?;
         // Without F_SEAL_SEAL, which would make `into_read_only` impossible.
-        let file = create_memfd(name, size, SIZE_SEALS)?;
+        let file = create_memfd(name, size, huge, SIZE_SEALS)?;
         Ok(Self { memfd: Memfd { file: Arc::new(file), size } })
     }
 
@@ -289,7 +306,7 @@ impl Memfd {
     fn map(&self, gpa: GuestAddress, access: Access) -> Result<SharedMapping, MemoryError> {
         check_range(gpa, self.size)?;
         let file = FileOffset::from_arc(Arc::clone(&self.file), 0);
-        let region = map_region(gpa, self.size, Some(file), access == Access::ReadOnly, false)?;
+        let region = map_region(gpa, self.size, Bytes::File(file), access == Access::ReadOnly, false)?;
         Ok(SharedMapping { region, access })
     }
 

@@ -150,7 +150,7 @@ fn what_is_not_the_guests_own_is_refused() {
 fn what_the_host_refuses_names_the_part_and_is_dirty() {
     let (_ram, region) = full(config(BASE, SIZE, Backing::Memfd));
     // Beyond what files can be: `parts` makes no such part, and the host has no other reason to refuse this one.
-    let part = Part { region: Arc::clone(&region), offset: 0x1000, size: u64::MAX >> 1 };
+    let part = Part { region: Arc::clone(&region), offset: 0x1000, size: u64::MAX >> 1, guest_memfd: None };
     let error = part.discard().unwrap_err();
     assert!(matches!(error, MemoryError::Discard { gpa, .. } if gpa == BASE + 0x1000), "{error}");
     assert!(MmapRegion::bitmap(&region).dirty_at(0x1000));

@@ -20,7 +20,7 @@ fn memory() -> SharedMemory {
 
 /// A memfd as a peer may make it, seals and all.
 fn memfd(size: u64, seals: SealFlags) -> OwnedFd {
-    create_memfd("peer", size, seals).unwrap().into()
+    create_memfd("peer", size, None, seals).unwrap().into()
 }
 
 fn bytes() -> usize {
