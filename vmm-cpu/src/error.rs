@@ -123,6 +123,24 @@ pub enum Error {
         /// The exit, as the backend names it.
         exit: String,
     },
+    /// The host could not give the guest the memory behind an address that is mapped: a file that became shorter, or a pool
+    /// that has no page left.
+    #[error("vCPU {index}: the host has no memory for {len:#x} bytes at {gpa:#x}, which are mapped", gpa = .gpa.0)]
+    NoHostMemory {
+        /// Index of the vCPU.
+        index: u32,
+        /// The guest-physical address.
+        gpa: GuestAddress,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The host's kernel wrote over dirty pages that nobody had collected yet. Which ones cannot be known, so all pages count
+    /// as dirty, and the log says nothing any more.
+    #[error("kvm: a dirty ring of {entries} entries was overrun; use a larger one, or the bitmap")]
+    DirtyRingOverrun {
+        /// Entries of each ring.
+        entries: u32,
+    },
     /// A saved state does not fit here.
     #[error("state element {element}: {problem}")]
     InvalidState {

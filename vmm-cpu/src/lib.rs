@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod coalesced;
 pub mod cpuid;
 mod debug;
 mod decode;
@@ -14,6 +15,7 @@ mod hypervisor;
 pub mod kvm;
 #[cfg(any(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"), feature = "translate"))]
 mod pin;
+mod private_memory;
 mod registry;
 pub mod state;
 mod threads;
@@ -28,11 +30,13 @@ pub mod writing_a_backend {
     #![doc = include_str!("../docs/writing-a-backend.md")]
 }
 
+pub use coalesced::{CoalescedWrites, CoalescedZone};
 pub use cpuid::{CpuModel, CpuidTable};
 pub use debug::{DebugReason, DebugRequest, DebugStop, DebugStops, HardwareStop, HardwareStopKind};
 pub use error::{Error, Result};
 pub use exact::{ExactStop, ExactStops};
 pub use hypervisor::{Capabilities, ClockConfig, ClockSource, Hypervisor, InterruptMode, VmConfig};
+pub use private_memory::{GuestMemfdKind, GuestMemfds, MemoryFault, PrivateMemory};
 pub use registry::{backend_names, open_backend};
 pub use threads::{PauseHandle, VcpuExit, VcpuThreads};
 pub use vcpu::{EmptyBus, Halt, Hypercall, MsrFault, UnhandledInstruction, Vcpu, VcpuHandle, VcpuIo};

@@ -12,6 +12,7 @@ use vmm_memory::vm_memory::GuestAddress;
 use crate::debug::{DebugStop, DebugStops};
 use crate::error::Result;
 use crate::exact::ExactStops;
+use crate::private_memory::MemoryFault;
 use crate::state::{CpuState, GeneralRegisters, SystemRegisters};
 
 /// Why [`Vcpu::run`] came back.
@@ -32,6 +33,9 @@ pub enum Halt {
     Debug(DebugStop),
     /// A point that [`ExactStops`] was asked for.
     ExactStop,
+    /// The guest accessed as private what it has shared memory for, or the other way round: see
+    /// [`PrivateMemory`](crate::PrivateMemory). Nothing has happened yet; run again once it has what it wants.
+    MemoryFault(MemoryFault),
     /// A [`VcpuHandle::kick`] arrived. No guest event is lost; run again to go on.
     Interrupted,
 }

@@ -8,11 +8,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmm_memory::vm_memory::GuestAddress;
+use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion as _};
 use vmm_memory::{DirtyLog, GuestRam, GuestRegion, is_read_only};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::error::Result;
+use crate::coalesced::CoalescedWrites;
+use crate::error::{Error, Result};
+use crate::private_memory::{GuestMemfds, PrivateMemory};
 use crate::state::{CpuState, VmState};
 use crate::vcpu::Vcpu;
 
@@ -97,6 +99,21 @@ pub trait Vm: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Guest writes that are gathered and handed over together.
+    fn coalesced_writes(&self) -> Option<Arc<dyn CoalescedWrites>> {
+        None
+    }
+
+    /// Guest memory in guest_memfds.
+    fn guest_memfds(&self) -> Option<Arc<dyn GuestMemfds>> {
+        None
+    }
+
+    /// Guest memory that the monitor cannot reach.
+    fn private_memory(&self) -> Option<Arc<dyn PrivateMemory>> {
+        None
+    }
+
     /// Which model-specific registers are passed on to [`VcpuIo`](crate::VcpuIo).
     fn msr_filter(&self) -> Option<Arc<dyn MsrFilter>> {
         None
@@ -115,14 +132,21 @@ pub trait Vm: fmt::Debug + Send + Sync {
 
 impl dyn Vm {
     /// Maps every region of `ram`; regions whose host mapping is read-only become
-    /// [`GuestAccess::ReadOnly`].
+    /// [`GuestAccess::ReadOnly`]. Regions that are in a guest_memfd are mapped with that.
     ///
     /// # Errors
-    /// As [`Vm::map_memory`]; the regions mapped so far stay mapped.
+    /// As [`Vm::map_memory`] and [`GuestMemfds::map`], and [`Error::Unsupported`](crate::Error::Unsupported) for a region in
+    /// a guest_memfd where the backend has none; the regions mapped so far stay mapped.
     pub fn map_ram(&self, ram: &GuestRam) -> Result<()> {
         for region in ram.regions() {
             let access = if is_read_only(&region) { GuestAccess::ReadOnly } else { GuestAccess::ReadWrite };
-            self.map_memory(region, access)?;
+            match ram.guest_memfd(region.start_addr()) {
+                None => self.map_memory(region, access)?,
+                Some(range) => match self.guest_memfds() {
+                    Some(memfds) => memfds.map(region, access, &range)?,
+                    None => return Err(Error::unsupported("guest_memfd", "the backend has none")),
+                },
+            }
         }
         Ok(())
     }
@@ -143,7 +167,6 @@ impl MappedRegion {
     /// # Errors
     /// As [`Vm::map_memory`].
     pub fn new(vm: Arc<dyn Vm>, region: Arc<GuestRegion>, access: GuestAccess) -> Result<Self> {
-        use vmm_memory::vm_memory::GuestMemoryRegion as _;
         let gpa = region.start_addr();
         vm.map_memory(region, access)?;
         Ok(Self { vm, gpa, mapped: true })

@@ -21,6 +21,7 @@ pub(super) struct ExitCounts {
     pub(super) debug: u64,
     pub(super) interrupt_window: u64,
     pub(super) interrupted: u64,
+    pub(super) dirty_ring_full: u64,
     pub(super) other: u64,
 }
 
@@ -38,6 +39,7 @@ impl ExitCounts {
             ("debug", self.debug),
             ("interrupt-window", self.interrupt_window),
             ("interrupted", self.interrupted),
+            ("dirty-ring-full", self.dirty_ring_full),
             ("other", self.other),
         ]
     }

@@ -5,11 +5,14 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_pit_config,
+    KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+    KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_VM_TYPES, KVM_CAP_X2APIC_API,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use super::dirty::DirtyRings;
 use super::vm::{KvmVm, VmInner, VmParts, enable_cap};
 use super::{NAME, host, platform_state};
 use crate::cpuid::{CpuidEntry, CpuidTable};
@@ -25,6 +28,13 @@ const TSS: usize = 0xfffb_d000;
 
 /// Inputs of the VMM's I/O APIC whose ends of interrupt KVM reports with a split irqchip.
 const SPLIT_IO_APIC_PINS: u64 = 24;
+
+/// sizeof(struct kvm_dirty_gfn).
+const DIRTY_ENTRY_BYTES: u32 = 16;
+
+/// The kernel wants room for what it notes before it looks whether a ring is full: 64 entries, and 512 where the processor logs
+/// pages by itself.
+const LEAST_DIRTY_ENTRIES: u32 = 1024;
 
 /// Leaves that hold the processor's name (Intel SDM 2A, CPUID).
 const BRAND_STRING: std::ops::RangeInclusive<u32> = 0x8000_0002..=0x8000_0004;
@@ -42,10 +52,45 @@ const REQUIRED: [(Cap, &str); 9] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
+/// How the backend is to be, beside what it is unless somebody says otherwise.
+///
+/// ```no_run
+/// use vmm_cpu::kvm::{KvmHypervisor, KvmOptions};
+///
+/// let kvm = KvmHypervisor::with_options(KvmOptions::default().dirty_ring(Some(4096)))?;
+/// # Ok::<(), vmm_cpu::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct KvmOptions {
+    dirty_ring: Option<u32>,
+    software_protected: bool,
+}
+
+impl KvmOptions {
+    /// Has each vCPU note the pages that it writes in a ring of so many entries, a power of two, instead of a bitmap:
+    /// harvesting then takes time by what was written and not by how much memory there is. A ring takes 16 bytes an entry,
+    /// and its vCPU stops for a moment when it is full. `None`, which holds unless something else is said: the bitmap.
+    #[must_use]
+    pub fn dirty_ring(mut self, entries: Option<u32>) -> Self {
+        self.dirty_ring = entries;
+        self
+    }
+
+    /// Makes virtual machines whose memory can be private (`KVM_X86_SW_PROTECTED_VM`), which shows as
+    /// [`Vm::private_memory`]. Linux has these for development only.
+    #[must_use]
+    pub fn software_protected(mut self, protected: bool) -> Self {
+        self.software_protected = protected;
+        self
+    }
+}
+
 /// The KVM backend.
 #[derive(Debug)]
 pub struct KvmHypervisor {
     kvm: Kvm,
+    options: KvmOptions,
     capabilities: Capabilities,
     cpuid: CpuidTable,
     saved_msrs: Vec<u32>,
@@ -62,6 +107,26 @@ impl KvmHypervisor {
     /// what to do.
     pub fn open() -> Result<Self> {
         Self::open_path("/dev/kvm")
+    }
+
+    /// Opens `/dev/kvm` for virtual machines with those options.
+    ///
+    /// # Errors
+    /// As [`KvmHypervisor::open`]; [`Error::Unsupported`] for an option that the host's KVM lacks, and
+    /// [`Error::InvalidArgument`] for a number of entries that it does not allow.
+    pub fn with_options(options: KvmOptions) -> Result<Self> {
+        let this = Self::open()?;
+        if let Some(entries) = options.dirty_ring {
+            check_dirty_ring(&this.kvm, entries)?;
+        }
+        let types = this.kvm.check_extension_raw(u64::from(KVM_CAP_VM_TYPES));
+        if options.software_protected && types & 1 << KVM_X86_SW_PROTECTED_VM == 0 {
+            return Err(Error::unsupported(
+                "a software-protected virtual machine",
+                "KVM_CAP_VM_TYPES of this host lacks it (CONFIG_KVM_SW_PROTECTED_VM, and two-dimensional paging)",
+            ));
+        }
+        Ok(Self { options, ..this })
     }
 
     /// Opens the KVM device at another path.
@@ -112,7 +177,8 @@ impl KvmHypervisor {
         let max_slots = u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX);
         tracing::debug!(?capabilities, "kvm: opened");
         let default_tsc_khz = OnceLock::new();
-        Ok(Self { kvm, capabilities, cpuid, saved_msrs, run_page_size, max_slots, default_tsc_khz })
+        let options = KvmOptions::default();
+        Ok(Self { kvm, options, capabilities, cpuid, saved_msrs, run_page_size, max_slots, default_tsc_khz })
     }
 
     fn check(&self, config: &VmConfig) -> Result<()> {
@@ -146,7 +212,11 @@ impl KvmHypervisor {
         self.check(config)?;
         let cpuid = config.cpu.resolve(&self.cpuid)?;
         let tsc_khz = self.tsc_khz(config.clock.tsc_khz)?;
-        let fd = self.kvm.create_vm().map_err(|errno| host("KVM_CREATE_VM", errno))?;
+        let kind = if self.options.software_protected { KVM_X86_SW_PROTECTED_VM } else { KVM_X86_DEFAULT_VM };
+        let fd =
+            self.kvm.create_vm_with_type(u64::from(kind)).map_err(|errno| host("KVM_CREATE_VM", errno))?;
+        let dirty_rings =
+            self.options.dirty_ring.map(|entries| enable_dirty_rings(&fd, entries)).transpose()?;
         fd.set_identity_map_address(IDENTITY_MAP)
             .map_err(|errno| host("KVM_SET_IDENTITY_MAP_ADDR", errno))?;
         fd.set_tss_address(TSS).map_err(|errno| host("KVM_SET_TSS_ADDR", errno))?;
@@ -160,6 +230,7 @@ impl KvmHypervisor {
             max_slots: self.max_slots,
             run_page_size: self.run_page_size,
             saved_msrs: self.saved_msrs.clone(),
+            dirty_rings,
         }));
         inner.clock.set_rates(tsc_khz, self.default_tsc_khz()?);
         tracing::debug!(?config.interrupts, config.max_vcpus, "kvm: virtual machine created");
@@ -192,6 +263,41 @@ impl KvmHypervisor {
             Some(wanted) => Ok(wanted),
         }
     }
+}
+
+/// The capability of dirty rings, and the bytes that one may have.
+fn dirty_ring_capability(check: impl Fn(u32) -> i32) -> Option<(u32, u32)> {
+    [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING]
+        .into_iter()
+        .find_map(|cap| u32::try_from(check(cap)).ok().filter(|bytes| *bytes > 0).map(|bytes| (cap, bytes)))
+}
+
+fn check_dirty_ring(kvm: &Kvm, entries: u32) -> Result<()> {
+    let Some((_, bytes)) = dirty_ring_capability(|cap| kvm.check_extension_raw(u64::from(cap))) else {
+        return Err(Error::unsupported("a dirty ring", "KVM_CAP_DIRTY_LOG_RING of this host says so"));
+    };
+    let most = bytes / DIRTY_ENTRY_BYTES;
+    if entries.is_power_of_two() && (LEAST_DIRTY_ENTRIES..=most).contains(&entries) {
+        return Ok(());
+    }
+    let allowed = format_args!("a power of two from {LEAST_DIRTY_ENTRIES} to {most}").to_string();
+    Err(Error::invalid("entries of a dirty ring", entries, allowed))
+}
+
+/// Before there are vCPUs.
+fn enable_dirty_rings(fd: &VmFd, entries: u32) -> Result<DirtyRings> {
+    let check = |cap: u32| fd.check_extension_raw(u64::from(cap));
+    let (cap, _) = dirty_ring_capability(check).ok_or_else(|| {
+        Error::unsupported("a dirty ring", "KVM_CAP_DIRTY_LOG_RING of this virtual machine says so")
+    })?;
+    enable_cap(fd, cap, u64::from(entries) * u64::from(DIRTY_ENTRY_BYTES))
+        .map_err(|errno| host("KVM_ENABLE_CAP(DIRTY_LOG_RING)", errno))?;
+    let with_bitmap = check(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) > 0;
+    if with_bitmap {
+        enable_cap(fd, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, 0)
+            .map_err(|errno| host("KVM_ENABLE_CAP(DIRTY_LOG_RING_WITH_BITMAP)", errno))?;
+    }
+    Ok(DirtyRings::new(entries, with_bitmap))
 }
 
 fn create_interrupt_controllers(fd: &VmFd, config: &VmConfig) -> Result<()> {

@@ -7,11 +7,14 @@
 //! | `irq` | interrupt lines, messages, notifiers |
 //! | `clock` | TSC rate, pause and resume |
 //! | `vcpu` | the run loop |
+//! | `dirty` | the log of written pages: bitmaps, or rings |
+//! | `coalesced` | writes that are gathered |
+//! | `guest_memfd` | memory in guest_memfds, private memory |
 //! | `exits` | exit counters, the report of an instruction that KVM could not execute |
 //! | `handle` | kick, NMI and INTR from other threads |
 //! | `debug` | breakpoints and single step |
 //! | `state`, `platform_state` | KVM's structures to and from the portable state |
-//! | `sys` | the only unsafe code |
+//! | `sys`, `rings` | the only unsafe code |
 //!
 //! Threat model: the guest chooses ports, addresses, data, MSR numbers and the moment of every
 //! exit. Exits carry lengths that the host kernel bounds; nothing here indexes by a value of the
@@ -23,18 +26,22 @@
 //! again.
 
 mod clock;
+mod coalesced;
 mod debug;
+mod dirty;
 mod exits;
+mod guest_memfd;
 mod handle;
 mod hypervisor;
 mod irq;
 mod platform_state;
+mod rings;
 mod state;
 mod sys;
 mod vcpu;
 mod vm;
 
-pub use hypervisor::KvmHypervisor;
+pub use hypervisor::{KvmHypervisor, KvmOptions};
 
 /// Name of this backend.
 pub const NAME: &str = "kvm";

@@ -5,23 +5,24 @@
 use std::cell::Cell;
 use std::io;
 use std::mem::offset_of;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_device_attr, kvm_interrupt, kvm_ioapic_state, kvm_ioeventfd,
-    kvm_irqchip, kvm_pic_state, kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_4,
-    kvm_run__bindgen_ty_1__bindgen_ty_13, kvm_userspace_memory_region, kvm_xsave,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEM_GUEST_MEMFD,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_create_guest_memfd, kvm_device_attr,
+    kvm_interrupt, kvm_ioapic_state, kvm_ioeventfd, kvm_irqchip, kvm_pic_state, kvm_run,
+    kvm_run__bindgen_ty_1__bindgen_ty_4, kvm_run__bindgen_ty_1__bindgen_ty_13, kvm_userspace_memory_region,
+    kvm_userspace_memory_region2, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_memory::GuestRegion;
 use vmm_memory::vm_memory::{Address as _, GuestMemoryRegion as _};
+use vmm_memory::{GuestMemfdRange, GuestRegion};
 use vmm_sys_util::errno;
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
 
 mod request {
     //! Numbers of the ioctls, from `<linux/kvm.h>`.
@@ -30,6 +31,7 @@ mod request {
     ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
     ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
     ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+    ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
     ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 }
 
@@ -244,6 +246,42 @@ pub(super) fn set_memory_slot(
     // SAFETY: the caller keeps the region's mapping alive while the slot exists (VmInner owns an Arc of it)
     // and `size` is 0 or the region's own size.
     unsafe { vm.set_user_memory_region(argument) }
+}
+
+/// KVM_SET_USER_MEMORY_REGION2: puts `region`, of which a half or all is `range`, into `slot`.
+pub(super) fn set_guest_memfd_slot(
+    vm: &VmFd,
+    slot: u32,
+    region: &GuestRegion,
+    range: &GuestMemfdRange,
+) -> errno::Result<()> {
+    let argument = kvm_userspace_memory_region2 {
+        slot,
+        flags: KVM_MEM_GUEST_MEMFD,
+        guest_phys_addr: region.start_addr().raw_value(),
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr().expose_provenance() as u64,
+        guest_memfd_offset: range.offset,
+        guest_memfd: range.memfd.file().as_raw_fd().cast_unsigned(),
+        ..Default::default()
+    };
+    // SAFETY: the caller keeps the region's mapping alive while the slot exists (VmInner owns an Arc of it), and the size is
+    // the region's own. The kernel holds the file itself.
+    unsafe { vm.set_user_memory_region2(argument) }
+}
+
+/// KVM_CREATE_GUEST_MEMFD.
+pub(super) fn create_guest_memfd(vm: &VmFd, argument: kvm_create_guest_memfd) -> errno::Result<OwnedFd> {
+    let fd = vm.create_guest_memfd(argument)?;
+    // SAFETY: the kernel has just made the descriptor for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// KVM_RESET_DIRTY_RINGS: how many entries were reset.
+pub(super) fn reset_dirty_rings(vm: &VmFd) -> errno::Result<u64> {
+    // SAFETY: the descriptor is a VM's, and the request takes no argument.
+    let reset = unsafe { ioctl(vm, request::KVM_RESET_DIRTY_RINGS()) };
+    u64::try_from(reset).map_err(|_| errno::Error::last())
 }
 
 /// KVM_GET_XSAVE or KVM_GET_XSAVE2 for an area of `size` bytes.

@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
-    kvm_mp_state, kvm_msr_entry, kvm_sregs, kvm_vcpu_events,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_mp_state, kvm_msr_entry, kvm_sregs,
+    kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use vmm_memory::PAGE_SIZE;
@@ -20,6 +21,7 @@ use super::{NAME, debug, host, state, sys};
 use crate::debug::{DebugReason, DebugStop, DebugStops};
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
+use crate::private_memory::MemoryFault;
 use crate::state::{CpuState, GeneralRegisters, RunState, SystemRegisters};
 use crate::vcpu::{Halt, Hypercall, UnhandledInstruction, Vcpu, VcpuHandle, VcpuIo};
 
@@ -282,7 +284,15 @@ impl KvmVcpu {
         self.expect_registers();
         self.stored = false;
         let (vcpu, counts) = (self.index, &mut self.counts);
-        let exit = match self.fd.run() {
+        let result = self.fd.run();
+        // What was written before comes first, also before a return to the caller.
+        if self.vm.coalesced.is_used()
+            && let Err(error) = self.vm.coalesced.deliver(io)
+        {
+            self.unsettled = result.is_ok();
+            return Err(error);
+        }
+        let exit = match result {
             Ok(exit) => exit,
             Err(errno) => {
                 return match errno.errno() {
@@ -383,6 +393,18 @@ impl KvmVcpu {
                 self.unsettled = false;
                 return Err(Error::EntryFailed { index: self.index, reason, host_cpu });
             }
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                counts.dirty_ring_full += 1;
+                self.unsettled = false;
+                if let Some(rings) = &self.vm.dirty_rings {
+                    rings.empty(&self.vm.fd)?;
+                }
+            }
+            VcpuExit::MemoryFault { flags, gpa, size } => {
+                counts.other += 1;
+                self.unsettled = false;
+                return self.memory_fault(flags, GuestAddress(gpa), size);
+            }
             other => {
                 let exit = format!("{other:?}");
                 self.unsettled = false;
@@ -390,6 +412,19 @@ impl KvmVcpu {
             }
         }
         Ok(Step::Continue)
+    }
+
+    /// What KVM_EXIT_MEMORY_FAULT means: the other half of memory with two, or that the host has no memory.
+    #[cold]
+    fn memory_fault(&self, flags: u64, gpa: GuestAddress, len: u64) -> Result<Step> {
+        let whole = GuestAddress(gpa.0 & !(PAGE_SIZE - 1));
+        let pages = gpa.0.wrapping_sub(whole.0).saturating_add(len).max(1);
+        let pages = pages.checked_next_multiple_of(PAGE_SIZE).unwrap_or(PAGE_SIZE);
+        if !self.vm.has_private_half(whole, pages) {
+            return Err(Error::NoHostMemory { index: self.index, gpa, len });
+        }
+        let private = flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
+        Ok(Step::Stop(Halt::MemoryFault(MemoryFault::new(whole, pages, private))))
     }
 
     /// The error for a KVM_EXIT_INTERNAL_ERROR.

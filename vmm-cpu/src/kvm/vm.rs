@@ -1,28 +1,32 @@
 //! Memory slots and the capabilities of a virtual machine.
 
 use std::collections::BTreeMap;
-use std::error::Error as StdError;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_X86_USER_SPACE_MSR,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
+    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
     KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_cpuid_entry2, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemoryRegion as _, MemoryRegionAddress};
-use vmm_memory::{DirtyLog, GuestRegion, PAGE_SIZE, PageBitmap};
+use vmm_memory::{GuestMemfdRange, GuestRegion, PAGE_SIZE};
 
 use super::clock::{ClockAccount, KvmClock};
+use super::coalesced::{Coalesced, KvmCoalescedWrites};
+use super::dirty::{DirtyRings, KvmDirtyLog};
+use super::guest_memfd::{KvmGuestMemfds, KvmPrivateMemory};
 use super::handle::Shared;
 use super::irq::{AttachedNotifiers, KvmInterrupts, KvmNotifiers};
 use super::sys::{self, RunPage};
 use super::vcpu::KvmVcpu;
 use super::{NAME, host, platform_state};
+use crate::coalesced::CoalescedWrites;
 use crate::cpuid::CpuidTable;
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
+use crate::private_memory::{GuestMemfds, PrivateMemory};
 use crate::state::VmState;
 use crate::vcpu::Vcpu;
 use crate::vm::{
@@ -45,9 +49,10 @@ const KVM_HC_MAP_GPA_RANGE: u64 = 12;
 /// One KVM memory slot.
 #[derive(Debug)]
 pub(super) struct Slot {
-    number: u32,
-    region: Arc<GuestRegion>,
-    flags: u32,
+    pub(super) number: u32,
+    pub(super) region: Arc<GuestRegion>,
+    pub(super) flags: u32,
+    pub(super) guest_memfd: Option<GuestMemfdRange>,
 }
 
 /// What a virtual machine, its vCPUs and its capabilities share.
@@ -55,6 +60,11 @@ pub(super) struct Slot {
 pub(super) struct VmInner {
     // The descriptor first: it is closed before the memory regions are released.
     pub(super) fd: VmFd,
+    // The rings next: their mappings hold on to the virtual machine as well.
+    pub(super) dirty_rings: Option<DirtyRings>,
+    pub(super) coalesced: Coalesced,
+    /// Page of a vCPU's mapping where the ring of gathered writes is (KVM_CAP_COALESCED_MMIO).
+    coalesced_page: Option<u32>,
     /// By first guest-physical address.
     slots: Mutex<BTreeMap<u64, Slot>>,
     pub(super) clock: ClockAccount,
@@ -87,6 +97,7 @@ pub(super) struct VmParts {
     pub(super) max_slots: u32,
     pub(super) run_page_size: usize,
     pub(super) saved_msrs: Vec<u32>,
+    pub(super) dirty_rings: Option<DirtyRings>,
 }
 
 impl VmInner {
@@ -96,8 +107,12 @@ impl VmInner {
         let fields = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
         let syncable = u32::try_from(parts.fd.check_extension_int(Cap::SyncRegs)).unwrap_or(0);
         let syncs_registers = syncable & fields == fields;
+        let coalesced_page = u32::try_from(parts.fd.check_extension_int(Cap::CoalescedMmio)).ok();
         Self {
             fd: parts.fd,
+            dirty_rings: parts.dirty_rings,
+            coalesced: Coalesced::default(),
+            coalesced_page: coalesced_page.filter(|page| *page > 0),
             slots: Mutex::default(),
             clock: ClockAccount::default(),
             notifiers: Mutex::default(),
@@ -115,7 +130,7 @@ impl VmInner {
         }
     }
 
-    fn slots(&self) -> MutexGuard<'_, BTreeMap<u64, Slot>> {
+    pub(super) fn slots(&self) -> MutexGuard<'_, BTreeMap<u64, Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -133,7 +148,13 @@ impl VmInner {
         bytes
     }
 
-    fn map_memory(&self, region: Arc<GuestRegion>, access: GuestAccess) -> Result<()> {
+    /// Maps a region, of which a half or all may be in a guest_memfd.
+    pub(super) fn map_region(
+        &self,
+        region: Arc<GuestRegion>,
+        access: GuestAccess,
+        guest_memfd: Option<&GuestMemfdRange>,
+    ) -> Result<()> {
         let (gpa, len) = (region.start_addr(), region.len());
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) || !gpa.0.is_multiple_of(PAGE_SIZE) {
             return Err(Error::invalid(
@@ -157,10 +178,14 @@ impl VmInner {
             GuestAccess::ReadWrite => 0,
             GuestAccess::ReadOnly => KVM_MEM_READONLY,
         };
-        sys::set_memory_slot(&self.fd, number, &region, len, flags)
-            .map_err(|errno| host("KVM_SET_USER_MEMORY_REGION", errno))?;
+        match guest_memfd {
+            None => sys::set_memory_slot(&self.fd, number, &region, len, flags)
+                .map_err(|errno| host("KVM_SET_USER_MEMORY_REGION", errno))?,
+            Some(range) => sys::set_guest_memfd_slot(&self.fd, number, &region, range)
+                .map_err(|errno| host("KVM_SET_USER_MEMORY_REGION2", errno))?,
+        }
         tracing::debug!(gpa = gpa.0, len, slot = number, ?access, "kvm: memory mapped");
-        slots.insert(gpa.0, Slot { number, region, flags });
+        slots.insert(gpa.0, Slot { number, region, flags, guest_memfd: guest_memfd.cloned() });
         Ok(())
     }
 
@@ -171,21 +196,31 @@ impl VmInner {
         sys::set_memory_slot(&self.fd, slot.number, &slot.region, 0, 0)
             .map_err(|errno| host("KVM_SET_USER_MEMORY_REGION", errno))?;
         let slot = slots.remove(&gpa.0).ok_or(Error::NoSuchRegion { gpa })?;
+        if let Some(rings) = &self.dirty_rings {
+            rings.stop(slot.number);
+        }
         tracing::debug!(gpa = gpa.0, slot = slot.number, "kvm: memory unmapped");
         Ok(slot.region)
     }
 
-    fn set_logging(&self, gpa: GuestAddress, logging: bool) -> Result<()> {
-        let mut slots = self.slots();
-        let slot = slots.get_mut(&gpa.0).ok_or(Error::NoSuchRegion { gpa })?;
-        let without = slot.flags & !KVM_MEM_LOG_DIRTY_PAGES;
-        let flags = if logging { without | KVM_MEM_LOG_DIRTY_PAGES } else { without };
-        if flags != slot.flags {
-            sys::set_memory_slot(&self.fd, slot.number, &slot.region, slot.region.len(), flags)
-                .map_err(|errno| host("KVM_SET_USER_MEMORY_REGION", errno))?;
-            slot.flags = flags;
+    /// Whether `len` bytes at `gpa` are whole pages of regions with a half in a guest_memfd.
+    pub(super) fn has_private_half(&self, gpa: GuestAddress, len: u64) -> bool {
+        let slots = self.slots();
+        let end = gpa
+            .0
+            .checked_add(len)
+            .filter(|_| gpa.0.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE));
+        let Some(end) = end.filter(|end| *end > gpa.0) else { return false };
+        let mut at = gpa.0;
+        while at < end {
+            let Some((start, slot)) = slots.range(..=at).next_back() else { return false };
+            let slot_end = start.saturating_add(slot.region.len());
+            if slot.guest_memfd.is_none() || slot_end <= at {
+                return false;
+            }
+            at = slot_end;
         }
-        Ok(())
+        true
     }
 
     fn create_vcpu(self: &Arc<Self>, index: u32) -> Result<KvmVcpu> {
@@ -206,6 +241,12 @@ impl VmInner {
             operation: "mapping kvm_run",
             source,
         })?;
+        if let Some(page) = self.coalesced_page {
+            self.coalesced.map(&fd, page)?;
+        }
+        if let Some(rings) = &self.dirty_rings {
+            rings.add(&fd)?;
+        }
         self.set_tsc_rate(&fd)?;
         fd.set_cpuid2(&cpuid_to_kvm(&self.cpuid.for_vcpu(index, self.max_vcpus))?)
             .map_err(|errno| host("KVM_SET_CPUID2", errno))?;
@@ -272,7 +313,7 @@ pub(super) struct KvmVm(pub(super) Arc<VmInner>);
 
 impl Vm for KvmVm {
     fn map_memory(&self, region: Arc<GuestRegion>, access: GuestAccess) -> Result<()> {
-        self.0.map_memory(region, access)
+        self.0.map_region(region, access, None)
     }
 
     fn unmap_memory(&self, gpa: GuestAddress) -> Result<Arc<GuestRegion>> {
@@ -311,6 +352,21 @@ impl Vm for KvmVm {
         Some(Arc::new(KvmDirtyLog(Arc::clone(&self.0))))
     }
 
+    fn coalesced_writes(&self) -> Option<Arc<dyn CoalescedWrites>> {
+        self.0.coalesced_page?;
+        let ports = self.0.fd.check_extension(Cap::CoalescedPio);
+        Some(Arc::new(KvmCoalescedWrites { vm: Arc::clone(&self.0), ports }))
+    }
+
+    fn guest_memfds(&self) -> Option<Arc<dyn GuestMemfds>> {
+        let present = self.0.fd.check_extension_raw(u64::from(KVM_CAP_GUEST_MEMFD)) > 0;
+        present.then(|| Arc::new(KvmGuestMemfds(Arc::clone(&self.0))) as Arc<dyn GuestMemfds>)
+    }
+
+    fn private_memory(&self) -> Option<Arc<dyn PrivateMemory>> {
+        KvmPrivateMemory::of(&self.0).map(|memory| Arc::new(memory) as Arc<dyn PrivateMemory>)
+    }
+
     fn msr_filter(&self) -> Option<Arc<dyn MsrFilter>> {
         let present =
             self.0.fd.check_extension(Cap::X86UserSpaceMsr) && self.0.fd.check_extension(Cap::X86MsrFilter);
@@ -324,39 +380,6 @@ impl Vm for KvmVm {
 
     fn clock(&self) -> Option<Arc<dyn VmClock>> {
         Some(Arc::new(KvmClock(Arc::clone(&self.0))))
-    }
-}
-
-/// KVM's dirty bitmaps.
-#[derive(Debug)]
-struct KvmDirtyLog(Arc<VmInner>);
-
-impl DirtyLog for KvmDirtyLog {
-    fn harvest(
-        &self,
-        region: &GuestRegion,
-        into: &mut PageBitmap,
-    ) -> Result<(), Box<dyn StdError + Send + Sync>> {
-        let slots = self.0.slots();
-        let Some(slot) = slots.get(&region.start_addr().0) else { return Ok(()) };
-        if slot.flags & KVM_MEM_LOG_DIRTY_PAGES == 0 || slot.region.len() != region.len() {
-            return Ok(());
-        }
-        let len = usize::try_from(region.len())?;
-        let words =
-            self.0.fd.get_dirty_log(slot.number, len).map_err(|errno| host("KVM_GET_DIRTY_LOG", errno))?;
-        into.or_words(&words);
-        Ok(())
-    }
-}
-
-impl GuestDirtyLog for KvmDirtyLog {
-    fn start(&self, gpa: GuestAddress) -> Result<()> {
-        self.0.set_logging(gpa, true)
-    }
-
-    fn stop(&self, gpa: GuestAddress) -> Result<()> {
-        self.0.set_logging(gpa, false)
     }
 }
 

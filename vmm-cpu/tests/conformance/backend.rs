@@ -15,6 +15,8 @@ const PARAVIRTUAL: &str = "xen-pv";
 pub(crate) struct Candidate {
     pub(crate) name: &'static str,
     opened: Result<Backend, Error>,
+    /// The subjects that it differs in from one that is there already; all if it is new.
+    subjects: Option<&'static [&'static str]>,
 }
 
 /// A backend that is open.
@@ -53,11 +55,15 @@ pub(crate) fn candidates() -> Vec<Candidate> {
             continue;
         }
         let opened = open_backend(name).map(|hypervisor| Backend { name, hypervisor: Arc::from(hypervisor) });
-        candidates.push(Candidate { name, opened });
+        candidates.push(Candidate { name, opened, subjects: None });
+        #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+        if name == vmm_cpu::kvm::NAME {
+            candidates.extend(kvm_with_rings());
+        }
     }
     let name = ToyHypervisor::NAME;
     let toy = Backend { name, hypervisor: Arc::new(ToyHypervisor::new()) };
-    candidates.push(Candidate { name, opened: Ok(toy) });
+    candidates.push(Candidate { name, opened: Ok(toy), subjects: None });
     candidates
 }
 
@@ -69,8 +75,29 @@ fn tiers() -> [Candidate; 2] {
     [("translate-tier0", None), ("translate-tier1", Some(0))].map(|(name, translate_after)| {
         let options = TranslateOptions::default().translate_after(translate_after);
         let hypervisor = Arc::new(TranslateHypervisor::with_options(options));
-        Candidate { name, opened: Ok(Backend { name, hypervisor }) }
+        Candidate { name, opened: Ok(Backend { name, hypervisor }), subjects: None }
     })
+}
+
+/// KVM that notes dirty pages in rings, where it knows how.
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+fn kvm_with_rings() -> Option<Candidate> {
+    let name = "kvm-dirty-ring";
+    // Without virtualization hardware the kernel writes for the guest, and notes each write, for as long as it likes before it
+    // looks whether there is room: only a ring that is never full is of use.
+    let opened = match kvm_with_ring(65_536) {
+        Err(Error::Unsupported { .. }) => return None,
+        opened => opened.map(|hypervisor| Backend { name, hypervisor }),
+    };
+    Some(Candidate { name, opened, subjects: Some(&["dirty", "huge_pages"]) })
+}
+
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+fn kvm_with_ring(entries: u32) -> Result<Arc<dyn Hypervisor>, Error> {
+    use vmm_cpu::kvm::{KvmHypervisor, KvmOptions};
+
+    let kvm = KvmHypervisor::with_options(KvmOptions::default().dirty_ring(Some(entries)))?;
+    Ok(Arc::new(kvm))
 }
 
 impl Candidate {
@@ -81,6 +108,11 @@ impl Candidate {
             Error::PermissionDenied { path, .. } => Stop::skipped(format!("no permission to open {path}")),
             other => Stop::failed(other.to_string()),
         })
+    }
+
+    /// Whether cases of that subject say something about it.
+    pub(crate) fn is_for(&self, subject: &str) -> bool {
+        self.subjects.is_none_or(|subjects| subjects.contains(&subject))
     }
 
     /// Says why this host cannot run the case of that name, if so.
@@ -117,7 +149,16 @@ impl Backend {
         u64::from(self.is_kvm_without_hardware())
     }
 
-    fn is_kvm_without_hardware(&self) -> bool {
+    /// The same backend with dirty rings that are soon full, if it has rings.
+    pub(crate) fn with_small_rings(&self) -> Option<Result<Self, Error>> {
+        #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+        if self.name == "kvm-dirty-ring" {
+            return Some(kvm_with_ring(1024).map(|hypervisor| Self { name: self.name, hypervisor }));
+        }
+        None
+    }
+
+    pub(crate) fn is_kvm_without_hardware(&self) -> bool {
         self.hypervisor.name() == "kvm" && self.hypervisor.capabilities().hardware_assisted == Some(false)
     }
 
@@ -125,7 +166,7 @@ impl Backend {
     pub(crate) fn others(&self) -> Vec<Backend> {
         candidates()
             .into_iter()
-            .filter(|other| other.name != self.name && other.name != PARAVIRTUAL)
+            .filter(|other| other.name != self.name && other.name != PARAVIRTUAL && other.subjects.is_none())
             .filter_map(|other| other.opened.ok())
             .collect()
     }

@@ -12,6 +12,7 @@ mod machine;
 mod own_process;
 
 mod faults;
+mod huge_pages;
 mod process;
 mod random;
 mod stale;

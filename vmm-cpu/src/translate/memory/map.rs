@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vmm_memory::GuestRegion;
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
+use vmm_memory::{GuestRegion, host_page_size};
 
 use super::code_pages::CodePages;
 use super::host::{self, HostWord, Order};
@@ -54,13 +54,16 @@ pub(crate) struct Slot {
     pub(crate) code: Arc<CodePages>,
     /// Pages that the guest wrote, while that is logged.
     pub(crate) dirty: Option<Arc<Pages>>,
+    /// The host can map any page of it a second time, by itself: its pages are no larger than the guest's.
+    pub(crate) small_pages: bool,
 }
 
 impl Slot {
     pub(crate) fn new(region: Arc<GuestRegion>, access: GuestAccess) -> Self {
         let (start, bytes) = (region.start_addr().0, region.len());
         let code = Arc::new(CodePages::new(bytes / PAGE));
-        Self { region, start, end: start.saturating_add(bytes), access, code, dirty: None }
+        let small_pages = host_page_size(&region) == PAGE;
+        Self { region, start, end: start.saturating_add(bytes), access, code, dirty: None, small_pages }
     }
 
     pub(crate) fn start_log(&mut self) {

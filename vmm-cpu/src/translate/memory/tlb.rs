@@ -429,7 +429,13 @@ impl Tlb {
             let Some(entry) = entry.filter(|entry| entry.read == va) else { continue };
             let (gpa, writable) = (entry.kind & PAGE_MASK, entry.write == va);
             let size = 1 << size_of(entry);
-            if let Err(error) = window.map(va, gpa, entry.host, writable, size, regions) {
+            // Of huge pages of the host, nothing smaller can be mapped.
+            let mapped = if self.map.slot(gpa).is_some_and(|slot| slot.small_pages) {
+                window.map(va, gpa, entry.host, writable, size, regions)
+            } else {
+                Err(std::io::ErrorKind::Unsupported.into())
+            };
+            if let Err(error) = mapped {
                 tracing::debug!(%error, "guest memory cannot be mapped into the address window");
                 window.clear(regions);
                 self.no_window = true;

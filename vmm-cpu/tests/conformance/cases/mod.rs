@@ -4,6 +4,7 @@ mod apic;
 mod bad_input;
 mod basics;
 mod clock;
+mod coalesced;
 mod controllers;
 mod cpuid;
 mod cross_modifying;
@@ -11,6 +12,8 @@ mod debug;
 mod dirty;
 mod doorbells;
 mod exact;
+mod guest_memfd;
+mod huge_pages;
 mod hypercalls;
 mod interrupts;
 mod kicks;
@@ -41,6 +44,9 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("interrupts", interrupts::CASES),
     ("apic", apic::CASES),
     ("doorbells", doorbells::CASES),
+    ("coalesced", coalesced::CASES),
+    ("huge_pages", huge_pages::CASES),
+    ("guest_memfd", guest_memfd::CASES),
     ("smp", smp::CASES),
     ("ordering", ordering::CASES),
     ("litmus", litmus::CASES),
