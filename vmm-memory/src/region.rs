@@ -275,9 +275,12 @@ pub(crate) enum Bytes {
 /// memory back and mapping parts of it elsewhere work in these. Transparent huge pages, which the host makes and splits as it
 /// likes, do not count.
 pub fn host_page_size(region: &GuestRegion) -> u64 {
-    page_size_of_flags(region.flags())
-        .or_else(|| region.file_offset().map(|file| page_size_of_file(file.file())))
-        .unwrap_or(PAGE_SIZE)
+    // What was mapped here says so. For others the host has to be asked, which a confined process may not do.
+    match (page_size_of_flags(region.flags()), region.is_hugetlbfs(), region.file_offset()) {
+        (Some(size), _, _) => size,
+        (None, None | Some(true), Some(file)) => page_size_of_file(file.file()),
+        _ => PAGE_SIZE,
+    }
 }
 
 /// Maps `size` bytes, a size that [`check_range`] accepts.
@@ -311,8 +314,10 @@ pub(crate) fn map_region(
             }
         },
     };
-    let mut builder =
-        MmapRegionBuilder::new_with_bitmap(length, bitmap).with_mmap_prot(prot).with_mmap_flags(flags);
+    let mut builder = MmapRegionBuilder::new_with_bitmap(length, bitmap)
+        .with_mmap_prot(prot)
+        .with_mmap_flags(flags)
+        .with_hugetlbfs(page_size_of_flags(flags).is_some());
     if let Some(file) = file {
         builder = builder.with_file_offset(file);
     }

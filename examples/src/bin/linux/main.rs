@@ -10,6 +10,7 @@
 
 mod end;
 mod guest;
+mod memory;
 mod options;
 mod paravirtual;
 mod watch;
@@ -80,11 +81,8 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     };
     let ram_backing =
         if hypervisor.name() == translate::NAME { options.translated_ram() } else { Backing::Anonymous };
-    let ram = GuestRam::builder()
-        .ram(options.memory << 20)
-        .backing(ram_backing)
-        .track_dirty(rerun.hashes())
-        .build()?;
+    let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes());
+    let ram = options.ram.apply(ram, ram_backing).build()?;
     let stop = Arc::new(StopSign::default());
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let output = |port| Watch::port(&watch, port);

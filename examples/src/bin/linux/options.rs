@@ -18,6 +18,8 @@ use vmm_examples::terminal;
 use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices};
 use vmm_memory::{Backing, GuestRam};
 
+use crate::memory::RamOptions;
+
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
 pub(crate) struct Options {
@@ -60,6 +62,8 @@ pub(crate) struct Options {
     /// RAM in MiB.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=1 << 20))]
     pub(crate) memory: u64,
+    #[command(flatten)]
+    pub(crate) ram: RamOptions,
     /// Runs this shell line in the guest and exits with its status.
     #[arg(long)]
     pub(crate) command: Option<String>,

@@ -51,7 +51,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     let guest = Guest::get(options, &session, Wiring::PvConsole.into())?;
 
     // Without the hole that a PC has below 4 GiB.
-    let whole = RegionConfig::new(GuestAddress(0), options.memory << 20);
+    let whole = options.ram.apply_to_region(RegionConfig::new(GuestAddress(0), options.memory << 20));
     let ram = GuestRam::builder().region(whole).build()?;
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
     let mut boot =
