@@ -27,7 +27,7 @@ fn run_and_look(arguments: &[&str], file: &str, mut look: impl FnMut(String)) ->
         if let Ok(text) = fs::read_to_string(format!("/proc/{}/{file}", child.id())) {
             look(text);
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(100));
     }
     let output = child.wait_with_output().unwrap();
     let text =

@@ -30,6 +30,11 @@ cases![
 
 const KICKS: u64 = 100_000;
 
+/// Where others want the processors too, each kick and each answer waits for its turn, milliseconds instead of microseconds.
+/// There are fewer kicks then: as many as fit in this time, and never less than that.
+const TIME: Duration = Duration::from_secs(40);
+const LEAST_KICKS: u64 = 1000;
+
 /// After this, a vCPU that went to run or to wait is most likely there.
 const SETTLED: Duration = Duration::from_micros(100);
 
@@ -166,7 +171,13 @@ fn lockstep(machine: Machine, busy: bool) -> Outcome {
     let ram = machine.ram.clone();
     let count = || ram.memory().read_obj::<u32>(GuestAddress(COUNTER)).unwrap_or(0);
     let kicked = Kicked::start(machine)?;
+    let (start, mut kicks) = (Instant::now(), KICKS);
     for kick in 1..=KICKS {
+        if kick > LEAST_KICKS && kick % 64 == 0 && start.elapsed() > TIME {
+            kicks = kick - 1;
+            println!("{kicks} kicks in {} s: the machine has other work", TIME.as_secs());
+            break;
+        }
         if kick % 64 == 0 {
             let before = count();
             thread::sleep(SETTLED);
@@ -177,7 +188,7 @@ fn lockstep(machine: Machine, busy: bool) -> Outcome {
     }
     let answers = Arc::clone(&kicked.answers);
     kicked.stop()?;
-    assert_eq!(answers.load(Ordering::SeqCst), KICKS, "one answer for each kick");
+    assert_eq!(answers.load(Ordering::SeqCst), kicks, "one answer for each kick");
     Ok(())
 }
 

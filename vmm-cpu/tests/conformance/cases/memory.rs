@@ -1,5 +1,7 @@
 //! Memory regions: read-only ones, and those that come and go while the guest runs.
 
+use std::fs::{self, File};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -7,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{dword_ptr, eax, ptr, qword_ptr, rax, rbx};
 use vmm_cpu::vmm_memory::vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
-use vmm_cpu::vmm_memory::{GuestRam, GuestRegion, PAGE_SIZE, RegionConfig};
+use vmm_cpu::vmm_memory::{Backing, GuestRam, GuestRegion, PAGE_SIZE, RegionConfig};
 use vmm_cpu::{Error, GuestAccess, Halt, MappedRegion};
 
 use crate::suite::backend::Backend;
@@ -26,6 +28,7 @@ cases![
     region_that_is_no_whole_pages_is_refused,
     unmapping_what_is_not_mapped,
     region_outlives_the_ram_it_came_from,
+    memory_that_the_host_has_lost_is_named,
 ];
 
 /// Where regions come and go.
@@ -232,5 +235,46 @@ fn region_outlives_the_ram_it_came_from(backend: &Backend) -> Outcome {
     let mut machine = idle(backend)?;
     // The virtual machine holds the mapping.
     machine.ram = GuestRam::builder().build()?;
+    machine.run_to_end()
+}
+
+/// A file that nobody else finds.
+fn unnamed_file() -> Outcome<File> {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("lost-memory-{}", std::process::id()));
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
+    fs::remove_file(path)?;
+    Ok(file)
+}
+
+/// Behind the region is a file that became shorter. Backends that access memory in this process end it then, by SIGBUS.
+fn memory_that_the_host_has_lost_is_named(backend: &Backend) -> Outcome {
+    if backend.hypervisor.name() != "kvm" {
+        return Err(Stop::skipped("the guest's accesses are this process's"));
+    }
+    let mut p = Program::new()?;
+    p.mov(rbx, PLUG + PAGE_SIZE)?;
+    p.mov(rax, qword_ptr(rbx))?;
+    p.end()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    let file = Arc::new(unnamed_file()?);
+    file.set_len(2 * PAGE_SIZE)?;
+    let backing = Backing::File { file: Arc::clone(&file), offset: 0 };
+    let config = RegionConfig::new(GuestAddress(PLUG), 2 * PAGE_SIZE).backing(backing);
+    machine.vm.map_memory(machine.ram.add_region(config)?, GuestAccess::ReadWrite)?;
+    // At privilege level 0, KVM without virtualization hardware executes the load itself and takes it for MMIO.
+    machine.enter_ring_3()?;
+    file.set_len(0)?;
+    match machine.vcpu.run(&mut machine.bus) {
+        Err(Error::NoHostMemory { index: 0, gpa, .. }) => {
+            assert_eq!(gpa.0 & !(PAGE_SIZE - 1), PLUG + PAGE_SIZE)
+        }
+        // Kernels that do not tell where.
+        Err(Error::Host { operation: "KVM_RUN", source, .. }) => {
+            assert_eq!(source.raw_os_error(), Some(libc::EFAULT))
+        }
+        other => panic!("{other:?}"),
+    }
+    // With its memory back the guest goes on.
+    file.set_len(2 * PAGE_SIZE)?;
     machine.run_to_end()
 }
