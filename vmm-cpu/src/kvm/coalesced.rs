@@ -1,12 +1,12 @@
 //! Gathered writes: zones, and the ring that all vCPUs of a virtual machine share.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvm_ioctls::{IoEventAddress, VcpuFd};
 use vmm_memory::vm_memory::GuestAddress;
 
+use super::handle::Shared;
 use super::rings::CoalescedRing;
 use super::vm::VmInner;
 use super::{NAME, host};
@@ -17,8 +17,6 @@ use crate::vcpu::VcpuIo;
 /// What a VM's vCPUs look at when they leave the guest.
 #[derive(Debug, Default)]
 pub(super) struct Coalesced {
-    /// There was a zone, so something may wait. Never unset: what waits outlives its zone.
-    used: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -27,6 +25,9 @@ struct State {
     /// Mapped with the first vCPU.
     ring: Option<CoalescedRing>,
     zones: Vec<CoalescedZone>,
+    /// There was a zone, so something may wait.
+    used: bool,
+    vcpus: Vec<Weak<Shared>>,
 }
 
 impl Coalesced {
@@ -48,9 +49,13 @@ impl Coalesced {
         Ok(())
     }
 
-    #[inline(always)]
-    pub(super) fn is_used(&self) -> bool {
-        self.used.load(Ordering::Relaxed)
+    /// A vCPU that is to look for writes that wait once there are some.
+    pub(super) fn add(&self, vcpu: &Arc<Shared>) {
+        let mut state = self.state();
+        if state.used {
+            vcpu.gather();
+        }
+        state.vcpus.push(Arc::downgrade(vcpu));
     }
 
     /// Hands over what waits: at least all that was written before this was called. The lock is held to the end, or another
@@ -136,7 +141,8 @@ impl CoalescedWrites for KvmCoalescedWrites {
             ));
         }
         // Before the first write can wait.
-        self.vm.coalesced.used.store(true, Ordering::Relaxed);
+        state.used = true;
+        state.vcpus.iter().filter_map(Weak::upgrade).for_each(|vcpu| vcpu.gather());
         let (address, len) = to_kvm(zone);
         self.vm
             .fd

@@ -13,7 +13,7 @@
 //! A bit set between clearing and taking is taken now, and its `immediate_exit` causes one
 //! more EINTR that finds nothing.
 
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -41,6 +41,8 @@ pub(super) struct Shared {
     pub(super) intr: IntrPin,
     /// Whether the INTR pin is the VMM's.
     has_intr: bool,
+    /// Writes of this virtual machine may wait. Here, since the run loop looks at what is beside it anyway.
+    gathers: AtomicBool,
     sleeper: Sleeper,
 }
 
@@ -52,6 +54,7 @@ impl Shared {
             requests: AtomicU32::new(0),
             intr: IntrPin::default(),
             has_intr,
+            gathers: AtomicBool::new(false),
             sleeper: Sleeper::default(),
         }
     }
@@ -88,6 +91,17 @@ impl Shared {
 
     pub(super) fn has_intr(&self) -> bool {
         self.has_intr
+    }
+
+    /// Whether writes may wait for this vCPU to hand them over.
+    #[inline(always)]
+    pub(super) fn gathers(&self) -> bool {
+        self.gathers.load(Ordering::Relaxed)
+    }
+
+    /// Has the vCPU look for writes that wait, for good: what waits outlives its zone.
+    pub(super) fn gather(&self) {
+        self.gathers.store(true, Ordering::Relaxed);
     }
 
     fn request(&self, bit: u32) {

@@ -89,12 +89,12 @@ enum Step {
 }
 
 impl KvmVcpu {
-    pub(super) fn new(fd: VcpuFd, shared: Shared, vm: Arc<VmInner>, index: u32) -> Self {
+    pub(super) fn new(fd: VcpuFd, shared: Arc<Shared>, vm: Arc<VmInner>, index: u32) -> Self {
         let applied_pause = vm.clock.paused_ticks();
         let sync = Sync { offered: vm.syncs_registers, ..Sync::default() };
         Self {
             fd,
-            shared: Arc::new(shared),
+            shared,
             vm,
             index,
             halted: false,
@@ -286,7 +286,7 @@ impl KvmVcpu {
         let (vcpu, counts) = (self.index, &mut self.counts);
         let result = self.fd.run();
         // What was written before comes first, also before a return to the caller.
-        if self.vm.coalesced.is_used()
+        if self.shared.gathers()
             && let Err(error) = self.vm.coalesced.deliver(io)
         {
             self.unsettled = result.is_ok();

@@ -250,7 +250,8 @@ impl VmInner {
         self.set_tsc_rate(&fd)?;
         fd.set_cpuid2(&cpuid_to_kvm(&self.cpuid.for_vcpu(index, self.max_vcpus))?)
             .map_err(|errno| host("KVM_SET_CPUID2", errno))?;
-        let shared = Shared::new(page, self.interrupts != InterruptMode::Platform);
+        let shared = Arc::new(Shared::new(page, self.interrupts != InterruptMode::Platform));
+        self.coalesced.add(&shared);
         self.vcpus.fetch_add(1, Ordering::Relaxed);
         tracing::debug!(vcpu = index, "kvm: vCPU created");
         Ok(KvmVcpu::new(fd, shared, Arc::clone(self), index))
