@@ -14,6 +14,7 @@ pub mod platform;
 #[cfg(any(test, feature = "testkit"))]
 pub mod testkit;
 mod timed;
+mod vectored;
 pub mod virtio;
 
 pub use bus::{BusDevice, BusDeviceMut, BusRange, MmioBus, PioBus};

@@ -8,6 +8,9 @@ use super::mac::MacAddr;
 /// Addresses of each kind that a filter has at most. A driver that wants more gets everything of that kind.
 pub const MAX_MAC_ENTRIES: usize = 64;
 
+/// Addresses of one kind.
+pub type MacTable = SmallVec<[MacAddr; 8]>;
+
 /// VLANs that there are (IEEE 802.1Q).
 pub const VLANS: u16 = 4096;
 
@@ -32,10 +35,10 @@ pub struct RxFilter {
     pub no_unicast: bool,
     /// Not even everybody's.
     pub no_broadcast: bool,
-    /// Further devices whose frames it takes.
-    pub unicast: SmallVec<[MacAddr; 4]>,
-    /// Groups whose frames it takes.
-    pub multicast: SmallVec<[MacAddr; 8]>,
+    /// Further devices whose frames it takes; `None` for all, as a driver that wants more than [`MAX_MAC_ENTRIES`].
+    pub unicast: Option<MacTable>,
+    /// Groups whose frames it takes; `None` for all, likewise.
+    pub multicast: Option<MacTable>,
     /// The VLANs whose tagged frames it takes, a bit each; `None` for all. Untagged frames pass.
     pub vlans: Option<Box<[u64; VLANS as usize / 64]>>,
 }
@@ -51,8 +54,8 @@ impl RxFilter {
             no_multicast: false,
             no_unicast: false,
             no_broadcast: false,
-            unicast: SmallVec::new(),
-            multicast: SmallVec::new(),
+            unicast: Some(MacTable::new()),
+            multicast: Some(MacTable::new()),
             vlans: None,
         }
     }
@@ -75,7 +78,7 @@ impl RxFilter {
                 return false;
             };
             let vlan = u16::from_be_bytes([high, low]) % VLANS;
-            if !vlans.get(usize::from(vlan / 64)).is_some_and(|word| word >> (vlan % 64) & 1 != 0) {
+            if vlans.get(usize::from(vlan / 64)).is_none_or(|word| word >> (vlan % 64) & 1 == 0) {
                 return false;
             }
         }
@@ -86,11 +89,15 @@ impl RxFilter {
         if to == MacAddr::BROADCAST {
             !self.no_broadcast
         } else if to.is_multicast() {
-            !self.no_multicast && (self.all_multicast || self.multicast.contains(&to))
+            !self.no_multicast && (self.all_multicast || holds(&self.multicast, to))
         } else {
-            !self.no_unicast && (self.all_unicast || to == self.mac || self.unicast.contains(&to))
+            !self.no_unicast && (self.all_unicast || to == self.mac || holds(&self.unicast, to))
         }
     }
+}
+
+fn holds(table: &Option<MacTable>, address: MacAddr) -> bool {
+    table.as_ref().is_none_or(|table| table.contains(&address))
 }
 
 #[cfg(test)]
@@ -123,11 +130,13 @@ mod tests {
         assert_eq!(passing(&everything), [true; 4]);
         let own = RxFilter { promiscuous: false, ..everything };
         assert_eq!(passing(&own), [true, false, false, true]);
-        let cases: [(fn(&mut RxFilter), [bool; 4]); 7] = [
+        let cases: [(fn(&mut RxFilter), [bool; 4]); 9] = [
             (|f| f.all_multicast = true, [true, false, true, true]),
             (|f| f.all_unicast = true, [true, true, false, true]),
-            (|f| f.unicast.push(OTHER), [true, true, false, true]),
-            (|f| f.multicast.push(GROUP), [true, false, true, true]),
+            (|f| f.unicast = Some(MacTable::from_slice(&[OTHER])), [true, true, false, true]),
+            (|f| f.multicast = Some(MacTable::from_slice(&[GROUP])), [true, false, true, true]),
+            (|f| f.unicast = None, [true, true, false, true]),
+            (|f| f.multicast = None, [true, false, true, true]),
             (|f| f.no_broadcast = true, [true, false, false, false]),
             (|f| (f.no_unicast, f.all_unicast) = (true, true), [false, false, false, true]),
             (|f| (f.no_multicast, f.all_multicast) = (true, true), [true, false, false, true]),

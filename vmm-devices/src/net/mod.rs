@@ -6,6 +6,9 @@
 //! | [`NetEvents`] | what a device is to its backend: who hears that frames came, or that the link is another |
 //! | [`PacketInfo`], [`Offloads`] | what is left to the other side of a frame: checksums, segmentation |
 //! | [`RxFilter`], [`MacAddr`] | which frames a driver wants |
+//! | [`Tap`] | a tap device of the host |
+//! | [`FrameSocket`] | frames on a unix socket, one a message |
+//! | [`Membership`] | a grant that is held for a network, for those who write a backend |
 //!
 //! # Threat model
 //! What a driver says of a frame is checked before a backend sees it ([`PacketInfo::check`]); the frame's bytes are the guest's, may
@@ -16,13 +19,19 @@ mod backend;
 mod error;
 mod filter;
 mod mac;
+mod membership;
 mod packet;
+mod socket;
+mod tap;
 
 pub use backend::{Agreed, Link, NetBackend, NetEvents, NetPort, Received, Sent};
 pub use error::NetError;
-pub use filter::{MAX_MAC_ENTRIES, RxFilter, VLANS};
+pub use filter::{MAX_MAC_ENTRIES, MacTable, RxFilter, VLANS};
 pub use mac::{MacAddr, MacAddrError};
+pub use membership::Membership;
 pub use packet::{Checksum, Gso, GsoKind, HEADER, Offloads, PacketError, PacketInfo};
+pub use socket::FrameSocket;
+pub use tap::Tap;
 
 /// Bytes of the longest frame: an IPv6 packet of 65 535 bytes behind its own header of 40, as segmentation leaves it to the other
 /// side, an Ethernet header of 14, and two VLAN tags of 4 each.

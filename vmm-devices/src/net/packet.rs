@@ -4,6 +4,8 @@
 use std::fmt;
 use std::ops::{BitAnd, BitOr};
 
+use super::ETHERNET_HEADER;
+
 /// Bytes of the header, with the number of buffers in it.
 pub const HEADER: usize = 12;
 
@@ -14,9 +16,6 @@ const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
 const GSO_UDP_L4: u8 = 5;
 const GSO_ECN: u8 = 0x80;
-
-/// Bytes of an Ethernet header, before which no checksum starts.
-const ETHERNET: u16 = super::ETHERNET_HEADER as u16;
 
 /// What can be left to the other side. All but checksums are nothing without these.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -40,6 +39,12 @@ impl Offloads {
     /// All that there is. The fragmentation of UDP of old (UFO), which kernels have given up, is none of it.
     pub const ALL: Self = Self((1 << 6) - 1);
 
+    /// Those of both.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
     /// Whether all of `other` is there.
     pub fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
@@ -56,7 +61,7 @@ impl BitOr for Offloads {
     type Output = Self;
 
     fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+        self.union(other)
     }
 }
 
@@ -250,7 +255,7 @@ impl PacketInfo {
             return Err(PacketError::NotAgreed { wanted, agreed });
         }
         if let Some(Checksum { start, offset }) = self.checksum
-            && (start < ETHERNET || usize::from(start) + usize::from(offset) + 2 > len)
+            && (usize::from(start) < ETHERNET_HEADER || usize::from(start) + usize::from(offset) + 2 > len)
         {
             return Err(PacketError::Checksum { start, offset, len });
         }
