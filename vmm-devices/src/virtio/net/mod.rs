@@ -43,7 +43,7 @@ use super::metrics::Metrics;
 use super::rate::RateLimiter;
 use crate::clock::Clock;
 use crate::interrupt::lock;
-use crate::net::{Agreed, MacAddr, NetBackend, NetError, RxFilter};
+use crate::net::{Agreed, MacAddr, NetBackend, NetError, Offloads, RxFilter};
 
 /// Descriptors of a queue, unless said otherwise.
 const QUEUE_SIZE: u16 = 256;
@@ -80,6 +80,8 @@ pub struct Net {
     pairs: u16,
     mtu: Option<u16>,
     sizes: Vec<u16>,
+    /// What is offered of the backend's offloads: of frames from the driver, and to it.
+    offloads: [Offloads; 2],
 }
 
 /// What a network device is to be like.
@@ -89,6 +91,7 @@ pub struct NetBuilder {
     mac: MacAddr,
     pairs: NonZeroU16,
     queue_size: u16,
+    offloads: [Offloads; 2],
     receive_rate: Option<RateLimiter>,
     send_rate: Option<RateLimiter>,
     metrics: Option<Measured>,
@@ -114,6 +117,12 @@ impl NetBuilder {
     /// Descriptors of each queue at most: a power of two from 4 to 32768. 256 unless said here.
     pub fn queue_size(mut self, size: u16) -> Self {
         self.queue_size = size;
+        self
+    }
+
+    /// What the driver may leave to the backend, and the backend to the driver, of what they can: all, unless said here.
+    pub fn offloads(mut self, transmit: Offloads, receive: Offloads) -> Self {
+        self.offloads = [transmit, receive];
         self
     }
 
@@ -152,6 +161,9 @@ impl NetBuilder {
         if let Some(mtu) = mtu.filter(|mtu| *mtu < 68) {
             return Err(NetDeviceError::Mtu { mtu });
         }
+        let [transmit, receive] = self.offloads;
+        let offloads =
+            [transmit & self.backend.transmit_offloads(), receive & self.backend.receive_offloads()];
         let mut shared = Shared::new(self.backend, mac);
         shared.receive_rate = self.receive_rate;
         shared.send_rate = self.send_rate;
@@ -160,7 +172,7 @@ impl NetBuilder {
         shared.backend.listen(Arc::new(Events { shared: Arc::downgrade(&shared), doorbells: None }));
         let mut sizes = vec![size; 2 * usize::from(pairs)];
         sizes.push(CONTROL_SIZE);
-        Ok(Net { shared, pairs, mtu, sizes })
+        Ok(Net { shared, pairs, mtu, sizes, offloads })
     }
 }
 
@@ -172,6 +184,7 @@ impl Net {
             mac,
             pairs: NonZeroU16::MIN,
             queue_size: QUEUE_SIZE,
+            offloads: [Offloads::ALL; 2],
             receive_rate: None,
             send_rate: None,
             metrics: None,
@@ -184,9 +197,8 @@ impl Net {
     }
 
     fn offered(&self) -> u64 {
-        let backend = &self.shared.backend;
-        let mut features = config::ALWAYS;
-        features |= config::offered(backend.transmit_offloads(), backend.receive_offloads());
+        let [transmit, receive] = self.offloads;
+        let mut features = config::ALWAYS | config::offered(transmit, receive);
         if self.pairs > 1 {
             features |= feature::MQ;
         }
