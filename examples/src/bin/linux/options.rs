@@ -15,7 +15,7 @@ use vmm_examples::metrics::Exporter;
 use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
-use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices};
+use vmm_examples::virtio::{Disk, NamedPort, Network, Transport, VirtioConsole, VirtioDevices};
 use vmm_memory::{Backing, GuestRam};
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
@@ -79,6 +79,10 @@ pub(crate) struct Options {
     /// Gives the guest a disk: a file or block device, taken for the disk's bytes as they are. Repeatable.
     #[arg(long, value_name = "FILE[,ro]")]
     pub(crate) disk: Vec<Disk>,
+    /// Gives the guest a network device whose frames come out at the tap device NAME of this machine, which has to be there (`ip
+    /// tuntap add dev NAME mode tap`). Repeatable.
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off]")]
+    pub(crate) net: Vec<Network>,
     /// Gives the guest a memory balloon, and has it fill that with so many MiB.
     #[arg(long, value_name = "MIB")]
     pub(crate) balloon: Option<u64>,
@@ -171,6 +175,7 @@ impl Options {
     fn unrecorded(&self) -> Option<&'static str> {
         let given = [
             (!self.disk.is_empty(), "--disk"),
+            (!self.net.is_empty(), "--net"),
             (self.balloon.is_some(), "--balloon"),
             (self.console == ConsoleKind::Virtio, "--console virtio"),
             (!self.port.is_empty(), "--port"),
@@ -206,6 +211,9 @@ impl Options {
         let mut devices = VirtioDevices::new(transport, deterministic)?.entropy(seed)?;
         for disk in &self.disk {
             devices = devices.disk(disk)?;
+        }
+        for network in &self.net {
+            devices = devices.network(network)?;
         }
         if let Some(mib) = self.balloon {
             devices = devices.balloon(ram, mib)?;
