@@ -142,6 +142,9 @@ impl VirtioDevices {
         let device = network.device(number).with_context(|| name.clone())?;
         let device = device.metrics(self.figures.device("net"), Arc::clone(&self.clock)).build()?;
         self.figures.network(device.handle());
+        if let Some(path) = &network.cable {
+            network::serve_cable(path, device.handle()).with_context(|| name.clone())?;
+        }
         self.add(name, "virtio_net", Box::new(device))
     }
 

@@ -1,15 +1,26 @@
 //! Network devices of the guest.
 
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::num::NonZeroU16;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use vmm_devices::channel::{AllowAll, Gatekeeper, NetworkAttach, Party, VmIdentity};
 use vmm_devices::net::{MacAddr, Offloads, Tap};
 use vmm_devices::virtio::Net;
-use vmm_devices::virtio::net::NetBuilder;
+use vmm_devices::virtio::net::{NetBuilder, NetHandle};
+
+use crate::socket;
+
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
+
+/// Bytes that one client may say.
+const LONGEST_TALK: u64 = 1 << 20;
 
 /// A network device, and the tap device of this machine at which its frames come out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,18 +33,22 @@ pub struct Network {
     pub queues: NonZeroU16,
     /// Whether checksums and the cutting of frames may be left to the other side.
     pub offloads: bool,
+    /// Where clients pull the cable: `down`, `up` and `announce`, a line each.
+    pub cable: Option<PathBuf>,
 }
 
 impl FromStr for Network {
     type Err = anyhow::Error;
 
-    /// `tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off]`.
+    /// `tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH]`.
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(',');
         let tap = parts.next().and_then(|part| part.strip_prefix("tap=")).filter(|name| !name.is_empty());
-        let tap =
-            tap.with_context(|| format!("{text:?} is not tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off]"))?;
-        let mut network = Self { tap: tap.to_owned(), mac: None, queues: NonZeroU16::MIN, offloads: true };
+        let tap = tap.with_context(|| {
+            format!("{text:?} is not tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH]")
+        })?;
+        let mut network =
+            Self { tap: tap.to_owned(), mac: None, queues: NonZeroU16::MIN, offloads: true, cable: None };
         for part in parts {
             match part.split_once('=') {
                 Some(("mac", address)) => network.mac = Some(address.parse::<MacAddr>()?.unicast()?),
@@ -43,7 +58,8 @@ impl FromStr for Network {
                         number.with_context(|| format!("{part:?}: 1 to 64 queues are possible"))?;
                 }
                 Some(("offloads", "off")) => network.offloads = false,
-                _ => bail!("{part:?} is none of mac=ADDRESS, queues=N and offloads=off"),
+                Some(("cable", path)) if !path.is_empty() => network.cable = Some(path.into()),
+                _ => bail!("{part:?} is none of mac=ADDRESS, queues=N, offloads=off and cable=PATH"),
             }
         }
         Ok(network)
@@ -67,9 +83,72 @@ impl Network {
     }
 }
 
+/// Starts the thread that does what clients say of the cable: one client at a time, a word a line.
+pub(super) fn serve_cable(path: &Path, handle: NetHandle) -> Result<()> {
+    let listener = socket::listen(path)?;
+    let clients = move || {
+        loop {
+            let client = listener.accept().map(|(client, _)| client);
+            if let Err(error) = client.and_then(|client| follow(&client, &handle)) {
+                tracing::debug!(%error, "a client of a cable is gone");
+                // For want of descriptors, it fails again at once.
+                std::thread::sleep(AFTER_FAILURE);
+            }
+        }
+    };
+    std::thread::Builder::new().name("cable".to_owned()).spawn(clients).context("a thread")?;
+    Ok(())
+}
+
+/// Answers each line: `ok`, or what it may be.
+fn follow(mut client: &UnixStream, handle: &NetHandle) -> io::Result<()> {
+    for line in BufReader::new(client.take(LONGEST_TALK)).lines() {
+        let done = match line?.trim() {
+            "up" => {
+                handle.set_link(true);
+                true
+            }
+            "down" => {
+                handle.set_link(false);
+                true
+            }
+            "announce" => handle.announce(),
+            _ => false,
+        };
+        let answer: &[u8] = if done { b"ok\n" } else { b"up, down, or announce to a driver that can\n" };
+        client.write_all(answer)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cable_is_pulled_and_plugged_in_again() {
+        let none = Offloads::NONE;
+        let network = vmm_devices::testkit::TestNetwork::new(1, none, none);
+        let device = Net::builder(Arc::new(network), MacAddr::local(1)).build().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cable");
+        serve_cable(&path, device.handle()).unwrap();
+        for _ in 0..2 {
+            let client = UnixStream::connect(&path).unwrap();
+            let mut answers = BufReader::new(&client).lines();
+            for (word, answer, up) in
+                [("down", "ok", false), ("sideways", "up, d", false), ("up", "ok", true)]
+            {
+                (&client).write_all(format!("{word}\n").as_bytes()).unwrap();
+                let found = answers.next().unwrap().unwrap();
+                assert!(found.starts_with(answer), "{found}");
+                assert_eq!(device.handle().link().up, up);
+            }
+            // No driver is there.
+            (&client).write_all(b"announce\n").unwrap();
+            assert!(answers.next().unwrap().unwrap().ends_with("that can"));
+        }
+    }
 
     #[test]
     fn networks_are_named_on_the_command_line() {
@@ -92,6 +171,7 @@ mod tests {
             ("tap=t0,queues=0", "1 to 64 queues"),
             ("tap=t0,queues=65", "1 to 64 queues"),
             ("tap=t0,offloads", "is none of"),
+            ("tap=t0,cable=", "is none of"),
         ] {
             let error = format!("{:#}", wrong.parse::<Network>().unwrap_err());
             assert!(error.contains(why), "{wrong}: {error}");

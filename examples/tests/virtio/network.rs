@@ -1,11 +1,11 @@
 //! Network devices: TCP between a guest and this machine over a tap device in a network namespace of the test's own.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::guest::{Guest, linux, sha256, wait_for};
+use crate::guest::{Guest, connect, linux, sha256, wait_for};
 
 /// Bytes of each transfer: many times what buffers on the way hold.
 const DATA: usize = 8 << 20;
@@ -159,6 +159,49 @@ fn several_queues_share_the_work() {
         }
         let interrupts: u32 = guest.hear().parse().unwrap();
         assert_eq!(interrupts, if transport == "pci" { 4 } else { 0 }, "{transport}");
+        guest.say("looked");
+        guest.output();
+    }
+}
+
+/// A cable that is pulled out while the guest looks, and what it does when it has moved.
+#[test]
+fn the_guest_sees_its_cable() {
+    if elsewhere("the_guest_sees_its_cable", &tap("t0", "")) {
+        return;
+    }
+    for transport in ["mmio", "pci"] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cable");
+        let Some(mut command) = linux("cable", transport) else { return };
+        command.args(["--memory", "128", "--net", &format!("tap=t0,cable={}", path.display())]);
+        let line = format!(
+            "{UP}
+            echo up >&3; read looked <&3
+            until [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do sleep 0.1; done
+            ping -c 1 -W 1 10.0.2.1 >/dev/null 2>&1 || echo cut off >&3; read looked <&3
+            until [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done
+            until ping -c 1 -W 1 10.0.2.1 >/dev/null 2>&1; do sleep 0.2; done
+            echo up again >&3; read looked <&3"
+        );
+        let mut guest = Guest::start(command, &line);
+        let cable = connect(&path);
+        let mut answers = BufReader::new(cable.try_clone().unwrap());
+        let mut say = |word: &str| {
+            (&cable).write_all(format!("{word}\n").as_bytes()).unwrap();
+            let mut answer = String::new();
+            answers.read_line(&mut answer).unwrap();
+            assert_eq!(answer, "ok\n", "{word}");
+        };
+        let link = |guest: &Guest| guest.figures().get("virtio_net_link_up{device=\"net0\"}");
+        assert_eq!((guest.hear(), link(&guest)), ("up".to_owned(), 1.0));
+        say("announce");
+        say("down");
+        guest.say("looked");
+        assert_eq!((guest.hear(), link(&guest)), ("cut off".to_owned(), 0.0));
+        say("up");
+        guest.say("looked");
+        assert_eq!((guest.hear(), link(&guest)), ("up again".to_owned(), 1.0));
         guest.say("looked");
         guest.output();
     }

@@ -55,6 +55,7 @@ struct Now {
     sent: Vec<TestFrame>,
     coming: VecDeque<TestFrame>,
     flushes: usize,
+    looks: usize,
     /// Of the driver that is there.
     agreed: Option<Agreed>,
     pairs: u16,
@@ -72,6 +73,7 @@ impl Default for Now {
             sent: Vec::new(),
             coming: VecDeque::new(),
             flushes: 0,
+            looks: 0,
             agreed: None,
             pairs: 0,
             filter: None,
@@ -125,6 +127,11 @@ impl TestNetwork {
     /// How often the device has said that no more frames are sent for now, since the last call.
     pub fn take_flushes(&self) -> usize {
         std::mem::take(&mut lock(&self.0.now).flushes)
+    }
+
+    /// How often it has asked for a frame, since the last call.
+    pub fn take_looks(&self) -> usize {
+        std::mem::take(&mut lock(&self.0.now).looks)
     }
 
     /// From now on there is no room, or there is again.
@@ -260,6 +267,7 @@ impl NetPort for TestPort {
 
     fn receive(&mut self, buffers: &[VolatileSlice<'_>]) -> Result<Option<Received>, NetError> {
         let mut now = lock(&self.network.0.now);
+        now.looks += 1;
         if now.fails {
             return Err(io::Error::other("it fails").into());
         }

@@ -80,8 +80,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE[,ro]")]
     pub(crate) disk: Vec<Disk>,
     /// Gives the guest a network device whose frames come out at the tap device NAME of this machine, which has to be there (`ip
-    /// tuntap add dev NAME mode tap`). Repeatable.
-    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off]")]
+    /// tuntap add dev NAME mode tap`). At the Unix socket PATH programs here say `down`, `up` and `announce`. Repeatable.
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH]")]
     pub(crate) net: Vec<Network>,
     /// Gives the guest a memory balloon, and has it fill that with so many MiB.
     #[arg(long, value_name = "MIB")]
@@ -185,7 +185,8 @@ impl Options {
 
     /// Whether the program has sockets that others connect to while the guest runs.
     pub(crate) fn has_clients(&self) -> bool {
-        self.debug.is_wanted() || self.metrics.is_some() || !self.port.is_empty()
+        let cables = self.net.iter().any(|network| network.cable.is_some());
+        self.debug.is_wanted() || self.metrics.is_some() || !self.port.is_empty() || cables
     }
 
     /// What connects the guest with the program.

@@ -86,6 +86,8 @@ enum Next {
     NoFrames,
     /// The driver has to make buffers available.
     NoBuffers,
+    /// The cable is out; somebody says so when it is in again.
+    NoLink,
     Wait,
     Others,
 }
@@ -143,7 +145,7 @@ impl<M: DeviceMemory> Receive<M> {
             Next::NoFrames | Next::NoBuffers => {
                 self.queue.rest().map(|more| if self.is_full() { Progress::Idle } else { more })
             }
-            Next::Wait => self.queue.interrupt().map(|()| Progress::Idle),
+            Next::Wait | Next::NoLink => self.queue.interrupt().map(|()| Progress::Idle),
             Next::Others => self.queue.interrupt().map(|()| Progress::More),
         }
     }
@@ -170,10 +172,11 @@ impl<M: DeviceMemory> Receive<M> {
         if self.mergeable { self.room() >= self.wanted } else { !self.held.is_empty() }
     }
 
-    /// Whether it can hold no more buffers.
+    /// Whether it can hold no more buffers, or the driver has none left.
     fn is_full(&self) -> bool {
         let most = if self.mergeable { usize::from(self.queue.size()) } else { 1 };
-        self.held.len() >= most || self.slices() >= SLICES
+        let descriptors: usize = self.held.iter().map(|held| held.chain.segments()).sum();
+        descriptors >= most || self.slices() >= SLICES
     }
 
     /// Looks for the memory of buffers that it holds since an earlier call.
@@ -210,18 +213,22 @@ impl<M: DeviceMemory> Receive<M> {
         self.queue.complete_in(memory, chain.head(), 0)
     }
 
-    /// Takes buffers until there are so many bytes of them, or as many as it can hold.
+    /// Takes buffers until there are so many bytes of them, or as many as it can hold. Those that are no good cost something of what is
+    /// `left` to be done: a driver may make them available as fast as they are given back.
     fn take_buffers<'a>(
         &mut self,
         wanted: usize,
+        left: &mut usize,
         memory: &'a M::M,
         room: &mut Room<'a>,
     ) -> Result<(), QueueError> {
-        let mut has = self.room();
-        while has < wanted && !self.is_full() {
+        while self.room() < wanted && !self.is_full() && *left > 0 {
             let Some(chain) = self.queue.pop(memory)? else { break };
+            let before = self.held.len();
             self.hold(chain.in_memory(()), memory, room)?;
-            has = self.room();
+            if self.held.len() == before {
+                *left = left.saturating_sub(EFFORT);
+            }
         }
         Ok(())
     }
@@ -242,11 +249,11 @@ impl<M: DeviceMemory> Receive<M> {
                 }
                 Some(waiting) => {
                     let needed = HEADER + waiting.received.len;
-                    self.take_buffers(needed, memory, &mut room)?;
+                    self.take_buffers(needed, &mut left, memory, &mut room)?;
                     if self.room() < needed {
                         if !self.is_full() {
                             self.waiting = Some(waiting);
-                            return Ok(Next::NoBuffers);
+                            return Ok(if left > 0 { Next::NoBuffers } else { Next::Others });
                         }
                         // No others will come.
                         self.drop_frame(waiting.begun_ns);
@@ -261,9 +268,9 @@ impl<M: DeviceMemory> Receive<M> {
                     left = left.saturating_sub(EFFORT);
                     let link = self.shared.link().up;
                     if link {
-                        self.take_buffers(self.wanted, memory, &mut room)?;
+                        self.take_buffers(self.wanted, &mut left, memory, &mut room)?;
                         if self.held.is_empty() {
-                            return Ok(Next::NoBuffers);
+                            return Ok(if left > 0 { Next::NoBuffers } else { Next::Others });
                         }
                     }
                     let own = VolatileSlice::from(&mut *spill);
@@ -271,7 +278,7 @@ impl<M: DeviceMemory> Receive<M> {
                     let buffers = behind_header(if link { &room } else { &[] }, &[own]);
                     let received = match port.receive(&buffers) {
                         Ok(Some(received)) => received,
-                        Ok(None) => return Ok(Next::NoFrames),
+                        Ok(None) => return Ok(if link { Next::NoFrames } else { Next::NoLink }),
                         Err(error) => {
                             count(&self.shared.counters.receive_dropped);
                             match error {

@@ -175,3 +175,22 @@ fn nothing_passes_while_the_link_is_down() {
     let counters = rig.handle.counters();
     assert_eq!((counters.receive_dropped, counters.send_dropped), (2, 2));
 }
+
+/// Buffers that are of no use now are no reason to look again and again: not while the link is down, not while there are no frames, and
+/// not where the network fails.
+#[test]
+fn a_device_with_nothing_to_do_is_idle() {
+    for features in [ALL, PLAIN] {
+        let mut rig = Rig::new(features);
+        (0..60).for_each(|_| rig.offer(20));
+        for state in 0..3 {
+            rig.network.set_failing(state == 1);
+            rig.handle.set_link(state != 2);
+            rig.network.take_looks();
+            rig.driver.notify(0);
+            rig.driver.notify(1);
+            let looks = rig.network.take_looks();
+            assert!((1..=4).contains(&looks), "{state}: {looks}");
+        }
+    }
+}
