@@ -130,7 +130,8 @@ mod tests {
         assert_eq!(passing(&everything), [true; 4]);
         let own = RxFilter { promiscuous: false, ..everything };
         assert_eq!(passing(&own), [true, false, false, true]);
-        let cases: [(fn(&mut RxFilter), [bool; 4]); 9] = [
+        type Change = fn(&mut RxFilter);
+        let cases: [(Change, [bool; 4]); 9] = [
             (|f| f.all_multicast = true, [true, false, true, true]),
             (|f| f.all_unicast = true, [true, true, false, true]),
             (|f| f.unicast = Some(MacTable::from_slice(&[OTHER])), [true, true, false, true]),

@@ -20,6 +20,7 @@ mod config;
 mod control;
 mod handle;
 mod receive;
+mod room;
 mod shared;
 mod transmit;
 mod worker;

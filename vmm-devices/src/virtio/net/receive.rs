@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use smallvec::SmallVec;
 use vmm_memory::vm_memory::{Permissions, VolatileSlice};
 
+use super::room::{Room, behind_header, fill, peek};
 use super::shared::{Shared, count};
 use crate::interrupt::lock;
 use crate::net::{ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, Received, RxFilter};
@@ -35,9 +36,6 @@ const SEEN: usize = ETHERNET_HEADER + 2;
 
 /// Slices that the buffers may consist of; one more is the device's own memory.
 const SLICES: usize = MOST_SLICES - 1;
-
-/// Where the port writes.
-type Room<'a> = SmallVec<[VolatileSlice<'a>; 64]>;
 
 /// A buffer that the driver has made available. It holds no memory.
 struct Held {
@@ -135,8 +133,7 @@ impl<M: DeviceMemory> Receive<M> {
         let memory = self.queue.memory();
         // Taken out, so that the port may write to it while the rest is used.
         let mut spill = std::mem::take(&mut self.spill);
-        let next = Room::new();
-        let next = self.serve(&*memory, next, &mut spill, port);
+        let next = self.serve(&*memory, &mut spill, port);
         self.spill = spill;
         match next? {
             // The driver need not ring for buffers while there are enough.
@@ -236,10 +233,10 @@ impl<M: DeviceMemory> Receive<M> {
     fn serve<'a>(
         &mut self,
         memory: &'a M::M,
-        mut room: Room<'a>,
         spill: &mut [u8],
         port: &mut dyn NetPort,
     ) -> Result<Next, QueueError> {
+        let mut room: Room<'a> = Room::new();
         self.find(memory, &mut room)?;
         let mut left = SHARE;
         while left > 0 {
@@ -398,40 +395,5 @@ impl<M: DeviceMemory> Receive<M> {
         self.shared.ended(Activity::Read, if told { received.len as u64 } else { 0 }, told, begun_ns);
         self.queue.complete_all(memory, &used)?;
         Ok(slices)
-    }
-}
-
-/// What lies behind the header in `room`, and `own` behind that.
-fn behind_header<'a>(room: &[VolatileSlice<'a>], own: &[VolatileSlice<'a>]) -> Room<'a> {
-    let mut skip = HEADER;
-    let mut behind = Room::new();
-    for slice in room {
-        let within = skip.min(slice.len());
-        skip -= within;
-        // Within its length, so there is no error.
-        behind.extend(slice.offset(within).ok().filter(|slice| !slice.is_empty()));
-    }
-    behind.extend(own.iter().cloned());
-    behind
-}
-
-/// Copies what begins at the first of `slices`, `len` bytes of it at most; those that there were.
-fn peek<'b>(slices: &[VolatileSlice<'_>], len: usize, bytes: &'b mut [u8]) -> &'b [u8] {
-    let most = len.min(bytes.len());
-    let mut done = 0;
-    for slice in slices {
-        let Some(place) = bytes.get_mut(done..most).filter(|place| !place.is_empty()) else { break };
-        done += slice.copy_to(place);
-    }
-    bytes.get(..done).unwrap_or_default()
-}
-
-/// The other way round.
-fn fill(slices: &[VolatileSlice<'_>], bytes: &[u8]) {
-    let mut left = bytes;
-    for slice in slices {
-        let (part, rest) = left.split_at(left.len().min(slice.len()));
-        slice.copy_from(part);
-        left = rest;
     }
 }

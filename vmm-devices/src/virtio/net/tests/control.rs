@@ -60,7 +60,7 @@ fn the_driver_chooses_what_it_gets() {
 fn more_addresses_than_are_kept_are_all_addresses() {
     let mut rig = Rig::new(ALL);
     assert!(rig.command(0, 0, &[0]));
-    let many: Vec<_> = (0..=MAX_MAC_ENTRIES as u32).map(MacAddr::local).collect();
+    let many: Vec<_> = (0..).map(MacAddr::local).take(MAX_MAC_ENTRIES + 1).collect();
     assert!(rig.command(1, 0, &table(&many[1..], &[])));
     assert_eq!(passing(&mut rig), [true, true, false, true], "PEER is among them");
     assert!(rig.command(1, 0, &table(&many[4..], &[])));
@@ -77,7 +77,9 @@ fn vlans_are_let_in_one_by_one() {
     (0..20).for_each(|_| rig.offer(BUFFER));
     let tagged = |vlan: u16| {
         let mut bytes = frame(MAC, 100);
-        bytes[12..16].copy_from_slice(&[0x81, 0, (vlan >> 8) as u8 | 0x60, vlan as u8]);
+        bytes[12..14].copy_from_slice(&[0x81, 0]);
+        // With a priority.
+        bytes[14..16].copy_from_slice(&(vlan | 0x6000).to_be_bytes());
         TestFrame::new(bytes)
     };
     let passing = |rig: &mut Rig| {
