@@ -44,7 +44,7 @@ const NETWORK: &str = "ip link set lo up && ip tuntap add dev vmm0 mode tap && i
 fn main() -> ExitCode {
     let started = Instant::now();
     let options = Options::parse();
-    let result = if std::env::var_os(INSIDE).is_some() { inside(&options) } else { outside() };
+    let result = if std::env::var_os(INSIDE).is_some() { inside(&options) } else { outside(&options) };
     match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -56,7 +56,8 @@ fn main() -> ExitCode {
 }
 
 /// Gets what is absent, for which it takes the world's network, and goes on in a namespace.
-fn outside() -> Result<bool> {
+fn outside(options: &Options) -> Result<bool> {
+    virtio::chosen(&options.rows)?;
     drop(IoGuests::get()?);
     let program = std::env::current_exe()?;
     let mut command = Command::new("unshare");

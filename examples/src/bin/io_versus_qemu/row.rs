@@ -97,10 +97,10 @@ mod tests {
         let expected = "\
 |          |      ours | peer | the peer's | ratio |
 | -------- | --------: | ---- | ---------: | ----: |
-| read, /s | 3000 ±50% | QEMU |    1500 ±0% |  2.00 |
+| read, /s | 3000 ±50% | QEMU |   1500 ±0% |  2.00 |
 | MB/s     |  5.25 ±0% | QEMU |          - |     - |
 ";
         let text = table(&[row("read, /s", &[4000.0, 3000.0, 1000.0], &[1500.0]), row("MB/s", &[5.25], &[])]);
-        assert_eq!(text.replace("    1500", "   1500"), expected.replace("    1500", "   1500"));
+        assert_eq!(text, expected);
     }
 }

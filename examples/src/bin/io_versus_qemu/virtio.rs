@@ -20,15 +20,24 @@ const ROWS: [(&str, &str, f64); 9] = [
     ("net-ping-pong", "virtio-net, a byte to the host and back by TCP, /s", 1.0),
 ];
 
-/// Each row as often as `pairs` says, by turns. Those of `names`, or all.
-pub(crate) fn rows(pairs: u32, names: &[String]) -> Result<Vec<Row>> {
+/// Those of `names`, or all.
+///
+/// # Errors
+/// Fails on a name that no row has.
+pub(crate) fn chosen(names: &[String]) -> Result<Vec<(&'static str, &'static str, f64)>> {
     if let Some(unknown) = names.iter().find(|name| ROWS.iter().all(|(known, ..)| known != name)) {
         bail!("--rows: there is no {unknown:?}; there are {}", ROWS.map(|(name, ..)| name).join(", "));
     }
-    let chosen: Vec<_> = ROWS
-        .into_iter()
-        .filter(|(known, ..)| names.is_empty() || names.iter().any(|name| name == known))
-        .collect();
+    let wanted = |known: &str| names.is_empty() || names.iter().any(|name| name == known);
+    Ok(ROWS.into_iter().filter(|(known, ..)| wanted(known)).collect())
+}
+
+/// Each row of `names` as often as `pairs` says, by turns.
+///
+/// # Errors
+/// Fails on a name that is none, and where guests are not to be had.
+pub(crate) fn rows(pairs: u32, names: &[String]) -> Result<Vec<Row>> {
+    let chosen = chosen(names)?;
     let guests = IoGuests::get()?;
     server::serve(SERVER)?;
     let work: Vec<&str> = chosen.iter().map(|(name, ..)| *name).collect();
@@ -57,4 +66,19 @@ pub(crate) fn rows(pairs: u32, names: &[String]) -> Result<Vec<Row>> {
         }
     }
     Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_chosen_by_name() {
+        assert_eq!(chosen(&[]).unwrap().len(), ROWS.len());
+        let names = ["net-send", "disk-read-1m"].map(str::to_owned);
+        let found: Vec<_> = chosen(&names).unwrap().iter().map(|(name, ..)| *name).collect();
+        assert_eq!(found, ["disk-read-1m", "net-send"]);
+        let error = chosen(&["disk".to_owned()]).unwrap_err().to_string();
+        assert!(error.contains("no \"disk\"") && error.contains("net-ping-pong"), "{error}");
+    }
 }

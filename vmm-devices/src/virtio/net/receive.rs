@@ -178,8 +178,16 @@ impl<M: DeviceMemory> Receive<M> {
 
     /// Looks for the memory of buffers that it holds since an earlier call.
     fn find<'a>(&mut self, memory: &'a M::M, room: &mut Room<'a>) -> Result<(), QueueError> {
+        let before = self.held.len();
         for held in std::mem::take(&mut self.held) {
             self.hold(held.chain, memory, room)?;
+        }
+        // A frame that lies in one which is no memory any more is gone with it.
+        let lost = |waiting: &mut Waiting| matches!(waiting.place, Place::Buffers(_));
+        if self.held.len() != before
+            && let Some(waiting) = self.waiting.take_if(lost)
+        {
+            self.drop_frame(waiting.begun_ns);
         }
         Ok(())
     }
@@ -240,6 +248,11 @@ impl<M: DeviceMemory> Receive<M> {
         self.find(memory, &mut room)?;
         let mut left = SHARE;
         while left > 0 {
+            let link = self.shared.link().up;
+            // While it is down frames lead nowhere, those that wait among them.
+            if let Some(waiting) = self.waiting.take_if(|_| !link) {
+                self.drop_frame(waiting.begun_ns);
+            }
             let (received, begun_ns, throttled) = match self.waiting.take() {
                 Some(Waiting { received, begun_ns, place: Place::Buffers(throttled) }) => {
                     (received, begun_ns, throttled.retry())
@@ -263,7 +276,6 @@ impl<M: DeviceMemory> Receive<M> {
                 }
                 None => {
                     left = left.saturating_sub(EFFORT);
-                    let link = self.shared.link().up;
                     if link {
                         self.take_buffers(self.wanted, &mut left, memory, &mut room)?;
                         if self.held.is_empty() {
@@ -271,7 +283,6 @@ impl<M: DeviceMemory> Receive<M> {
                         }
                     }
                     let own = VolatileSlice::from(&mut *spill);
-                    // While the link is down frames lead nowhere.
                     let buffers = behind_header(if link { &room } else { &[] }, &[own]);
                     let received = match port.receive(&buffers) {
                         Ok(Some(received)) => received,

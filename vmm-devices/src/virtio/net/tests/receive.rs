@@ -194,3 +194,26 @@ fn a_device_with_nothing_to_do_is_idle() {
         }
     }
 }
+
+/// One that waits for its rate, or for buffers, when the cable is pulled is not there when it is in again.
+#[test]
+fn a_frame_that_waits_is_lost_with_its_link() {
+    let clock = Arc::new(ManualClock::new(0));
+    let mut rig = Rig::with(everything(), ALL, |builder| builder.receive_rate(limiter(&clock, 10)));
+    rig.offer(BUFFER);
+    rig.network.give(TestFrame::new(frame(MAC, 1000)));
+    assert!(rig.received().is_some());
+    for len in [1001, 5001] {
+        rig.offer(BUFFER);
+        rig.network.give(TestFrame::new(frame(MAC, len)));
+        assert_eq!(rig.received(), None);
+        rig.handle.set_link(false);
+        rig.handle.set_link(true);
+        clock.advance(10_000_000_000);
+        (0..4).for_each(|_| rig.offer(BUFFER));
+        assert_eq!(rig.received(), None);
+        rig.network.give(TestFrame::new(frame(MAC, 60)));
+        assert_eq!(rig.received().unwrap().bytes.len(), 60);
+    }
+    assert_eq!(rig.handle.counters().receive_dropped, 2);
+}
