@@ -82,7 +82,7 @@ fn tcp_both_ways(transport: &str, option: &str, with_offloads: bool) {
     let mut client = accept(&down);
     client.write_all(&data).unwrap();
     drop(client);
-    assert_eq!(guest.hear(), format!("{}  -", sha256(&data[..])));
+    assert_eq!(guest.hear(), sha256(&data[..]));
     let mut back = Vec::new();
     accept(&up).read_to_end(&mut back).unwrap();
     assert!(back == data, "{} bytes came back", back.len());
@@ -97,7 +97,7 @@ fn tcp_both_ways(transport: &str, option: &str, with_offloads: bool) {
     let mut client = wait_for("the guest's server", || TcpStream::connect("10.0.2.2:7003").ok());
     client.write_all(&data).unwrap();
     drop(client);
-    assert_eq!(guest.hear(), format!("{}  -", sha256(&data[..])));
+    assert_eq!(guest.hear(), sha256(&data[..]));
     let figures = guest.figures();
     for activity in ["read", "write"] {
         assert!(figures.of("transferred_bytes", "net0", activity) > DATA as f64, "{figures:?}");
@@ -141,7 +141,7 @@ fn several_queues_share_the_work() {
             cat /sys/class/net/eth0/address >&3
             ls /sys/class/net/eth0/queues | tr '\\n' ' ' >&3; echo >&3
             for cpu in 0 1 0 1; do taskset $((1 << cpu)) nc 10.0.2.1 7001 </dev/null | sha256sum & done | cat >&3
-            grep -E 'virtio.*(input|output)' /proc/interrupts | wc -l >&3; read looked <&3"
+            grep -cE 'virtio[0-9]+-(input|output)\\.[01]$' /proc/interrupts >&3; read looked <&3"
         );
         let mut guest = Guest::start(command, &line);
         assert_eq!(guest.hear(), "52:54:00:00:00:07");
@@ -155,7 +155,7 @@ fn several_queues_share_the_work() {
             }
         });
         for _ in 0..4 {
-            assert_eq!(guest.hear(), format!("{}  -", sha256(&data[..])));
+            assert_eq!(guest.hear(), sha256(&data[..]));
         }
         let interrupts: u32 = guest.hear().parse().unwrap();
         assert_eq!(interrupts, if transport == "pci" { 4 } else { 0 }, "{transport}");
