@@ -248,7 +248,8 @@ impl Families<'_> {
     }
 
     fn of_networks(&mut self, networks: &[(String, NetHandle)]) -> fmt::Result {
-        const REASONS: [(&str, fn(&NetCounters) -> u64); 5] = [
+        type Figure = fn(&NetCounters) -> u64;
+        const REASONS: [(&str, Figure); 5] = [
             ("another's", |counted| counted.filtered),
             ("receive", |counted| counted.receive_dropped),
             ("send", |counted| counted.send_dropped),
