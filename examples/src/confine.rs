@@ -120,6 +120,9 @@ const PATH_CALLS: &[libc::c_long] = &[
 const TERMINAL_REQUESTS: [libc::Ioctl; 6] =
     [libc::TCGETS, libc::TCSETS, libc::TCSETSW, libc::TCGETS2, libc::TCSETS2, libc::TIOCGWINSZ];
 
+/// Requests of a network device that is on a tap device while its driver comes, and chooses queues and offloads.
+pub const TAP_REQUESTS: [libc::Ioctl; 2] = [libc::TUNSETOFFLOAD, libc::TUNSETQUEUE];
+
 /// What the process keeps.
 #[derive(Debug, Clone)]
 #[must_use = "nothing is given up before `enter`"]
@@ -127,12 +130,14 @@ pub struct Confinement {
     engine: Engine,
     denied: Vec<RawFd>,
     allowed: Vec<libc::c_long>,
+    requests: Vec<libc::Ioctl>,
+    duplicates: bool,
 }
 
 impl Confinement {
     /// What a guest on `engine` needs, and no more.
     pub fn new(engine: Engine) -> Self {
-        Self { engine, denied: Vec::new(), allowed: Vec::new() }
+        Self { engine, denied: Vec::new(), allowed: Vec::new(), requests: Vec::new(), duplicates: false }
     }
 
     /// Refuses to read from or write to `descriptors`, of which 32 can be named.
@@ -144,6 +149,19 @@ impl Confinement {
     /// Also lets through the system call with that number, for a device that needs it.
     pub fn allow(mut self, call: libc::c_long) -> Self {
         self.allowed.push(call);
+        self
+    }
+
+    /// Also lets through these requests of ioctl(2), for devices that need them: [`TAP_REQUESTS`].
+    pub fn allow_requests(mut self, requests: &[libc::Ioctl]) -> Self {
+        self.requests.extend(requests);
+        self
+    }
+
+    /// Also lets descriptors be duplicated, but for those that are denied: an event loop does so with what a device waits for, when
+    /// the guest's driver comes.
+    pub fn allow_duplicates(mut self) -> Self {
+        self.duplicates = true;
         self
     }
 
@@ -192,8 +210,8 @@ impl Confinement {
         rules.insert(libc::SYS_mprotect, protect);
 
         let mut requests = Vec::new();
-        for request in TERMINAL_REQUESTS {
-            requests.push(SeccompRule::new(vec![condition(1, Compare::Eq, request)?])?);
+        for request in TERMINAL_REQUESTS.iter().chain(&self.requests) {
+            requests.push(SeccompRule::new(vec![condition(1, Compare::Eq, *request)?])?);
         }
         if self.engine == Engine::Kvm {
             let kvm = condition(1, Compare::MaskedEq(REQUEST_TYPE), KVM_REQUESTS)?;
@@ -203,7 +221,12 @@ impl Confinement {
 
         // What Rust's library asks before it closes a descriptor, in a program with debug assertions.
         let is_open = condition(1, Compare::Eq, u64::try_from(libc::F_GETFD)?)?;
-        rules.insert(libc::SYS_fcntl, vec![SeccompRule::new(vec![is_open])?]);
+        let mut controls = vec![SeccompRule::new(vec![is_open])?];
+        if self.duplicates {
+            let duplicate = condition(1, Compare::Eq, u64::try_from(libc::F_DUPFD_CLOEXEC)?)?;
+            controls.push(SeccompRule::new([other_descriptors, vec![duplicate]].concat())?);
+        }
+        rules.insert(libc::SYS_fcntl, controls);
         // A thread that was just started may not have its name yet.
         let set_name = condition(0, Compare::Eq, u64::try_from(libc::PR_SET_NAME)?)?;
         rules.insert(libc::SYS_prctl, vec![SeccompRule::new(vec![set_name])?]);
@@ -281,6 +304,12 @@ mod tests {
         if what == "eventfd that is allowed" {
             confinement = confinement.allow(libc::SYS_eventfd2);
         }
+        if what.starts_with("duplicate that is allowed") {
+            confinement = confinement.allow_duplicates();
+        }
+        if what == "request that is allowed" {
+            confinement = confinement.allow_requests(&[libc::FIONREAD]);
+        }
         let (sender, receiver) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::spawn(move || receiver.recv().is_err());
         confinement.enter().unwrap();
@@ -306,6 +335,10 @@ mod tests {
             "socket" => UnixStream::pair().is_err(),
             "thread" => std::thread::Builder::new().spawn(|| ()).is_err(),
             "program" => Command::new("true").spawn().is_err(),
+            "duplicate that is allowed" => event.try_clone().is_ok(),
+            "duplicate" => event.try_clone().is_err(),
+            "duplicate that is allowed of a denied descriptor" => null.try_clone().is_err(),
+            "request that is allowed" => rustix::io::ioctl_fionread(event.as_fd()).is_err(),
             "other request" => rustix::io::ioctl_fionread(event.as_fd()).is_err(),
             _ => vcpu.as_mut().is_some_and(|vcpu| vcpu.msr(TSC).is_ok()),
         };
@@ -330,8 +363,24 @@ mod tests {
             attempt(&what);
         }
         let (mut possible, mut refused) = (
-            vec!["work", "open", "panic", "eventfd that is allowed"],
-            vec!["eventfd", "denied descriptor", "socket", "thread", "program", "other request"],
+            vec![
+                "work",
+                "open",
+                "panic",
+                "eventfd that is allowed",
+                "duplicate that is allowed",
+                "request that is allowed",
+            ],
+            vec![
+                "eventfd",
+                "denied descriptor",
+                "duplicate",
+                "duplicate that is allowed of a denied descriptor",
+                "socket",
+                "thread",
+                "program",
+                "other request",
+            ],
         );
         match vmm_cpu::open_backend("kvm") {
             Ok(_) => {

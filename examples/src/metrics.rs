@@ -26,6 +26,7 @@ use vmm_devices::virtio::balloon::{BalloonCounters, BalloonHandle, PAGE, Statist
 use vmm_devices::virtio::metrics::{
     DeviceMetrics, LATENCY_BUCKETS, MetricsSnapshot, Totals, latency_bound_ns,
 };
+use vmm_devices::virtio::net::{NetCounters, NetHandle};
 
 use crate::socket;
 
@@ -128,6 +129,7 @@ fn respond(from: impl Read, mut to: impl Write, registry: &Registry) -> io::Resu
 pub struct Sources {
     devices: Vec<(String, Arc<DeviceMetrics>)>,
     balloons: Vec<(String, BalloonHandle)>,
+    networks: Vec<(String, NetHandle)>,
 }
 
 impl Sources {
@@ -137,6 +139,11 @@ impl Sources {
         let counted = Arc::new(DeviceMetrics::default());
         self.devices.push((format!("{kind}{same}"), Arc::clone(&counted)));
         counted
+    }
+
+    /// A network device.
+    pub fn network(&mut self, handle: NetHandle) {
+        self.networks.push((format!("net{}", self.networks.len()), handle));
     }
 
     /// A balloon.
@@ -171,6 +178,9 @@ impl Collector for Sources {
             throttled,
         )?;
         families.latencies(&taken)?;
+        if !self.networks.is_empty() {
+            families.of_networks(&self.networks)?;
+        }
         if self.balloons.is_empty() {
             return Ok(());
         }
@@ -233,6 +243,33 @@ impl Families<'_> {
                 (snapshot.latency_total_ns as f64 / NANOSECONDS, snapshot.latency.iter().sum());
             let labels = [("device", *device)];
             family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn of_networks(&mut self, networks: &[(String, NetHandle)]) -> fmt::Result {
+        type Figure = fn(&NetCounters) -> u64;
+        const REASONS: [(&str, Figure); 5] = [
+            ("another's", |counted| counted.filtered),
+            ("receive", |counted| counted.receive_dropped),
+            ("send", |counted| counted.send_dropped),
+            ("refused", |counted| counted.refused),
+            ("bad buffer", |counted| counted.bad_buffers),
+        ];
+        let (name, help) = ("virtio_net_dropped_frames", "Frames that were lost, or were not for the guest");
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (device, network) in networks {
+            let counted = network.counters();
+            for (reason, figure) in REASONS {
+                let labels = [("device", &**device), ("reason", reason)];
+                ConstCounter::new(figure(&counted)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let (name, help) = ("virtio_net_link_up", "Whether the guest's cable is in");
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (device, network) in networks {
+            let up = i64::from(network.link().up);
+            ConstGauge::new(up).encode(family.encode_family(&[("device", &**device)])?)?;
         }
         Ok(())
     }

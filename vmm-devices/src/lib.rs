@@ -8,11 +8,13 @@ pub mod channel;
 pub mod clock;
 mod error;
 pub mod interrupt;
+pub mod net;
 pub mod pci;
 pub mod platform;
 #[cfg(any(test, feature = "testkit"))]
 pub mod testkit;
 mod timed;
+mod vectored;
 pub mod virtio;
 
 pub use bus::{BusDevice, BusDeviceMut, BusRange, MmioBus, PioBus};

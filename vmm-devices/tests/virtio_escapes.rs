@@ -9,8 +9,11 @@
 mod virtio;
 
 use virtio::{DISK, Guest, HEADER, Kind, LEN, MESSAGE, Outside, RINGS, STATUS, Transport};
+use vmm_devices::net::MAX_FRAME;
 use vmm_devices::pci::PciLayout;
-use vmm_devices::testkit::{DriverQueue, FaultyMemory, MemoryRecorder, Racer, guest_memory, guest_memory_of};
+use vmm_devices::testkit::{
+    DriverQueue, FaultyMemory, MemoryRecorder, Racer, TestFrame, guest_memory, guest_memory_of,
+};
 use vmm_devices::virtio::console::PortConfig;
 use vmm_devices::vmm_memory::vm_memory::GuestAddress;
 
@@ -21,6 +24,7 @@ macro_rules! tests {
         tests!(console: Kind::Console, $($name),*);
         tests!(rng: Kind::Rng, $($name),*);
         tests!(balloon: Kind::Balloon, $($name),*);
+        tests!(net: Kind::Net, $($name),*);
     };
     ($device:ident: $kind:expr, $($name:ident),*) => {
         mod $device {
@@ -60,6 +64,17 @@ fn guest(kind: Kind, transport: Transport) -> Guest {
     let mut guest = Guest::new(kind, transport, memory.clone(), memory);
     guest.start();
     guest
+}
+
+/// Something comes from outside for the driver, if the device is of that kind.
+fn come(guest: &Guest) {
+    match &guest.outside {
+        Outside::Console { port, .. } => {
+            port.enqueue(b"input");
+        }
+        Outside::Net { network, .. } => network.give(TestFrame::new([0x11; 52])),
+        _ => {}
+    }
 }
 
 /// Whether the device looks at the queue: port 1 of the console is not there, and no driver hints at free pages.
@@ -115,9 +130,7 @@ fn cve_2021_3929_cve_2024_3446_buffers_tables_and_rings_at_the_registers(kind: K
     let doorbells = (0..8).map(|queue| first + 4 * queue);
     for at in (base..base + size).step_by((size / 64) as usize).chain(doorbells) {
         for &(queue, write) in guest.requests() {
-            if let Outside::Console { port, .. } = &guest.outside {
-                port.enqueue(b"input");
-            }
+            come(&guest);
             guest.pass();
             let head = guest.submit(queue, at, write);
             guest.driver.notify(queue);
@@ -186,9 +199,7 @@ fn cve_2015_8550_each_field_is_read_once(kind: Kind, transport: Transport) {
         let requests = guest.requests().iter().copied();
         let control = (kind == Kind::Console).then_some((3, false));
         for (queue, write) in requests.chain(control) {
-            if let Outside::Console { port, .. } = &guest.outside {
-                port.enqueue(b"input");
-            }
+            come(&guest);
             guest.put(DATA, &0x1c_u64.to_le_bytes());
             let ring = &mut guest.queues[usize::from(queue)];
             let descriptors = ring.rings()[0];
@@ -199,6 +210,10 @@ fn cve_2015_8550_each_field_is_read_once(kind: Kind, transport: Transport) {
                 let chain = ring.chain().readable(HEADER, 16);
                 let chain = if write { chain.readable(DATA, 512) } else { chain.writable(DATA, 512) };
                 chain.writable(STATUS, 1).submit_indirect(table).unwrap();
+            } else if indirect && (kind, queue) == (Kind::Net, 1) {
+                guest.put(HEADER, &[0; 12]);
+                let chain = guest.queues[1].chain().readable(HEADER, 12);
+                chain.readable(DATA, 64).submit_indirect(table).unwrap();
             } else if indirect {
                 ring.chain()
                     .readable(DATA, 8)
@@ -243,9 +258,7 @@ fn cve_2015_8550_a_driver_that_races(kind: Kind, transport: Transport) {
         let racer = Racer::start(&guest.memory, &ranges[..if structures { 3 } else { 2 }]).unwrap();
         for round in 0..40 {
             racer.wait_for(racer.flips() + 1);
-            if let Outside::Console { port, .. } = &guest.outside {
-                port.enqueue(b"input");
-            }
+            come(&guest);
             for &(queue, write) in guest.requests() {
                 guest.submit(queue, DATA, write);
                 guest.driver.notify(queue);
@@ -276,6 +289,11 @@ fn cve_2015_8550_a_driver_that_races(kind: Kind, transport: Transport) {
             }
             Outside::Balloon { ledger, .. } => {
                 assert!(ledger.take().iter().all(|(page, pages)| (page + pages) * 4096 <= MIB));
+            }
+            Outside::Net { network, .. } => {
+                assert!(
+                    network.take_sent().iter().all(|frame| (14..=MAX_FRAME).contains(&frame.bytes.len()))
+                );
             }
             _ => {}
         }
@@ -348,6 +366,12 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
                 Kind::Block => ring.chain().readable(HEADER, 16).writable(DATA, 0x1_0000).writable(STATUS, 1),
                 // The driver has no buffers for what comes in.
                 Kind::Console if [0, 2, 4].contains(&queue) => continue,
+                Kind::Net if queue == 0 => continue,
+                Kind::Net if queue == 1 => {
+                    guest.put(HEADER, &[0; 12]);
+                    guest.queues[1].chain().readable(HEADER, 12).readable(DATA, 0x1_0000)
+                }
+                Kind::Net => ring.chain().readable(DATA, 0x4_0000).writable(STATUS, 1),
                 Kind::Balloon if queue == 4 => ring.chain().writable(DATA & !0xfff, 0x10_0000),
                 Kind::Balloon => ring.chain().readable(DATA, 0x400),
                 Kind::Console => ring.chain().readable(DATA, 0x4_0000),
@@ -371,6 +395,11 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
                 handle.set_target(round);
                 handle.request_statistics();
                 ledger.take();
+            }
+            Outside::Net { network, handle } => {
+                network.give(TestFrame::new([0x11; 1514]));
+                handle.announce();
+                network.take_sent();
             }
         }
     }
@@ -416,6 +445,12 @@ fn cve_2023_5088_nothing_is_touched_after_a_reset(kind: Kind, transport: Transpo
             handle.set_target(9);
             assert_eq!(ledger.take(), []);
         }
+        Outside::Net { network, handle } => {
+            network.give(TestFrame::new([0x11; 60]));
+            handle.set_link(false);
+            handle.set_link(true);
+            assert!(!handle.announce());
+        }
     }
     for queue in 0..8 {
         guest.driver.notify(queue);
@@ -448,6 +483,13 @@ fn hold(guest: &mut Guest) -> (u16, u16) {
             0
         }
         Outside::Balloon { .. } => 2,
+        Outside::Net { network, .. } => {
+            guest.put(HEADER, &[0; 12]);
+            guest.queues[1].chain().readable(HEADER, 12).readable(0x2_0000, 0x1_0000).submit().unwrap();
+            guest.driver.notify(1);
+            assert_eq!(network.take_sent().len(), 1);
+            1
+        }
     };
     let head = guest.submit(queue, DATA, true);
     guest.driver.notify(queue);
@@ -493,6 +535,8 @@ fn cve_2024_8612_the_used_length_is_what_was_written(kind: Kind, transport: Tran
         if let Outside::Console { port, .. } = &guest.outside {
             port.enqueue(&[1; 100]);
             port.resize(queue as u16 + 1, 1);
+        } else if queue == 0 {
+            come(&guest);
         }
         guest.put(DATA, &[POISON; 0x2000]);
         guest.put(HEADER, &[8_u64, 0].map(u64::to_le_bytes).concat());
@@ -603,11 +647,15 @@ fn crosvm_002cd87a0_every_register_is_swept(kind: Kind, transport: Transport) {
     guest.exchange(DATA);
 }
 
-/// Forgets what came of emergency writes, and input that nobody fetched.
+/// Forgets what came of emergency writes, input that nobody fetched, and frames.
 fn settle(guest: &Guest) {
-    if let Outside::Console { screen, port, .. } = &guest.outside {
-        screen.take();
-        port.discard_input();
+    match &guest.outside {
+        Outside::Console { screen, port, .. } => {
+            screen.take();
+            port.discard_input();
+        }
+        Outside::Net { network, .. } => drop(network.take_sent()),
+        _ => {}
     }
 }
 

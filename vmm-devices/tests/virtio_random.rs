@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
 use virtio::{Kind, Transport};
-use virtio_life::{Access, Round, live, words};
+use virtio_life::{Access, Round, acceptable, live, words};
 use vmm_devices::testkit::{Action, Buffer, Place, Replayed, hostile_queue};
 
 fn access() -> impl Strategy<Value = Access> {
@@ -61,6 +61,18 @@ fn request(kind: Kind) -> BoxedStrategy<Vec<Action>> {
                 ]
             })
             .boxed(),
+        Kind::Net => (0..16_u16, 0..3_u8, 0..200_u32, any::<bool>())
+            .prop_map(move |(word, queue, len, apart)| {
+                let (header, rest) = (buffer(16 * word, 12, false), buffer(16 * word + 12, 4, false));
+                let buffers = match queue {
+                    0 => vec![buffer(0x1000, 16 * len, true)],
+                    1 if apart => vec![header, buffer(0x800, len, false)],
+                    1 => vec![buffer(16 * word, 12 + len, false)],
+                    _ => vec![header, rest, buffer(0x3000, 1, true)],
+                };
+                vec![chain(queue, buffers), Action::Kick(queue)]
+            })
+            .boxed(),
         Kind::Rng | Kind::Balloon => (0..5_u8, 0..0x2000_u16, 0..64_u32)
             .prop_map(move |(queue, at, len)| {
                 let request = vec![buffer(at, 4 * len, false), buffer(0x1000, 0x1000, true)];
@@ -86,7 +98,7 @@ fn rounds(kind: Kind) -> impl Strategy<Value = Vec<Round>> {
     let round = (any::<u64>(), prop::collection::vec(access(), 0..40), steps).prop_map(
         move |(features, accesses, steps)| {
             let mut actions = vec![
-                Action::Start { features: features | 3, size: 4 },
+                Action::Start { features: acceptable(kind, features | 3), size: 4 },
                 Action::Memory { at: Place::Data(0), bytes: words(kind) },
             ];
             actions.extend(steps.into_iter().flatten());
@@ -118,12 +130,14 @@ tests! {
     nothing_a_driver_does_breaks_an_entropy_device_on_pci: Rng, Pci;
     nothing_a_driver_does_breaks_a_balloon_on_mmio: Balloon, Mmio;
     nothing_a_driver_does_breaks_a_balloon_on_pci: Balloon, Pci;
+    nothing_a_driver_does_breaks_a_network_device_on_mmio: Net, Mmio;
+    nothing_a_driver_does_breaks_a_network_device_on_pci: Net, Pci;
 }
 
 /// What is drawn reaches each device: chains come back, it gives up, and is started again.
 #[test]
 fn lives_reach_deep() {
-    for kind in [Kind::Block, Kind::Console, Kind::Rng, Kind::Balloon] {
+    for kind in [Kind::Block, Kind::Console, Kind::Rng, Kind::Balloon, Kind::Net] {
         let (mut runner, strategy) = (TestRunner::deterministic(), rounds(kind));
         for transport in [Transport::Mmio, Transport::Pci] {
             let mut sum = Replayed::default();

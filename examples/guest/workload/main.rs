@@ -7,6 +7,7 @@
 
 mod check;
 mod compute;
+mod io;
 mod memory;
 mod registers;
 mod system;

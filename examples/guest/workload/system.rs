@@ -1,6 +1,7 @@
 //! The system calls that std has no function for.
 
 use std::ffi::{c_int, c_long, c_void};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(crate) const READ: c_int = 1;
@@ -32,6 +33,7 @@ unsafe extern "C" {
     fn mmap(at: *mut c_void, size: usize, prot: c_int, flags: c_int, fd: c_int, from: c_long) -> *mut c_void;
     fn mprotect(at: *mut c_void, size: usize, prot: c_int) -> c_int;
     fn munmap(at: *mut c_void, size: usize) -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
 }
 
 /// Signals that arrived, by number.
@@ -149,4 +151,87 @@ impl Drop for Pages {
         // SAFETY: the pages are this value's own.
         unsafe { munmap(self.base.cast(), self.length) };
     }
+}
+
+const IO_SETUP: c_long = 206;
+const IO_GETEVENTS: c_long = 208;
+const IO_SUBMIT: c_long = 209;
+
+/// A request that goes on by itself (struct iocb of linux/aio_abi.h).
+#[repr(C)]
+pub(crate) struct IoControl {
+    data: u64,
+    key: u32,
+    flags: c_int,
+    operation: u16,
+    priority: i16,
+    file: u32,
+    buffer: u64,
+    bytes: u64,
+    offset: i64,
+    reserved: u64,
+    more_flags: u32,
+    event_file: u32,
+}
+
+impl IoControl {
+    /// Reads `buffer` from `at`, or writes it there. Nobody touches it until it has ended.
+    pub(crate) fn new(data: u64, file: RawFd, write: bool, buffer: &mut [u8], at: u64) -> Self {
+        Self {
+            data,
+            key: 0,
+            flags: 0,
+            operation: write.into(),
+            priority: 0,
+            file: file as u32,
+            buffer: buffer.as_mut_ptr() as u64,
+            bytes: buffer.len() as u64,
+            offset: at as i64,
+            reserved: 0,
+            more_flags: 0,
+            event_file: 0,
+        }
+    }
+}
+
+/// How one has ended.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct IoEvent {
+    pub(crate) data: u64,
+    control: u64,
+    pub(crate) result: i64,
+    second: i64,
+}
+
+/// Where so many go on at a time.
+pub(crate) fn io_setup(depth: usize) -> u64 {
+    let mut context = 0_u64;
+    // SAFETY: the kernel writes the context's number.
+    let result = unsafe { syscall(IO_SETUP, depth as c_long, &raw mut context) };
+    assert_eq!(result, 0, "io_setup");
+    context
+}
+
+/// Begins all; how many those are.
+pub(crate) fn io_submit(context: u64, controls: &mut [&mut IoControl]) -> u64 {
+    let mut begun = 0;
+    while begun < controls.len() {
+        let rest = &mut controls[begun..];
+        // SAFETY: so many pointers to requests, whose buffers live for ever.
+        let result = unsafe { syscall(IO_SUBMIT, context, rest.len() as c_long, rest.as_mut_ptr()) };
+        assert!(result > 0, "io_submit");
+        begun += result as usize;
+    }
+    begun as u64
+}
+
+/// Waits for one at least.
+pub(crate) fn io_getevents(context: u64, events: &mut [IoEvent]) -> &[IoEvent] {
+    let most = events.len() as c_long;
+    let forever = std::ptr::null_mut::<c_void>();
+    // SAFETY: there is room for so many.
+    let result = unsafe { syscall(IO_GETEVENTS, context, 1 as c_long, most, events.as_mut_ptr(), forever) };
+    assert!(result > 0, "io_getevents");
+    &events[..result as usize]
 }

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::{check, compute, system};
+use crate::{check, compute, io, system};
 
 /// The least time that a figure is from.
 const ENOUGH: Duration = Duration::from_millis(200);
@@ -38,23 +38,42 @@ const WORK: [(&str, Work); 18] = [
     ("shell-exec", shell_exec),
 ];
 
+/// The same of disks and networks, which are not among all: not every guest has some.
+const IO_WORK: [(&str, Work); 9] = [
+    ("disk-read-4k", io::read_4k),
+    ("disk-write-4k", io::write_4k),
+    ("disk-read-4k-32", io::read_4k_many),
+    ("disk-write-4k-32", io::write_4k_many),
+    ("disk-read-1m", io::read_1m),
+    ("disk-write-1m", io::write_1m),
+    ("net-send", io::net_send),
+    ("net-receive", io::net_receive),
+    ("net-ping-pong", io::net_ping_pong),
+];
+
+/// The least time that those are measured for.
+const ENOUGH_IO: Duration = Duration::from_secs(1);
+
 /// Times those of the names, in their order, or all.
 pub(crate) fn all(names: &[&str]) {
     if names.is_empty() {
-        WORK.iter().for_each(|(name, work)| one(name, *work));
+        WORK.iter().for_each(|(name, work)| one(name, *work, ENOUGH));
     }
     for name in names {
-        let work = WORK.iter().find(|(known, _)| known == name);
-        one(name, work.unwrap_or_else(|| panic!("no work is named {name:?}")).1);
+        let find = |work: &[(&str, Work)]| Some(work.iter().find(|(known, _)| known == name)?.1);
+        let of_io = find(&IO_WORK);
+        let work = find(&WORK).or(of_io);
+        let work = work.unwrap_or_else(|| panic!("no work is named {name:?}"));
+        one(name, work, if of_io.is_some() { ENOUGH_IO } else { ENOUGH });
     }
 }
 
-fn one(name: &str, work: Work) {
+fn one(name: &str, work: Work, enough: Duration) {
     // More and more until it takes long enough. One that is so long by itself needs no warming up.
     let mut operations = 1;
     let mut time = work(operations);
-    while time < ENOUGH && operations < MOST {
-        let missing = ENOUGH.as_nanos() * 11 / 10 / time.as_nanos().max(1);
+    while time < enough && operations < MOST {
+        let missing = enough.as_nanos() * 11 / 10 / time.as_nanos().max(1);
         operations *= missing.clamp(2, 16) as u64;
         time = work(operations);
     }

@@ -5,10 +5,12 @@
 
 mod console;
 mod doorbells;
+mod network;
 mod port;
 
 pub use console::VirtioConsole;
 pub use doorbells::KernelDoorbells;
+pub use network::Network;
 pub use port::NamedPort;
 
 use std::error::Error;
@@ -128,6 +130,22 @@ impl VirtioDevices {
         let device = device.metrics(self.figures.device("block"), Arc::clone(&self.clock));
         let device = device.build().with_context(|| format!("disk {shown}"))?;
         self.add(format!("disk {shown}"), "virtio_blk", Box::new(device))
+    }
+
+    /// A network device, whose frames go to a tap device of this machine.
+    ///
+    /// # Errors
+    /// If the tap device is not there, or not to be had, or there are too many devices.
+    pub fn network(mut self, network: &Network) -> Result<Self> {
+        let name = format!("network {}", network.tap);
+        let number = self.devices.iter().filter(|device| device.module == "virtio_net").count();
+        let device = network.device(number).with_context(|| name.clone())?;
+        let device = device.metrics(self.figures.device("net"), Arc::clone(&self.clock)).build()?;
+        self.figures.network(device.handle());
+        if let Some(path) = &network.cable {
+            network::serve_cable(path, device.handle()).with_context(|| name.clone())?;
+        }
+        self.add(name, "virtio_net", Box::new(device))
     }
 
     /// A balloon of so many MiB, which the guest is to give back of `ram`.

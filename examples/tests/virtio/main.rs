@@ -7,5 +7,6 @@ mod balloon;
 mod console;
 mod disk;
 mod guest;
+mod network;
 mod scrape;
 mod wrong;

@@ -34,6 +34,10 @@ fn devices_that_cannot_be_are_refused_with_a_way_out() {
         (&["--port", "a"], "not NAME,PATH"),
         (&["--port", &nowhere], "no/where"),
         (&["--metrics", "9100"], "HOST:PORT"),
+        (&["--net", "tap=nobody-has-it"], "ip tuntap add dev NAME mode tap"),
+        (&["--net", "tap=a/b"], "no name of a network device"),
+        (&["--net", "nobody-has-it"], "is not tap=NAME"),
+        (&["--deterministic", "--net", "tap=t0"], "--net goes with no deterministic run"),
     ];
     for (arguments, expected) in cases {
         let error = refused(arguments);

@@ -13,6 +13,7 @@
 //! | know each access to memory: what is read twice, or touched too late | [`MemoryRecorder`] |
 //! | make the outside fail: a writer that takes a part, is full, or breaks | [`OutputRecorder`] |
 //! | make a disk fail, wait, or come back short, and know what it was asked for | [`FaultyDisk`] |
+//! | have a network in hand: see what is sent, give frames, be full, fail, pull the cable | [`TestNetwork`] |
 //! | do something in the middle of what a driver does | [`Interposed`] |
 //! | have another processor change memory while the device works | [`Racer`] |
 //! | be a hostile driver, drawn at random, and know what no device may do | [`hostile_queue`], [`replay`] |
@@ -164,6 +165,7 @@ mod hostile;
 mod interposed;
 mod memory;
 mod mmio;
+mod network;
 mod output;
 mod pci;
 mod queue;
@@ -178,6 +180,7 @@ pub use hostile::{Action, Buffer, Entry, MIN_MEMORY, Place, Replayed, Violation,
 pub use interposed::Interposed;
 pub use memory::{Memory, guest_memory, guest_memory_of};
 pub use mmio::MmioDriver;
+pub use network::{TestFrame, TestNetwork};
 pub use output::OutputRecorder;
 pub use pci::{MissingStructure, PciDriver};
 pub use queue::{ChainBuilder, DriverQueue};

@@ -20,6 +20,8 @@ impl<M: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static> DeviceMemory
 pub struct DeviceType(pub u16);
 
 impl DeviceType {
+    /// Network device (5.1).
+    pub const NETWORK: Self = Self(1);
     /// Block device (5.2).
     pub const BLOCK: Self = Self(2);
     /// Console (5.3).

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use smallvec::SmallVec;
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
@@ -79,6 +79,8 @@ pub struct Virtqueue<M: DeviceMemory> {
     in_flight: Vec<u64>,
     /// Something was completed since the driver was last thought of.
     completed: bool,
+    /// The used index when the driver was last thought of.
+    told: u16,
     link: Arc<dyn DriverLink>,
 }
 
@@ -106,7 +108,8 @@ impl<M: DeviceMemory> Virtqueue<M> {
             });
         }
         let in_flight = vec![0; usize::from(queue.size()).div_ceil(64)];
-        Ok(Self { queue, memory, index, in_flight, completed: false, link })
+        let told = queue.next_used();
+        Ok(Self { queue, memory, index, in_flight, completed: false, told, link })
     }
 
     /// Its number.
@@ -212,6 +215,31 @@ impl<M: DeviceMemory> Virtqueue<M> {
         self.queue.add_used(memory, head, written).map_err(|source| QueueError::Ring { index, source })
     }
 
+    /// Gives several chains back at once, heads and bytes written: the driver sees none of them before it sees all. As
+    /// [`Virtqueue::complete_in`] for each otherwise.
+    ///
+    /// # Errors
+    /// As [`Virtqueue::complete`]; then it sees none.
+    pub fn complete_all(&mut self, memory: &M::M, ended: &[(u16, u32)]) -> Result<(), QueueError> {
+        let index = self.index;
+        let ring = |source| QueueError::Ring { index, source };
+        let lost = |error| ring(virtio_queue::Error::GuestMemory(error));
+        let size = self.queue.size().max(1);
+        let mut next = self.queue.next_used();
+        for &(head, written) in ended {
+            if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
+                *word &= !(1 << (head % 64));
+            }
+            let place = self.queue.used_ring() + 4 + 8 * u64::from(next % size);
+            let element = [u32::from(head).to_le(), written.to_le()];
+            memory.write_obj(element, GuestAddress(place)).map_err(lost)?;
+            next = next.wrapping_add(1);
+        }
+        self.completed = true;
+        self.queue.set_next_used(next);
+        memory.store(next.to_le(), GuestAddress(self.queue.used_ring() + 2), Ordering::Release).map_err(lost)
+    }
+
     /// Interrupts the driver for what was completed since the last time, if it wants to hear of it (2.7.7).
     ///
     /// # Errors
@@ -227,13 +255,23 @@ impl<M: DeviceMemory> Virtqueue<M> {
         let index = self.index;
         let ring = |source| QueueError::Ring { index, source };
         // What was completed is visible before this looks whether the driver wants to hear of it.
-        let mut wanted = self.queue.needs_notification(memory).map_err(ring)?;
-        if !self.queue.event_idx_enabled() {
-            let flags: u16 = memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-                .map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
-            wanted = u16::from_le(flags) & NO_INTERRUPT == 0;
-        }
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let event_idx = self.queue.event_idx_enabled();
+        let place = if event_idx { available + 4 + 2 * u64::from(self.queue.size()) } else { available };
+        let said: u16 = memory
+            .load(GuestAddress(place), Ordering::Relaxed)
+            .map_err(|error| ring(virtio_queue::Error::GuestMemory(error)))?;
+        let said = u16::from_le(said);
+        let used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.told, used);
+        // Whether the entry that it waits for is among those used since (2.7.7.2). `virtio-queue` would know of those that were completed
+        // one by one alone.
+        let wanted = if event_idx {
+            used.wrapping_sub(said).wrapping_sub(1) < used.wrapping_sub(before)
+        } else {
+            said & NO_INTERRUPT == 0
+        };
         if wanted {
             self.link.used(index);
         }
@@ -327,17 +365,10 @@ impl<T> Chain<T> {
         let Self { head, segments, readable, lens, .. } = self;
         Chain { head, memory, segments, readable, lens }
     }
-}
 
-impl<T: Deref<Target: GuestMemory>> Chain<T> {
     /// Its first descriptor, by which [`Virtqueue::complete`] knows it.
     pub fn head(&self) -> u16 {
         self.head
-    }
-
-    /// The memory in which its buffers lie.
-    pub fn memory(&self) -> &T::Target {
-        &self.memory
     }
 
     /// The buffers to read: guest-physical address and length of each.
@@ -365,6 +396,13 @@ impl<T: Deref<Target: GuestMemory>> Chain<T> {
     pub fn writable_len(&self) -> u64 {
         let [_, writable] = self.lens;
         writable
+    }
+}
+
+impl<T: Deref<Target: GuestMemory>> Chain<T> {
+    /// The memory in which its buffers lie.
+    pub fn memory(&self) -> &T::Target {
+        &self.memory
     }
 
     /// Reads from byte `offset` of what is to be read on; how many bytes there were, `data.len()` at most.

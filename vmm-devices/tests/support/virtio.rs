@@ -5,13 +5,15 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
+use vmm_devices::net::{MacAddr, Offloads};
 use vmm_devices::pci::{HostBridge, PciFunction, PciLayout};
 use vmm_devices::testkit::{
-    Driver, DriverQueue, LineRecorder, Memory, MmioDriver, OutputRecorder, PciDriver,
+    Driver, DriverQueue, LineRecorder, Memory, MmioDriver, OutputRecorder, PciDriver, TestFrame, TestNetwork,
 };
 use vmm_devices::virtio::balloon::{Balloon, BalloonHandle, MemoryRelease};
 use vmm_devices::virtio::block::{Block, BlockHandle, MemoryDisk};
 use vmm_devices::virtio::console::{Console, Port, PortConfig, Ports};
+use vmm_devices::virtio::net::{Net, NetHandle};
 use vmm_devices::virtio::rate::{Limits, Rate, RateLimiter};
 use vmm_devices::virtio::{DeviceMemory, Rng, VirtioDevice, VirtioMmio, VirtioPci};
 use vmm_devices::vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
@@ -23,6 +25,7 @@ pub(crate) enum Kind {
     Console,
     Rng,
     Balloon,
+    Net,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
@@ -73,6 +76,7 @@ pub(crate) enum Outside {
     Console { screen: OutputRecorder, port: Port, ports: Ports },
     Rng,
     Balloon { ledger: Ledger, handle: BalloonHandle },
+    Net { network: TestNetwork, handle: NetHandle },
 }
 
 fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn VirtioDevice<M>>, Outside) {
@@ -103,6 +107,13 @@ fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn Vir
             let balloon = Balloon::new(ledger.clone());
             let handle = balloon.handle();
             (Box::new(balloon), Outside::Balloon { ledger, handle })
+        }
+        Kind::Net => {
+            let network = TestNetwork::new(1, Offloads::ALL, Offloads::ALL);
+            let net = Net::builder(Arc::new(network.clone()), MacAddr::local(1)).send_rate(limiter);
+            let net = net.build().unwrap();
+            let handle = net.handle();
+            (Box::new(net), Outside::Net { network, handle })
         }
     }
 }
@@ -221,13 +232,18 @@ impl Guest {
             self.put(HEADER, &header);
             self.put(STATUS, &[0xff]);
         }
+        if self.kind == Kind::Net {
+            self.put(HEADER, &[0; 12]);
+        }
         let ring = &mut self.queues[usize::from(queue)];
         let chain = match (self.kind, queue) {
             (Kind::Block, _) if write => {
                 ring.chain().readable(HEADER, 16).readable(at, 512).writable(STATUS, 1)
             }
             (Kind::Block, _) => ring.chain().readable(HEADER, 16).writable(at, 512).writable(STATUS, 1),
-            (Kind::Console, 0 | 4) | (Kind::Rng, _) => ring.chain().writable(at, 64),
+            (Kind::Net, 1) => ring.chain().readable(HEADER, 12).readable(at, 64),
+            (Kind::Net, 2) => ring.chain().readable(at, 3).writable(STATUS, 1),
+            (Kind::Console, 0 | 4) | (Kind::Net, _) | (Kind::Rng, _) => ring.chain().writable(at, 64),
             (Kind::Balloon, 4) => ring.chain().writable(at, 0x1000),
             _ => ring.chain().readable(at, 8),
         };
@@ -239,13 +255,16 @@ impl Guest {
         self.clock.advance(1_000_000_000);
     }
 
-    /// Which queues take a request of [`Guest::submit`], and, for the disk, whether it is a write.
+    /// Which queues take a request of [`Guest::submit`], and, for the disk, whether it is a write; of others, whether something is
+    /// written beside the data.
     pub(crate) fn requests(&self) -> &'static [(u16, bool)] {
         match self.kind {
             Kind::Block => &[(0, true), (0, false)],
             Kind::Console => &[(1, false), (0, false)],
             Kind::Rng => &[(0, false)],
             Kind::Balloon => &[(0, false), (1, false), (2, false), (4, false)],
+            // A command has its answer written, wherever it lies.
+            Kind::Net => &[(1, false), (0, false), (2, true)],
         }
     }
 
@@ -255,17 +274,21 @@ impl Guest {
         for &(queue, write) in self.requests() {
             let data: Vec<u8> = match self.kind {
                 Kind::Balloon => [PAGE, PAGE].map(|page| u32::try_from(page).unwrap().to_le_bytes()).concat(),
+                Kind::Net if queue == 2 => vec![0, 0, 1],
                 _ => (1..=255).cycle().take(512).collect(),
             };
             // A report names memory, which need not hold anything.
             let at = if (self.kind, queue) == (Kind::Balloon, 4) { PAGE * 4096 } else { at };
-            let fills = matches!((self.kind, queue), (Kind::Console, 0) | (Kind::Rng, _));
+            let fills = matches!((self.kind, queue), (Kind::Console, 0) | (Kind::Rng, _) | (Kind::Net, 0));
             self.put(
                 at,
                 &if fills || self.kind == Kind::Block && !write { vec![0; 512] } else { data.clone() },
             );
             if let (Outside::Console { port, .. }, 0) = (&self.outside, queue) {
                 assert_eq!(port.enqueue(&data[..64]), 64);
+            }
+            if let (Outside::Net { network, .. }, 0) = (&self.outside, queue) {
+                network.give(TestFrame::new(&data[..52]));
             }
             let head = self.submit(queue, at, write);
             self.driver.notify(queue);
@@ -297,6 +320,19 @@ impl Guest {
                     assert_eq!(self.get(at, 65), [&[RANDOM; 64][..], &[0]].concat());
                     64
                 }
+                (Outside::Net { .. }, 0) => {
+                    let header = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+                    assert_eq!(self.get(at, 65), [&header[..], &data[..52], &[0]].concat());
+                    64
+                }
+                (Outside::Net { network, .. }, 1) => {
+                    assert_eq!(network.take_sent(), [TestFrame::new(&data[..64])]);
+                    0
+                }
+                (Outside::Net { .. }, _) => {
+                    assert_eq!(self.get(STATUS, 1), [0]);
+                    1
+                }
                 (Outside::Balloon { ledger, .. }, 2) => {
                     assert_eq!(ledger.take(), []);
                     0
@@ -318,6 +354,7 @@ impl Guest {
             Outside::Console { screen, .. } => assert_eq!(screen.take(), []),
             Outside::Rng => {}
             Outside::Balloon { ledger, .. } => assert_eq!(ledger.take(), []),
+            Outside::Net { network, .. } => assert_eq!(network.take_sent(), []),
         }
     }
 

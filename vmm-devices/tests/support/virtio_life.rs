@@ -4,8 +4,9 @@
 use std::cell::Cell;
 
 use arbitrary::Arbitrary;
+use vmm_devices::net::{ETHERNET_HEADER, MAX_FRAME};
 use vmm_devices::pci::PciLayout;
-use vmm_devices::testkit::{Action, Interposed, MIN_MEMORY, Replayed, guest_memory_of, replay};
+use vmm_devices::testkit::{Action, Interposed, MIN_MEMORY, Replayed, TestFrame, guest_memory_of, replay};
 use vmm_devices::vmm_memory::vm_memory::GuestAddress;
 
 use crate::virtio::{DISK, Guest, Kind, Outside, Transport};
@@ -36,6 +37,27 @@ pub(crate) fn words(kind: Kind) -> Vec<u8> {
             .flat_map(|kind| [0, 2, DISK as u64 / 512 - 1, u64::MAX].map(|sector| (kind, sector)))
             .map(|(kind, sector)| u128::to_le_bytes(u128::from(sector) << 64 | u128::from(kind)))
             .collect(),
+        Kind::Net => [
+            // Headers of frames: nothing, a checksum, TCP, UDP, and one that points beyond.
+            [0; 16],
+            [1, 0, 0, 0, 0, 0, 14, 0, 2, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 54, 0, 8, 0, 14, 0, 2, 0, 0, 0, 0, 0, 0, 0],
+            [1, 5, 20, 0, 1, 0, 14, 0, 2, 0, 0, 0, 0, 0, 0, 0],
+            [1, 0x84, 0xff, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 0],
+            // Commands: what it gets, its address, tables, VLANs, an announcement, offloads.
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 4, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0],
+            [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [1, 0, 1, 0, 0, 0, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0],
+            [1, 0, 0xff, 0xff, 0xff, 0xff, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0],
+            [2, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [5, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [5, 0, 0x82, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ]
+        .to_vec(),
         _ => [
             (0_u32, 0_u32, 1_u32),
             (0, 3, 1),
@@ -51,6 +73,13 @@ pub(crate) fn words(kind: Kind) -> Vec<u8> {
         .collect(),
     };
     each.concat()
+}
+
+/// Features that a device of that kind accepts: `features`, and those that others of them need.
+pub(crate) fn acceptable(kind: Kind, features: u64) -> u64 {
+    // Of a network device's: checksums, TSO over IPv4, and the control queue.
+    const NEEDED: u64 = 1 | 1 << 1 | 1 << 7 | 1 << 11 | 1 << 17;
+    if kind == Kind::Net { features | NEEDED } else { features }
 }
 
 /// What a monitor does, a little of it each time.
@@ -80,6 +109,24 @@ fn monitor(guest: &Guest, step: u32) {
         Outside::Balloon { handle, .. } => {
             handle.set_target(step);
             handle.request_statistics();
+        }
+        Outside::Net { network, handle } => {
+            for frame in network.take_sent() {
+                assert!((ETHERNET_HEADER..=MAX_FRAME).contains(&frame.bytes.len()));
+                assert_eq!(frame.info.check(frame.bytes.len(), network.agreed().unwrap().transmit), Ok(()));
+            }
+            match step % 9 {
+                0 => network.set_full(true),
+                1 => network.set_full(false),
+                2 => handle.set_link(false),
+                3 => handle.set_link(true),
+                4 => drop(handle.announce()),
+                5 => network.set_failing(true),
+                6 => network.set_failing(false),
+                7 => network.give(TestFrame::new(vec![0x11; 3000])),
+                _ => {}
+            }
+            network.give(TestFrame::new(vec![step as u8; 14 + step as usize % 200]));
         }
     }
 }
@@ -143,6 +190,12 @@ pub(crate) fn live(kind: Kind, transport: Transport, rounds: &[Round]) -> Replay
                 let within = |(region, size): (u64, u64)| region <= start && end <= region + size;
                 assert!(REGIONS.into_iter().any(within), "{start:#x} to {end:#x}");
             }
+        }
+        Outside::Net { network, handle } => {
+            network.set_failing(false);
+            network.set_full(false);
+            handle.set_link(true);
+            network.take_sent();
         }
     }
     // It works for a driver that begins anew.

@@ -30,7 +30,7 @@ use vmm_cpu::{
     ClockSource, CpuModel, Error, Hypervisor, InterruptMode, VcpuIo, VcpuThreads, VmConfig, open_backend,
 };
 use vmm_cpu::{translate, xen_pv};
-use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
+use vmm_examples::confine::{Confinement, Engine, TAP_REQUESTS, inherited_descriptors};
 use vmm_examples::debug::Devices;
 use vmm_examples::guest_command::{Hardware, SerialPort, Session};
 use vmm_examples::pc::{Buses, Clocks, Pc};
@@ -137,7 +137,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         let time_is_up = alarm(options.seconds, &stop)?;
         let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-        confine(&*hypervisor, &inherited, options.has_clients())?;
+        confine(&*hypervisor, &inherited, options)?;
         let machine = Machine { vm: &*vm, vcpu: &mut *vcpu, pc: &pc };
         let guest_ended = || pc.end().is_some() || watch.done.load(Ordering::SeqCst);
         let wanted = || {
@@ -192,7 +192,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         None => None,
     };
-    confine(&*hypervisor, &inherited, options.has_clients())?;
+    confine(&*hypervisor, &inherited, options)?;
 
     match &debugger {
         None => threads.resume(),
@@ -254,11 +254,14 @@ fn machine(hypervisor: &dyn Hypervisor, deterministic: bool) -> VmConfig {
 }
 
 /// Gives up what the process does not need from here on. Where clients may connect, it lets them.
-fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], clients: bool) -> Result<()> {
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], options: &Options) -> Result<()> {
     let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
-    let confinement = Confinement::new(engine).deny_descriptors(inherited);
-    if clients {
-        return confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt).enter();
+    let mut confinement = Confinement::new(engine).deny_descriptors(inherited);
+    if options.has_clients() {
+        confinement = confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt);
+    }
+    if !options.net.is_empty() {
+        confinement = confinement.allow_requests(&TAP_REQUESTS).allow_duplicates();
     }
     confinement.enter()
 }

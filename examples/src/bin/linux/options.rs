@@ -15,7 +15,7 @@ use vmm_examples::metrics::Exporter;
 use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
-use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices};
+use vmm_examples::virtio::{Disk, NamedPort, Network, Transport, VirtioConsole, VirtioDevices};
 use vmm_memory::{Backing, GuestRam};
 
 use crate::memory::RamOptions;
@@ -83,6 +83,10 @@ pub(crate) struct Options {
     /// Gives the guest a disk: a file or block device, taken for the disk's bytes as they are. Repeatable.
     #[arg(long, value_name = "FILE[,ro]")]
     pub(crate) disk: Vec<Disk>,
+    /// Gives the guest a network device whose frames come out at the tap device NAME of this machine, which has to be there (`ip
+    /// tuntap add dev NAME mode tap`). At the Unix socket PATH programs here say `down`, `up` and `announce`. Repeatable.
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH]")]
+    pub(crate) net: Vec<Network>,
     /// Gives the guest a memory balloon, and has it fill that with so many MiB.
     #[arg(long, value_name = "MIB")]
     pub(crate) balloon: Option<u64>,
@@ -175,6 +179,7 @@ impl Options {
     fn unrecorded(&self) -> Option<&'static str> {
         let given = [
             (!self.disk.is_empty(), "--disk"),
+            (!self.net.is_empty(), "--net"),
             (self.balloon.is_some(), "--balloon"),
             (self.console == ConsoleKind::Virtio, "--console virtio"),
             (!self.port.is_empty(), "--port"),
@@ -184,7 +189,8 @@ impl Options {
 
     /// Whether the program has sockets that others connect to while the guest runs.
     pub(crate) fn has_clients(&self) -> bool {
-        self.debug.is_wanted() || self.metrics.is_some() || !self.port.is_empty()
+        let cables = self.net.iter().any(|network| network.cable.is_some());
+        self.debug.is_wanted() || self.metrics.is_some() || !self.port.is_empty() || cables
     }
 
     /// What connects the guest with the program.
@@ -210,6 +216,9 @@ impl Options {
         let mut devices = VirtioDevices::new(transport, deterministic)?.entropy(seed)?;
         for disk in &self.disk {
             devices = devices.disk(disk)?;
+        }
+        for network in &self.net {
+            devices = devices.network(network)?;
         }
         if let Some(mib) = self.balloon {
             devices = devices.balloon(ram, mib)?;

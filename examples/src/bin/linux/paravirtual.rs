@@ -38,7 +38,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     );
     ensure!(
         options.wanted_transport().is_none(),
-        "--transport, --disk, --balloon, --console virtio, --port and --metrics do not go with --backend {}: its guest has no \
+        "--transport, --disk, --net, --balloon, --console virtio, --port and --metrics do not go with --backend {}: its guest has no \
          PC whose buses the devices could be on",
         xen_pv::NAME
     );
@@ -80,7 +80,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     }
     let time_is_up = alarm(options.seconds, &stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-    confine(&*engine, inherited, false)?;
+    confine(&*engine, inherited, options)?;
 
     threads.resume();
     let mut end = end_by(threads.wait(None), None, &watch, &time_is_up);

@@ -1,22 +1,15 @@
-//! The data of a request, as slices of the guest's memory that forget whose dirty bitmap they belong to.
-//!
-//! Backends are objects, so they cannot be generic over the memory. The device marks what was written itself.
-
-#![allow(unsafe_code, reason = "vm-memory has no safe way to a slice without its dirty bitmap")]
+//! The data of a request, as slices of the guest's memory. The device marks what was written itself.
 
 use std::fmt;
 use std::io;
 use std::ops::Deref;
 
 use smallvec::SmallVec;
-use vmm_memory::vm_memory::bitmap::{BS, Bitmap, BitmapSlice};
-use vmm_memory::vm_memory::volatile_memory::PtrGuardMut;
-use vmm_memory::vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vmm_memory::vm_memory::bitmap::{BS, Bitmap};
+use vmm_memory::vm_memory::{GuestMemory, Permissions, VolatileSlice};
 
 use crate::virtio::queue::{Chain, pieces};
-
-/// Pieces of guest memory.
-pub type Slices<'a> = SmallVec<[VolatileSlice<'a>; 4]>;
+use crate::virtio::slices::{Slices, each_slice, erase, mark_dirty};
 
 /// Which of a chain's bytes are the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,48 +78,8 @@ pub(super) fn with_slices<T: Deref<Target: GuestMemory>, R>(
 /// Tells the dirty bitmaps that the data was written, by who had it from [`Buffers::slices`].
 pub(super) fn mark_written<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, area: Area) {
     if let Area::Writable { len } = area {
-        let pieces = pieces(chain.writable(), 0, len);
-        // What is in no RAM was not written.
-        each_slice(chain.memory(), pieces, Permissions::Write, |s| s.bitmap().mark_dirty(0, s.len()));
+        mark_dirty(chain.memory(), pieces(chain.writable(), 0, len));
     }
-}
-
-/// Calls `f` for each slice of memory; how many bytes they have, `None` if one is in no RAM. What a memory says about its slices is
-/// counted, and not believed.
-fn each_slice<'a, G: GuestMemory + ?Sized>(
-    memory: &'a G,
-    pieces: impl Iterator<Item = (GuestAddress, usize)>,
-    access: Permissions,
-    mut f: impl FnMut(VolatileSlice<'a, BS<'a, G::Bitmap>>),
-) -> Option<usize> {
-    let mut total = 0;
-    for (gpa, len) in pieces {
-        let mut left = len;
-        for slice in memory.get_slices(gpa, len, access).ok()? {
-            let slice = slice.ok()?;
-            left = left.checked_sub(slice.len())?;
-            f(slice);
-        }
-        if left > 0 {
-            return None;
-        }
-        total += len;
-    }
-    Some(total)
-}
-
-/// The guard of a pointer has nothing to undo, so the pointer is good without it. With vm-memory's feature `xen`, which any crate of a
-/// program turns on for all, memory is mapped for each guard anew: there the devices do not build.
-const _: () = assert!(
-    !std::mem::needs_drop::<PtrGuardMut>(),
-    "vmm-devices hands guest memory to the kernel by address, and cannot be built with vm-memory's feature `xen`"
-);
-
-fn erase<'a, B: BitmapSlice>(slice: &VolatileSlice<'a, B>) -> VolatileSlice<'a> {
-    let guard = slice.ptr_guard_mut();
-    // SAFETY: the slice says that these bytes are there for 'a and are used by volatile accesses alone. The pointer outlives its guard, as
-    // asserted above.
-    unsafe { VolatileSlice::new(guard.as_ptr(), guard.len()) }
 }
 
 /// A request's data, with what keeps it mapped.

@@ -27,7 +27,6 @@ mod request;
 mod shrinks;
 #[cfg(feature = "io-uring")]
 mod uring;
-mod vectored;
 mod worker;
 
 use std::fmt;
@@ -35,8 +34,9 @@ use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+pub use super::slices::Slices;
 pub use backend::{Backend, BlockSizes, ConcurrentDisk, IoQueue, Job, JobEnd, Operation, Waker};
-pub use buffers::{Buffers, Slices};
+pub use buffers::Buffers;
 pub use config::{ID_BYTES, feature};
 pub use handle::{BlockHandle, ResizeError};
 pub use memory::MemoryDisk;

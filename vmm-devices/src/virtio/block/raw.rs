@@ -10,7 +10,7 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use vmm_memory::vm_memory::VolatileSlice;
 
 use super::backend::{Backend, BlockSizes, write_zeroes_by_hand};
-use super::vectored;
+use crate::vectored;
 
 /// A file, or a block device, each of whose bytes is one of the disk. No format is looked for: an image of another one is a disk
 /// with that file's bytes.

@@ -14,7 +14,7 @@ use io_uring::{IoUring, Probe, opcode, types};
 use super::backend::{Backend, ConcurrentDisk, IoQueue, Job, JobEnd, Operation, Waker, behind};
 use super::pool::{Pooled, ThreadPool};
 use super::raw::RawFile;
-use super::vectored::{Vectors, vectors};
+use crate::vectored::{Vectors, vectors};
 use crate::virtio::device::Progress;
 
 /// What a ring holds at most; further requests wait here.

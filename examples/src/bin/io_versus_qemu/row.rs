@@ -1,0 +1,106 @@
+//! The table.
+
+use vmm_examples::race::Spread;
+
+/// A row: what was done in a second, here and by the peer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Row {
+    /// What it is, with its unit.
+    pub(crate) label: String,
+    /// One figure of each pair.
+    pub(crate) ours: Vec<f64>,
+    /// Whom ours is compared with.
+    pub(crate) peer: String,
+    /// Its figures.
+    pub(crate) theirs: Vec<f64>,
+    /// Why there is no figure.
+    pub(crate) failure: Option<String>,
+}
+
+impl Row {
+    /// The cells: label, ours, peer, theirs, ratio.
+    fn cells(&self) -> [String; 5] {
+        let spread = |figures: &[f64]| {
+            let spread = Spread::of(figures.to_vec());
+            let half = (spread.most - spread.least) / 2.0 / spread.median * 100.0;
+            (
+                spread.median,
+                if figures.is_empty() {
+                    "-".to_owned()
+                } else {
+                    format!("{} ±{half:.0}%", digits(spread.median))
+                },
+            )
+        };
+        let ((ours, ours_text), (theirs, theirs_text)) = (spread(&self.ours), spread(&self.theirs));
+        let ratio = if self.ours.is_empty() || self.theirs.is_empty() {
+            "-".to_owned()
+        } else {
+            format!("{:.2}", ours / theirs)
+        };
+        [self.label.clone(), ours_text, self.peer.clone(), theirs_text, ratio]
+    }
+}
+
+fn digits(value: f64) -> String {
+    let places = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
+    format!("{value:.places$}")
+}
+
+/// All of it, as Markdown that a terminal shows as well.
+pub(crate) fn table(rows: &[Row]) -> String {
+    let head = ["", "ours", "peer", "the peer's", "ratio"].map(str::to_owned);
+    let cells: Vec<[String; 5]> = std::iter::once(head).chain(rows.iter().map(Row::cells)).collect();
+    let widths: Vec<usize> = (0..5)
+        .map(|column| cells.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max())
+        .map(|width| width.unwrap_or(0).max(3))
+        .collect();
+    let mut text = String::new();
+    for (number, row) in cells.iter().enumerate() {
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            // Words are flush left.
+            text += &if column == 0 || column == 2 {
+                format!("| {cell:<width$} ")
+            } else {
+                format!("| {cell:>width$} ")
+            };
+        }
+        text += "|\n";
+        if number == 0 {
+            for (column, &width) in widths.iter().enumerate() {
+                let rule = "-".repeat(width + 1);
+                text += &if column == 0 || column == 2 {
+                    format!("| {} ", &rule[..width])
+                } else {
+                    format!("| {}: ", &rule[..width - 1])
+                };
+            }
+            text += "|\n";
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_medians_and_ratios_of_them() {
+        let row = |label: &str, ours: &[f64], theirs: &[f64]| Row {
+            label: label.to_owned(),
+            ours: ours.to_vec(),
+            peer: "QEMU".to_owned(),
+            theirs: theirs.to_vec(),
+            failure: None,
+        };
+        let expected = "\
+|          |      ours | peer | the peer's | ratio |
+| -------- | --------: | ---- | ---------: | ----: |
+| read, /s | 3000 ±50% | QEMU |   1500 ±0% |  2.00 |
+| MB/s     |  5.25 ±0% | QEMU |          - |     - |
+";
+        let text = table(&[row("read, /s", &[4000.0, 3000.0, 1000.0], &[1500.0]), row("MB/s", &[5.25], &[])]);
+        assert_eq!(text, expected);
+    }
+}

@@ -1,0 +1,234 @@
+//! What device, workers and handles share.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use super::config::{ANNOUNCE, LINK_UP};
+use crate::clock::Clock;
+use crate::interrupt::lock;
+use crate::net::{Link, MacAddr, NetBackend, NetEvents, Offloads, RxFilter};
+use crate::virtio::device::DriverLink;
+use crate::virtio::doorbell::Doorbells;
+use crate::virtio::metrics::{Activity, Ended, Metrics};
+use crate::virtio::rate::RateLimiter;
+
+/// Where figures go, and what time it is.
+pub(super) struct Measured {
+    pub(super) sink: Arc<dyn Metrics>,
+    pub(super) clock: Box<dyn Clock>,
+}
+
+/// The driver that is there.
+pub(super) struct Active {
+    pub(super) link: Arc<dyn DriverLink>,
+    pub(super) doorbells: Arc<Doorbells>,
+    /// It answers announcements.
+    pub(super) announces: bool,
+}
+
+/// What has become of frames since the device was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NetCounters {
+    /// Frames that the driver got.
+    pub received: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Frames that came and were not for it: another's address or VLAN.
+    pub filtered: u64,
+    /// Frames that came and found no room, that left to the driver what it does not take, that were none, or that came while the link
+    /// was down.
+    pub receive_dropped: u64,
+    /// Frames that went out.
+    pub sent: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Frames that the backend lost, or that were sent while the link was down.
+    pub send_dropped: u64,
+    /// Frames of the driver's that were none: too short or too long, in no RAM, or with a header that does not fit.
+    pub refused: u64,
+    /// Buffers for frames that were too short for a header, or in no RAM.
+    pub bad_buffers: u64,
+    /// Commands that the driver was told it cannot have.
+    pub commands_refused: u64,
+}
+
+macro_rules! counters {
+    ($($name:ident),*) => {
+        #[derive(Debug, Default)]
+        pub(super) struct Counters {
+            $(pub(super) $name: AtomicU64,)*
+        }
+
+        impl Counters {
+            pub(super) fn get(&self) -> NetCounters {
+                NetCounters { $($name: self.$name.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters!(
+    received,
+    received_bytes,
+    filtered,
+    receive_dropped,
+    sent,
+    sent_bytes,
+    send_dropped,
+    refused,
+    bad_buffers,
+    commands_refused
+);
+
+pub(super) fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// What the driver wants of received frames, as workers look at it.
+pub(super) struct Wishes {
+    pub(super) filter: Arc<RxFilter>,
+    pub(super) offloads: Offloads,
+}
+
+pub(super) struct Shared {
+    pub(super) backend: Arc<dyn NetBackend>,
+    /// As long as the driver says nothing else.
+    pub(super) mac: MacAddr,
+    pub(super) wishes: Mutex<Wishes>,
+    /// How often the wishes have changed.
+    pub(super) wished: AtomicU32,
+    /// What the monitor says of the link.
+    pub(super) plugged: AtomicBool,
+    announce: AtomicBool,
+    generation: AtomicU32,
+    /// Limits of frames to the driver, and from it.
+    pub(super) receive_rate: Option<RateLimiter>,
+    pub(super) send_rate: Option<RateLimiter>,
+    pub(super) metrics: Option<Measured>,
+    pub(super) counters: Counters,
+    pub(super) active: Mutex<Option<Active>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("mac", &self.mac).field("link", &self.link()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(super) fn new(backend: Arc<dyn NetBackend>, mac: MacAddr) -> Self {
+        let wishes = Wishes { filter: Arc::new(RxFilter::everything(mac)), offloads: Offloads::NONE };
+        Self {
+            backend,
+            mac,
+            wishes: Mutex::new(wishes),
+            wished: AtomicU32::new(0),
+            plugged: AtomicBool::new(true),
+            announce: AtomicBool::new(false),
+            generation: AtomicU32::new(0),
+            receive_rate: None,
+            send_rate: None,
+            metrics: None,
+            counters: Counters::default(),
+            active: Mutex::new(None),
+        }
+    }
+
+    /// What the driver is told.
+    pub(super) fn link(&self) -> Link {
+        if self.plugged.load(Ordering::SeqCst) { self.backend.link() } else { Link::DOWN }
+    }
+
+    /// `status` of the configuration.
+    pub(super) fn status(&self) -> u16 {
+        let up = if self.link().up { LINK_UP } else { 0 };
+        up | if self.announce.load(Ordering::SeqCst) { ANNOUNCE } else { 0 }
+    }
+
+    pub(super) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The configuration is another one.
+    pub(super) fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        let active = lock(&self.active).as_ref().map(|a| (Arc::clone(&a.link), Arc::clone(&a.doorbells)));
+        if let Some((link, doorbells)) = active {
+            link.config_changed();
+            // What waits, on either side, is looked at again.
+            doorbells.ring_all();
+        }
+    }
+
+    /// Asks the driver to announce itself; whether there is one that does.
+    pub(super) fn announce(&self) -> bool {
+        let announces = lock(&self.active).as_ref().is_some_and(|active| active.announces);
+        if announces {
+            self.announce.store(true, Ordering::SeqCst);
+            self.changed();
+        }
+        announces
+    }
+
+    /// The driver has done so, or is gone.
+    pub(super) fn announced(&self) {
+        if self.announce.swap(false, Ordering::SeqCst) {
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Changes what the driver wants of frames.
+    pub(super) fn wish(&self, change: impl FnOnce(&mut Wishes)) {
+        let mut wishes = lock(&self.wishes);
+        change(&mut wishes);
+        self.backend.set_filter(&wishes.filter);
+        self.wished.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// As it is before a driver says anything.
+    pub(super) fn reset(&self) {
+        self.announced();
+        self.wish(|wishes| wishes.filter = Arc::new(RxFilter::everything(self.mac)));
+    }
+
+    /// When something begins, if anybody wants to know.
+    pub(super) fn now_ns(&self) -> u64 {
+        self.metrics.as_ref().map_or(0, |metrics| metrics.clock.now_ns())
+    }
+
+    pub(super) fn ended(&self, activity: Activity, bytes: u64, succeeded: bool, begun_ns: u64) {
+        if let Some(metrics) = &self.metrics {
+            let latency_ns = metrics.clock.now_ns().saturating_sub(begun_ns);
+            metrics.sink.ended(Ended { activity, bytes, succeeded, latency_ns });
+        }
+    }
+
+    pub(super) fn throttled(&self) {
+        if let Some(metrics) = &self.metrics {
+            metrics.sink.throttled();
+        }
+    }
+}
+
+/// What the backend has of the device. It does not keep it alive, as the device keeps the backend.
+pub(super) struct Events {
+    pub(super) shared: Weak<Shared>,
+    /// Of the driver that is there.
+    pub(super) doorbells: Option<Arc<Doorbells>>,
+}
+
+impl NetEvents for Events {
+    fn ready(&self, pair: u16) {
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.ring(pair.saturating_mul(2));
+        }
+    }
+
+    fn link_changed(&self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.changed();
+        }
+    }
+}
