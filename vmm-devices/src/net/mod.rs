@@ -23,6 +23,7 @@ mod membership;
 mod packet;
 mod socket;
 mod tap;
+pub mod switch;
 
 pub use backend::{Agreed, Link, NetBackend, NetEvents, NetPort, Received, Sent};
 pub use error::NetError;
