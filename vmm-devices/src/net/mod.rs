@@ -22,8 +22,8 @@ mod mac;
 mod membership;
 mod packet;
 mod socket;
-mod tap;
 pub mod switch;
+mod tap;
 
 pub use backend::{Agreed, Link, NetBackend, NetEvents, NetPort, Received, Sent};
 pub use error::NetError;

@@ -170,7 +170,10 @@ mod tests {
         let config = || PortConfig::new("p");
         assert_eq!(config().check(), Ok(()));
         for queues in [0, MAX_QUEUES + 1] {
-            assert_eq!(config().queues(queues).check(), Err(SwitchError::Queues { queues, most: MAX_QUEUES }));
+            assert_eq!(
+                config().queues(queues).check(),
+                Err(SwitchError::Queues { queues, most: MAX_QUEUES })
+            );
         }
         let mac = MacAddr::BROADCAST;
         assert_eq!(config().mac(mac).check(), Err(SwitchError::Mac { mac }));

@@ -113,7 +113,8 @@ fn flow_hash(head: &Head, key: Key) -> u64 {
     };
     let mut hash = key.mix(0);
     for word in addresses.unwrap_or_default().as_chunks::<4>().0 {
-        hash = (hash.rotate_left(5) ^ u64::from(u32::from_ne_bytes(*word))).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        hash =
+            (hash.rotate_left(5) ^ u64::from(u32::from_ne_bytes(*word))).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
     hash >> 32
 }
@@ -288,7 +289,14 @@ impl Sending {
         judge.judge(&flow) == Verdict::Pass
     }
 
-    fn send(&mut self, ingress: &mut Ingress, frame: &[VolatileSlice<'_>], to: &Arc<Port>, leaves: Leaves, key: Key) {
+    fn send(
+        &mut self,
+        ingress: &mut Ingress,
+        frame: &[VolatileSlice<'_>],
+        to: &Arc<Port>,
+        leaves: Leaves,
+        key: Key,
+    ) {
         let Ingress { head, scratch, wakes, .. } = ingress;
         let hash = &mut self.hash;
         let pair = to.lane(|| *hash.get_or_insert_with(|| flow_hash(head, key)));

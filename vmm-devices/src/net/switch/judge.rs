@@ -223,9 +223,17 @@ mod tests {
     fn what_is_there_is_seen_through_a_tag_and_no_further() {
         let ethernet = || PacketBuilder::ethernet2([2; 6], [4; 6]);
         let mut frame = Vec::new();
-        ethernet().ipv4([10, 0, 0, 1], [10, 0, 0, 2], 9).tcp(5, 80, 1, 1).syn().write(&mut frame, &[0; 400]).unwrap();
+        ethernet()
+            .ipv4([10, 0, 0, 1], [10, 0, 0, 2], 9)
+            .tcp(5, 80, 1, 1)
+            .syn()
+            .write(&mut frame, &[0; 400])
+            .unwrap();
         let seen = parse(frame);
-        assert_eq!((seen.source, seen.destination, seen.ether_type), (MacAddr([2; 6]), MacAddr([4; 6]), 0x800));
+        assert_eq!(
+            (seen.source, seen.destination, seen.ether_type),
+            (MacAddr([2; 6]), MacAddr([4; 6]), 0x800)
+        );
         let ip = |last| IpAddr::from([10, 0, 0, last]);
         let tcp = Network::Ip { source: ip(1), destination: ip(2), protocol: 6, fragment: false };
         assert_eq!(seen.network, Some(tcp));
@@ -233,7 +241,8 @@ mod tests {
         assert_eq!(seen.transport, Some(syn));
 
         let mut frame = Vec::new();
-        let tagged = ethernet().single_vlan(etherparse::VlanId::try_new(7).unwrap()).ipv6([1; 16], [2; 16], 9);
+        let tagged =
+            ethernet().single_vlan(etherparse::VlanId::try_new(7).unwrap()).ipv6([1; 16], [2; 16], 9);
         tagged.udp(53, 54).write(&mut frame, &[0; 9]).unwrap();
         assert_eq!(parse(frame.clone()).transport, Some(Transport::Udp { source: 53, destination: 54 }));
         let twice = [&frame[..12], &[0x81, 0, 0, 1], &frame[12..]].concat();
@@ -245,7 +254,8 @@ mod tests {
     fn arp_and_what_is_cut_off() {
         let arp = [0, 1, 8, 0, 6, 4, 0, 2, 9, 9, 9, 9, 9, 9, 10, 0, 0, 1, 0, 0, 0, 0, 0, 0, 10, 0, 0, 2];
         let frame = [&[4; 6][..], &[2; 6], &[8, 6], &arp].concat();
-        let Some(Network::Arp { operation: 2, sender_mac, sender, target }) = parse(frame.clone()).network else {
+        let Some(Network::Arp { operation: 2, sender_mac, sender, target }) = parse(frame.clone()).network
+        else {
             panic!("no ARP")
         };
         assert_eq!(sender_mac, MacAddr([9; 6]));

@@ -109,10 +109,7 @@ impl Pair {
     }
 
     fn totals(&self) -> FrameTotals {
-        FrameTotals {
-            frames: self.frames.load(Ordering::Relaxed),
-            bytes: self.bytes.load(Ordering::Relaxed),
-        }
+        FrameTotals { frames: self.frames.load(Ordering::Relaxed), bytes: self.bytes.load(Ordering::Relaxed) }
     }
 }
 

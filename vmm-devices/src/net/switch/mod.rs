@@ -42,6 +42,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod broker;
 mod config;
 mod error;
 mod forward;
@@ -58,7 +59,7 @@ mod vlan;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 pub use config::{Isolation, MAX_QUEUES, PortConfig};
 pub use error::SwitchError;
@@ -240,11 +241,7 @@ impl Switch {
     /// # Errors
     /// [`SwitchError`]: the grant is revoked, or for another network; the name or the address is another port's; there are too many ports;
     /// or the configuration is none.
-    pub fn attach(
-        &self,
-        grant: Grant<NetworkAttach>,
-        config: PortConfig,
-    ) -> Result<SwitchPort, SwitchError> {
+    pub fn attach(&self, grant: Grant<NetworkAttach>, config: PortConfig) -> Result<SwitchPort, SwitchError> {
         config.check()?;
         let lanes = (0..config.queues).map(|_| ring::ring(config.ring)).collect::<Result<Vec<_>, _>>()?;
         let lanes = lanes.into_iter().map(|(producer, consumer)| (producer, Some(consumer)));
@@ -261,9 +258,20 @@ impl Switch {
         let inner = &self.inner;
         let network = || Arc::clone(&inner.network);
         if grant.channel().network != inner.network {
-            return Err(SwitchError::Network { granted: Arc::clone(&grant.channel().network), network: network() });
+            return Err(SwitchError::Network {
+                granted: Arc::clone(&grant.channel().network),
+                network: network(),
+            });
         }
         let id = PortId(inner.next.fetch_add(1, Ordering::Relaxed));
+        let watch = grant.watch();
+        let place = Arc::<OnceLock<Weak<Port>>>::default();
+        let (switch, of_grant) = (Arc::downgrade(inner), Arc::clone(&place));
+        grant.on_revoked(move || {
+            if let (Some(switch), Some(port)) = (switch.upgrade(), of_grant.get().and_then(Weak::upgrade)) {
+                switch.detach(&port);
+            }
+        });
         let flow = FlowPort { id, name: Arc::clone(&config.name), grant: grant.id() };
         let ingress = Ingress::new(&config, Arc::default(), inner.clock.now_ns());
         let lanes = lanes.map(|(producer, consumer)| Lane::new(producer, consumer)).collect();
@@ -289,15 +297,9 @@ impl Switch {
             Ok(())
         })?;
         let attached = SwitchPort { switch: Arc::clone(inner), port };
-        let (switch, port) = (Arc::downgrade(inner), Arc::downgrade(&attached.port));
-        attached.port.with_grant(|grant| {
-            grant.on_revoked(move || {
-                if let (Some(switch), Some(port)) = (switch.upgrade(), port.upgrade()) {
-                    switch.detach(&port);
-                }
-            });
-        });
-        if !attached.port.is_live() {
+        // One that was taken back before this finds no port.
+        let (Ok(()) | Err(_)) = place.set(Arc::downgrade(&attached.port));
+        if !watch.is_live() {
             return Err(SwitchError::Revoked { network: network() });
         }
         Ok(attached)
@@ -353,7 +355,10 @@ impl Inner {
     }
 
     /// Replaces the topology by a changed one.
-    fn change(&self, change: impl FnOnce(&mut Topology) -> Result<(), SwitchError>) -> Result<(), SwitchError> {
+    fn change(
+        &self,
+        change: impl FnOnce(&mut Topology) -> Result<(), SwitchError>,
+    ) -> Result<(), SwitchError> {
         let mut place = self.topology.write().unwrap_or_else(PoisonError::into_inner);
         let mut topology = (**place).clone();
         change(&mut topology)?;

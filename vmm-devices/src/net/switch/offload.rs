@@ -133,7 +133,8 @@ impl Layout {
                 let [version, ..]: [u8; 20] = get(frame, network)?;
                 let [high, low]: [u8; 2] = get(frame, network + 6)?;
                 let fragment = u16::from_be_bytes([high, low]) & 0x3fff;
-                let has_length = version >> 4 == 4 && usize::from(version & 15) * 4 == transport.checked_sub(network)?;
+                let has_length =
+                    version >> 4 == 4 && usize::from(version & 15) * 4 == transport.checked_sub(network)?;
                 let [protocol] = get(frame, network + 9)?;
                 (has_length && fragment == 0).then_some((true, protocol))?
             }
@@ -153,8 +154,13 @@ impl Layout {
         let least = if wanted == TCP { 20 } else { 8 };
         let payload = transport + header;
         let fits = protocol == wanted && usize::from(sum.offset) == at && header >= least;
-        (fits && payload <= MAX_HEADERS && payload < frame.len())
-            .then_some(Self { is_ipv4, protocol, network, transport, payload })
+        (fits && payload <= MAX_HEADERS && payload < frame.len()).then_some(Self {
+            is_ipv4,
+            protocol,
+            network,
+            transport,
+            payload,
+        })
     }
 
     /// The sum of the pseudo-header of a segment with `len` bytes from the transport header on.

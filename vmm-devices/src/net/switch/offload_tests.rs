@@ -8,7 +8,11 @@ use super::*;
 /// A frame of TCP, as a guest hands it over to be cut: with a sum of the pseudo-header alone, which nothing here relies on.
 fn tcp(v6: bool, options: usize, payload: &[u8]) -> (Vec<u8>, Checksum) {
     let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
-    let ip = if v6 { ethernet.ipv6([1; 16], [2; 16], 64) } else { ethernet.ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64) };
+    let ip = if v6 {
+        ethernet.ipv6([1; 16], [2; 16], 64)
+    } else {
+        ethernet.ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
+    };
     let options = vec![1; options];
     let tcp = ip.tcp(4000, 80, 0xffff_f000, 1000).ack(7).psh().fin().options_raw(&options).unwrap();
     let mut frame = Vec::new();
@@ -26,7 +30,9 @@ fn udp(payload: &[u8]) -> (Vec<u8>, Checksum) {
 fn cut(frame: &[u8], kind: GsoKind, size: u16, sum: Checksum) -> Result<Vec<Vec<u8>>, OffloadError> {
     let mut pieces = Vec::new();
     let gso = Gso { kind, size, ecn: false };
-    let count = segment(&mut frame.to_vec(), gso, sum, |headers, payload| pieces.push([&*headers, &*payload].concat()))?;
+    let count = segment(&mut frame.to_vec(), gso, sum, |headers, payload| {
+        pieces.push([&*headers, &*payload].concat())
+    })?;
     assert_eq!(count, pieces.len());
     Ok(pieces)
 }
@@ -46,7 +52,11 @@ fn check(piece: &[u8]) -> Vec<u8> {
                     tcp.calc_checksum_ipv4(header.source(), header.destination()).unwrap()
                 ),
                 TransportSlice::Udp(udp) => {
-                    let sum = udp.to_header().calc_checksum_ipv4_raw(header.source(), header.destination(), udp.payload());
+                    let sum = udp.to_header().calc_checksum_ipv4_raw(
+                        header.source(),
+                        header.destination(),
+                        udp.payload(),
+                    );
                     assert_eq!(udp.checksum(), sum.unwrap());
                 }
                 other => panic!("{other:?}"),

@@ -91,7 +91,10 @@ pub(super) struct Port {
 
 impl fmt::Debug for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Port").field("flow", &self.flow).field("live", &self.is_live()).finish_non_exhaustive()
+        f.debug_struct("Port")
+            .field("flow", &self.flow)
+            .field("live", &self.is_live())
+            .finish_non_exhaustive()
     }
 }
 
@@ -138,10 +141,6 @@ impl Port {
         }
     }
 
-    pub(super) fn with_grant<R>(&self, f: impl FnOnce(&Grant<NetworkAttach>) -> R) -> Option<R> {
-        lock(&self.grant).as_ref().map(f)
-    }
-
     /// Which of the queues has the flow with that hash.
     pub(super) fn lane(&self, hash: impl FnOnce() -> u64) -> u16 {
         match self.active.load(Ordering::Relaxed) {
@@ -179,7 +178,11 @@ impl Port {
     }
 
     /// The same after doing what the driver cannot. Whether some of it found room.
-    fn deliver_finished(&self, producer: &mut Producer, parcel: &mut Parcel<'_, '_>) -> Result<bool, DropReason> {
+    fn deliver_finished(
+        &self,
+        producer: &mut Producer,
+        parcel: &mut Parcel<'_, '_>,
+    ) -> Result<bool, DropReason> {
         let info = parcel.info;
         let plain = PacketInfo::default().to_bytes(0);
         let mut some = false;
@@ -250,7 +253,12 @@ impl Port {
         self.tell_link();
     }
 
-    fn receive(&self, pair: u16, agreed: Offloads, buffers: &[VolatileSlice<'_>]) -> Result<Option<Received>, NetError> {
+    fn receive(
+        &self,
+        pair: u16,
+        agreed: Offloads,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<Option<Received>, NetError> {
         let Some(lane) = self.lanes.get(usize::from(pair)) else { return Ok(None) };
         let mut exit = lock(&lane.exit);
         let Some(consumer) = &mut *exit else { return Ok(None) };

@@ -140,10 +140,7 @@ pub(super) fn check_size(size: usize) -> Result<(), RingError> {
 }
 
 /// Copies from `from`, one slice after the other, to `to`, as much as there is of both.
-pub(super) fn copy<'a>(
-    from: impl IntoIterator<Item = VolatileSlice<'a>>,
-    to: &[VolatileSlice<'_>],
-) -> usize {
+pub(super) fn copy<'a>(from: impl IntoIterator<Item = VolatileSlice<'a>>, to: &[VolatileSlice<'_>]) -> usize {
     let mut done = 0;
     let mut targets = to.iter().copied();
     let Some(mut target) = targets.next() else { return 0 };
@@ -366,11 +363,6 @@ impl Consumer {
         }
         self.place.store(ASLEEP, 0, Ordering::Relaxed)?;
         Ok(false)
-    }
-
-    /// It is awake: nobody needs to wake it.
-    pub(super) fn awake(&mut self) -> Result<(), RingError> {
-        self.place.store(ASLEEP, 0, Ordering::Relaxed)
     }
 
     /// A second view of the memory, for tests of what the other side may do to it.

@@ -99,7 +99,7 @@ fn nobody_sleeps_through_a_frame() {
         }
         if producer.wakes().unwrap() {
             // It may have seen the last frame by itself.
-            drop(frames.send(()));
+            let (Ok(()) | Err(_)) = frames.send(());
         }
     }
     reader.join().unwrap();
@@ -107,7 +107,9 @@ fn nobody_sleeps_through_a_frame() {
 
 #[test]
 fn positions_that_cannot_be_end_the_ring() {
-    for (word, value) in [(PRODUCED, LEAST as u64 + 1), (PRODUCED, u64::MAX), (CONSUMED, 17), (CONSUMED, u64::MAX)] {
+    for (word, value) in
+        [(PRODUCED, LEAST as u64 + 1), (PRODUCED, u64::MAX), (CONSUMED, 17), (CONSUMED, u64::MAX)]
+    {
         let (mut producer, mut consumer) = ring(LEAST).unwrap();
         consumer.place.store(word, value, Ordering::SeqCst).unwrap();
         let broken = if word == PRODUCED {

@@ -188,8 +188,10 @@ mod tests {
     /// The old way into another VLAN: two tags, of which the first is the trunk's native one.
     #[test]
     fn a_native_tag_is_not_taken_off_another_one() {
-        let port =
-            |allowed: &[u16]| PortVlans::Trunk { native: Some(vlan(1)), allowed: allowed.iter().map(|v| vlan(*v)).collect() };
+        let port = |allowed: &[u16]| PortVlans::Trunk {
+            native: Some(vlan(1)),
+            allowed: allowed.iter().map(|v| vlan(*v)).collect(),
+        };
         assert_eq!(port(&[1, 2]).leaves(vlan(1), true), Some(Leaves::Tagged));
         assert_eq!(port(&[2]).leaves(vlan(1), true), None);
     }

@@ -14,10 +14,8 @@ fn what_is_no_frame_is_dropped() {
     a.send(&frame(2, 1, "")[..13]);
     a.send(&tagged(2, 1, &[0], "")[..17]);
     a.send(&vec![2; MAX_FRAME + 1]);
-    let inside = PacketInfo {
-        checksum: Some(crate::net::Checksum { start: 14, offset: 0 }),
-        ..PacketInfo::default()
-    };
+    let inside =
+        PacketInfo { checksum: Some(crate::net::Checksum { start: 14, offset: 0 }), ..PacketInfo::default() };
     a.send_as(&inside, &tagged(2, 1, &[0], "a checksum in the tag"));
     assert_eq!((b.received(), lan.dropped("a", DropReason::Malformed)), (0, 4));
     assert_eq!(lan.switch.macs(), []);

@@ -32,13 +32,15 @@ fn a_judge_sees_ports_of_tcp() {
     let lan = Lan::new();
     let mut a = lan.plain("a");
     let mut b = lan.device(PortConfig::new("b").mac(mac(2)));
-    lan.switch.set_judge(Some(Arc::new(|flow: &Flow<'_>| match (flow.headers.network, flow.headers.transport) {
-        (Some(Network::Ip { source, .. }), Some(Transport::Tcp { destination: 80, .. }))
-            if source == IpAddr::from([10, 0, 0, 1]) =>
-        {
-            Verdict::Pass
+    lan.switch.set_judge(Some(Arc::new(|flow: &Flow<'_>| {
+        match (flow.headers.network, flow.headers.transport) {
+            (Some(Network::Ip { source, .. }), Some(Transport::Tcp { destination: 80, .. }))
+                if source == IpAddr::from([10, 0, 0, 1]) =>
+            {
+                Verdict::Pass
+            }
+            _ => Verdict::Drop,
         }
-        _ => Verdict::Drop,
     })));
     let packet = |source: u8, port| {
         let builder = etherparse::PacketBuilder::ethernet2(mac(1).0, mac(2).0);

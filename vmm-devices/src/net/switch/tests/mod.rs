@@ -16,7 +16,9 @@ use vmm_memory::vm_memory::VolatileSlice;
 use super::*;
 use crate::ManualClock;
 use crate::channel::{AllowAll, Gatekeeper, Party, VmIdentity};
-use crate::net::{Agreed, MAX_FRAME, NetBackend as _, NetEvents, NetPort, Offloads, PacketInfo, Received, Sent};
+use crate::net::{
+    Agreed, MAX_FRAME, NetBackend as _, NetEvents, NetPort, Offloads, PacketInfo, Received, Sent,
+};
 
 /// What a device hears.
 #[derive(Default)]

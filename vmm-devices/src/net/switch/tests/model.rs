@@ -83,11 +83,12 @@ impl Model {
         }
         if !pinned(vlan, from) {
             let known = self.known.get(&(vlan, from)).copied();
-            if known.is_some_and(|(owner, _)| owner == port) {
+            if known.is_some_and(|(owner, seen)| owner == port && self.is_fresh(seen)) {
                 self.known.insert((vlan, from), (port, self.now_s));
             } else {
                 self.known.remove(&(vlan, from));
-                let fresh = self.known.values().filter(|(owner, seen)| *owner == port && self.is_fresh(*seen));
+                let fresh =
+                    self.known.values().filter(|(owner, seen)| *owner == port && self.is_fresh(*seen));
                 if fresh.count() < LEARNED {
                     self.known.insert((vlan, from), (port, self.now_s));
                 }
@@ -113,7 +114,11 @@ impl Model {
             let (untagged, allowed) = Self::members(other);
             let is_trunk = !allowed.is_empty();
             let leaves = if untagged == Some(vlan) {
-                if is_trunk && !inner.is_empty() { allowed.contains(&vlan).then_some(true) } else { Some(false) }
+                if is_trunk && !inner.is_empty() {
+                    allowed.contains(&vlan).then_some(true)
+                } else {
+                    Some(false)
+                }
             } else {
                 allowed.contains(&vlan).then_some(true)
             };

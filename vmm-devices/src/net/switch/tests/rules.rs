@@ -14,7 +14,12 @@ fn addresses_are_learned_and_forgotten() {
     assert_eq!(c.received(), 0);
     a.send(&frame(2, 1, "ah"));
     assert_eq!((b.received(), c.received()), (1, 0));
-    let entry = |number, port: &Device| MacEntry { vlan: 1, mac: mac(number), port: port.backend.id(), pinned: false };
+    let entry = |number, port: &Device| MacEntry {
+        vlan: 1,
+        mac: mac(number),
+        port: port.backend.id(),
+        pinned: false,
+    };
     assert_eq!(lan.switch.macs(), [entry(1, &a), entry(2, &b)]);
     assert_eq!(lan.port("a").metrics.flooded, 1);
 

@@ -1,0 +1,558 @@
+//! The broker: one thread has all clients, and serves each in turn.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::net::sockopt;
+
+use super::BrokerError;
+use super::memory::{self, Side};
+use super::message::{Hello, Message};
+use super::socket::{self, Descriptors, Heard};
+use crate::channel::{Gatekeeper, NetworkAttach, Party, Refusal};
+use crate::net::switch::metrics::DropReason;
+use crate::net::switch::port::flush;
+use crate::net::switch::ring::Consumer;
+use crate::net::switch::{PortConfig, PortId, PortSnapshot, Switch, SwitchPort};
+use crate::net::{MacAddr, NetEvents, Offloads, PacketInfo};
+
+/// Clients have so long for their hello, where nothing else is said.
+const HELLO: Duration = Duration::from_secs(5);
+
+/// Frames of one client that are moved before others have their turn, and their bytes.
+const FRAMES: usize = 64;
+const BYTES: usize = 1 << 20;
+
+/// Messages of one client that are read before others have their turn.
+const MESSAGES: usize = 16;
+
+const LISTENER: u64 = 0;
+const WAKER: u64 = 1;
+const FIRST: u64 = 2;
+
+/// Who wants a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Peer {
+    /// Its process, as the kernel says. A process may end, and another have its number.
+    pub pid: i32,
+    /// Its user, as the kernel says.
+    pub uid: u32,
+    /// Its group, as the kernel says.
+    pub gid: u32,
+    /// The name that it gives itself.
+    pub name: Arc<str>,
+    /// The address that it says its device has.
+    pub mac: Option<MacAddr>,
+    /// What it gives beside, for who hands out secrets.
+    pub token: Vec<u8>,
+}
+
+/// What a server tells its monitor.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum ServerEvent {
+    /// A client has got a port.
+    Attached {
+        /// Who.
+        peer: Peer,
+        /// Which port.
+        port: PortId,
+    },
+    /// Somebody has got none.
+    Refused {
+        /// Who, as far as it has said.
+        peer: Option<Peer>,
+        /// Why.
+        reason: String,
+    },
+    /// A client is gone.
+    Left {
+        /// Who.
+        peer: Peer,
+        /// Why.
+        reason: String,
+        /// What it has done.
+        metrics: Box<PortSnapshot>,
+    },
+}
+
+type Identify = Box<dyn Fn(&Peer) -> Result<Party, Refusal> + Send>;
+type Configure = Box<dyn Fn(&Peer) -> Result<PortConfig, Refusal> + Send>;
+
+/// How a server is to be.
+pub struct ServerBuilder {
+    switch: Switch,
+    gatekeeper: Gatekeeper,
+    identify: Identify,
+    configure: Configure,
+    events: Box<dyn Fn(ServerEvent) + Send>,
+    clients: usize,
+    ring: usize,
+    hello: Duration,
+}
+
+impl fmt::Debug for ServerBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerBuilder").field("switch", &self.switch).finish_non_exhaustive()
+    }
+}
+
+/// Those of this process's user, by the name that they give themselves.
+fn of_this_user(peer: &Peer) -> Result<Party, Refusal> {
+    let own = rustix::process::geteuid().as_raw();
+    if peer.uid != own {
+        return Err(Refusal::new(format!("it is of user {}, and this network of user {own}", peer.uid)));
+    }
+    Ok(Party::Host(Arc::clone(&peer.name)))
+}
+
+impl ServerBuilder {
+    /// Who a client is for the gate. Where nothing is said: clients of this process's user are who they say, and others nobody.
+    #[must_use]
+    pub fn identify(mut self, identify: impl Fn(&Peer) -> Result<Party, Refusal> + Send + 'static) -> Self {
+        self.identify = Box::new(identify);
+        self
+    }
+
+    /// The port that a client gets. Where nothing is said: one of its name, locked to the address that it says it has.
+    #[must_use]
+    pub fn configure(
+        mut self,
+        configure: impl Fn(&Peer) -> Result<PortConfig, Refusal> + Send + 'static,
+    ) -> Self {
+        self.configure = Box::new(configure);
+        self
+    }
+
+    /// Hears who comes and goes, on the server's thread.
+    #[must_use]
+    pub fn events(mut self, events: impl Fn(ServerEvent) + Send + 'static) -> Self {
+        self.events = Box::new(events);
+        self
+    }
+
+    /// How many clients there are at most, those included that have not said who they are; 64 where nothing is said.
+    #[must_use]
+    pub fn max_clients(mut self, most: usize) -> Self {
+        self.clients = most;
+        self
+    }
+
+    /// Bytes of a client's ring at most; 4 MiB where nothing is said.
+    #[must_use]
+    pub fn max_queue_bytes(mut self, most: usize) -> Self {
+        self.ring = most;
+        self
+    }
+
+    /// How long a client may take to say who it is; 5 seconds where nothing is said.
+    #[must_use]
+    pub fn hello_timeout(mut self, longest: Duration) -> Self {
+        self.hello = longest;
+        self
+    }
+
+    /// Listens at `path`. Who may connect there is the path's permissions' to say; it is removed by whoever made it.
+    ///
+    /// # Errors
+    /// If it cannot be listened at, or the host refuses what else that takes.
+    pub fn listen(self, path: impl AsRef<Path>) -> Result<SwitchServer, BrokerError> {
+        let listener = socket::listen(path.as_ref())?;
+        let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let waker = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let add =
+            |fd: &OwnedFd, id| epoll::add(&poll, fd, epoll::EventData::new_u64(id), epoll::EventFlags::IN);
+        add(&listener, LISTENER)?;
+        add(&waker, WAKER)?;
+        let stop = Arc::default();
+        Ok(SwitchServer {
+            config: self,
+            path: path.as_ref().to_owned(),
+            listener,
+            poll,
+            waker,
+            stop,
+            clients: BTreeMap::new(),
+            next: FIRST,
+        })
+    }
+}
+
+/// A server, with its clients. Dropped, it is gone, and so are their ports.
+pub struct SwitchServer {
+    config: ServerBuilder,
+    path: PathBuf,
+    listener: OwnedFd,
+    poll: OwnedFd,
+    waker: Arc<OwnedFd>,
+    stop: Arc<std::sync::atomic::AtomicBool>,
+    clients: BTreeMap<u64, Client>,
+    next: u64,
+}
+
+impl fmt::Debug for SwitchServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let clients = self.clients.len();
+        f.debug_struct("SwitchServer")
+            .field("path", &self.path)
+            .field("clients", &clients)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Ends [`SwitchServer::run`], from any thread or a signal's.
+#[derive(Clone, Debug)]
+pub struct ServerStopper {
+    waker: Arc<OwnedFd>,
+    stop: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl ServerStopper {
+    /// Has it end.
+    pub fn stop(&self) {
+        self.stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        wake(&self.waker);
+    }
+}
+
+fn wake(waker: &OwnedFd) {
+    // Where there is no room for it, it has been woken.
+    let (Ok(_) | Err(_)) = rustix::io::write(waker, &1_u64.to_ne_bytes());
+}
+
+/// Somebody who has connected.
+struct Client {
+    socket: OwnedFd,
+    state: State,
+}
+
+enum State {
+    /// It has not said who it is.
+    New { until: Instant },
+    /// It has a port.
+    Member(Box<Member>),
+}
+
+struct Member {
+    peer: Peer,
+    port: SwitchPort,
+    consumer: Consumer,
+    link: Arc<Line>,
+    /// What it may leave to others.
+    transmit: Offloads,
+    /// There may be frames in its ring.
+    awake: bool,
+    up: bool,
+}
+
+/// What wakes a client, and the server when a port changes.
+struct Line {
+    bell: OwnedFd,
+    waker: Arc<OwnedFd>,
+}
+
+impl NetEvents for Line {
+    fn ready(&self, _: u16) {
+        socket::ring(&self.bell);
+    }
+
+    fn link_changed(&self) {
+        wake(&self.waker);
+    }
+}
+
+impl SwitchServer {
+    /// A server for `switch`, which asks `gatekeeper` about each client.
+    pub fn builder(switch: Switch, gatekeeper: Gatekeeper) -> ServerBuilder {
+        ServerBuilder {
+            switch,
+            gatekeeper,
+            identify: Box::new(of_this_user),
+            configure: Box::new(|peer| {
+                let config = PortConfig::new(Arc::clone(&peer.name));
+                Ok(match peer.mac {
+                    Some(mac) => config.mac(mac),
+                    None => config,
+                })
+            }),
+            events: Box::new(|_| {}),
+            clients: 64,
+            ring: 4 << 20,
+            hello: HELLO,
+        }
+    }
+
+    /// Ends [`SwitchServer::run`].
+    pub fn stopper(&self) -> ServerStopper {
+        ServerStopper { waker: Arc::clone(&self.waker), stop: Arc::clone(&self.stop) }
+    }
+
+    /// Serves clients, until it is stopped.
+    ///
+    /// # Errors
+    /// If the host refuses to let it wait.
+    pub fn run(&mut self) -> Result<(), BrokerError> {
+        let mut events = Vec::with_capacity(64);
+        while !self.stop.load(std::sync::atomic::Ordering::SeqCst) {
+            let timeout = self.timeout();
+            events.clear();
+            match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            for event in &events {
+                match event.data.u64() {
+                    LISTENER => self.accept(),
+                    WAKER => self.look(),
+                    id => self.hear(id),
+                }
+            }
+            self.move_frames();
+            self.expire();
+        }
+        Ok(())
+    }
+
+    /// Not at all while there are frames, and as long as somebody may take for a hello.
+    fn timeout(&self) -> Option<Timespec> {
+        let member = |client: &Client| matches!(&client.state, State::Member(member) if member.awake);
+        if self.clients.values().any(member) {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
+        let until = self.clients.values().filter_map(|client| match client.state {
+            State::New { until } => Some(until),
+            State::Member(_) => None,
+        });
+        let left = until.min()?.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        Timespec::try_from(left).ok()
+    }
+
+    fn accept(&mut self) {
+        let accepted = match socket::accept(&self.listener) {
+            Ok(Some(accepted)) => accepted,
+            Ok(None) => return,
+            Err(error) => {
+                // No descriptor is left, as a rule: who waits, waits. Nothing is gained by trying at once.
+                self.tell(ServerEvent::Refused {
+                    peer: None,
+                    reason: format!("it cannot be accepted: {error}"),
+                });
+                std::thread::sleep(Duration::from_millis(10));
+                return;
+            }
+        };
+        let most = self.config.clients;
+        if self.clients.len() >= most {
+            self.refuse(&accepted, None, format!("there are {most} clients, which is the most"));
+            return;
+        }
+        let id = self.next;
+        self.next += 1;
+        let data = epoll::EventData::new_u64(id);
+        if let Err(error) = epoll::add(&self.poll, &accepted, data, epoll::EventFlags::IN) {
+            self.refuse(&accepted, None, format!("it cannot be waited for: {error}"));
+            return;
+        }
+        let state = State::New { until: Instant::now() + self.config.hello };
+        self.clients.insert(id, Client { socket: accepted, state });
+    }
+
+    fn tell(&self, event: ServerEvent) {
+        (self.config.events)(event);
+    }
+
+    fn refuse(&self, socket: &OwnedFd, peer: Option<Peer>, reason: String) {
+        // It may be gone.
+        drop(socket::send(socket, &Message::Refused { reason: reason.clone() }));
+        self.tell(ServerEvent::Refused { peer, reason });
+    }
+
+    /// A port is another than before: it may be gone.
+    fn look(&mut self) {
+        let mut count = [0; 8];
+        let (Ok(_) | Err(_)) = rustix::io::read(&self.waker, &mut count);
+        let mut gone = Vec::new();
+        for (id, client) in &mut self.clients {
+            let State::Member(member) = &mut client.state else { continue };
+            if !member.port.port.is_live() {
+                gone.push(*id);
+                continue;
+            }
+            let up = member.port.port.is_up();
+            // Where there is no room for it, it is said the next time.
+            if up != member.up && socket::send(&client.socket, &Message::Link { up }).is_ok_and(|sent| sent) {
+                member.up = up;
+            }
+        }
+        for id in gone {
+            self.end(id, "the right to be on the network was taken back");
+        }
+    }
+
+    /// A client has said something.
+    fn hear(&mut self, id: u64) {
+        for _ in 0..MESSAGES {
+            let Some(client) = self.clients.get_mut(&id) else { return };
+            let heard = match socket::receive(&client.socket) {
+                Ok(Heard::Nothing) => return,
+                Ok(Heard::End) => return self.end(id, "it has closed its connection"),
+                Ok(Heard::Message(message, descriptors)) => (message, descriptors),
+                Err(error) => return self.end(id, &error.to_string()),
+            };
+            match (&mut client.state, heard) {
+                (State::New { .. }, (Message::Hello(hello), descriptors)) => {
+                    self.welcome(id, hello, descriptors)
+                }
+                (State::Member(member), (Message::Driver { present: true, receive }, _)) => {
+                    let line: Arc<dyn NetEvents> = Arc::<Line>::clone(&member.link);
+                    member.port.port.open(receive, line);
+                }
+                (State::Member(member), (Message::Driver { present: false, .. }, _)) => {
+                    member.port.port.close();
+                }
+                (State::Member(member), (Message::Bell, _)) => member.awake = true,
+                _ => return self.end(id, "it has sent a message that is not its turn"),
+            }
+        }
+    }
+
+    /// Who has said hello gets a port, or hears why not.
+    fn welcome(&mut self, id: u64, hello: Hello, descriptors: Descriptors) {
+        let Some(client) = self.clients.get(&id) else { return };
+        let peer = match sockopt::socket_peercred(&client.socket) {
+            Ok(credentials) => Peer {
+                pid: credentials.pid.as_raw_nonzero().get(),
+                uid: credentials.uid.as_raw(),
+                gid: credentials.gid.as_raw(),
+                name: hello.name.as_str().into(),
+                mac: hello.mac,
+                token: hello.token.clone(),
+            },
+            Err(error) => return self.end(id, &format!("nobody knows who it is: {error}")),
+        };
+        match self.admit(&peer, &hello, descriptors) {
+            Ok(member) => {
+                let (up, port) = (member.up, member.port.id());
+                let mtu = self.config.switch.inner.mtu;
+                let Some(client) = self.clients.get_mut(&id) else { return };
+                client.state = State::Member(Box::new(member));
+                if !socket::send(&client.socket, &Message::Welcome { mtu, up }).is_ok_and(|sent| sent) {
+                    return self.end(id, "it does not hear");
+                }
+                self.tell(ServerEvent::Attached { peer, port });
+            }
+            Err(reason) => {
+                if let Some(client) = self.clients.remove(&id) {
+                    self.refuse(&client.socket, Some(peer), reason);
+                }
+            }
+        }
+    }
+
+    /// What a client gets; nothing of it stays if that fails. The reason is for the client as well.
+    fn admit(&self, peer: &Peer, hello: &Hello, descriptors: Descriptors) -> Result<Member, String> {
+        let ServerBuilder { switch, gatekeeper, identify, configure, ring, .. } = &self.config;
+        if hello.network != **switch.network() {
+            return Err(format!("this is network {:?}", switch.network()));
+        }
+        let size = usize::try_from(hello.ring).unwrap_or(usize::MAX);
+        if size > *ring {
+            return Err(format!("rings of {size} bytes; {ring} are the most"));
+        }
+        let text = |error: &dyn std::error::Error| error.to_string();
+        let party = identify(peer).map_err(|refusal| text(&refusal))?;
+        let config = configure(peer).map_err(|refusal| text(&refusal))?;
+        config.check().map_err(|error| text(&error))?;
+        let channel = NetworkAttach { network: Arc::clone(switch.network()) };
+        let grant = gatekeeper.open(party, None, channel).map_err(|refusal| text(&refusal))?;
+        let Ok([memory, bell]) = descriptors.into_inner() else {
+            return Err("a hello has two descriptors".to_owned());
+        };
+        let memory = memory::take(memory, size).map_err(|error| text(&error))?;
+        let (producer, consumer) = memory::ends(&memory, size, Side::Broker).map_err(|error| text(&error))?;
+        let config = config.queues(1);
+        let lanes = std::iter::once((producer, None));
+        let port = switch.attach_with(grant, config, lanes).map_err(|error| text(&error))?;
+        let link = Arc::new(Line { bell, waker: Arc::clone(&self.waker) });
+        let line: Arc<dyn NetEvents> = Arc::<Line>::clone(&link);
+        crate::net::NetBackend::listen(&port, line);
+        let up = port.port.is_up();
+        Ok(Member { peer: peer.clone(), port, consumer, link, transmit: hello.transmit, awake: true, up })
+    }
+
+    fn end(&mut self, id: u64, reason: &str) {
+        let Some(Client { socket, state }) = self.clients.remove(&id) else { return };
+        match state {
+            State::New { .. } => self.refuse(&socket, None, reason.to_owned()),
+            State::Member(member) => {
+                let Member { peer, port, .. } = *member;
+                drop(socket::send(&socket, &Message::Refused { reason: reason.to_owned() }));
+                let metrics = Box::new(port.metrics());
+                drop(port);
+                self.tell(ServerEvent::Left { peer, reason: reason.to_owned(), metrics });
+            }
+        }
+    }
+
+    /// Each client's turn.
+    fn move_frames(&mut self) {
+        let mut broken = Vec::new();
+        for (id, client) in &mut self.clients {
+            if let State::Member(member) = &mut client.state
+                && member.awake
+                && let Err(error) = member.move_frames(&self.config.switch)
+            {
+                broken.push((*id, error.to_string()));
+            }
+        }
+        for (id, reason) in broken {
+            self.end(id, &reason);
+        }
+    }
+
+    /// Who has not said hello in time.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let late = |client: &Client| matches!(client.state, State::New { until } if until <= now);
+        let late: Vec<_> =
+            self.clients.iter().filter(|(_, client)| late(client)).map(|(id, _)| *id).collect();
+        late.into_iter().for_each(|id| self.end(id, "it has not said hello in time"));
+    }
+}
+
+impl Member {
+    fn move_frames(&mut self, switch: &Switch) -> Result<(), BrokerError> {
+        let Self { port, consumer, link, transmit, .. } = self;
+        let port = &port.port;
+        let mut bytes = 0;
+        for _ in 0..FRAMES {
+            let Some(front) = consumer.front()? else { break };
+            let checked = PacketInfo::from_bytes(&front.info)
+                .and_then(|info| info.check(front.len, *transmit).map(|()| info));
+            match checked {
+                // A port that was revoked sends nothing; the server is told of that.
+                Ok(info) => drop(switch.inner.forward(port, &info, &consumer.frame(&front)?)),
+                Err(_) => port.counters.dropped(DropReason::Malformed),
+            }
+            consumer.pop(&front)?;
+            bytes += front.len;
+            if bytes > BYTES {
+                break;
+            }
+        }
+        if consumer.wakes()? {
+            socket::ring(&link.bell);
+        }
+        flush(port);
+        if consumer.front()?.is_none() && consumer.sleep()? {
+            self.awake = false;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,148 @@
+//! Sockets of broker and client. No call on one waits, whatever the other side has done to it.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use smallvec::SmallVec;
+
+use super::BrokerError;
+use super::message::{MOST, Message};
+
+/// Descriptors that a message may have; the kernel closes what is more.
+const DESCRIPTORS: usize = 2;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 64;
+
+pub(super) type Descriptors = SmallVec<[OwnedFd; DESCRIPTORS]>;
+
+fn failed(path: &Path, what: &'static str) -> impl FnOnce(Errno) -> BrokerError {
+    move |error| BrokerError::Socket { path: path.to_owned(), what, source: error.into() }
+}
+
+fn socket(path: &Path) -> Result<(OwnedFd, SocketAddrUnix), BrokerError> {
+    let address = SocketAddrUnix::new(path).map_err(failed(path, "no path of a socket"))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    Ok((socket, address))
+}
+
+/// Listens. A socket that nobody listens at any more is replaced.
+pub(super) fn listen(path: &Path) -> Result<OwnedFd, BrokerError> {
+    let (listener, address) = socket(path)?;
+    let bound = match rustix::net::bind(&listener, &address) {
+        Err(Errno::ADDRINUSE) if is_left_behind(path) => {
+            rustix::fs::unlink(path).and_then(|()| rustix::net::bind(&listener, &address))
+        }
+        bound => bound,
+    };
+    bound.map_err(failed(path, "cannot be listened at; a path is wanted that is free"))?;
+    rustix::net::listen(&listener, BACKLOG)?;
+    Ok(listener)
+}
+
+fn is_left_behind(path: &Path) -> bool {
+    socket(path)
+        .is_ok_and(|(socket, address)| rustix::net::connect(&socket, &address) == Err(Errno::CONNREFUSED))
+}
+
+pub(super) fn connect(path: &Path) -> Result<OwnedFd, BrokerError> {
+    let (socket, address) = socket(path)?;
+    rustix::net::connect(&socket, &address).map_err(failed(path, "nobody listens there"))?;
+    Ok(socket)
+}
+
+pub(super) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
+    match rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        Ok(socket) => Ok(Some(socket)),
+        // Those who gave up meanwhile are none of the caller's business.
+        Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A pair of sockets by which one side wakes the other.
+pub(super) fn bell() -> Result<(OwnedFd, OwnedFd), BrokerError> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?)
+}
+
+const FLAGS: SendFlags = SendFlags::DONTWAIT.union(SendFlags::NOSIGNAL);
+
+/// Rings a bell. Where that is not possible, it has been rung, or there is nobody.
+pub(super) fn ring(bell: impl AsFd) {
+    let (Ok(_) | Err(_)) = rustix::net::send(bell, &[0], FLAGS);
+}
+
+/// Takes what a bell has rung.
+pub(super) fn hush(bell: impl AsFd) {
+    let mut scrap = [0; 8];
+    while rustix::net::recv(&bell, &mut scrap[..], RecvFlags::DONTWAIT).is_ok() {}
+}
+
+/// Whether it was sent; if not, there is no room for it.
+pub(super) fn send(socket: impl AsFd, message: &Message) -> Result<bool, BrokerError> {
+    match rustix::net::send(socket, &message.to_bytes(), FLAGS) {
+        Ok(_) => Ok(true),
+        Err(Errno::AGAIN) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(super) fn send_with(
+    socket: impl AsFd,
+    message: &Message,
+    descriptors: &[&OwnedFd],
+) -> Result<(), BrokerError> {
+    let descriptors: SmallVec<[_; DESCRIPTORS]> = descriptors.iter().map(|fd| fd.as_fd()).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(BrokerError::Protocol { what: "more descriptors than a message has" });
+    }
+    let bytes = message.to_bytes();
+    rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, FLAGS)?;
+    Ok(())
+}
+
+/// What was received.
+pub(super) enum Heard {
+    /// Nothing yet.
+    Nothing,
+    /// Nothing any more.
+    End,
+    /// A message, and what came with it.
+    Message(Message, Descriptors),
+}
+
+pub(super) fn receive(socket: impl AsFd) -> Result<Heard, BrokerError> {
+    let mut bytes = [0; MOST];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let received = match rustix::net::recvmsg(socket, &mut slices, &mut control, flags) {
+        Ok(received) => received,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(Heard::Nothing),
+        Err(Errno::CONNRESET) => return Ok(Heard::End),
+        Err(error) => return Err(error.into()),
+    };
+    let mut descriptors = Descriptors::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    if received.bytes == 0 {
+        return Ok(Heard::End);
+    }
+    let message = Message::from_bytes(bytes.get(..received.bytes).unwrap_or_default())?;
+    Ok(Heard::Message(message, descriptors))
+}
