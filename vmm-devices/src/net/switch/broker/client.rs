@@ -167,7 +167,11 @@ fn connect(
     stop: Option<&OwnedFd>,
 ) -> Result<Connected, BrokerError> {
     let socket = socket::connect(path)?;
-    socket::send_with(&socket, &Message::Hello(hello), descriptors)?;
+    let said = socket::send_with(&socket, &Message::Hello(hello), descriptors);
+    if !matches!(&said, Err(BrokerError::Host(error)) if error.kind() == std::io::ErrorKind::BrokenPipe) {
+        // Else it has refused before it was asked, and said why.
+        said?;
+    }
     let until = Instant::now() + ANSWER;
     loop {
         match socket::receive(&socket)? {

@@ -23,6 +23,9 @@ pub(super) const MOST: usize = 512;
 /// Bytes of a name, a network's name, a token.
 pub(super) const TEXT: usize = 96;
 
+/// Characters of a reason that are looked at, of up to 4 bytes each.
+const REASON: usize = 120;
+
 const HELLO: u8 = 1;
 const DRIVER: u8 = 2;
 const BELL: u8 = 3;
@@ -114,9 +117,11 @@ impl Message {
             [WELCOME, theirs, ..] if *theirs != VERSION => {
                 return Err(BrokerError::Version { theirs: *theirs });
             }
-            // For people; of a broker that may be anybody.
             [REFUSED, reason @ ..] => {
-                Self::Refused { reason: String::from_utf8_lossy(reason).escape_debug().to_string() }
+                // For people; of a broker that may be anybody.
+                let readable = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
+                let reason = String::from_utf8_lossy(reason).chars().take(REASON).map(readable).collect();
+                Self::Refused { reason }
             }
             [LINK, up] => Self::Link { up: *up != 0 },
             _ => return Err(wrong("what is no message")),

@@ -139,7 +139,7 @@ fn descriptors_that_are_something_else_are_refused() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(whole as u64).unwrap();
     let cases: Vec<(OwnedFd, usize, &str)> = vec![
-        (memfd(whole), RING, "seal"),
+        (memfd(whole), RING, "F_SEAL_SHRINK"),
         (short.as_fd().try_clone_to_owned().unwrap(), 2 * RING, "two rings"),
         (short.as_fd().try_clone_to_owned().unwrap(), RING + 1, "powers of two"),
         (short, 1 << 30, "the most"),
@@ -227,12 +227,9 @@ fn a_flood_leaves_others_their_turn() {
     let broker = Broker::start(&path);
     let mut good = Good::new(&path);
     let mut flood = Device::new(&path, "flood", 7);
+    let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let done = std::sync::atomic::AtomicBool::new(false);
-        let (done, flooding) = (&done, scope.spawn(|| ()));
-        flooding.join().unwrap();
-        let flood = &mut flood;
-        scope.spawn(move || {
+        scope.spawn(|| {
             let bytes = frame(9, 7, &[0; 50_000]);
             while !done.load(Ordering::SeqCst) {
                 flood.try_send(&PacketInfo::default(), &bytes);
