@@ -49,8 +49,12 @@ pub(super) fn listen(path: &Path) -> Result<OwnedFd, BrokerError> {
 }
 
 fn is_left_behind(path: &Path) -> bool {
-    socket(path)
-        .is_ok_and(|(socket, address)| rustix::net::connect(&socket, &address) == Err(Errno::CONNREFUSED))
+    // A file that is no socket refuses connections, too.
+    let is_socket = rustix::fs::lstat(path)
+        .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket);
+    is_socket
+        && socket(path)
+            .is_ok_and(|(socket, address)| rustix::net::connect(&socket, &address) == Err(Errno::CONNREFUSED))
 }
 
 pub(super) fn connect(path: &Path) -> Result<OwnedFd, BrokerError> {
@@ -128,8 +132,13 @@ pub(super) fn receive(socket: impl AsFd) -> Result<Heard, BrokerError> {
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let mut slices = [IoSliceMut::new(&mut bytes)];
-    let received = match rustix::net::recvmsg(socket, &mut slices, &mut control, flags) {
-        Ok(received) => received,
+    let mut received = rustix::net::recvmsg(&socket, &mut slices, &mut control, flags);
+    if matches!(received, Err(Errno::CONNRESET)) {
+        // The other side has closed before it read everything. That is said once, before what it has sent.
+        received = rustix::net::recvmsg(&socket, &mut slices, &mut control, flags);
+    }
+    let received = match received {
+        Ok(received) => received.bytes,
         Err(Errno::AGAIN | Errno::INTR) => return Ok(Heard::Nothing),
         Err(Errno::CONNRESET) => return Ok(Heard::End),
         Err(error) => return Err(error.into()),
@@ -140,9 +149,9 @@ pub(super) fn receive(socket: impl AsFd) -> Result<Heard, BrokerError> {
             descriptors.extend(rights);
         }
     }
-    if received.bytes == 0 {
+    if received == 0 {
         return Ok(Heard::End);
     }
-    let message = Message::from_bytes(bytes.get(..received.bytes).unwrap_or_default())?;
+    let message = Message::from_bytes(bytes.get(..received).unwrap_or_default())?;
     Ok(Heard::Message(message, descriptors))
 }
