@@ -132,12 +132,20 @@ pub struct Confinement {
     allowed: Vec<libc::c_long>,
     requests: Vec<libc::Ioctl>,
     duplicates: bool,
+    conditions: Vec<(libc::c_long, u8, u64)>,
 }
 
 impl Confinement {
     /// What a guest on `engine` needs, and no more.
     pub fn new(engine: Engine) -> Self {
-        Self { engine, denied: Vec::new(), allowed: Vec::new(), requests: Vec::new(), duplicates: false }
+        Self {
+            engine,
+            denied: Vec::new(),
+            allowed: Vec::new(),
+            requests: Vec::new(),
+            duplicates: false,
+            conditions: Vec::new(),
+        }
     }
 
     /// Refuses to read from or write to `descriptors`, of which 32 can be named.
@@ -149,6 +157,12 @@ impl Confinement {
     /// Also lets through the system call with that number, for a device that needs it.
     pub fn allow(mut self, call: libc::c_long) -> Self {
         self.allowed.push(call);
+        self
+    }
+
+    /// Also lets through that system call where its argument of that number, from 0 on, has that value: 32 bits.
+    pub fn allow_if(mut self, call: libc::c_long, argument: u8, value: u64) -> Self {
+        self.conditions.push((call, argument, value));
         self
     }
 
@@ -233,6 +247,17 @@ impl Confinement {
         // Signals to its own threads: how a vCPU is stopped, and how a signal ends the process.
         let this_process = condition(0, Compare::Eq, u64::from(std::process::id()))?;
         rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![this_process])?]);
+        for (call, argument, value) in &self.conditions {
+            let alternative = SeccompRule::new(vec![condition(*argument, Compare::Eq, *value)?])?;
+            rules
+                .entry(*call)
+                .and_modify(|rules| {
+                    if !rules.is_empty() {
+                        rules.push(alternative.clone())
+                    }
+                })
+                .or_insert_with(|| vec![alternative]);
+        }
         rules.extend(self.allowed.iter().map(|call| (*call, Vec::new())));
         Ok(rules)
     }

@@ -10,7 +10,7 @@ mod port;
 
 pub use console::VirtioConsole;
 pub use doorbells::KernelDoorbells;
-pub use network::Network;
+pub use network::{Network, Place};
 pub use port::NamedPort;
 
 use std::error::Error;
@@ -132,12 +132,12 @@ impl VirtioDevices {
         self.add(format!("disk {shown}"), "virtio_blk", Box::new(device))
     }
 
-    /// A network device, whose frames go to a tap device of this machine.
+    /// A network device, whose frames go to a tap device of this machine, or to a switch.
     ///
     /// # Errors
     /// If the tap device is not there, or not to be had, or there are too many devices.
     pub fn network(mut self, network: &Network) -> Result<Self> {
-        let name = format!("network {}", network.tap);
+        let name = network.place.to_string();
         let number = self.devices.iter().filter(|device| device.module == "virtio_net").count();
         let device = network.device(number).with_context(|| name.clone())?;
         let device = device.metrics(self.figures.device("net"), Arc::clone(&self.clock)).build()?;

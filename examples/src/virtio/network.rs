@@ -1,5 +1,6 @@
 //! Network devices of the guest.
 
+use std::fmt;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::num::NonZeroU16;
 use std::os::unix::net::UnixStream;
@@ -11,7 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use vmm_devices::channel::{AllowAll, Gatekeeper, NetworkAttach, Party, VmIdentity};
-use vmm_devices::net::{MacAddr, Offloads, Tap};
+use vmm_devices::net::switch::broker::{ClientConfig, SwitchClient};
+use vmm_devices::net::{MacAddr, NetBackend, Offloads, Tap};
 use vmm_devices::virtio::Net;
 use vmm_devices::virtio::net::{NetBuilder, NetHandle};
 
@@ -22,11 +24,29 @@ const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// Bytes that one client may say.
 const LONGEST_TALK: u64 = 1 << 20;
 
-/// A network device, and the tap device of this machine at which its frames come out.
+/// What a network device is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A tap device of this machine, by its name.
+    Tap(String),
+    /// A switch that other guests are on, too.
+    Switch {
+        /// The socket of the program that has it (`net_switch`).
+        path: PathBuf,
+        /// What the network is called there.
+        network: String,
+        /// What the guest is called there, if it is to have a name of its own.
+        name: Option<String>,
+        /// Whether the program may connect again when the other one is gone, for which it keeps the right to open sockets.
+        reconnect: bool,
+    },
+}
+
+/// A network device, and what it is on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
-    /// What the tap device is called.
-    pub tap: String,
+    /// Where its frames come out.
+    pub place: Place,
     /// The guest's address, if that is not to be one of the program's.
     pub mac: Option<MacAddr>,
     /// Pairs of queues: for several, the tap device has to be made for several.
@@ -37,47 +57,80 @@ pub struct Network {
     pub cable: Option<PathBuf>,
 }
 
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tap(name) => write!(f, "network {name}"),
+            Self::Switch { path, network, .. } => write!(f, "network {network} at {}", path.display()),
+        }
+    }
+}
+
 impl FromStr for Network {
     type Err = anyhow::Error;
 
-    /// `tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH]`.
+    /// `tap=NAME` or `switch=PATH`, and behind that `[,mac=ADDRESS][,offloads=off][,cable=PATH]`; of a tap device `[,queues=N]`, of a switch
+    /// `[,network=NAME][,name=NAME][,reconnect=on]`.
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(',');
-        let tap = parts.next().and_then(|part| part.strip_prefix("tap=")).filter(|name| !name.is_empty());
-        let tap = tap.with_context(|| {
-            format!("{text:?} is not tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH]")
-        })?;
-        let mut network =
-            Self { tap: tap.to_owned(), mac: None, queues: NonZeroU16::MIN, offloads: true, cable: None };
+        let mut place = match parts.next().and_then(|part| part.split_once('=')) {
+            Some(("tap", name)) if !name.is_empty() => Place::Tap(name.to_owned()),
+            Some(("switch", path)) if !path.is_empty() => {
+                let network = "lan".to_owned();
+                Place::Switch { path: path.into(), network, name: None, reconnect: false }
+            }
+            _ => bail!(
+                "{text:?} is not tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH], and not \
+                 switch=PATH[,network=NAME][,name=NAME][,mac=ADDRESS][,offloads=off][,cable=PATH][,reconnect=on]"
+            ),
+        };
+        let (mut mac, mut queues, mut offloads, mut cable) = (None, NonZeroU16::MIN, true, None);
         for part in parts {
-            match part.split_once('=') {
-                Some(("mac", address)) => network.mac = Some(address.parse::<MacAddr>()?.unicast()?),
-                Some(("queues", number)) => {
+            match (part.split_once('='), &mut place) {
+                (Some(("mac", address)), _) => mac = Some(address.parse::<MacAddr>()?.unicast()?),
+                (Some(("queues", number)), Place::Tap(_)) => {
                     let number = number.parse::<NonZeroU16>().ok().filter(|number| number.get() <= 64);
-                    network.queues =
-                        number.with_context(|| format!("{part:?}: 1 to 64 queues are possible"))?;
+                    queues = number.with_context(|| format!("{part:?}: 1 to 64 queues are possible"))?;
                 }
-                Some(("offloads", "off")) => network.offloads = false,
-                Some(("cable", path)) if !path.is_empty() => network.cable = Some(path.into()),
-                _ => bail!("{part:?} is none of mac=ADDRESS, queues=N, offloads=off and cable=PATH"),
+                (Some(("offloads", "off")), _) => offloads = false,
+                (Some(("cable", path)), _) if !path.is_empty() => cable = Some(path.into()),
+                (Some(("network", value)), Place::Switch { network, .. }) => *network = value.to_owned(),
+                (Some(("name", value)), Place::Switch { name, .. }) => *name = Some(value.to_owned()),
+                (Some(("reconnect", "on")), Place::Switch { reconnect, .. }) => *reconnect = true,
+                (_, Place::Tap(_)) => {
+                    bail!("{part:?} is none of mac=ADDRESS, queues=N, offloads=off and cable=PATH")
+                }
+                (_, Place::Switch { .. }) => {
+                    bail!(
+                        "{part:?} is none of network=NAME, name=NAME, mac=ADDRESS, offloads=off, cable=PATH and \
+                         reconnect=on"
+                    )
+                }
             }
         }
-        Ok(network)
+        Ok(Self { place, mac, queues, offloads, cable })
     }
 }
 
 impl Network {
     /// The device, `number` in the order of the command line. The user has named the network, so the gate lets it through.
     pub(super) fn device(&self, number: usize) -> Result<NetBuilder> {
-        let gatekeeper = Gatekeeper::new(AllowAll);
-        let guest = Party::Vm(VmIdentity::new(process::id().into(), 1));
-        let grant = gatekeeper.open(guest, None, NetworkAttach { network: self.tap.as_str().into() })?;
-        let tap = Tap::open(grant, &self.tap, self.queues)?;
         let number = u32::try_from(number)?;
         ensure!(number < 1 << 16, "{number} network devices");
         // Those of guests that run at the same time are not to be the same.
         let mac = self.mac.unwrap_or_else(|| MacAddr::local(process::id() << 8 | number & 0xff));
-        let device = Net::builder(Arc::new(tap), mac).pairs(self.queues);
+        let gatekeeper = Gatekeeper::new(AllowAll);
+        let guest = Party::Vm(VmIdentity::new(process::id().into(), 1));
+        let open = |network: &str| gatekeeper.open(guest, None, NetworkAttach { network: network.into() });
+        let backend: Arc<dyn NetBackend> = match &self.place {
+            Place::Tap(name) => Arc::new(Tap::open(open(name)?, name, self.queues)?),
+            Place::Switch { path, network, name, reconnect } => {
+                let own = || format!("vm-{}-{number}", process::id());
+                let config = ClientConfig::new(name.clone().unwrap_or_else(own)).mac(mac);
+                Arc::new(SwitchClient::connect(open(network)?, path, config.reconnect(*reconnect))?)
+            }
+        };
+        let device = Net::builder(backend, mac).pairs(self.queues);
         let none = Offloads::NONE;
         Ok(if self.offloads { device } else { device.offloads(none, none) })
     }
@@ -154,16 +207,22 @@ mod tests {
     fn networks_are_named_on_the_command_line() {
         let network: Network = "tap=t0".parse().unwrap();
         assert_eq!(
-            (&*network.tap, network.mac, network.queues.get(), network.offloads),
-            ("t0", None, 1, true)
+            (network.place, network.mac, network.queues.get(), network.offloads),
+            (Place::Tap("t0".to_owned()), None, 1, true)
         );
         let network: Network = "tap=t1,mac=52:54:00:00:00:07,queues=4,offloads=off".parse().unwrap();
         let mac = Some(MacAddr([0x52, 0x54, 0, 0, 0, 7]));
         assert_eq!(
-            (&*network.tap, network.mac, network.queues.get(), network.offloads),
-            ("t1", mac, 4, false)
+            (network.place, network.mac, network.queues.get(), network.offloads),
+            (Place::Tap("t1".to_owned()), mac, 4, false)
         );
+        let network: Network = "switch=/run/lan,network=n,name=web,reconnect=on".parse().unwrap();
+        let (path, name) = ("/run/lan".into(), Some("web".to_owned()));
+        assert_eq!(network.place, Place::Switch { path, network: "n".to_owned(), name, reconnect: true });
         for (wrong, why) in [
+            ("switch=", "is not tap=NAME"),
+            ("switch=/run/lan,queues=2", "is none of network=NAME"),
+            ("tap=t0,name=web", "is none of"),
             ("t0", "is not tap=NAME"),
             ("tap=", "is not tap=NAME"),
             ("tap=t0,mac=1", "no Ethernet address"),

@@ -9,4 +9,5 @@ mod disk;
 mod guest;
 mod network;
 mod scrape;
+mod switch;
 mod wrong;

@@ -263,5 +263,14 @@ fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], options: &Options) 
     if !options.net.is_empty() {
         confinement = confinement.allow_requests(&TAP_REQUESTS).allow_duplicates();
     }
+    let (has_switch, reconnects) = options.on_switches();
+    if has_switch {
+        confinement = confinement.allow(libc::SYS_shutdown);
+    }
+    if reconnects {
+        let unix = u64::try_from(libc::AF_UNIX)?;
+        confinement = confinement.allow_if(libc::SYS_socket, 0, unix);
+        confinement = confinement.allow(libc::SYS_connect).allow(libc::SYS_sendmsg);
+    }
     confinement.enter()
 }

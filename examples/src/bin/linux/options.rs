@@ -15,7 +15,7 @@ use vmm_examples::metrics::Exporter;
 use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
-use vmm_examples::virtio::{Disk, NamedPort, Network, Transport, VirtioConsole, VirtioDevices};
+use vmm_examples::virtio::{Disk, NamedPort, Network, Place, Transport, VirtioConsole, VirtioDevices};
 use vmm_memory::{Backing, GuestRam};
 
 use crate::memory::RamOptions;
@@ -84,8 +84,12 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE[,ro]")]
     pub(crate) disk: Vec<Disk>,
     /// Gives the guest a network device whose frames come out at the tap device NAME of this machine, which has to be there (`ip
-    /// tuntap add dev NAME mode tap`). At the Unix socket PATH programs here say `down`, `up` and `announce`. Repeatable.
-    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,queues=N][,offloads=off][,cable=PATH]")]
+    /// tuntap add dev NAME mode tap`), or go to the switch of the program `net_switch` at PATH. At the Unix socket of `cable` programs
+    /// here say `down`, `up` and `announce`. Repeatable.
+    #[arg(
+        long,
+        value_name = "tap=NAME[,queues=N]|switch=PATH[,network=NAME][,name=NAME][,reconnect=on][,mac=ADDRESS][,offloads=off][,cable=PATH]"
+    )]
     pub(crate) net: Vec<Network>,
     /// Gives the guest a memory balloon, and has it fill that with so many MiB.
     #[arg(long, value_name = "MIB")]
@@ -185,6 +189,15 @@ impl Options {
             (!self.port.is_empty(), "--port"),
         ];
         given.into_iter().find_map(|(given, name)| given.then_some(name))
+    }
+
+    /// Whether a network device is on a switch; and whether one may connect again.
+    pub(crate) fn on_switches(&self) -> (bool, bool) {
+        let switches = self.net.iter().filter_map(|network| match network.place {
+            Place::Switch { reconnect, .. } => Some(reconnect),
+            Place::Tap(_) => None,
+        });
+        switches.fold((false, false), |(_, any), reconnect| (true, any || reconnect))
     }
 
     /// Whether the program has sockets that others connect to while the guest runs.
