@@ -153,7 +153,7 @@ fn congestion_is_said_once() {
 
 /// CVE-2019-11477: segments of a few bytes each.
 #[test]
-fn tiny_segments_are_refused() {
+fn cve_2019_11477_tiny_segments_are_refused() {
     let (frame, sum) = tcp(false, 0, &[1; 1025]);
     assert!(matches!(
         cut(&frame, GsoKind::Tcp4, 1, sum),

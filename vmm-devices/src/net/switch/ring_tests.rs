@@ -106,7 +106,7 @@ fn nobody_sleeps_through_a_frame() {
 }
 
 #[test]
-fn positions_that_cannot_be_end_the_ring() {
+fn cve_2015_8550_positions_that_cannot_be_end_the_ring() {
     for (word, value) in
         [(PRODUCED, LEAST as u64 + 1), (PRODUCED, u64::MAX), (CONSUMED, 17), (CONSUMED, u64::MAX)]
     {
@@ -136,7 +136,7 @@ fn positions_that_cannot_be_end_the_ring() {
 }
 
 #[test]
-fn lengths_that_cannot_be_end_the_ring() {
+fn cve_2020_14364_lengths_that_cannot_be_end_the_ring() {
     for len in [u32::MAX, u32::try_from(MAX_FRAME + 1).unwrap(), 32] {
         let (mut producer, mut consumer) = ring(LEAST).unwrap();
         push(&mut producer, 1, &[7; 16]).unwrap();

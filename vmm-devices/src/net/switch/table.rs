@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_has_as_many_as_it_may_and_takes_nobody_s() {
+    fn cve_2020_27174_a_port_has_as_many_as_it_may_and_takes_nobody_s() {
         let mut table = MacTable::new(1000, 100);
         for number in 0..1000 {
             let learned = table.learn(key(number), A, 10, 1);

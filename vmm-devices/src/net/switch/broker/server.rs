@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
@@ -180,6 +181,7 @@ impl ServerBuilder {
             stop,
             clients: BTreeMap::new(),
             next: FIRST,
+            heard: Vec::with_capacity(64),
         })
     }
 }
@@ -191,9 +193,11 @@ pub struct SwitchServer {
     listener: OwnedFd,
     poll: OwnedFd,
     waker: Arc<OwnedFd>,
-    stop: Arc<std::sync::atomic::AtomicBool>,
+    stop: Arc<AtomicBool>,
     clients: BTreeMap<u64, Client>,
     next: u64,
+    /// What was heard last; kept for its memory.
+    heard: Vec<epoll::Event>,
 }
 
 impl fmt::Debug for SwitchServer {
@@ -206,17 +210,23 @@ impl fmt::Debug for SwitchServer {
     }
 }
 
+impl AsFd for SwitchServer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.poll.as_fd()
+    }
+}
+
 /// Ends [`SwitchServer::run`], from any thread or a signal's.
 #[derive(Clone, Debug)]
 pub struct ServerStopper {
     waker: Arc<OwnedFd>,
-    stop: Arc<std::sync::atomic::AtomicBool>,
+    stop: Arc<AtomicBool>,
 }
 
 impl ServerStopper {
     /// Has it end.
     pub fn stop(&self) {
-        self.stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        self.stop.store(true, Ordering::SeqCst);
         wake(&self.waker);
     }
 }
@@ -298,39 +308,50 @@ impl SwitchServer {
     /// # Errors
     /// If the host refuses to let it wait.
     pub fn run(&mut self) -> Result<(), BrokerError> {
-        let mut events = Vec::with_capacity(64);
-        while !self.stop.load(std::sync::atomic::Ordering::SeqCst) {
-            let timeout = self.timeout();
-            events.clear();
-            match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            for event in &events {
-                match event.data.u64() {
-                    LISTENER => self.accept(),
-                    WAKER => self.look(),
-                    id => self.hear(id),
-                }
-            }
-            self.move_frames();
-            self.expire();
+        while !self.stop.load(Ordering::SeqCst) {
+            self.turn(None)?;
         }
         Ok(())
     }
 
-    /// Not at all while there are frames, and as long as somebody may take for a hello.
-    fn timeout(&self) -> Option<Timespec> {
+    /// Waits until there is something to do, no longer than `longest`, and serves each client once: for who has a loop of its own.
+    /// It is called again whenever [`AsFd::as_fd`] is readable, and without a wait while this returns true: there is more to do.
+    ///
+    /// # Errors
+    /// If the host refuses to let it wait.
+    pub fn turn(&mut self, longest: Option<Duration>) -> Result<bool, BrokerError> {
+        let mut events = std::mem::take(&mut self.heard);
+        events.clear();
+        let longest = [self.longest(), longest].into_iter().flatten().min();
+        let timeout = longest.and_then(|longest| Timespec::try_from(longest).ok());
+        match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for event in &events {
+            match event.data.u64() {
+                LISTENER => self.accept(),
+                WAKER => self.look(),
+                id => self.hear(id),
+            }
+        }
+        self.heard = events;
+        self.move_frames();
+        self.expire();
+        Ok(self.longest() == Some(Duration::ZERO))
+    }
+
+    /// How long it may wait: not at all while there are frames, and as long as somebody may take for a hello.
+    fn longest(&self) -> Option<Duration> {
         let member = |client: &Client| matches!(&client.state, State::Member(member) if member.awake);
         if self.clients.values().any(member) {
-            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+            return Some(Duration::ZERO);
         }
         let until = self.clients.values().filter_map(|client| match client.state {
             State::New { until } => Some(until),
             State::Member(_) => None,
         });
-        let left = until.min()?.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-        Timespec::try_from(left).ok()
+        Some(until.min()?.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }
 
     fn accept(&mut self) {

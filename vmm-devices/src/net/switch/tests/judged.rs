@@ -56,3 +56,24 @@ fn a_judge_sees_ports_of_tcp() {
     a.send(&frame(2, 1, "no IP at all"));
     assert_eq!(b.received(), 0);
 }
+
+/// CVE-2021-27853: what a guard against ARP looks for is hidden behind one more tag. Receivers look through tags of VLAN 0.
+#[test]
+fn cve_2021_27853_stacked_tags_do_not_pass_for_something_harmless() {
+    let lan = Lan::new();
+    let [mut a, mut b] = ["a", "b"].map(|name| lan.plain(name));
+    lan.switch.set_judge(Some(Arc::new(|flow: &Flow<'_>| match flow.headers.ether_type {
+        // One that lets experiments pass, and knows that nobody has looked behind another tag.
+        0x88b5 => Verdict::Pass,
+        _ => Verdict::Drop,
+    })));
+    a.send(&tagged(2, 1, &[0], "one tag, which is taken off"));
+    assert_eq!(b.receive().unwrap(), frame(2, 1, "one tag, which is taken off"));
+    for tags in [&[0, 0][..], &[0, 0, 0], &[0xe000, 0]] {
+        a.send(&tagged(2, 1, tags, "more"));
+        assert_eq!(b.receive(), None, "{tags:?}");
+    }
+    // Nor does a service tag.
+    a.send(&frame_of(mac(2), mac(1), &[0x88, 0xa8, 0, 0, 0x88, 0xb5]));
+    assert_eq!((b.receive(), lan.dropped("a", DropReason::Judged)), (None, 4));
+}

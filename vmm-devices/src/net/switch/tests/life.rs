@@ -32,7 +32,7 @@ fn each_port_has_a_name_and_there_are_so_many() {
 
 /// The switch forgets all of a port: what waits in its queues, its addresses, and whoever sends to it.
 #[test]
-fn a_revoked_port_is_gone_at_once() {
+fn cve_2023_5088_a_revoked_port_is_gone_at_once() {
     let lan = Lan::new();
     let mut a = lan.device(PortConfig::new("a").mac(mac(1)));
     let [mut b, mut c] = ["b", "c"].map(|name| lan.plain(name));

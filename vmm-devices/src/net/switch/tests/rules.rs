@@ -86,7 +86,7 @@ fn a_locked_address_is_nobody_else_s() {
 }
 
 #[test]
-fn a_port_that_is_full_of_addresses_takes_nobody_s() {
+fn cve_2020_27174_a_port_that_is_full_of_addresses_takes_nobody_s() {
     let lan = Lan::with(|builder| builder.max_macs(40));
     let mut a = lan.device(PortConfig::new("a").learned_macs(30));
     let [mut b, mut c] = ["b", "c"].map(|name| lan.plain(name));
@@ -132,9 +132,9 @@ fn vlans_are_apart() {
     assert_eq!([a7, b7, c8, all, some].map(|mut device| device.received()), [0; 5]);
 }
 
-/// The hop into another VLAN by two tags.
+/// CVE-2021-27853: stacked tags. The hop into another VLAN by two of them.
 #[test]
-fn two_tags_lead_nowhere_else() {
+fn cve_2021_27853_two_tags_lead_nowhere_else() {
     let lan = Lan::new();
     let port = |name: &str, vlans| lan.device(PortConfig::new(name).vlans(vlans));
     let [mut a, mut trunk_a] = [port("a", access(1)), port("ta", trunk(Some(1), &[1, 2]))];

@@ -120,9 +120,9 @@ fn messages_out_of_turn_end_their_client() {
     assert_eq!(broker.ports().len(), 2);
 }
 
-/// CVE-2015-8550's like: memory that can be cut off under the broker's feet, or is no memory.
+/// CVE-2020-35517's like: memory that can be cut off under the broker's feet, or is no memory.
 #[test]
-fn descriptors_that_are_something_else_are_refused() {
+fn cve_2020_35517_descriptors_that_are_something_else_are_refused() {
     let (_directory, path) = place();
     let broker = Broker::start(&path);
     let mut good = Good::new(&path);

@@ -1,0 +1,12 @@
+//! Hostile guests on a switch, and hostile clients of its broker: frames, VLANs, segmentation, rings, messages, descriptors.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../../vmm-devices/tests/support/switch.rs"]
+mod switch;
+
+fuzz_target!(|actions: Vec<switch::Action>| {
+    switch::exercise(&actions);
+});
