@@ -295,10 +295,13 @@ impl Memfd {
         }
         // Read after the seals were seen, so that it cannot change any more.
         let file = File::from(fd);
-        let size = file
-            .metadata()
-            .map_err(|source| MemoryError::File { operation: "fstat", size: 0, source })?
-            .len();
+        // By fstat and not, as the standard library does, by statx, which confined processes are refused as it can look for paths.
+        let stat = rustix::fs::fstat(&file).map_err(|error| MemoryError::File {
+            operation: "fstat",
+            size: 0,
+            source: io::Error::from(error),
+        })?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
         check_range(GuestAddress(0), size)?;
         Ok((Self { file: Arc::new(file), size }, seals))
     }

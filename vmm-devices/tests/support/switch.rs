@@ -9,16 +9,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arbitrary::Arbitrary;
-use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType,
+};
 use vmm_devices::ManualClock;
 use vmm_devices::channel::{AllowAll, Gatekeeper, Grant, NetworkAttach, Party};
 use vmm_devices::net::switch::broker::SwitchServer;
 use vmm_devices::net::switch::{Flow, Isolation, PortConfig, PortVlans, Switch, SwitchPort, Verdict, VlanId};
-use vmm_devices::net::{Agreed, MAX_FRAME, MacAddr, NetBackend as _, NetEvents, NetPort, Offloads, PacketInfo};
-use vmm_devices::vmm_memory::SharedMemory;
-use vmm_devices::vmm_memory::vm_memory::{
-    FileOffset, MmapRegion, VolatileMemory as _, VolatileSlice,
+use vmm_devices::net::{
+    Agreed, MAX_FRAME, MacAddr, NetBackend as _, NetEvents, NetPort, Offloads, PacketInfo,
 };
+use vmm_devices::vmm_memory::SharedMemory;
+use vmm_devices::vmm_memory::vm_memory::{FileOffset, MmapRegion, VolatileMemory as _, VolatileSlice};
 
 const PORTS: u8 = 6;
 const RING: usize = 256 << 10;
@@ -100,7 +102,10 @@ fn config(port: u8) -> PortConfig {
         0 => config,
         1 => config.mac(MacAddr([2, 0, 0, 0, 1, 1])),
         2 => config.vlans(PortVlans::Access(vlan(2))),
-        3 => config.vlans(PortVlans::Trunk { native: Some(vlan(1)), allowed: [2, 3].map(vlan).into_iter().collect() }),
+        3 => config.vlans(PortVlans::Trunk {
+            native: Some(vlan(1)),
+            allowed: [2, 3].map(vlan).into_iter().collect(),
+        }),
         4 => config.isolation(Isolation::Isolated),
         _ => config.isolation(Isolation::Isolated).queues(2),
     }
@@ -139,7 +144,9 @@ fn frame(port: u8, shape: &Shape) -> (PacketInfo, Vec<u8>) {
     match shape.kind % 4 {
         0 => {
             let total = u16::try_from(40 + payload).unwrap_or(u16::MAX).to_be_bytes();
-            frame.extend([8, 0, 0x45, 0, total[0], total[1], 0, 1, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+            frame.extend([
+                8, 0, 0x45, 0, total[0], total[1], 0, 1, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+            ]);
             frame.extend([0, 1, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0x50, 0x18, 1, 0, 0, 0, 0, 0]);
         }
         1 => {
@@ -338,7 +345,8 @@ impl World {
         let shared = SharedMemory::create("x", 2 * (CONTROL + RING) as u64).unwrap();
         let file = FileOffset::new(shared.try_clone_fd().unwrap().into(), 0);
         let memory = Arc::new(MmapRegion::from_file(file, 2 * (CONTROL + RING)).unwrap());
-        let shared = if seals { shared.try_clone_fd().unwrap() } else { tempfile::tempfile().unwrap().into() };
+        let shared =
+            if seals { shared.try_clone_fd().unwrap() } else { tempfile::tempfile().unwrap().into() };
         let fds = [shared.as_fd(), theirs.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = SendAncillaryBuffer::new(&mut space);

@@ -21,6 +21,9 @@ fn take(consumer: &mut Consumer) -> Result<Option<(u8, Vec<u8>)>, RingError> {
 }
 
 proptest! {
+    // Large ones, of which few say as much as many.
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
     /// Beside a queue of so many bytes.
     #[test]
     fn what_goes_in_comes_out(steps in prop::collection::vec((0usize..MAX_FRAME, 0usize..3), 1..200)) {

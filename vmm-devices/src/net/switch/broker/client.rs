@@ -3,7 +3,6 @@
 use std::fmt;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -109,8 +108,6 @@ struct Shared {
     stop: OwnedFd,
     line: Mutex<Line>,
     mtu: Option<u16>,
-    /// Ports that there are: one, or none.
-    taken: AtomicBool,
 }
 
 /// What there is while there is a broker.
@@ -244,7 +241,6 @@ impl SwitchClient {
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             line: Mutex::new(line),
             mtu,
-            taken: AtomicBool::new(false),
         });
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("net-switch".to_owned());
@@ -394,7 +390,6 @@ impl NetBackend for SwitchClient {
         if line.checked(cleared).is_ok() {
             line.tell_driver();
         }
-        self.shared.taken.store(true, Ordering::SeqCst);
         let shared = Arc::downgrade(&self.shared);
         let bell = self.shared.bell.try_clone()?;
         Ok(vec![Box::new(ClientPort { shared, bell, receives: agreed.receive })])
@@ -517,7 +512,6 @@ impl Drop for ClientPort {
             let mut line = lock(&shared.line);
             (line.driver, line.events) = (None, None);
             line.tell_driver();
-            shared.taken.store(false, Ordering::SeqCst);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,6 +32,9 @@ const BYTES: usize = 1 << 20;
 
 /// Messages of one client that are read before others have their turn.
 const MESSAGES: usize = 16;
+
+/// Of all clients, that are looked at at once.
+const EVENTS: usize = 64;
 
 const LISTENER: u64 = 0;
 const WAKER: u64 = 1;
@@ -181,7 +185,6 @@ impl ServerBuilder {
             stop,
             clients: BTreeMap::new(),
             next: FIRST,
-            heard: Vec::with_capacity(64),
         })
     }
 }
@@ -196,8 +199,6 @@ pub struct SwitchServer {
     stop: Arc<AtomicBool>,
     clients: BTreeMap<u64, Client>,
     next: u64,
-    /// What was heard last; kept for its memory.
-    heard: Vec<epoll::Event>,
 }
 
 impl fmt::Debug for SwitchServer {
@@ -320,22 +321,21 @@ impl SwitchServer {
     /// # Errors
     /// If the host refuses to let it wait.
     pub fn turn(&mut self, longest: Option<Duration>) -> Result<bool, BrokerError> {
-        let mut events = std::mem::take(&mut self.heard);
-        events.clear();
+        let mut events = [const { MaybeUninit::<epoll::Event>::uninit() }; EVENTS];
         let longest = [self.longest(), longest].into_iter().flatten().min();
         let timeout = longest.and_then(|longest| Timespec::try_from(longest).ok());
-        match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        let heard = match epoll::wait(&self.poll, &mut events, timeout.as_ref()) {
+            Ok((heard, _)) => &*heard,
+            Err(rustix::io::Errno::INTR) => &[],
             Err(error) => return Err(error.into()),
-        }
-        for event in &events {
+        };
+        for event in heard {
             match event.data.u64() {
                 LISTENER => self.accept(),
                 WAKER => self.look(),
                 id => self.hear(id),
             }
         }
-        self.heard = events;
         self.move_frames();
         self.expire();
         Ok(self.longest() == Some(Duration::ZERO))

@@ -1,6 +1,7 @@
 //! A switch, with devices that are nothing but their end of a port.
 
 mod broken;
+mod devices;
 mod judged;
 mod life;
 mod model;
