@@ -8,8 +8,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::guest::{Guest, linux};
 
-/// Does what it is told, line by line.
-const OBEY: &str = "while read -r line <&3; do eval \"$line\" >&3 2>&1; done";
+/// Does what it is told, line by line. Descriptor 5 never ends: a listener whose input ends hangs up.
+const OBEY: &str = "mkfifo /open; exec 5<>/open; while read -r line <&3; do eval \"$line\" >&3 2>&1; done";
 
 /// Bytes each way.
 const DATA: &str = "bs=64k count=48";
@@ -90,7 +90,7 @@ fn address(guest: &mut Guest, number: u32) {
 
 /// Random data from one guest to the other over TCP, to the port of that number.
 fn sends(from: &mut Guest, to: &mut Guest, number: u32, port: u32) {
-    to.say(&format!("nc -l -p {port} >got; sha256sum <got"));
+    to.say(&format!("nc -l -p {port} <&5 >got; sha256sum <got"));
     from.say(&format!("dd if=/dev/urandom of=data {DATA} 2>/dev/null; sha256sum <data"));
     let sum = from.hear();
     assert!(sum.ends_with("  -") && sum.len() == 67, "{sum}");

@@ -252,7 +252,8 @@ impl World {
                 let (info, mut frame) = frame(port, shape);
                 // As devices do.
                 if info.check(frame.len(), Offloads::ALL).is_ok() && frame.len() >= 14 {
-                    let (one, two) = frame.split_at_mut(frame.len() / 3);
+                    let third = frame.len() / 3;
+                    let (one, two) = frame.split_at_mut(third);
                     let slices = [VolatileSlice::from(one), VolatileSlice::from(two)];
                     drop(device.ports[0].transmit(&info, &slices));
                     device.ports[0].flush();

@@ -132,7 +132,7 @@ impl Inner {
             return Err(NetError::Revoked);
         }
         let len: usize = frame.iter().map(VolatileSlice::len).sum();
-        from.counters.from_device(len);
+        from.counters.sent(len);
         if let Err(reason) = self.forward_in(&mut ingress, from, info, frame, len) {
             from.counters.dropped(reason);
         }

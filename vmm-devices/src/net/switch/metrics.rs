@@ -125,11 +125,11 @@ pub(super) struct PortCounters {
 }
 
 impl PortCounters {
-    pub(super) fn from_device(&self, bytes: usize) {
+    pub(super) fn sent(&self, bytes: usize) {
         self.from_device.add(bytes);
     }
 
-    pub(super) fn to_device(&self, bytes: usize) {
+    pub(super) fn delivered(&self, bytes: usize) {
         self.to_device.add(bytes);
     }
 

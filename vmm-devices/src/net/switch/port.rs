@@ -167,7 +167,7 @@ impl Port {
             let pushed = producer.push(&info, parcel.len, std::iter::once(head).chain(tail));
             let pushed = pushed.map_err(|_| DropReason::NoDriver)?;
             if pushed {
-                self.counters.to_device(parcel.len);
+                self.counters.delivered(parcel.len);
             }
             pushed
         } else {
@@ -191,7 +191,7 @@ impl Port {
             let pieces = [VolatileSlice::from(headers), VolatileSlice::from(payload)];
             match producer.push(&plain, len, pieces) {
                 Ok(true) => {
-                    self.counters.to_device(len);
+                    self.counters.delivered(len);
                     some = true;
                 }
                 Ok(false) | Err(_) => self.counters.dropped(DropReason::QueueFull),
