@@ -25,7 +25,7 @@ const WINDOW: u64 = 1 << 20;
 
 /// How frames go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub(crate) enum Way {
     /// Sender and receiver take turns on one thread: both copies after each other.
     OneThread,
     /// Each has a thread.
@@ -38,19 +38,19 @@ pub enum Way {
 
 /// What was measured.
 #[derive(Clone, Debug)]
-pub struct Row {
+pub(crate) struct Row {
     /// Bytes of a frame.
-    pub len: usize,
+    pub(crate) len: usize,
     /// How they went.
-    pub way: Way,
+    pub(crate) way: Way,
     /// Frames a second.
-    pub frames: f64,
+    pub(crate) frames: f64,
     /// Bytes a second.
-    pub bytes: f64,
+    pub(crate) bytes: f64,
     /// Bytes that a copy moves a second.
-    pub copied: f64,
+    pub(crate) copied: f64,
     /// The median of what each round had of both: the first over the second.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
 }
 
 struct Quiet;
@@ -192,7 +192,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// # Panics
 /// If the host has no memory, sockets or threads for it.
 #[must_use]
-pub fn rows(rounds: NonZeroU64) -> Vec<Row> {
+pub(crate) fn rows(rounds: NonZeroU64) -> Vec<Row> {
     let mut rows = Vec::new();
     for len in [64, 1514, 65536] {
         for way in [Way::OneThread, Way::TwoThreads, Way::Judged, Way::Broker] {
@@ -207,7 +207,7 @@ pub fn rows(rounds: NonZeroU64) -> Vec<Row> {
 /// # Panics
 /// As [`rows`].
 #[must_use]
-pub fn row(len: usize, way: Way, rounds: NonZeroU64) -> Row {
+pub(crate) fn row(len: usize, way: Way, rounds: NonZeroU64) -> Row {
     let gatekeeper = Gatekeeper::new(AllowAll);
     let switch = switch(Instant::now());
     if way == Way::Judged {

@@ -29,7 +29,7 @@ const LEARNED: usize = 4;
 
 /// What a frame is made of.
 #[derive(Arbitrary, Clone, Debug)]
-pub struct Shape {
+pub(crate) struct Shape {
     to: u8,
     from: u8,
     tags: Vec<u16>,
@@ -44,7 +44,7 @@ pub struct Shape {
 
 /// What somebody does.
 #[derive(Arbitrary, Clone, Debug)]
-pub enum Action {
+pub(crate) enum Action {
     /// A guest sends.
     Send { port: u8, shape: Shape },
     /// It receives all that there is.
@@ -195,7 +195,7 @@ struct World {
 ///
 /// # Panics
 /// If they did.
-pub fn exercise(actions: &[Action]) {
+pub(crate) fn exercise(actions: &[Action]) {
     let clock = Arc::new(ManualClock::new(1));
     let switch = Switch::builder("lan", Arc::clone(&clock)).max_macs(16).build();
     let gatekeeper = Gatekeeper::new(AllowAll);
@@ -288,7 +288,8 @@ impl World {
             Action::Say { bytes } => {
                 if let Some(client) = self.clients.last() {
                     let bytes = &bytes[..bytes.len().min(600)];
-                    drop(rustix::net::send(&client.socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL));
+                    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                    let (Ok(_) | Err(_)) = rustix::net::send(&client.socket, bytes, flags);
                 }
                 self.turn();
             }
@@ -327,11 +328,11 @@ impl World {
         }
         let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
         rustix::net::connect(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
-        let ring = if ring % 4 == 0 { ring } else { u32::try_from(RING).unwrap() };
+        let ring = if ring.is_multiple_of(4) { ring } else { u32::try_from(RING).unwrap() };
         let mut hello = vec![1, 1, 0x3f];
         hello.extend(ring.to_le_bytes());
         hello.extend([2, 0, 0, 0, PORTS, PORTS]);
-        let name = if name.len() % 4 == 0 { name } else { &b"c"[..] };
+        let name = if name.len().is_multiple_of(4) { name } else { &b"c"[..] };
         for text in [&name[..name.len().min(100)], b"lan", b""] {
             hello.push(u8::try_from(text.len()).unwrap());
             hello.extend(text);
@@ -365,7 +366,7 @@ impl World {
         let Some(memory) = &client.memory else { return };
         let (info, frame) = frame(PORTS, shape);
         let info = if shape.honest { info.to_bytes(0) } else { shape.info };
-        let wrong = if wrong % 8 == 0 { wrong } else { 0 };
+        let wrong = if wrong.is_multiple_of(8) { wrong } else { 0 };
         let len = u32::try_from(frame.len()).unwrap().wrapping_add(wrong);
         let record = [&len.to_le_bytes()[..], &info, &frame].concat();
         for (at, byte) in record.iter().enumerate() {

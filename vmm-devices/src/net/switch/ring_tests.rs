@@ -30,7 +30,7 @@ proptest! {
         let (mut producer, mut consumer) = ring(LEAST).unwrap();
         let (mut model, mut bytes) = (std::collections::VecDeque::new(), 0);
         for (number, (len, takes)) in (0..=u8::MAX).cycle().zip(steps) {
-            let frame: Vec<u8> = (0..len).map(|i| (i % 251) as u8 ^ number).collect();
+            let frame: Vec<u8> = (0..251).cycle().take(len).map(|byte: u8| byte ^ number).collect();
             let fits = bytes + record(len) <= LEAST as u64;
             prop_assert_eq!(push(&mut producer, number, &frame), Ok(fits));
             if fits {

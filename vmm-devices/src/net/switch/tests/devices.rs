@@ -90,7 +90,7 @@ fn large() -> (PacketInfo, Vec<u8>) {
     let builder =
         etherparse::PacketBuilder::ethernet2(mac(1).0, mac(2).0).ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64);
     let mut frame = Vec::new();
-    let data: Vec<u8> = (0..40_000).map(|i| (i % 253) as u8).collect();
+    let data: Vec<u8> = (0..253).cycle().take(40_000).collect();
     builder.tcp(1, 2, 3, 4).write(&mut frame, &data).unwrap();
     let info = PacketInfo {
         checksum: Some(Checksum { start: 34, offset: 16 }),

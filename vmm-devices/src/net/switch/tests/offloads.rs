@@ -28,7 +28,7 @@ fn payload(frame: &[u8]) -> Vec<u8> {
 }
 
 fn data(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i % 253) as u8).collect()
+    (0..253).cycle().take(len).collect()
 }
 
 #[test]

@@ -95,7 +95,8 @@ fn cve_2020_27174_a_port_that_is_full_of_addresses_takes_nobody_s() {
     }
     assert_eq!((lan.switch.macs().len(), lan.port("a").metrics.not_learned), (30, 225));
     b.send(&frame(9, 2, ""));
-    (b.received(), c.received());
+    b.received();
+    c.received();
     c.send(&frame(2, 3, "to b alone"));
     assert_eq!((a.received(), b.received()), (1, 1), "a has the first one of b's alone");
 }

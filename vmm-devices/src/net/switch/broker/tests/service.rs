@@ -49,7 +49,8 @@ fn data_arrives_whole_and_in_order() {
         PacketInfo { checksum: Some(Checksum { start: 34, offset: 16 }), gso, ..PacketInfo::default() };
     let frame_of = |number: u32| {
         let len = usize::try_from(number.wrapping_mul(7919) % 64_000).unwrap();
-        let text: Vec<u8> = (0..len + 60).map(|i| (i % 251) as u8 ^ number.to_le_bytes()[0]).collect();
+        let text: Vec<u8> =
+            (0..251).cycle().take(len + 60).map(|byte: u8| byte ^ number.to_le_bytes()[0]).collect();
         frame(2, 1, &[&number.to_le_bytes()[..], &text].concat())
     };
     const FRAMES: u32 = 2000;
