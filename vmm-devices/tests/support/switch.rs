@@ -113,8 +113,10 @@ fn config(port: u8) -> PortConfig {
 
 /// Whether a frame may go from one to the other, in some VLAN.
 fn may_meet(from: u8, to: u8) -> bool {
-    // The broker's client is in VLAN 1.
-    let (from, to) = (if from == PORTS { 0 } else { from }, if to == PORTS { 0 } else { to });
+    if from == PORTS {
+        // A client of the broker's, in VLAN 1.
+        return to != 2;
+    }
     match (from.min(to), from.max(to)) {
         (0 | 1, 2) | (2, 4 | 5) | (4, 5) => false,
         (one, two) => one != two,
@@ -224,7 +226,8 @@ impl World {
         let attached = self.switch.attach(grant(&self.gatekeeper), config(port));
         let Ok(backend) = attached else { return };
         let mut agreed = Agreed::new(if port == 5 { 2 } else { 1 });
-        (agreed.transmit, agreed.receive) = (Offloads::ALL, offloads(if port % 2 == 0 { 0x3f } else { 0 }));
+        (agreed.transmit, agreed.receive) =
+            (Offloads::ALL, offloads(if port.is_multiple_of(2) { 0x3f } else { 0 }));
         let ports = backend.attach(&agreed, Arc::new(Quiet)).unwrap();
         self.devices[usize::from(port)] = Some(Device { backend, ports });
     }
