@@ -61,3 +61,22 @@ fn cve_2015_8550_a_frame_is_read_once() {
     assert!(honest > 100 && forged > 100, "no race: {honest}, {forged}");
     assert_eq!(eavesdrop.received(), 0);
 }
+
+/// CVE-2015-8550, without a race: the frame changes as soon as it has been judged.
+#[test]
+fn cve_2015_8550_what_was_judged_is_what_is_delivered() {
+    let lan = Lan::new();
+    let mut a = lan.device(PortConfig::new("a").mac(mac(1)));
+    let mut b = lan.device(PortConfig::new("b").mac(mac(2)));
+    let memory = Arc::new(MmapRegion::<()>::new(4096).unwrap());
+    let (honest, forged) = (frame(2, 1, "honest"), frame(2, 3, "forged"));
+    memory.get_slice(0, honest.len()).unwrap().copy_from(&honest);
+    let of_judge = Arc::clone(&memory);
+    lan.switch.set_judge(Some(Arc::new(move |_: &Flow<'_>| {
+        of_judge.get_slice(0, forged.len()).unwrap().copy_from(&forged);
+        Verdict::Pass
+    })));
+    let slices = [memory.get_slice(0, honest.len()).unwrap()];
+    assert_eq!(a.ports[0].transmit(&PacketInfo::default(), &slices).unwrap(), Sent::Done);
+    assert_eq!(b.receive(), Some(honest));
+}
