@@ -12,7 +12,7 @@
 //! dropped for that receiver alone. What senders leave to others to do (checksums, segmentation) stays left where the receiver's driver takes
 //! it, and is done here where not. Nothing is allocated for a frame, unless a judge looks at it.
 //!
-//! A port takes the [`Grant`](crate::channel::Grant) for it by value, and is gone when that is revoked: when the revocation
+//! A port takes the [`Grant`] for it by value, and is gone when that is revoked: when the revocation
 //! returns, no frame of it is delivered any more, nor one to it, what was in its queues and was learned of it is forgotten, and its device sees the
 //! link go down.
 //!
