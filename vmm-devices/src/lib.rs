@@ -8,6 +8,7 @@ pub mod channel;
 pub mod clock;
 mod error;
 pub mod interrupt;
+pub mod ivshmem;
 pub mod pci;
 pub mod platform;
 #[cfg(any(test, feature = "testkit"))]

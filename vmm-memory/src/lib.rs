@@ -23,5 +23,5 @@ pub use error::{Kept, MemoryError, Seal};
 pub use page_bitmap::{PageBitmap, PageRanges};
 pub use ram::{GuestRam, GuestRamBuilder};
 pub use region::{DirtyBitmap, GuestMemoryMap, GuestRegion, PAGE_SIZE, RegionConfig, is_read_only};
-pub use shared::{Access, ReadOnlySharedMemory, SharedMapping, SharedMemory};
+pub use shared::{Access, PeerMemory, ReadOnlySharedMemory, SharedMapping, SharedMemory};
 pub use vm_memory;
