@@ -292,7 +292,7 @@ impl IvshmemBuilder {
 
     /// Called when the memory could not be mapped where the guest wants it, or not be unmapped. It must not call the device.
     #[must_use]
-    pub fn on_failure(mut self, failed: impl Fn(&(dyn Error + 'static)) + Send + 'static) -> Self {
+    pub fn on_failure(mut self, failed: impl Fn(&dyn Error) + Send + 'static) -> Self {
         self.failed = Some(Box::new(failed));
         self
     }

@@ -55,7 +55,7 @@ pub trait RegionMapper: Send {
 }
 
 /// Hears of what a mapper could not do.
-pub(super) type Failed = Box<dyn Fn(&(dyn Error + 'static)) + Send>;
+pub(super) type Failed = Box<dyn Fn(&dyn Error) + Send>;
 
 /// The memory as the device and its guest have it.
 pub(super) struct Window {
@@ -142,7 +142,7 @@ impl Window {
         }
     }
 
-    fn report(&self, error: &(dyn Error + 'static)) {
+    fn report(&self, error: &dyn Error) {
         if let Some(failed) = &self.failed {
             failed(error);
         }

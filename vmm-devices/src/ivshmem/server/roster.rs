@@ -11,7 +11,6 @@ use rustix::io::Errno;
 use super::message::send;
 use super::{MEMORY, VERSION};
 use crate::channel::{DoorbellRing, Grant, Party, RegionMap};
-use vmm_memory::Access;
 
 /// A message that is to be sent.
 struct Outgoing {
@@ -23,7 +22,6 @@ struct Outgoing {
 pub(super) struct Peer {
     pub(super) socket: UnixStream,
     pub(super) party: Party,
-    pub(super) access: Access,
     /// Others have it for each vector.
     pub(super) bells: Vec<Arc<OwnedFd>>,
     /// The rights that keep it.
@@ -39,8 +37,7 @@ impl Peer {
         map: Grant<RegionMap>,
         ring: Option<Grant<DoorbellRing>>,
     ) -> Self {
-        let access = map.channel().access;
-        Self { socket, party, access, bells, map, ring, outbox: VecDeque::new() }
+        Self { socket, party, bells, map, ring, outbox: VecDeque::new() }
     }
 
     fn say(&mut self, number: i64, descriptor: Option<Arc<OwnedFd>>) {

@@ -111,7 +111,7 @@ impl Server {
         let info = |(position, peer): (&u16, &Peer)| PeerInfo {
             position: *position,
             party: peer.party.clone(),
-            access: peer.access,
+            access: peer.map.channel().access,
             rings: peer.ring.is_some(),
         };
         roster.peers.iter().map(info).collect()
