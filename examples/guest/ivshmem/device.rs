@@ -161,12 +161,14 @@ impl Device {
         OpenOptions::new().read(true).write(true).open(path).map_err(|error| format!("config: {error}"))
     }
 
-    /// Turns MSI-X on with entry 0 as a message for processor 0 with that vector, and rings for it.
-    pub(crate) fn message(&self, vector: u64) -> Result<(), String> {
+    /// Turns MSI-X on, with rings for `entry` as messages of that vector for processor 0.
+    pub(crate) fn arm(&self, entry: u64, vector: u64) -> Result<(), String> {
         let table = Bar::map(&self.directory, 1)?;
         let config = self.config()?;
+        let wrong = |error: std::io::Error| format!("config: {error}");
+        // Without being root it would be 64 bytes.
         let mut space = [0; 256];
-        config.read_exact_at(&mut space, 0).map_err(|error| format!("config: {error}"))?;
+        config.read_exact_at(&mut space, 0).map_err(wrong)?;
         let mut at = usize::from(space[0x34]);
         while at != 0 && space[at] != 0x11 {
             at = usize::from(space[at + 1]);
@@ -175,16 +177,13 @@ impl Device {
             return Err("the device has no MSI-X".to_owned());
         }
         // Bus master, as the message is a write to memory.
-        let written = [(4, space[4] | 4), (at as u64 + 3, 0x80)];
+        config.write_all_at(&[space[4] | 4], 4).map_err(wrong)?;
+        config.write_all_at(&[0x80], at as u64 + 3).map_err(wrong)?;
         for (index, value) in [(0, 0xfee0_0000), (1, 0), (2, vector as u32), (3, 0)] {
             // SAFETY: within the BAR, aligned.
-            unsafe { table.word(index).write_volatile(value) }
+            unsafe { table.word(entry as usize * 4 + index).write_volatile(value) }
         }
-        for (offset, value) in written {
-            config.write_all_at(&[value], offset).map_err(|error| format!("config: {error}"))?;
-        }
-        self.ring(self.position().into(), 0);
-        config.write_all_at(&[0], at as u64 + 3).map_err(|error| format!("config: {error}"))
+        Ok(())
     }
 }
 

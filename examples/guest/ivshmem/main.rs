@@ -12,6 +12,7 @@
 //! | `poll SECONDS` | until Interrupt Status says that somebody rang |
 //! | `wait COUNT SECONDS` | for so many interrupts, which come by the driver `uio_pci_generic` |
 //! | `answer PEER COUNT SECONDS`, `call PEER COUNT SECONDS` | the two sides of doorbells back and forth, by those interrupts |
+//! | `arm ENTRY VECTOR` | has rings for that entry come as a message with that interrupt vector to processor 0 |
 //! | `msix VECTOR` | has the device send a message for ring 0, with that interrupt vector, to processor 0 |
 //! | `copy MIB [from\|to\|own]` | how fast memory is copied, from or to the region, or within this process, in GB/s |
 //!
@@ -101,7 +102,13 @@ fn main() {
             let each = begun.elapsed().as_secs_f64() * 1e6 / number(count) as f64;
             println!("{each:.1} us a round trip");
         }
-        ["msix", vector] => device.message(number(vector)).unwrap_or_else(|why| fail(&why)),
+        ["arm", entry, vector] => {
+            device.arm(number(entry), number(vector)).unwrap_or_else(|why| fail(&why));
+        }
+        ["msix", vector] => {
+            device.arm(0, number(vector)).unwrap_or_else(|why| fail(&why));
+            device.ring(device.position().into(), 0);
+        }
         ["copy", mib, way] => println!("{:.3}", copy(&device, number(mib), way)),
         _ => fail("what is to be done? See the head of the program"),
     }

@@ -23,8 +23,8 @@ fn cve_2020_14364_a_refused_state_changes_nothing() {
     }
 }
 
-/// The index of a peer or vector beyond the table (QEMU's ivshmem, commit 34bc07c5282a and CVE-2014-5388's kind): each value of the
-/// doorbell leads to a bell that there is, or is counted.
+/// A peer or vector beyond the table, as in QEMU's ivshmem ("Fix potential OOB r/w access", 2014): each value of the doorbell leads
+/// to a bell that there is, or is counted.
 #[test]
 fn ivshmem_vectors_out_of_bounds_ring_nobody() {
     let hub = Hub::new(region("bounds"), 3).unwrap();

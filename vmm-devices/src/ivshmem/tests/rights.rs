@@ -154,7 +154,8 @@ fn positions_are_not_used_again_at_once() {
     let hub = Hub::new(region("seats"), 1).unwrap();
     let first = join(&hub);
     drop(join(&hub));
-    assert_eq!((first.position(), join(&hub).position(), hub.members()), (0, 2, vec![0]));
+    assert_eq!((first.position(), join(&hub).position()), (0, 2));
+    assert_eq!(hub.members(), [0]);
     let (map, ring) = rights(&Gatekeeper::new(AllowAll), "seats", Access::ReadWrite);
     assert!(matches!(hub.join_at(0, map, Some(ring)), Err(IvshmemError::Taken { position: 0, .. })));
     let members: Vec<Member> = (1..MAX_PEERS).map(|_| join(&hub)).collect();
