@@ -97,7 +97,11 @@ fn a_guest_that_is_killed_is_gone_for_its_peers() {
     let member = join(&path, ClientConfig::default().vectors(2));
     let mut guest = Guest::start(&path, "", "ivshmem position; sleep 100");
     wait_for("the guest", || (member.peers() == [0, 1]).then_some(()));
-    // SIGKILL, in the middle of whatever it does.
+    // When it has used the device.
+    let mut said = String::new();
+    BufReader::new(guest.child.stdout.as_mut().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "1\n");
+    // SIGKILL.
     guest.child.kill().unwrap();
     wait_for("it to be gone", || (member.peers() == [0]).then_some(()));
     assert_eq!(program.list().len(), 1);
