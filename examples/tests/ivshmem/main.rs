@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may panic, also in functions that it calls")]
 
 mod guest;
+mod one_process;
 mod pair;
 mod qemu;
 mod revoked;
