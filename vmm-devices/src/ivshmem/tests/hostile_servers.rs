@@ -147,7 +147,7 @@ fn memory_that_is_none_or_could_shrink_is_refused() {
     let (liar, client) = Liar::pair();
     liar.say(0, &[]).unwrap();
     liar.say(0, &[]).unwrap();
-    liar.bell(-1, &file(SIZE as u64, SealFlags::empty()));
+    liar.bell(-1, &file(SIZE, SealFlags::empty()));
     Client::over(client, "r", config().unsealed(true)).unwrap();
 }
 

@@ -1,5 +1,7 @@
 //! Devices on buses of their own, and what a guest does there.
 
+#![allow(clippy::cast_possible_truncation, reason = "addresses, positions and counts are small here")]
+
 mod flaws;
 mod hostile_clients;
 mod hostile_servers;
@@ -52,11 +54,14 @@ fn join(hub: &Hub) -> Member {
     hub.join(map, Some(ring)).unwrap()
 }
 
+/// A region, and what the guest may do with it.
+type Seen = (Arc<GuestRegion>, Access);
+
 /// A virtual machine as far as memory goes: what it was told, and the regions that its guest sees.
 #[derive(Clone, Default)]
 struct Guest {
     told: Recorder<String>,
-    sees: Arc<Mutex<Vec<(Arc<GuestRegion>, Access)>>>,
+    sees: Arc<Mutex<Vec<Seen>>>,
     /// Refuses to take memory away.
     stuck: Arc<Mutex<bool>>,
 }
@@ -161,7 +166,7 @@ impl Machine {
     }
 
     fn set_vector(&self, vector: u64, masked: bool) {
-        let [data] = [0x40 + vector as u32];
+        let data = 0x40 + vector as u32;
         for (register, value) in [(0, 0xfee0_0000), (4, 0), (8, data), (12, u32::from(masked))] {
             self.write(1, vector * 16 + register, &value.to_le_bytes());
         }
