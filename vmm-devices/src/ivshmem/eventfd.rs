@@ -4,7 +4,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::FileType;
 use rustix::io::{Errno, ReadWriteFlags};
 
 /// One that is not signalled.
@@ -12,7 +12,7 @@ pub(super) fn create() -> io::Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
-/// Adds one. If its counter is full it has been signalled, and, unless a peer has made it a blocking one, this returns.
+/// Adds one. If its counter is full it has been signalled already; then this waits, if a peer has made it a blocking one.
 pub(super) fn signal(fd: impl AsFd) {
     let (Ok(_) | Err(_)) = rustix::io::write(fd, &1_u64.to_ne_bytes());
 }
@@ -38,18 +38,14 @@ pub(super) fn may_be_one(fd: impl AsFd) -> bool {
     rustix::fs::fstat(fd).is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Unknown)
 }
 
-/// Has writes fail rather than wait, as long as no other holder changes it.
-pub(super) fn never_wait(fd: impl AsFd) -> io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    Ok(rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
     use std::sync::mpsc;
     use std::thread;
     use std::time::Duration;
+
+    use rustix::fs::OFlags;
 
     use super::*;
 

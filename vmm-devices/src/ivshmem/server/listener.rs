@@ -193,7 +193,7 @@ impl Listener {
             let event = self.dialogue.hear(message)?;
             let Some(port) = self.port.upgrade() else { return Ok(Some(Ending::Stopped)) };
             match event {
-                Event::Bell(peer, fd) => port.add_bell(peer, self.bell(Arc::new(fd))?),
+                Event::Bell(peer, fd) => port.add_bell(peer, self.bell(Arc::new(fd))),
                 Event::Gone(peer) => port.remove_peer(peer),
                 Event::Own(vector, fd) => self.own_bell(&port, vector, fd)?,
                 Event::Revoked => return Ok(Some(Ending::Revoked)),
@@ -204,13 +204,10 @@ impl Listener {
         Ok(None)
     }
 
-    fn bell(&self, fd: Arc<OwnedFd>) -> Result<Bell, ProtocolError> {
+    fn bell(&self, fd: Arc<OwnedFd>) -> Bell {
         match &self.bellhop {
-            Some(bellhop) => Ok(Bell::Carried(fd, Arc::clone(bellhop))),
-            None => {
-                eventfd::never_wait(&fd).map_err(ProtocolError::Socket)?;
-                Ok(Bell::Outside(fd))
-            }
+            Some(bellhop) => Bell::Carried(fd, Arc::clone(bellhop)),
+            None => Bell::Outside(fd),
         }
     }
 
@@ -222,7 +219,7 @@ impl Listener {
         let fd = Arc::new(fd);
         self.own.push(Arc::clone(&fd));
         // A guest may ring itself.
-        port.add_bell(port.position(), self.bell(fd)?);
+        port.add_bell(port.position(), self.bell(fd));
         Ok(())
     }
 }
