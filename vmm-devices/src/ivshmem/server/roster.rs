@@ -40,6 +40,11 @@ impl Peer {
         Self { socket, party, bells, map, ring, outbox: VecDeque::new() }
     }
 
+    /// Messages that it has not taken, beyond those that the kernel keeps.
+    pub(super) fn behind(&self) -> usize {
+        self.outbox.len()
+    }
+
     fn say(&mut self, number: i64, descriptor: Option<Arc<OwnedFd>>) {
         self.outbox.push_back(Outgoing { number, descriptor });
     }
@@ -109,7 +114,7 @@ impl Roster {
     pub(super) fn remove(&mut self, position: u16) -> Vec<(u16, Peer)> {
         let mut removed = Vec::new();
         if let Some(peer) = self.peers.remove(&position) {
-            self.tell_gone(position);
+            self.tell_gone(position, peer.bells.len());
             removed.push((position, peer));
         }
         removed.append(&mut self.flush_all());
@@ -147,9 +152,16 @@ impl Roster {
         }
     }
 
-    fn tell_gone(&mut self, position: u16) {
+    /// Others hear of `vectors` vectors no more. What of them has not been sent is not, so that who comes and goes while a slow client
+    /// does not read costs neither memory nor that client its seat.
+    fn tell_gone(&mut self, position: u16, vectors: usize) {
+        let number = i64::from(position);
         for peer in self.peers.values_mut().filter(|peer| peer.ring.is_some()) {
-            peer.say(position.into(), None);
+            let before = peer.outbox.len();
+            peer.outbox.retain(|message| message.number != number || message.descriptor.is_none());
+            if before - peer.outbox.len() < vectors {
+                peer.say(number, None);
+            }
         }
     }
 
@@ -171,7 +183,7 @@ impl Roster {
             }
             for position in lost {
                 if let Some(peer) = self.peers.remove(&position) {
-                    self.tell_gone(position);
+                    self.tell_gone(position, peer.bells.len());
                     removed.push((position, peer));
                 }
             }

@@ -55,6 +55,8 @@ pub struct PeerInfo {
     pub access: Access,
     /// Whether it may ring.
     pub rings: bool,
+    /// Messages that it has not taken yet, beyond those that the kernel keeps for it.
+    pub behind: usize,
 }
 
 type Identify = Box<dyn Fn(&Credentials) -> Party + Send + Sync>;
@@ -113,6 +115,7 @@ impl Server {
             party: peer.party.clone(),
             access: peer.map.channel().access,
             rings: peer.ring.is_some(),
+            behind: peer.behind(),
         };
         roster.peers.iter().map(info).collect()
     }

@@ -19,23 +19,20 @@ fn whoever_says_something_is_disconnected() {
     assert_eq!(server.peers().len(), 1);
 }
 
-/// One that never reads, while others come and go: it is disconnected when it is too far behind, and nobody waits for it.
+/// One that never reads, while others come and go: what is kept for it is bounded by who is there, and nobody waits for it.
 #[test]
-fn whoever_does_not_read_is_disconnected() {
+fn what_a_client_does_not_read_is_bounded() {
     let server = Server::builder(region("r"), 8, Gatekeeper::new(AllowAll)).max_peers(3).unbound().unwrap();
     let (theirs, _deaf) = UnixStream::pair().unwrap();
     assert_eq!(server.admit(theirs).unwrap(), 0);
-    let begun = Instant::now();
-    let mut rounds = 0;
-    while server.peers().first().is_some_and(|peer| peer.position == 0) {
+    for _ in 0..400 {
         let (theirs, ours) = UnixStream::pair().unwrap();
         server.admit(theirs).unwrap();
         drop(ours);
         holds("it to be gone", || server.peers().len() < 2);
-        rounds += 1;
-        assert!(rounds < 10_000);
+        let behind = server.peers().first().map_or(0, |peer| peer.behind);
+        assert!(behind <= 2 * (8 + 1), "{behind} messages");
     }
-    println!("gone after {rounds} others, {:?}", begun.elapsed());
     machine(&server, ClientConfig::default());
 }
 
