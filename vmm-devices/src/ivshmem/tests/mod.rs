@@ -156,6 +156,15 @@ impl Machine {
         assert!(self.mmio.write(GuestAddress(self.config_at() + offset), data));
     }
 
+    /// The first 64 bytes of configuration space, read as a guest does.
+    fn header(&self) -> [u8; 64] {
+        let mut header = [0; 64];
+        for (at, word) in (self.config_at()..).step_by(4).zip(header.chunks_mut(4)) {
+            assert!(self.mmio.read(GuestAddress(at), word));
+        }
+        header
+    }
+
     fn enable_msix(&self, on: bool) {
         // The only capability.
         let mut pointer = [0];

@@ -12,8 +12,7 @@ fn pair() -> (Machine, Machine) {
 #[test]
 fn it_is_what_drivers_look_for() {
     let (machine, _other) = pair();
-    let mut header = [0; 64];
-    machine.mmio.read(GuestAddress(machine.config_at()), &mut header);
+    let header = machine.header();
     assert_eq!(header[..4], [0xf4, 0x1a, 0x10, 0x11]);
     assert_eq!((header[8], &header[9..12]), (1, &[0, 0, 5][..]), "revision 1, memory");
     assert_eq!(header[0x2c..0x30], [0xf4, 0x1a, 0, 0x11]);
@@ -30,8 +29,7 @@ fn memory_alone_has_neither_vectors_nor_position() {
     let (map, _) = rights(&Gatekeeper::new(AllowAll), "plain", Access::ReadWrite);
     let machine = Machine::ready(region.attach(map).unwrap());
     assert!(lock(&machine.function).config_space().bar(1).is_none());
-    let mut header = [0; 64];
-    machine.mmio.read(GuestAddress(machine.config_at()), &mut header);
+    let header = machine.header();
     assert_eq!((header[0x34], header[0x3d], machine.register(2)), (0, 0, 0));
     machine.ring(0, 0);
     assert_eq!((machine.figures().no_right, machine.register(1)), (1, 0));
