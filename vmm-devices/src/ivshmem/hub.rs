@@ -118,12 +118,9 @@ impl Hub {
 
     /// Has a member leave when it closes. It may have closed by now.
     fn watch(&self, member: Member) -> Result<Member, IvshmemError> {
-        let (hub, position) = (Arc::downgrade(&self.0), member.position());
-        member.port.on_leave(Box::new(move || {
-            if let Some(hub) = hub.upgrade() {
-                hub.leave(position);
-            }
-        }));
+        // As long as there are members there is a hub, whoever else has let go of it. It holds no port.
+        let (hub, position) = (Arc::clone(&self.0), member.position());
+        member.port.on_leave(Box::new(move || hub.leave(position)));
         Ok(member)
     }
 }
