@@ -158,7 +158,8 @@ fn a_saved_device_goes_on() {
     b.set_vector(2, true);
     a.ring(1, 2);
     b.set_register(0, 1);
-    let (state, bars) = (lock(&b.function).state(), [b.bar(0), b.bar(2)]);
+    let bars = [b.bar(0), b.bar(2)];
+    let state = lock(&b.function).state();
     let hub = Hub::new(region("restored"), 4).unwrap();
     let (map, ring) = rights(&Gatekeeper::new(AllowAll), "restored", Access::ReadWrite);
     let restored = Machine::new(hub.join_at(1, map, Some(ring)).unwrap());
