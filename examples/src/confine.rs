@@ -46,6 +46,7 @@ const DESCRIPTOR_CALLS: &[libc::c_long] = &[
     libc::SYS_pread64,
     libc::SYS_pwrite64,
     libc::SYS_preadv,
+    libc::SYS_preadv2,
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_recvmsg,

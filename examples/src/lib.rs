@@ -6,6 +6,7 @@ pub mod debian;
 pub mod debug;
 pub mod guest_command;
 pub mod initramfs;
+pub mod ivshmem;
 pub mod metrics;
 pub mod pc;
 pub mod pv_console;

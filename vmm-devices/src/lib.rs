@@ -8,6 +8,7 @@ pub mod channel;
 pub mod clock;
 mod error;
 pub mod interrupt;
+pub mod ivshmem;
 pub mod net;
 pub mod pci;
 pub mod platform;

@@ -32,5 +32,5 @@ pub use ram::{GuestRam, GuestRamBuilder};
 pub use region::{
     DirtyBitmap, GuestMemoryMap, GuestRegion, PAGE_SIZE, RegionConfig, host_page_size, is_read_only,
 };
-pub use shared::{Access, ReadOnlySharedMemory, SharedMapping, SharedMemory};
+pub use shared::{Access, PeerMemory, ReadOnlySharedMemory, SharedMapping, SharedMemory};
 pub use vm_memory;

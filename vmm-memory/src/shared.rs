@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`SharedMemory`] | map read-only or for writing |
 //! | [`ReadOnlySharedMemory`] | map read-only; the kernel refuses the rest (`F_SEAL_FUTURE_WRITE`) |
+//! | [`PeerMemory`] | map what a peer handed over, as far as the descriptor allows |
 //!
 //! # Threat model
 //! The peer is hostile and may be root in its own process. A descriptor received from it is not
@@ -24,6 +25,8 @@
 //! dropped. Then [`GuestRam::remove_region`](crate::GuestRam::remove_region) takes it from the devices,
 //! and dropping the [`SharedMapping`] unmaps it.
 
+mod peer;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -38,6 +41,7 @@ use crate::backing::{SIZE_SEALS, add_seals, create_memfd};
 use crate::error::Seal;
 use crate::huge::HugePageSize;
 use crate::region::{Bytes, GuestRegion, check_range, map_region};
+pub use peer::PeerMemory;
 
 /// What a mapping of shared memory is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

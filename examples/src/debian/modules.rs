@@ -11,7 +11,7 @@ use lzma_rust2::XzReader;
 use object::{Object as _, ObjectSection as _};
 
 /// The modules that a guest of these programs has a device for.
-pub const MODULES: [&str; 13] = [
+pub const MODULES: [&str; 14] = [
     "virtio",
     "virtio_ring",
     "virtio_mmio",
@@ -25,6 +25,7 @@ pub const MODULES: [&str; 13] = [
     "vsock",
     "vmw_vsock_virtio_transport",
     "overlay",
+    "uio_pci_generic",
 ];
 
 /// The largest module that is read, in bytes; Debian's largest has about 5 MB.

@@ -25,6 +25,7 @@ use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use vmm_cpu::Vm;
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
+use vmm_devices::ivshmem::{Ivshmem, Member};
 use vmm_devices::pci::PciLayout;
 use vmm_devices::virtio::block::{self, RawFile};
 use vmm_devices::virtio::console::{Console, MAX_PORTS};
@@ -35,6 +36,7 @@ use vmm_devices::{BusRange, Clock};
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_memory::{GuestMemoryMap, GuestRam};
 
+use crate::ivshmem::{Mapper, SharedRegion};
 use crate::metrics::{Exporter, Sources};
 use crate::pc::{Output, Pc};
 
@@ -89,6 +91,8 @@ impl FromStr for Disk {
 pub struct VirtioDevices {
     transport: Transport,
     devices: Vec<Device>,
+    /// Seats at memory that the guest has in common with others; functions of the PCI bus, and no virtio devices.
+    regions: Vec<Member>,
     /// What serves them, unless that is the vCPU's own thread.
     served_by: Option<LoopThread>,
     /// By which they say how long requests took.
@@ -113,7 +117,14 @@ impl VirtioDevices {
         let thread = || EventLoop::new(Arc::clone(&clock))?.spawn("virtio");
         let served_by =
             if deterministic { None } else { Some(thread().context("a thread for virtio devices")?) };
-        Ok(Self { transport, devices: Vec::new(), served_by, clock, figures: Sources::default() })
+        Ok(Self {
+            transport,
+            devices: Vec::new(),
+            regions: Vec::new(),
+            served_by,
+            clock,
+            figures: Sources::default(),
+        })
     }
 
     /// A disk. Its name, as the guest finds it (`/dev/disk/by-id`, sysfs), is that of the file.
@@ -206,6 +217,19 @@ impl VirtioDevices {
         self.add("ports".to_owned(), "virtio_console", Box::new(device))
     }
 
+    /// Memory that the guest has in common with others.
+    ///
+    /// # Errors
+    /// Over MMIO, and if there is no server.
+    pub fn region(mut self, region: &SharedRegion) -> Result<Self> {
+        ensure!(
+            self.transport == Transport::Pci,
+            "--ivshmem is a function of a PCI bus, so take --transport pci"
+        );
+        self.regions.push(region.join()?);
+        Ok(self)
+    }
+
     fn add(mut self, name: String, module: &'static str, device: Box<dyn VirtioDevice<Ram>>) -> Result<Self> {
         ensure!(
             self.transport == Transport::Pci || self.devices.len() < INPUTS,
@@ -226,6 +250,10 @@ impl VirtioDevices {
             if !modules.contains(&device.module) {
                 modules.push(device.module);
             }
+        }
+        if !self.regions.is_empty() {
+            // For programs that are to be interrupted by peers.
+            modules.push("uio_pci_generic");
         }
         modules
     }
@@ -252,8 +280,14 @@ impl VirtioDevices {
     ///
     /// # Errors
     /// If a place is taken.
-    pub fn attach(self, pc: &Pc, vm: &dyn Vm, ram: &GuestRam, exporter: Option<Exporter>) -> Result<Served> {
-        let Self { transport, devices, served_by, figures, .. } = self;
+    pub fn attach(
+        self,
+        pc: &Pc,
+        vm: &Arc<dyn Vm>,
+        ram: &GuestRam,
+        exporter: Option<Exporter>,
+    ) -> Result<Served> {
+        let Self { transport, devices, regions, served_by, figures, .. } = self;
         let executor = || -> Arc<dyn Executor> {
             match &served_by {
                 Some(thread) => thread.executor(),
@@ -279,6 +313,16 @@ impl VirtioDevices {
                 for Device { name, device, .. } in devices {
                     let function = VirtioPci::builder(device, ram.address_space(), pc.message_sink());
                     let mut function = function.executor(executor()).on_failure(failed(&name));
+                    if let Some(kernel) = &kernel {
+                        function = function.doorbells(kernel.clone());
+                    }
+                    bridge.add(Arc::new(Mutex::new(function.build()?))).with_context(|| name)?;
+                }
+                for member in regions {
+                    let name = format!("region {}", member.region());
+                    let mut function = Ivshmem::builder(member, pc.message_sink())
+                        .mapper(Mapper(Arc::clone(vm)))
+                        .on_failure(failed(&name));
                     if let Some(kernel) = &kernel {
                         function = function.doorbells(kernel.clone());
                     }

@@ -123,7 +123,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let one_clock = options.rerun.is_deterministic() || endpoint.is_some();
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
-    let _served = devices.map(|devices| devices.attach(&pc, &*vm, &ram, exporter)).transpose()?;
+    let _served = devices.map(|devices| devices.attach(&pc, &vm, &ram, exporter)).transpose()?;
     if options.rerun.is_deterministic() {
         let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
         stop.reaches(move || bootstrap.kick());

@@ -11,6 +11,7 @@ use vmm_examples::debian::Series;
 use vmm_examples::debug::DebugOptions;
 use vmm_examples::guest_command::{Screen, Session, Wiring};
 use vmm_examples::initramfs::AddedFile;
+use vmm_examples::ivshmem::SharedRegion;
 use vmm_examples::metrics::Exporter;
 use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
@@ -101,6 +102,11 @@ pub(crate) struct Options {
     /// Joins /dev/virtio-ports/NAME of the guest to a Unix socket, which programs here connect to, one at a time. Repeatable.
     #[arg(long, value_name = "NAME,PATH")]
     pub(crate) port: Vec<NamedPort>,
+    /// Joins the guest to memory that it has in common with others, at the socket of an ivshmem server (`ivshmem_server`, or QEMU's), over
+    /// PCI. `ro` maps it read-only, `unsealed` takes memory that the server could truncate, as QEMU's is, `keep` goes on when
+    /// the server is gone, `direct` rings peers that are trusted without a thread between. Repeatable.
+    #[arg(long, value_name = "path=SOCKET[,vectors=N][,ro][,unsealed][,keep][,direct]")]
+    pub(crate) ivshmem: Vec<SharedRegion>,
     /// Serves what virtio devices have done to Prometheus (`GET /metrics`) at HOST:PORT, at :PORT on the loopback interface, or
     /// at unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
@@ -176,7 +182,8 @@ impl Options {
     /// The transport of virtio devices, if any are wanted.
     pub(crate) fn wanted_transport(&self) -> Option<Transport> {
         let wanted = self.metrics.is_some() || self.unrecorded().is_some();
-        self.transport.or(wanted.then_some(Transport::Mmio))
+        let otherwise = if self.ivshmem.is_empty() { Transport::Mmio } else { Transport::Pci };
+        self.transport.or(wanted.then_some(otherwise))
     }
 
     /// The first of the options for devices that do something to a run which is not recorded.
@@ -187,6 +194,7 @@ impl Options {
             (self.balloon.is_some(), "--balloon"),
             (self.console == ConsoleKind::Virtio, "--console virtio"),
             (!self.port.is_empty(), "--port"),
+            (!self.ivshmem.is_empty(), "--ivshmem"),
         ];
         given.into_iter().find_map(|(given, name)| given.then_some(name))
     }
@@ -243,6 +251,9 @@ impl Options {
         }
         if !self.port.is_empty() {
             devices = devices.ports(&self.port)?;
+        }
+        for region in &self.ivshmem {
+            devices = devices.region(region)?;
         }
         let exporter = self.metrics.as_deref().map(Exporter::listen).transpose().context("--metrics")?;
         Ok(Virtio { devices: Some(devices), console, exporter })

@@ -1,0 +1,110 @@
+//! Messages: a number, and maybe a descriptor.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+use super::dialogue::ProtocolError;
+
+/// A message of the server's.
+#[derive(Debug)]
+pub struct Message {
+    /// Version, position, or -1 for the memory.
+    pub number: i64,
+    /// What came with it.
+    pub descriptor: Option<OwnedFd>,
+}
+
+/// Puts messages together, which may come in pieces.
+#[derive(Debug, Default)]
+pub struct Receiver {
+    bytes: [u8; 8],
+    filled: usize,
+    descriptor: Option<OwnedFd>,
+}
+
+impl Receiver {
+    /// With nothing received.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The next message; `None` if it is not there yet, on a socket that does not wait. A piece that has come is kept.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Closed`] at the end, [`ProtocolError::Descriptors`] if more than one descriptor is with a message, and
+    /// [`ProtocolError::Socket`].
+    pub fn receive(&mut self, socket: impl AsFd) -> Result<Option<Message>, ProtocolError> {
+        loop {
+            // Room for one more than there may be, so that it is seen. What has no room, the kernel closes.
+            let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+            let mut control = RecvAncillaryBuffer::new(&mut room);
+            let piece = self.bytes.get_mut(self.filled..).unwrap_or_default();
+            // No more than the message: descriptors come with the first byte of theirs.
+            let received = recvmsg(
+                &socket,
+                &mut [IoSliceMut::new(piece)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+            );
+            let received = match received {
+                Ok(received) => received,
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(ProtocolError::Socket(error.into())),
+            };
+            for message in control.drain() {
+                let RecvAncillaryMessage::ScmRights(descriptors) = message else { continue };
+                for descriptor in descriptors {
+                    if self.descriptor.replace(descriptor).is_some() {
+                        return Err(ProtocolError::Descriptors);
+                    }
+                }
+            }
+            if received.flags.contains(ReturnFlags::CTRUNC) {
+                return Err(ProtocolError::Descriptors);
+            }
+            if received.bytes == 0 {
+                return Err(ProtocolError::Closed);
+            }
+            self.filled = self.filled.saturating_add(received.bytes);
+            if self.filled >= self.bytes.len() {
+                self.filled = 0;
+                let number = i64::from_le_bytes(self.bytes);
+                return Ok(Some(Message { number, descriptor: self.descriptor.take() }));
+            }
+        }
+    }
+}
+
+/// Sends a message at once. `false` if there is no room for it now.
+pub(super) fn send(
+    socket: impl AsFd,
+    number: i64,
+    descriptor: Option<BorrowedFd<'_>>,
+) -> Result<bool, Errno> {
+    let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut room);
+    let descriptors: Vec<BorrowedFd<'_>> = descriptor.into_iter().collect();
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(Errno::NOBUFS);
+    }
+    let bytes = number.to_le_bytes();
+    loop {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match sendmsg(&socket, &[IoSlice::new(&bytes)], &mut control, flags) {
+            Ok(sent) if sent == bytes.len() => return Ok(true),
+            // So few bytes go as a whole or not at all.
+            Ok(_) => return Err(Errno::MSGSIZE),
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
