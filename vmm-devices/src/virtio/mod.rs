@@ -34,6 +34,7 @@ mod pci;
 mod queue;
 pub mod rate;
 pub mod rng;
+pub mod vsock;
 
 pub use balloon::Balloon;
 pub use block::Block;
@@ -50,3 +51,4 @@ pub use mmio::{VirtioMmio, VirtioMmioBuilder, VirtioMmioError};
 pub use pci::{VirtioPci, VirtioPciBuilder, VirtioPciError};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;
+pub use vsock::Vsock;
