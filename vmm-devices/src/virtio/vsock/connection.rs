@@ -187,8 +187,10 @@ impl Connection {
     /// It is over at once, and the guest hears so.
     pub(super) fn reset(&mut self) {
         if self.phase != Phase::Over {
+            // A request that the guest has not heard needs no end.
+            let unheard = self.phase == Phase::Requested && self.owes_answer;
             self.end();
-            self.owes_reset = true;
+            self.owes_reset = !unheard;
         }
     }
 

@@ -42,7 +42,11 @@ fn an_answer_comes_in_time_or_the_connection_is_over() {
 fn what_does_not_go_with_the_state_ends_it() {
     use operation::{CREDIT_REQUEST, CREDIT_UPDATE, REQUEST, RESPONSE, RW, SHUTDOWN};
     let dialing = Connection::dialing(Kind::Stream, &packet(REQUEST), 64, PATIENCE, 0);
-    let requested = Connection::requested(Kind::Stream, 64, PATIENCE, 0);
+    let mut requested = Connection::requested(Kind::Stream, 64, PATIENCE, 0);
+    let mut unheard = requested.clone();
+    assert_eq!(requested.next_control(0), Some((REQUEST, 0)));
+    unheard.reset();
+    assert_eq!((unheard.phase(), unheard.next_control(0)), (Phase::Over, None));
     let cases = [
         (&dialing, &[REQUEST, RESPONSE, RW, SHUTDOWN, CREDIT_UPDATE, CREDIT_REQUEST, 0, 8, 0xffff][..]),
         (&requested, &[REQUEST, RW, SHUTDOWN, CREDIT_UPDATE, CREDIT_REQUEST, 0, 8][..]),

@@ -77,10 +77,11 @@ impl Guest {
         self.driver.notify(RX);
     }
 
-    /// Gives buffers.
+    /// Gives buffers, as far as the queue has room for them.
     fn give(&mut self, count: u16, len: u32) {
         let ring = &mut self.queues[0];
-        for _ in 0..count {
+        let there = ring.submitted().wrapping_sub(ring.used_index().unwrap());
+        for _ in 0..count.min(LEN - there) {
             let place = IN + STRIDE * u64::from(ring.next_head());
             ring.chain().writable(place, HEADER as u32 + len).submit().unwrap();
         }
