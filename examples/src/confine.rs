@@ -94,6 +94,17 @@ const FREE_CALLS: &[libc::c_long] = &[
     libc::SYS_poll,
 ];
 
+/// Calls by which a socket device serves its guest, but for the one that makes sockets.
+const UNIX_SOCKET_CALLS: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_epoll_create1,
+    libc::SYS_getsockopt,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+];
+
 /// Calls that find something by a path.
 const PATH_CALLS: &[libc::c_long] = &[
     libc::SYS_faccessat,
@@ -126,13 +137,14 @@ const TERMINAL_REQUESTS: [libc::Ioctl; 6] =
 pub struct Confinement {
     engine: Engine,
     denied: Vec<RawFd>,
+    unix_sockets: bool,
     allowed: Vec<libc::c_long>,
 }
 
 impl Confinement {
     /// What a guest on `engine` needs, and no more.
     pub fn new(engine: Engine) -> Self {
-        Self { engine, denied: Vec::new(), allowed: Vec::new() }
+        Self { engine, denied: Vec::new(), unix_sockets: false, allowed: Vec::new() }
     }
 
     /// Refuses to read from or write to `descriptors`, of which 32 can be named.
@@ -144,6 +156,13 @@ impl Confinement {
     /// Also lets through the system call with that number, for a device that needs it.
     pub fn allow(mut self, call: libc::c_long) -> Self {
         self.allowed.push(call);
+        self
+    }
+
+    /// Also lets it connect to Unix sockets, of whatever path, and accept at those at which it listens: what a socket device does for its
+    /// guest. There are no sockets of other families.
+    pub fn allow_unix_sockets(mut self) -> Self {
+        self.unix_sockets = true;
         self
     }
 
@@ -203,7 +222,16 @@ impl Confinement {
 
         // What Rust's library asks before it closes a descriptor, in a program with debug assertions.
         let is_open = condition(1, Compare::Eq, u64::try_from(libc::F_GETFD)?)?;
-        rules.insert(libc::SYS_fcntl, vec![SeccompRule::new(vec![is_open])?]);
+        let mut requests = vec![SeccompRule::new(vec![is_open])?];
+        if self.unix_sockets {
+            // What an event loop watches is its own copy.
+            let copy = condition(1, Compare::Eq, u64::try_from(libc::F_DUPFD_CLOEXEC)?)?;
+            requests.push(SeccompRule::new(vec![copy])?);
+            let unix = condition(0, Compare::Eq, u64::try_from(libc::AF_UNIX)?)?;
+            rules.insert(libc::SYS_socket, vec![SeccompRule::new(vec![unix])?]);
+            rules.extend(UNIX_SOCKET_CALLS.iter().map(|call| (*call, Vec::new())));
+        }
+        rules.insert(libc::SYS_fcntl, requests);
         // A thread that was just started may not have its name yet.
         let set_name = condition(0, Compare::Eq, u64::try_from(libc::PR_SET_NAME)?)?;
         rules.insert(libc::SYS_prctl, vec![SeccompRule::new(vec![set_name])?]);
@@ -362,6 +390,8 @@ mod tests {
         assert_eq!(interpreter[&libc::SYS_mprotect].len(), 1);
         assert!(rules(Engine::Translator)[&libc::SYS_mprotect].is_empty());
         assert_eq!(rules(Engine::Kvm)[&libc::SYS_ioctl].len(), interpreter[&libc::SYS_ioctl].len() + 1);
+        let sockets = Confinement::new(Engine::Interpreter).allow_unix_sockets().rules().unwrap();
+        assert!(sockets[&libc::SYS_socket].len() == 1 && sockets.contains_key(&libc::SYS_connect));
         for call in [libc::SYS_execve, libc::SYS_socket, libc::SYS_clone, libc::SYS_ptrace, libc::SYS_dup] {
             assert!(!interpreter.contains_key(&call), "{call}");
         }

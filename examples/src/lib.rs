@@ -16,3 +16,4 @@ pub mod socket;
 pub mod terminal;
 pub mod trial;
 pub mod virtio;
+pub mod vsock_times;

@@ -26,6 +26,7 @@ use vmm_devices::virtio::balloon::{BalloonCounters, BalloonHandle, PAGE, Statist
 use vmm_devices::virtio::metrics::{
     DeviceMetrics, LATENCY_BUCKETS, MetricsSnapshot, Totals, latency_bound_ns,
 };
+use vmm_devices::virtio::vsock::{VsockCounters, VsockHandle};
 
 use crate::socket;
 
@@ -128,6 +129,7 @@ fn respond(from: impl Read, mut to: impl Write, registry: &Registry) -> io::Resu
 pub struct Sources {
     devices: Vec<(String, Arc<DeviceMetrics>)>,
     balloons: Vec<(String, BalloonHandle)>,
+    vsocks: Vec<(String, VsockHandle)>,
 }
 
 impl Sources {
@@ -137,6 +139,11 @@ impl Sources {
         let counted = Arc::new(DeviceMetrics::default());
         self.devices.push((format!("{kind}{same}"), Arc::clone(&counted)));
         counted
+    }
+
+    /// A socket device.
+    pub fn vsock(&mut self, handle: VsockHandle) {
+        self.vsocks.push((format!("vsock{}", self.vsocks.len()), handle));
     }
 
     /// A balloon.
@@ -171,6 +178,9 @@ impl Collector for Sources {
             throttled,
         )?;
         families.latencies(&taken)?;
+        if !self.vsocks.is_empty() {
+            families.of_vsocks(&self.vsocks)?;
+        }
         if self.balloons.is_empty() {
             return Ok(());
         }
@@ -233,6 +243,34 @@ impl Families<'_> {
                 (snapshot.latency_total_ns as f64 / NANOSECONDS, snapshot.latency.iter().sum());
             let labels = [("device", *device)];
             family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn of_vsocks(&mut self, vsocks: &[(String, VsockHandle)]) -> fmt::Result {
+        let taken: Vec<_> = vsocks.iter().map(|(name, vsock)| (&**name, vsock.counters())).collect();
+        let figures: [Family<VsockCounters, u64>; 6] = [
+            ("virtio_vsock_opened", "Connections that both sides accepted", |c| c.opened),
+            ("virtio_vsock_refused", "Connections that were refused", |c| c.refused),
+            ("virtio_vsock_resets", "Connections that the guest reset or refused", |c| c.resets),
+            ("virtio_vsock_breaches", "Connections that ended as the guest broke the rules", |c| c.breaches),
+            ("virtio_vsock_revoked", "Connections whose grant was revoked", |c| c.revoked),
+            ("virtio_vsock_timeouts", "Connections that waited too long", |c| c.timeouts),
+        ];
+        for (name, help, figure) in figures {
+            self.counters(
+                name,
+                help,
+                None,
+                taken.iter().map(|(device, counters)| (*device, figure(counters))),
+            )?;
+        }
+        let help = "Connections that there are";
+        let mut family =
+            self.0.encode_descriptor("virtio_vsock_connections", help, None, MetricType::Gauge)?;
+        for (device, counters) in &taken {
+            ConstGauge::new(i64::from(counters.connections))
+                .encode(family.encode_family(&[("device", *device)])?)?;
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ macro_rules! tests {
         tests!(console: Kind::Console, $($name),*);
         tests!(rng: Kind::Rng, $($name),*);
         tests!(balloon: Kind::Balloon, $($name),*);
+        tests!(vsock: Kind::Vsock, $($name),*);
     };
     ($device:ident: $kind:expr, $($name:ident),*) => {
         mod $device {
@@ -119,6 +120,9 @@ fn cve_2021_3929_cve_2024_3446_buffers_tables_and_rings_at_the_registers(kind: K
                 port.enqueue(b"input");
             }
             guest.pass();
+            if let Outside::Vsock { monitor } = &mut guest.outside {
+                monitor.send(b"input");
+            }
             let head = guest.submit(queue, at, write);
             guest.driver.notify(queue);
             if let Outside::Balloon { handle, .. } = &guest.outside {
@@ -146,6 +150,12 @@ fn cve_2021_3929_cve_2024_3446_buffers_tables_and_rings_at_the_registers(kind: K
             // What makes it look for a buffer.
             port.enqueue(b"input");
             ports.add(1, PortConfig::console(std::io::sink())).unwrap();
+        }
+        if let Outside::Vsock { monitor } = &mut guest.outside {
+            monitor.send(b"input");
+            if queue == 2 {
+                monitor.handle.transport_reset();
+            }
         }
         guest.driver.notify(queue);
         assert_eq!(guest.driver.status(), 0x4f, "{kind:?}, {transport:?}, queue {queue}");
@@ -188,6 +198,9 @@ fn cve_2015_8550_each_field_is_read_once(kind: Kind, transport: Transport) {
         for (queue, write) in requests.chain(control) {
             if let Outside::Console { port, .. } = &guest.outside {
                 port.enqueue(b"input");
+            }
+            if let Outside::Vsock { monitor } = &mut guest.outside {
+                monitor.send(b"input");
             }
             guest.put(DATA, &0x1c_u64.to_le_bytes());
             let ring = &mut guest.queues[usize::from(queue)];
@@ -245,6 +258,9 @@ fn cve_2015_8550_a_driver_that_races(kind: Kind, transport: Transport) {
             racer.wait_for(racer.flips() + 1);
             if let Outside::Console { port, .. } = &guest.outside {
                 port.enqueue(b"input");
+            }
+            if let Outside::Vsock { monitor } = &mut guest.outside {
+                monitor.send(b"input");
             }
             for &(queue, write) in guest.requests() {
                 guest.submit(queue, DATA, write);
@@ -338,7 +354,10 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
     let before = resident();
     for round in 0..400_u32 {
         for queue in 0..guest.queues.len() {
-            let header = [u64::from(round % 2), 0].map(u64::to_le_bytes).concat();
+            let mut header = [u64::from(round % 2), 0].map(u64::to_le_bytes).concat();
+            if let Outside::Vsock { monitor } = &guest.outside {
+                header = monitor.packet(5, 0x1_0000).to_vec();
+            }
             guest.put(HEADER, &header);
             let ring = &mut guest.queues[queue];
             let chain = match kind {
@@ -348,6 +367,8 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
                 Kind::Block => ring.chain().readable(HEADER, 16).writable(DATA, 0x1_0000).writable(STATUS, 1),
                 // The driver has no buffers for what comes in.
                 Kind::Console if [0, 2, 4].contains(&queue) => continue,
+                Kind::Vsock if queue != 1 => continue,
+                Kind::Vsock => ring.chain().readable(HEADER, 44).readable(DATA, 0x1_0000),
                 Kind::Balloon if queue == 4 => ring.chain().writable(DATA & !0xfff, 0x10_0000),
                 Kind::Balloon => ring.chain().readable(DATA, 0x400),
                 Kind::Console => ring.chain().readable(DATA, 0x4_0000),
@@ -357,7 +378,7 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
             guest.driver.notify(queue as u16);
         }
         guest.pass();
-        match &guest.outside {
+        match &mut guest.outside {
             Outside::Block { handle, .. } => {
                 handle.set_capacity((DISK - 512 * (round as usize % 2)) as u64).unwrap()
             }
@@ -367,6 +388,7 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
                 screen.take();
             }
             Outside::Rng => {}
+            Outside::Vsock { monitor } => monitor.send(&flood),
             Outside::Balloon { ledger, handle } => {
                 handle.set_target(round);
                 handle.request_statistics();
@@ -400,7 +422,7 @@ fn cve_2023_5088_nothing_is_touched_after_a_reset(kind: Kind, transport: Transpo
     guest.driver.set_status(0);
     recorder.take();
     guest.pass();
-    match &guest.outside {
+    match &mut guest.outside {
         Outside::Block { handle, .. } => handle.set_capacity(512).unwrap(),
         Outside::Console { screen, port, .. } => {
             screen.block(false);
@@ -411,6 +433,12 @@ fn cve_2023_5088_nothing_is_touched_after_a_reset(kind: Kind, transport: Transpo
             assert_eq!((screen.take(), port.counters().output_discarded), (vec![], 8));
         }
         Outside::Rng => {}
+        Outside::Vsock { monitor } => {
+            assert_eq!(monitor.take(), []);
+            monitor.send(b"input");
+            monitor.connect();
+            monitor.handle.transport_reset();
+        }
         Outside::Balloon { ledger, handle } => {
             assert!(!handle.request_statistics());
             handle.set_target(9);
@@ -448,12 +476,22 @@ fn hold(guest: &mut Guest) -> (u16, u16) {
             0
         }
         Outside::Balloon { .. } => 2,
+        Outside::Vsock { monitor } => {
+            guest.put(HEADER, &monitor.packet(5, 0x1_0000));
+            guest.queues[1].chain().readable(HEADER, 44).readable(0x2_0000, 0x1_0000).submit().unwrap();
+            guest.driver.notify(1);
+            1
+        }
     };
     let head = guest.submit(queue, DATA, true);
     guest.driver.notify(queue);
     let ring = &mut guest.queues[usize::from(queue)];
     while let Some((id, _)) = ring.take_used().unwrap() {
         assert_ne!(id, u32::from(head));
+    }
+    if let Outside::Vsock { monitor } = &mut guest.outside {
+        // What went before it.
+        assert_eq!(monitor.take().len(), 0x1_0000);
     }
     (queue, head)
 }
@@ -493,6 +531,12 @@ fn cve_2024_8612_the_used_length_is_what_was_written(kind: Kind, transport: Tran
         if let Outside::Console { port, .. } = &guest.outside {
             port.enqueue(&[1; 100]);
             port.resize(queue as u16 + 1, 1);
+        }
+        if let Outside::Vsock { monitor } = &mut guest.outside {
+            monitor.send(&[1; 100]);
+            if queue == 2 {
+                monitor.handle.transport_reset();
+            }
         }
         guest.put(DATA, &[POISON; 0x2000]);
         guest.put(HEADER, &[8_u64, 0].map(u64::to_le_bytes).concat());

@@ -6,10 +6,12 @@
 mod console;
 mod doorbells;
 mod port;
+mod vsock;
 
 pub use console::VirtioConsole;
 pub use doorbells::KernelDoorbells;
 pub use port::NamedPort;
+pub use vsock::VsockOptions;
 
 use std::error::Error;
 use std::fs::File;
@@ -186,6 +188,17 @@ impl VirtioDevices {
         }
         let device = device.metrics(self.figures.device("ports"), Arc::clone(&self.clock));
         self.add("ports".to_owned(), "virtio_console", Box::new(device))
+    }
+
+    /// A socket device, whose programs here and there connect to each other.
+    ///
+    /// # Errors
+    /// If its sockets cannot be, the broker refuses, or there are too many devices.
+    pub fn vsock(mut self, wanted: &VsockOptions) -> Result<Self> {
+        let figures = self.figures.device("vsock");
+        let device = wanted.device(figures, Arc::clone(&self.clock)).context("--vsock")?;
+        self.figures.vsock(device.handle());
+        self.add("socket device".to_owned(), "vmw_vsock_virtio_transport", Box::new(device))
     }
 
     fn add(mut self, name: String, module: &'static str, device: Box<dyn VirtioDevice<Ram>>) -> Result<Self> {

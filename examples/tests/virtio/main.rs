@@ -8,4 +8,5 @@ mod console;
 mod disk;
 mod guest;
 mod scrape;
+mod vsock;
 mod wrong;

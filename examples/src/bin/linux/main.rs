@@ -139,7 +139,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         let time_is_up = alarm(options.seconds, &stop)?;
         let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-        confine(&*hypervisor, &inherited, options.has_clients())?;
+        confine(&*hypervisor, &inherited, options)?;
         let machine = Machine { vm: &*vm, vcpu: &mut *vcpu, pc: &pc };
         let guest_ended = || pc.end().is_some() || watch.done.load(Ordering::SeqCst);
         let wanted = || {
@@ -194,7 +194,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         None => None,
     };
-    confine(&*hypervisor, &inherited, options.has_clients())?;
+    confine(&*hypervisor, &inherited, options)?;
 
     match &debugger {
         None => threads.resume(),
@@ -256,11 +256,14 @@ fn machine(hypervisor: &dyn Hypervisor, deterministic: bool) -> VmConfig {
 }
 
 /// Gives up what the process does not need from here on. Where clients may connect, it lets them.
-fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], clients: bool) -> Result<()> {
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], options: &Options) -> Result<()> {
     let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
-    let confinement = Confinement::new(engine).deny_descriptors(inherited);
-    if clients {
-        return confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt).enter();
+    let mut confinement = Confinement::new(engine).deny_descriptors(inherited);
+    if options.has_clients() {
+        confinement = confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt);
+    }
+    if options.vsock.is_some() {
+        confinement = confinement.allow_unix_sockets();
     }
     confinement.enter()
 }

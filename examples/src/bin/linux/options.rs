@@ -15,7 +15,7 @@ use vmm_examples::metrics::Exporter;
 use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
-use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices};
+use vmm_examples::virtio::{Disk, NamedPort, Transport, VirtioConsole, VirtioDevices, VsockOptions};
 use vmm_memory::{Backing, GuestRam};
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
@@ -89,6 +89,10 @@ pub(crate) struct Options {
     /// Joins /dev/virtio-ports/NAME of the guest to a Unix socket, which programs here connect to, one at a time. Repeatable.
     #[arg(long, value_name = "NAME,PATH")]
     pub(crate) port: Vec<NamedPort>,
+    /// Gives the guest a socket device (AF_VSOCK) with context identifier CID. Programs here connect to its ports at PATH, by a line
+    /// `CONNECT PORT`, and its programs to PATH_PORT. With a BROKER, which `vsock_switch` is, also to other guests.
+    #[arg(long, value_name = "CID,PATH[,switch=BROKER]")]
+    pub(crate) vsock: Option<VsockOptions>,
     /// Serves what virtio devices have done to Prometheus (`GET /metrics`) at HOST:PORT, at :PORT on the loopback interface, or
     /// at unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
@@ -174,6 +178,7 @@ impl Options {
             (self.balloon.is_some(), "--balloon"),
             (self.console == ConsoleKind::Virtio, "--console virtio"),
             (!self.port.is_empty(), "--port"),
+            (self.vsock.is_some(), "--vsock"),
         ];
         given.into_iter().find_map(|(given, name)| given.then_some(name))
     }
@@ -217,6 +222,9 @@ impl Options {
         }
         if !self.port.is_empty() {
             devices = devices.ports(&self.port)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            devices = devices.vsock(vsock)?;
         }
         let exporter = self.metrics.as_deref().map(Exporter::listen).transpose().context("--metrics")?;
         Ok(Virtio { devices: Some(devices), console, exporter })

@@ -38,7 +38,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     );
     ensure!(
         options.wanted_transport().is_none(),
-        "--transport, --disk, --balloon, --console virtio, --port and --metrics do not go with --backend {}: its guest has no \
+        "--transport, --disk, --balloon, --console virtio, --port, --vsock and --metrics do not go with --backend {}: its guest has no \
          PC whose buses the devices could be on",
         xen_pv::NAME
     );

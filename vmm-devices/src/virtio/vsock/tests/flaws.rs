@@ -255,6 +255,56 @@ fn firecracker_6031_a_guest_without_buffers_costs_nothing() {
     assert_eq!(came, 5000);
 }
 
+/// The same on a loop: when it has looked it sleeps, and is woken by a buffer, or by data, once for each.
+#[cfg(feature = "event-loop")]
+#[test]
+fn firecracker_6031_a_loop_sleeps_while_the_guest_has_no_buffer() {
+    use std::sync::Mutex;
+    use std::time::Duration;
+
+    use crate::channel::VsockConnect;
+    use crate::testkit::LineRecorder;
+    use crate::virtio::{EventLoop, VirtioMmio};
+
+    let gatekeeper = Gatekeeper::new(AllowAll);
+    let vsock = Vsock::builder(3, || 0).gatekeeper(vm(3), gatekeeper.clone()).build().unwrap();
+    let (handle, memory) = (vsock.handle(), guest_memory(END).unwrap());
+    let mut event_loop = EventLoop::new(|| 0).unwrap();
+    let builder = VirtioMmio::builder(vsock, memory.clone(), LineRecorder::default());
+    let transport = builder.executor(event_loop.executor()).build().unwrap();
+    let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
+    let mut guest = Guest { cid: 3, driver, queues: Vec::new(), handle: handle.clone(), memory };
+    guest.start(7);
+    let mut rest = |what: &str| {
+        let calls = (0..50).take_while(|_| event_loop.run_once(Some(Duration::ZERO)).unwrap() > 0).count();
+        assert!(calls < 20, "{what}: it does not sleep");
+    };
+    let grant = gatekeeper.open(Party::Host("m".into()), Some(vm(3)), VsockConnect { port: 80 }).unwrap();
+    let mut stream = UnixStream::from(handle.connect(grant, Kind::Stream).unwrap());
+    rest("a request without a buffer");
+    guest.give(1, 4096);
+    rest("a request");
+    let (header, _) = guest.packet().unwrap();
+    let key = Ends { guest_port: 80, cid: HOST_CID, port: header.src_port, kind: Kind::Stream };
+    guest.queues[1].put(OUT, &guest.header(key, operation::RESPONSE, 0).to_bytes()).unwrap();
+    guest.queues[1].chain().readable(OUT, 44).submit().unwrap();
+    guest.driver.notify(TX);
+    rest("an answer");
+    stream.write_all(&[7; 5000]).unwrap();
+    rest("data without a buffer");
+    guest.give(1, 4096);
+    rest("a buffer");
+    stream.write_all(&[7; 5000]).unwrap();
+    rest("more data");
+    guest.give(2, 4096);
+    rest("buffers");
+    let mut came = 0;
+    while let Some((_, data)) = guest.packet() {
+        came += data.len();
+    }
+    assert_eq!(came, 10_000);
+}
+
 /// Floods of connections, closes and packets for connections that there are not, by a guest that takes no answer: what is kept is
 /// bounded, and when it takes answers all goes on.
 #[test]
