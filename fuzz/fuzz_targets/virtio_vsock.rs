@@ -7,6 +7,6 @@ use libfuzzer_sys::fuzz_target;
 #[path = "../../vmm-devices/tests/support/vsock.rs"]
 mod vsock;
 
-fuzz_target!(|steps: Vec<vsock::Step>| {
-    vsock::run(&steps);
+fuzz_target!(|bytes: &[u8]| {
+    vsock::run(&vsock::steps(bytes));
 });

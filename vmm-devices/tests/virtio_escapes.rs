@@ -141,6 +141,11 @@ fn cve_2021_3929_cve_2024_3446_buffers_tables_and_rings_at_the_registers(kind: K
         assert_eq!(handle.statistics(), None);
     }
     assert!(registers(&guest) == before, "{kind:?}, {transport:?}");
+    if kind == Kind::Vsock {
+        // With a connection again.
+        guest.driver.set_status(0);
+        guest.start();
+    }
     // Tables: the driver has broken the rules of the queue.
     for queue in (0..guest.queues.len() as u16).filter(|queue| is_used(kind, *queue)) {
         let ring = &mut guest.queues[usize::from(queue)];
@@ -479,6 +484,9 @@ fn hold(guest: &mut Guest) -> (u16, u16) {
         Outside::Vsock { monitor } => {
             guest.put(HEADER, &monitor.packet(5, 0x1_0000));
             guest.queues[1].chain().readable(HEADER, 44).readable(0x2_0000, 0x1_0000).submit().unwrap();
+            // What pays for it is the one behind the next.
+            guest.driver.notify(1);
+            guest.submit(1, DATA, true);
             guest.driver.notify(1);
             1
         }
@@ -491,7 +499,7 @@ fn hold(guest: &mut Guest) -> (u16, u16) {
     }
     if let Outside::Vsock { monitor } = &mut guest.outside {
         // What went before it.
-        assert_eq!(monitor.take().len(), 0x1_0000);
+        assert_eq!(monitor.take().len(), 0x1_0000 + 8);
     }
     (queue, head)
 }

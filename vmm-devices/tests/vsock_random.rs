@@ -6,13 +6,8 @@
 #[path = "support/vsock.rs"]
 mod vsock;
 
-use arbitrary::{Arbitrary as _, Unstructured};
 use proptest::prelude::*;
-use vsock::{Step, Sum, run};
-
-fn steps(bytes: &[u8]) -> Vec<Step> {
-    Vec::arbitrary(&mut Unstructured::new(bytes)).unwrap_or_default()
-}
+use vsock::{Sum, run, steps};
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]

@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use arbitrary::Arbitrary;
+use arbitrary::{Arbitrary, Unstructured};
 use vmm_devices::ManualClock;
 use vmm_devices::channel::{AllowAll, Gatekeeper, Party, VmIdentity, VsockConnect, VsockListen};
 use vmm_devices::testkit::{Driver, DriverQueue, Memory, MmioDriver, guest_memory};
@@ -31,10 +31,10 @@ pub(crate) struct Packet {
     flags: u8,
     seqpacket: bool,
     len: u16,
-    /// What the header says beside what is so.
-    lie: Option<(u32, u32, u32)>,
-    /// Any header at all.
-    wild: Option<[u8; HEADER]>,
+    /// What the header says beside what is so, now and then.
+    lie: (u8, u32, u32, u32),
+    /// Any header at all, seldom.
+    wild: (u8, [u8; HEADER]),
 }
 
 /// One thing that happens.
@@ -45,6 +45,8 @@ pub(crate) enum Step {
     Give(bool, u8, u16),
     /// The guest takes what came, and says so or not.
     Take(bool, bool),
+    /// It accepts what was asked for last.
+    Answer(bool),
     Connect(bool, bool),
     Send(u8, u16),
     Read(u8),
@@ -155,7 +157,7 @@ impl Guest {
     }
 
     fn packet(&mut self, packet: &Packet, other: u32) {
-        if let Some(wild) = &packet.wild {
+        if let (0..8, wild) = &packet.wild {
             self.send(wild, usize::from(packet.len));
             return;
         }
@@ -175,11 +177,17 @@ impl Guest {
         let Some(known) = index.and_then(|index| self.known.get(index)).copied() else { return };
         let len = if op == operation::RW { u32::from(packet.len) } else { 0 };
         let mut header = Header { flags: packet.flags.into(), len, ..self.header(known, op) };
-        if let Some((len, buf_alloc, fwd_cnt)) = packet.lie {
+        if let (0..24, len, buf_alloc, fwd_cnt) = packet.lie {
             header = Header { len, buf_alloc, fwd_cnt, ..header };
         }
         self.send(&header.to_bytes(), usize::from(packet.len));
     }
+}
+
+/// What bytes say, to the last.
+pub(crate) fn steps(bytes: &[u8]) -> Vec<Step> {
+    let mut left = Unstructured::new(bytes);
+    std::iter::from_fn(|| if left.is_empty() { None } else { left.arbitrary().ok() }).collect()
 }
 
 /// What came of it.
@@ -220,6 +228,14 @@ pub(crate) fn run(steps: &[Step]) -> Sum {
             Step::Give(side, count, len) => guests[usize::from(*side)].give(*count, *len),
             Step::Take(side, says_so) => {
                 guests[usize::from(*side)].take(*says_so);
+            }
+            Step::Answer(side) => {
+                let guest = &mut guests[usize::from(*side)];
+                guest.give(2, 4096);
+                guest.take(true);
+                if let Some(known) = guest.known.last().copied() {
+                    guest.send(&guest.header(known, operation::RESPONSE).to_bytes(), 0);
+                }
             }
             Step::Connect(side, seqpacket) => {
                 let guest = &guests[usize::from(*side)];
