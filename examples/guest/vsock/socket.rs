@@ -4,6 +4,8 @@ use std::ffi::{c_int, c_void};
 use std::io;
 
 const AF_VSOCK: u16 = 40;
+/// SO_VM_SOCKETS_CONNECT_TIMEOUT, with a `struct timeval` of 64 bits.
+const CONNECT_TIMEOUT: c_int = 6;
 const SHUT_WR: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
 
@@ -25,6 +27,7 @@ unsafe extern "C" {
     fn accept(socket: c_int, address: *mut Address, len: *mut u32) -> c_int;
     fn send(socket: c_int, data: *const c_void, len: usize, flags: c_int) -> isize;
     fn recv(socket: c_int, data: *mut c_void, len: usize, flags: c_int) -> isize;
+    fn setsockopt(socket: c_int, level: c_int, name: c_int, value: *const c_void, len: u32) -> c_int;
     fn shutdown(socket: c_int, how: c_int) -> c_int;
     fn close(socket: c_int) -> c_int;
 }
@@ -46,6 +49,13 @@ impl Socket {
 
     pub fn connect(kind: Kind, cid: u32, port: u32) -> io::Result<Self> {
         let socket = Self::new(kind)?;
+        // Seconds and microseconds. Linux has 2 seconds, which is little for a guest that has little of the processor.
+        let patience = [30_i64, 0];
+        let len = size_of_val(&patience) as u32;
+        // SAFETY: the value is one, and so long.
+        check(unsafe {
+            setsockopt(socket.0, AF_VSOCK.into(), CONNECT_TIMEOUT, patience.as_ptr().cast(), len)
+        })?;
         let address = address(cid, port);
         // SAFETY: the address is one, and so long.
         check(unsafe { connect(socket.0, &address, size_of::<Address>() as u32) })?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use vmm_devices::Clock;
@@ -10,6 +11,9 @@ use vmm_devices::channel::{AllowAll, Gatekeeper, Party, VmIdentity, VsockListen}
 use vmm_devices::virtio::Vsock;
 use vmm_devices::virtio::metrics::Metrics;
 use vmm_devices::virtio::vsock::{ANY_PORT, HostSockets, Member};
+
+/// How long a guest may take to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A socket device that a user wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +59,8 @@ impl VsockOptions {
         if let Some(broker) = broker {
             device = device.broker(Member::join(broker, *cid, reachable(None)?)?);
         }
-        Ok(device.metrics(metrics).build()?)
+        // A guest on a translator that has little of the processor answers late.
+        Ok(device.connect_timeout(PATIENCE).metrics(metrics).build()?)
     }
 }
 

@@ -68,7 +68,7 @@ fn monitor(guest: &Guest, socket: &RefCell<Option<Socket>>, step: u32) {
         match step % 7 {
             0 => socket.connect(),
             1 => socket.handle.transport_reset(),
-            2 => drop(socket.gatekeeper.revoke_all(|_| step % 2 == 0)),
+            2 => drop(socket.gatekeeper.revoke_all(|_| step.is_multiple_of(2))),
             3 | 4 => drop(socket.take()),
             _ => socket.send(&[b'i'; 3000]),
         }

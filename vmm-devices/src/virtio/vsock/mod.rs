@@ -86,6 +86,7 @@
 mod backlog;
 mod broker;
 mod builder;
+mod closing;
 mod connection;
 mod credit;
 mod delivery;
@@ -96,6 +97,7 @@ mod far;
 mod handle;
 mod host;
 mod member;
+mod opening;
 mod packet;
 mod poll;
 mod right;

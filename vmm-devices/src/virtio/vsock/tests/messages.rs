@@ -81,12 +81,6 @@ fn messages_to_the_guest_arrive_whole() {
             let (header, data) = hosted.guest.packet().unwrap();
             assert_eq!(header.op, operation::RW);
             got.extend(data);
-            let update = Header {
-                fwd_cnt: 1 << 31,
-                buf_alloc: CREDIT,
-                ..hosted.guest.header(key, operation::CREDIT_UPDATE, 0)
-            };
-            let _ = update;
             if header.flags & boundary::MESSAGE != 0 {
                 break;
             }

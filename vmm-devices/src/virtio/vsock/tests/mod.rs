@@ -1,5 +1,10 @@
 //! The device under a driver that is well-behaved, or not, over MMIO; with programs of the host, and other guests.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "lengths here are small, and bytes of patterns are meant"
+)]
+
 mod broker;
 mod connection;
 mod ends;
