@@ -95,6 +95,20 @@ const FREE_CALLS: &[libc::c_long] = &[
     libc::SYS_poll,
 ];
 
+/// Calls by which a socket device serves its guest, but for the one that makes sockets.
+const UNIX_SOCKET_CALLS: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_epoll_create1,
+    libc::SYS_getsockopt,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+];
+
+/// The family of sockets that a device is given.
+const UNIX: u64 = libc::AF_UNIX as u64;
+
 /// Calls that find something by a path.
 const PATH_CALLS: &[libc::c_long] = &[
     libc::SYS_faccessat,
@@ -178,6 +192,14 @@ impl Confinement {
     pub fn allow_duplicates(mut self) -> Self {
         self.duplicates = true;
         self
+    }
+
+    /// Also lets it connect to Unix sockets, of whatever path, and accept at those at which it listens: what a socket device does for its
+    /// guest. There are no sockets of other families.
+    pub fn allow_unix_sockets(mut self) -> Self {
+        self.allowed.extend(UNIX_SOCKET_CALLS);
+        self.conditions.push((libc::SYS_socket, 0, UNIX));
+        self.allow_duplicates()
     }
 
     /// Confines all threads of the process, for good. It also can no longer gain privileges by starting a program.
@@ -437,6 +459,8 @@ mod tests {
         assert_eq!(interpreter[&libc::SYS_mprotect].len(), 1);
         assert!(rules(Engine::Translator)[&libc::SYS_mprotect].is_empty());
         assert_eq!(rules(Engine::Kvm)[&libc::SYS_ioctl].len(), interpreter[&libc::SYS_ioctl].len() + 1);
+        let sockets = Confinement::new(Engine::Interpreter).allow_unix_sockets().rules().unwrap();
+        assert!(sockets[&libc::SYS_socket].len() == 1 && sockets.contains_key(&libc::SYS_connect));
         for call in [libc::SYS_execve, libc::SYS_socket, libc::SYS_clone, libc::SYS_ptrace, libc::SYS_dup] {
             assert!(!interpreter.contains_key(&call), "{call}");
         }

@@ -17,3 +17,4 @@ pub mod socket;
 pub mod terminal;
 pub mod trial;
 pub mod virtio;
+pub mod vsock_times;

@@ -27,6 +27,7 @@ use vmm_devices::virtio::metrics::{
     DeviceMetrics, LATENCY_BUCKETS, MetricsSnapshot, Totals, latency_bound_ns,
 };
 use vmm_devices::virtio::net::{NetCounters, NetHandle};
+use vmm_devices::virtio::vsock::{VsockCounters, VsockHandle};
 
 use crate::socket;
 
@@ -130,6 +131,7 @@ pub struct Sources {
     devices: Vec<(String, Arc<DeviceMetrics>)>,
     balloons: Vec<(String, BalloonHandle)>,
     networks: Vec<(String, NetHandle)>,
+    vsocks: Vec<(String, VsockHandle)>,
 }
 
 impl Sources {
@@ -144,6 +146,11 @@ impl Sources {
     /// A network device.
     pub fn network(&mut self, handle: NetHandle) {
         self.networks.push((format!("net{}", self.networks.len()), handle));
+    }
+
+    /// A socket device.
+    pub fn vsock(&mut self, handle: VsockHandle) {
+        self.vsocks.push((format!("vsock{}", self.vsocks.len()), handle));
     }
 
     /// A balloon.
@@ -180,6 +187,9 @@ impl Collector for Sources {
         families.latencies(&taken)?;
         if !self.networks.is_empty() {
             families.of_networks(&self.networks)?;
+        }
+        if !self.vsocks.is_empty() {
+            families.of_vsocks(&self.vsocks)?;
         }
         if self.balloons.is_empty() {
             return Ok(());
@@ -270,6 +280,34 @@ impl Families<'_> {
         for (device, network) in networks {
             let up = i64::from(network.link().up);
             ConstGauge::new(up).encode(family.encode_family(&[("device", &**device)])?)?;
+        }
+        Ok(())
+    }
+
+    fn of_vsocks(&mut self, vsocks: &[(String, VsockHandle)]) -> fmt::Result {
+        let taken: Vec<_> = vsocks.iter().map(|(name, vsock)| (&**name, vsock.counters())).collect();
+        let figures: [Family<VsockCounters, u64>; 6] = [
+            ("virtio_vsock_opened", "Connections that both sides accepted", |c| c.opened),
+            ("virtio_vsock_refused", "Connections that were refused", |c| c.refused),
+            ("virtio_vsock_resets", "Connections that the guest reset or refused", |c| c.resets),
+            ("virtio_vsock_breaches", "Connections that ended as the guest broke the rules", |c| c.breaches),
+            ("virtio_vsock_revoked", "Connections whose grant was revoked", |c| c.revoked),
+            ("virtio_vsock_timeouts", "Connections that waited too long", |c| c.timeouts),
+        ];
+        for (name, help, figure) in figures {
+            self.counters(
+                name,
+                help,
+                None,
+                taken.iter().map(|(device, counters)| (*device, figure(counters))),
+            )?;
+        }
+        let help = "Connections that there are";
+        let mut family =
+            self.0.encode_descriptor("virtio_vsock_connections", help, None, MetricType::Gauge)?;
+        for (device, counters) in &taken {
+            ConstGauge::new(i64::from(counters.connections))
+                .encode(family.encode_family(&[("device", *device)])?)?;
         }
         Ok(())
     }

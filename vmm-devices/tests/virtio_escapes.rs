@@ -25,6 +25,7 @@ macro_rules! tests {
         tests!(rng: Kind::Rng, $($name),*);
         tests!(balloon: Kind::Balloon, $($name),*);
         tests!(net: Kind::Net, $($name),*);
+        tests!(vsock: Kind::Vsock, $($name),*);
     };
     ($device:ident: $kind:expr, $($name:ident),*) => {
         mod $device {
@@ -132,6 +133,9 @@ fn cve_2021_3929_cve_2024_3446_buffers_tables_and_rings_at_the_registers(kind: K
         for &(queue, write) in guest.requests() {
             come(&guest);
             guest.pass();
+            if let Outside::Vsock { monitor } = &mut guest.outside {
+                monitor.send(b"input");
+            }
             let head = guest.submit(queue, at, write);
             guest.driver.notify(queue);
             if let Outside::Balloon { handle, .. } = &guest.outside {
@@ -150,6 +154,11 @@ fn cve_2021_3929_cve_2024_3446_buffers_tables_and_rings_at_the_registers(kind: K
         assert_eq!(handle.statistics(), None);
     }
     assert!(registers(&guest) == before, "{kind:?}, {transport:?}");
+    if kind == Kind::Vsock {
+        // With a connection again.
+        guest.driver.set_status(0);
+        guest.start();
+    }
     // Tables: the driver has broken the rules of the queue.
     for queue in (0..guest.queues.len() as u16).filter(|queue| is_used(kind, *queue)) {
         let ring = &mut guest.queues[usize::from(queue)];
@@ -159,6 +168,12 @@ fn cve_2021_3929_cve_2024_3446_buffers_tables_and_rings_at_the_registers(kind: K
             // What makes it look for a buffer.
             port.enqueue(b"input");
             ports.add(1, PortConfig::console(std::io::sink())).unwrap();
+        }
+        if let Outside::Vsock { monitor } = &mut guest.outside {
+            monitor.send(b"input");
+            if queue == 2 {
+                monitor.handle.transport_reset();
+            }
         }
         guest.driver.notify(queue);
         assert_eq!(guest.driver.status(), 0x4f, "{kind:?}, {transport:?}, queue {queue}");
@@ -200,6 +215,9 @@ fn cve_2015_8550_each_field_is_read_once(kind: Kind, transport: Transport) {
         let control = (kind == Kind::Console).then_some((3, false));
         for (queue, write) in requests.chain(control) {
             come(&guest);
+            if let Outside::Vsock { monitor } = &mut guest.outside {
+                monitor.send(b"input");
+            }
             guest.put(DATA, &0x1c_u64.to_le_bytes());
             let ring = &mut guest.queues[usize::from(queue)];
             let descriptors = ring.rings()[0];
@@ -259,6 +277,9 @@ fn cve_2015_8550_a_driver_that_races(kind: Kind, transport: Transport) {
         for round in 0..40 {
             racer.wait_for(racer.flips() + 1);
             come(&guest);
+            if let Outside::Vsock { monitor } = &mut guest.outside {
+                monitor.send(b"input");
+            }
             for &(queue, write) in guest.requests() {
                 guest.submit(queue, DATA, write);
                 guest.driver.notify(queue);
@@ -356,7 +377,10 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
     let before = resident();
     for round in 0..400_u32 {
         for queue in 0..guest.queues.len() {
-            let header = [u64::from(round % 2), 0].map(u64::to_le_bytes).concat();
+            let mut header = [u64::from(round % 2), 0].map(u64::to_le_bytes).concat();
+            if let Outside::Vsock { monitor } = &guest.outside {
+                header = monitor.packet(5, 0x1_0000).to_vec();
+            }
             guest.put(HEADER, &header);
             let ring = &mut guest.queues[queue];
             let chain = match kind {
@@ -372,6 +396,8 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
                     guest.queues[1].chain().readable(HEADER, 12).readable(DATA, 0x1_0000)
                 }
                 Kind::Net => ring.chain().readable(DATA, 0x4_0000).writable(STATUS, 1),
+                Kind::Vsock if queue != 1 => continue,
+                Kind::Vsock => ring.chain().readable(HEADER, 44).readable(DATA, 0x1_0000),
                 Kind::Balloon if queue == 4 => ring.chain().writable(DATA & !0xfff, 0x10_0000),
                 Kind::Balloon => ring.chain().readable(DATA, 0x400),
                 Kind::Console => ring.chain().readable(DATA, 0x4_0000),
@@ -381,7 +407,7 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
             guest.driver.notify(queue as u16);
         }
         guest.pass();
-        match &guest.outside {
+        match &mut guest.outside {
             Outside::Block { handle, .. } => {
                 handle.set_capacity((DISK - 512 * (round as usize % 2)) as u64).unwrap()
             }
@@ -391,6 +417,7 @@ fn cve_2020_27174_a_flood_with_no_reader_is_not_kept(kind: Kind, transport: Tran
                 screen.take();
             }
             Outside::Rng => {}
+            Outside::Vsock { monitor } => monitor.send(&flood),
             Outside::Balloon { ledger, handle } => {
                 handle.set_target(round);
                 handle.request_statistics();
@@ -429,7 +456,7 @@ fn cve_2023_5088_nothing_is_touched_after_a_reset(kind: Kind, transport: Transpo
     guest.driver.set_status(0);
     recorder.take();
     guest.pass();
-    match &guest.outside {
+    match &mut guest.outside {
         Outside::Block { handle, .. } => handle.set_capacity(512).unwrap(),
         Outside::Console { screen, port, .. } => {
             screen.block(false);
@@ -440,6 +467,12 @@ fn cve_2023_5088_nothing_is_touched_after_a_reset(kind: Kind, transport: Transpo
             assert_eq!((screen.take(), port.counters().output_discarded), (vec![], 8));
         }
         Outside::Rng => {}
+        Outside::Vsock { monitor } => {
+            assert_eq!(monitor.take(), []);
+            monitor.send(b"input");
+            monitor.connect();
+            monitor.handle.transport_reset();
+        }
         Outside::Balloon { ledger, handle } => {
             assert!(!handle.request_statistics());
             handle.set_target(9);
@@ -490,12 +523,25 @@ fn hold(guest: &mut Guest) -> (u16, u16) {
             assert_eq!(network.take_sent().len(), 1);
             1
         }
+        Outside::Vsock { monitor } => {
+            guest.put(HEADER, &monitor.packet(5, 0x1_0000));
+            guest.queues[1].chain().readable(HEADER, 44).readable(0x2_0000, 0x1_0000).submit().unwrap();
+            // What pays for it is the one behind the next.
+            guest.driver.notify(1);
+            guest.submit(1, DATA, true);
+            guest.driver.notify(1);
+            1
+        }
     };
     let head = guest.submit(queue, DATA, true);
     guest.driver.notify(queue);
     let ring = &mut guest.queues[usize::from(queue)];
     while let Some((id, _)) = ring.take_used().unwrap() {
         assert_ne!(id, u32::from(head));
+    }
+    if let Outside::Vsock { monitor } = &mut guest.outside {
+        // What went before it.
+        assert_eq!(monitor.take().len(), 0x1_0000 + 8);
     }
     (queue, head)
 }
@@ -537,6 +583,12 @@ fn cve_2024_8612_the_used_length_is_what_was_written(kind: Kind, transport: Tran
             port.resize(queue as u16 + 1, 1);
         } else if queue == 0 {
             come(&guest);
+        }
+        if let Outside::Vsock { monitor } = &mut guest.outside {
+            monitor.send(&[1; 100]);
+            if queue == 2 {
+                monitor.handle.transport_reset();
+            }
         }
         guest.put(DATA, &[POISON; 0x2000]);
         guest.put(HEADER, &[8_u64, 0].map(u64::to_le_bytes).concat());

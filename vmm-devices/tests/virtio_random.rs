@@ -73,6 +73,15 @@ fn request(kind: Kind) -> BoxedStrategy<Vec<Action>> {
                 vec![chain(queue, buffers), Action::Kick(queue)]
             })
             .boxed(),
+        Kind::Vsock => (0..36_u16, 0..40_u32, 0..3000_u32)
+            .prop_map(move |(packet, data, room)| {
+                vec![
+                    chain(0, vec![buffer(0x3000, room, true)]),
+                    chain(1, vec![buffer(64 * packet, 44, false), buffer(0x1000, data, false)]),
+                    Action::Kick(1),
+                ]
+            })
+            .boxed(),
         Kind::Rng | Kind::Balloon => (0..5_u8, 0..0x2000_u16, 0..64_u32)
             .prop_map(move |(queue, at, len)| {
                 let request = vec![buffer(at, 4 * len, false), buffer(0x1000, 0x1000, true)];
@@ -132,12 +141,14 @@ tests! {
     nothing_a_driver_does_breaks_a_balloon_on_pci: Balloon, Pci;
     nothing_a_driver_does_breaks_a_network_device_on_mmio: Net, Mmio;
     nothing_a_driver_does_breaks_a_network_device_on_pci: Net, Pci;
+    nothing_a_driver_does_breaks_a_socket_device_on_mmio: Vsock, Mmio;
+    nothing_a_driver_does_breaks_a_socket_device_on_pci: Vsock, Pci;
 }
 
 /// What is drawn reaches each device: chains come back, it gives up, and is started again.
 #[test]
 fn lives_reach_deep() {
-    for kind in [Kind::Block, Kind::Console, Kind::Rng, Kind::Balloon, Kind::Net] {
+    for kind in [Kind::Block, Kind::Console, Kind::Rng, Kind::Balloon, Kind::Net, Kind::Vsock] {
         let (mut runner, strategy) = (TestRunner::deterministic(), rounds(kind));
         for transport in [Transport::Mmio, Transport::Pci] {
             let mut sum = Replayed::default();

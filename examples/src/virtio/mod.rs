@@ -7,11 +7,13 @@ mod console;
 mod doorbells;
 mod network;
 mod port;
+mod vsock;
 
 pub use console::VirtioConsole;
 pub use doorbells::KernelDoorbells;
 pub use network::{Network, Place};
 pub use port::NamedPort;
+pub use vsock::VsockOptions;
 
 use std::error::Error;
 use std::fs::File;
@@ -228,6 +230,17 @@ impl VirtioDevices {
         );
         self.regions.push(region.join()?);
         Ok(self)
+    }
+
+    /// A socket device, whose programs here and there connect to each other.
+    ///
+    /// # Errors
+    /// If its sockets cannot be, the broker refuses, or there are too many devices.
+    pub fn vsock(mut self, wanted: &VsockOptions) -> Result<Self> {
+        let figures = self.figures.device("vsock");
+        let device = wanted.device(figures, Arc::clone(&self.clock)).context("--vsock")?;
+        self.figures.vsock(device.handle());
+        self.add("socket device".to_owned(), "vmw_vsock_virtio_transport", Box::new(device))
     }
 
     fn add(mut self, name: String, module: &'static str, device: Box<dyn VirtioDevice<Ram>>) -> Result<Self> {

@@ -10,4 +10,5 @@ mod guest;
 mod network;
 mod scrape;
 mod switch;
+mod vsock;
 mod wrong;

@@ -33,6 +33,11 @@ fn devices_that_cannot_be_are_refused_with_a_way_out() {
         (&["--port", "a b,path"], "no name of a port"),
         (&["--port", "a"], "not NAME,PATH"),
         (&["--port", &nowhere], "no/where"),
+        (&["--vsock", "2,path"], "a guest's CID is 3 to 4294967294"),
+        (&["--vsock", "3"], "not CID,PATH[,switch=BROKER]"),
+        (&["--vsock", &format!("3,{}", path("no/where"))], "no/where"),
+        (&["--vsock", &format!("3,{},switch={}", path("v"), path("nobody"))], "nobody"),
+        (&["--deterministic", "--vsock", "3,v"], "--vsock goes with no deterministic run"),
         (&["--metrics", "9100"], "HOST:PORT"),
         (&["--net", "tap=nobody-has-it"], "ip tuntap add dev NAME mode tap"),
         (&["--net", "tap=a/b"], "no name of a network device"),
@@ -46,5 +51,5 @@ fn devices_that_cannot_be_are_refused_with_a_way_out() {
     let error =
         Command::new(env!("CARGO_BIN_EXE_linux")).args(["--backend", "xen-pv", "--port", &port]).output();
     let error = String::from_utf8(error.unwrap().stderr).unwrap();
-    assert!(error.contains("--port and --metrics do not go with --backend xen-pv"), "{error}");
+    assert!(error.contains("--port, --vsock and --metrics do not go with --backend xen-pv"), "{error}");
 }

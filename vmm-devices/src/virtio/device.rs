@@ -30,6 +30,8 @@ impl DeviceType {
     pub const RNG: Self = Self(4);
     /// Traditional memory balloon (5.5).
     pub const BALLOON: Self = Self(5);
+    /// Socket device (5.10).
+    pub const VSOCK: Self = Self(19);
 }
 
 /// Feature bits that all devices share (Virtio 1.3, 6). [`Virtqueue`] sees to those of the ring, transports offer them.

@@ -36,6 +36,7 @@ mod queue;
 pub mod rate;
 pub mod rng;
 mod slices;
+pub mod vsock;
 
 pub use balloon::Balloon;
 pub use block::Block;
@@ -53,3 +54,4 @@ pub use net::Net;
 pub use pci::{VirtioPci, VirtioPciBuilder, VirtioPciError};
 pub use queue::{Chain, QueueError, Virtqueue};
 pub use rng::Rng;
+pub use vsock::Vsock;

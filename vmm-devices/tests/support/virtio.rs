@@ -1,10 +1,12 @@
 //! Every virtio device on every transport, on the buses of a machine that has no processor: one good request for each queue, and
 //! what of it reached the outside.
 
-use std::io;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
+use vmm_devices::channel::{AllowAll, Gatekeeper, Party, VmIdentity, VsockConnect};
 use vmm_devices::net::{MacAddr, Offloads};
 use vmm_devices::pci::{HostBridge, PciFunction, PciLayout};
 use vmm_devices::testkit::{
@@ -15,6 +17,7 @@ use vmm_devices::virtio::block::{Block, BlockHandle, MemoryDisk};
 use vmm_devices::virtio::console::{Console, Port, PortConfig, Ports};
 use vmm_devices::virtio::net::{Net, NetHandle};
 use vmm_devices::virtio::rate::{Limits, Rate, RateLimiter};
+use vmm_devices::virtio::vsock::{self, HEADER as PACKET, Header, Kind as SocketKind, Vsock, VsockHandle};
 use vmm_devices::virtio::{DeviceMemory, Rng, VirtioDevice, VirtioMmio, VirtioPci};
 use vmm_devices::vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 use vmm_devices::{BusRange, ManualClock, MmioBus, PioBus};
@@ -26,6 +29,7 @@ pub(crate) enum Kind {
     Rng,
     Balloon,
     Net,
+    Vsock,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
@@ -77,6 +81,73 @@ pub(crate) enum Outside {
     Rng,
     Balloon { ledger: Ledger, handle: BalloonHandle },
     Net { network: TestNetwork, handle: NetHandle },
+    Vsock { monitor: Socket },
+}
+
+/// A monitor's end of a connection to its guest, whose other end is `guest` and `port`.
+pub(crate) struct Socket {
+    pub(crate) handle: VsockHandle,
+    pub(crate) gatekeeper: Gatekeeper,
+    stream: Option<UnixStream>,
+    port: u32,
+}
+
+/// Identifier and port of the guest.
+const CID: u32 = 3;
+const PORT: u32 = 80;
+/// What a driver says that its buffer holds.
+const CREDIT: u32 = 1 << 30;
+
+/// A packet of the guest's to port `port` of the monitor.
+pub(crate) fn packet(port: u32, op: u16, len: u32) -> [u8; PACKET] {
+    let header = Header {
+        src_cid: CID.into(),
+        dst_cid: vsock::HOST_CID.into(),
+        src_port: PORT,
+        dst_port: port,
+        len,
+        kind: 1,
+        op,
+        buf_alloc: CREDIT,
+        ..Header::default()
+    };
+    header.to_bytes()
+}
+
+impl Socket {
+    /// Asks the guest for a connection.
+    pub(crate) fn connect(&mut self) {
+        let guest = Party::Vm(VmIdentity::new(CID.into(), 1));
+        let grant =
+            self.gatekeeper.open(Party::Host("monitor".into()), Some(guest), VsockConnect { port: PORT });
+        // There may be no driver, or too many who wait.
+        self.stream = self.handle.connect(grant.unwrap(), SocketKind::Stream).ok().map(UnixStream::from);
+        if let Some(stream) = &self.stream {
+            stream.set_nonblocking(true).unwrap();
+        }
+    }
+
+    /// Sends something to the guest, as far as there is room, and a connection.
+    pub(crate) fn send(&mut self, data: &[u8]) {
+        if let Some(stream) = &mut self.stream {
+            let (Ok(_) | Err(_)) = stream.write(data);
+        }
+    }
+
+    /// What the guest has sent.
+    pub(crate) fn take(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Some(stream) = &mut self.stream {
+            // At the end, or when there is no more for now.
+            let (Ok(_) | Err(_)) = stream.read_to_end(&mut bytes);
+        }
+        bytes
+    }
+
+    /// What the guest says of the connection.
+    pub(crate) fn packet(&self, op: u16, len: u32) -> [u8; PACKET] {
+        packet(self.port, op, len)
+    }
 }
 
 fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn VirtioDevice<M>>, Outside) {
@@ -114,6 +185,14 @@ fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn Vir
             let net = net.build().unwrap();
             let handle = net.handle();
             (Box::new(net), Outside::Net { network, handle })
+        }
+        Kind::Vsock => {
+            let gatekeeper = Gatekeeper::new(AllowAll);
+            let guest = VmIdentity::new(CID.into(), 1);
+            let device = Vsock::builder(CID, Arc::clone(clock)).gatekeeper(guest, gatekeeper.clone());
+            let device = device.rate(limiter).build().unwrap();
+            let monitor = Socket { handle: device.handle(), gatekeeper, stream: None, port: 0 };
+            (Box::new(device), Outside::Vsock { monitor })
         }
     }
 }
@@ -202,6 +281,26 @@ impl Guest {
                 self.say(0, event, value);
             }
         }
+        if let Outside::Vsock { monitor } = &mut self.outside {
+            monitor.connect();
+            // An end of the time before may come first.
+            let request = loop {
+                self.queues[0].chain().writable(REPLY, 64).submit().unwrap();
+                self.driver.notify(0);
+                assert!(self.queues[0].take_used().unwrap().is_some(), "no request comes");
+                let request = Header::parse(&self.get(REPLY, PACKET).try_into().unwrap());
+                if request.op == vsock::operation::REQUEST {
+                    break request;
+                }
+            };
+            let Outside::Vsock { monitor } = &mut self.outside else { return };
+            monitor.port = request.src_port;
+            let response = monitor.packet(vsock::operation::RESPONSE, 0);
+            self.put(HEADER, &response);
+            self.queues[1].chain().readable(HEADER, PACKET as u32).submit().unwrap();
+            self.driver.notify(1);
+            assert!(self.queues[1].take_used().unwrap().is_some());
+        }
     }
 
     /// A control message of the console's driver.
@@ -235,6 +334,9 @@ impl Guest {
         if self.kind == Kind::Net {
             self.put(HEADER, &[0; 12]);
         }
+        if let Outside::Vsock { monitor } = &self.outside {
+            self.put(HEADER, &monitor.packet(vsock::operation::RW, 8));
+        }
         let ring = &mut self.queues[usize::from(queue)];
         let chain = match (self.kind, queue) {
             (Kind::Block, _) if write => {
@@ -245,6 +347,8 @@ impl Guest {
             (Kind::Net, 2) => ring.chain().readable(at, 3).writable(STATUS, 1),
             (Kind::Console, 0 | 4) | (Kind::Net, _) | (Kind::Rng, _) => ring.chain().writable(at, 64),
             (Kind::Balloon, 4) => ring.chain().writable(at, 0x1000),
+            (Kind::Vsock, 1) => ring.chain().readable(HEADER, PACKET as u32).readable(at, 8),
+            (Kind::Vsock, _) => ring.chain().writable(at, 64),
             _ => ring.chain().readable(at, 8),
         };
         chain.submit().unwrap()
@@ -265,6 +369,7 @@ impl Guest {
             Kind::Balloon => &[(0, false), (1, false), (2, false), (4, false)],
             // A command has its answer written, wherever it lies.
             Kind::Net => &[(1, false), (0, false), (2, true)],
+            Kind::Vsock => &[(1, false), (0, false)],
         }
     }
 
@@ -289,6 +394,9 @@ impl Guest {
             }
             if let (Outside::Net { network, .. }, 0) = (&self.outside, queue) {
                 network.give(TestFrame::new(&data[..52]));
+            }
+            if let (Outside::Vsock { monitor }, 0) = (&mut self.outside, queue) {
+                monitor.send(&data[..20]);
             }
             let head = self.submit(queue, at, write);
             self.driver.notify(queue);
@@ -333,6 +441,11 @@ impl Guest {
                     assert_eq!(self.get(STATUS, 1), [0]);
                     1
                 }
+                (Outside::Vsock { .. }, 0) => {
+                    assert_eq!(self.get(at + PACKET as u64, 21), [&data[..20], &[data[64]]].concat());
+                    64
+                }
+                (Outside::Vsock { .. }, _) => 0,
                 (Outside::Balloon { ledger, .. }, 2) => {
                     assert_eq!(ledger.take(), []);
                     0
@@ -343,8 +456,18 @@ impl Guest {
                 }
             };
             assert_eq!(written, expected, "{:?}, queue {queue}", self.kind);
+            if let (Outside::Vsock { monitor }, 1) = (&mut self.outside, queue) {
+                assert_eq!(monitor.take(), data[..8]);
+            }
         }
         assert_eq!(self.driver.status(), 0xf, "{:?}", self.failures.lock().unwrap());
+    }
+
+    /// Another monitor's end, for what happens while the guest is used. It begins without a connection.
+    pub(crate) fn lend_socket(&self) -> Option<Socket> {
+        let Outside::Vsock { monitor } = &self.outside else { return None };
+        let (handle, gatekeeper) = (monitor.handle.clone(), monitor.gatekeeper.clone());
+        Some(Socket { handle, gatekeeper, stream: None, port: 0 })
     }
 
     /// Nothing of what is outside was touched since the device was made, or since the last [`Guest::exchange`].
@@ -355,6 +478,8 @@ impl Guest {
             Outside::Rng => {}
             Outside::Balloon { ledger, .. } => assert_eq!(ledger.take(), []),
             Outside::Net { network, .. } => assert_eq!(network.take_sent(), []),
+            // What the guest could send to is seen by [`Socket::take`].
+            Outside::Vsock { .. } => {}
         }
     }
 

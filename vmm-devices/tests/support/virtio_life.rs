@@ -1,7 +1,7 @@
 //! A virtio device between a hostile driver, which reaches for registers between its actions, and a monitor that does its part at every
 //! doorbell; and what must hold all the same.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use arbitrary::Arbitrary;
 use vmm_devices::net::{ETHERNET_HEADER, MAX_FRAME};
@@ -9,7 +9,7 @@ use vmm_devices::pci::PciLayout;
 use vmm_devices::testkit::{Action, Interposed, MIN_MEMORY, Replayed, TestFrame, guest_memory_of, replay};
 use vmm_devices::vmm_memory::vm_memory::GuestAddress;
 
-use crate::virtio::{DISK, Guest, Kind, Outside, Transport};
+use crate::virtio::{DISK, Guest, Kind, Outside, Socket, Transport, packet};
 
 const REGIONS: [(u64, u64); 3] = [(0, MIN_MEMORY), (MIN_MEMORY, 0x3000), (2 * MIN_MEMORY, 0x1000)];
 
@@ -30,7 +30,15 @@ pub(crate) struct Round {
 }
 
 /// Headers of the disk's requests, and messages to the console, for chains at [`Place::Data`]: 16 bytes each.
+///
+/// Packets of a socket device's driver, of 64 bytes each with what is behind them.
 pub(crate) fn words(kind: Kind) -> Vec<u8> {
+    if kind == Kind::Vsock {
+        let ports = (0..4).map(|port| 1 << 30 | port);
+        let packets =
+            ports.flat_map(|port| (0..9).map(move |op| packet(port, op, if op == 5 { 16 } else { 0 })));
+        return packets.flat_map(|packet| [&packet[..], &[b'd'; 20]].concat()).collect();
+    }
     let each: Vec<[u8; 16]> = match kind {
         Kind::Block => [0_u64, 1, 1, 4, 8, 11, 13, 99]
             .into_iter()
@@ -83,8 +91,17 @@ pub(crate) fn acceptable(kind: Kind, features: u64) -> u64 {
 }
 
 /// What a monitor does, a little of it each time.
-fn monitor(guest: &Guest, step: u32) {
+fn monitor(guest: &Guest, socket: &RefCell<Option<Socket>>, step: u32) {
     guest.pass();
+    if let Some(socket) = &mut *socket.borrow_mut() {
+        match step % 7 {
+            0 => socket.connect(),
+            1 => socket.handle.transport_reset(),
+            2 => drop(socket.gatekeeper.revoke_all(|_| step.is_multiple_of(2))),
+            3 | 4 => drop(socket.take()),
+            _ => socket.send(&[b'i'; 3000]),
+        }
+    }
     match &guest.outside {
         Outside::Block { handle, .. } => {
             handle.set_capacity(DISK as u64 - u64::from(step % 3) * 512).unwrap()
@@ -105,7 +122,7 @@ fn monitor(guest: &Guest, step: u32) {
                 port.enqueue(&[b'i'; 100]);
             }
         },
-        Outside::Rng => {}
+        Outside::Rng | Outside::Vsock { .. } => {}
         Outside::Balloon { handle, .. } => {
             handle.set_target(step);
             handle.request_statistics();
@@ -158,9 +175,10 @@ pub(crate) fn live(kind: Kind, transport: Transport, rounds: &[Round]) -> Replay
             perform(&guest, access);
         }
         let step = Cell::new(0);
+        let socket = RefCell::new(guest.lend_socket());
         let driver = Interposed::new(&guest.driver).around_doorbells(|| {
             step.set(step.get() + 1);
-            monitor(&guest, step.get());
+            monitor(&guest, &socket, step.get());
         });
         match replay(&driver, &memory, actions) {
             Ok(replayed) => {
@@ -170,6 +188,7 @@ pub(crate) fn live(kind: Kind, transport: Transport, rounds: &[Round]) -> Replay
             }
             Err(violation) => panic!("{kind:?}, {transport:?}: {violation}: {violation:?}"),
         }
+        drop(driver);
     }
     guest.assert_beyond_untouched();
     match &guest.outside {
@@ -183,6 +202,10 @@ pub(crate) fn live(kind: Kind, transport: Transport, rounds: &[Round]) -> Replay
             assert_eq!(port.counters().output, screen.take().len() as u64);
         }
         Outside::Rng => {}
+        Outside::Vsock { monitor } => {
+            assert_eq!(monitor.handle.counters().connections, 0);
+            assert_eq!(monitor.gatekeeper.open_channels(), []);
+        }
         Outside::Balloon { ledger, handle } => {
             assert_eq!((handle.is_active(), handle.actual(), handle.statistics()), (false, 0, None));
             for (page, pages) in ledger.take() {

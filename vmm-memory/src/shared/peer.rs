@@ -149,15 +149,15 @@ mod tests {
 
     #[test]
     fn what_is_not_sealed_is_taken_on_only_if_that_is_said() {
-        let open = || OwnedFd::from(create_memfd("open", PAGE_SIZE, SealFlags::empty()).unwrap());
+        let open = || OwnedFd::from(create_memfd("open", PAGE_SIZE, None, SealFlags::empty()).unwrap());
         assert!(matches!(PeerMemory::from_fd(open()), Err(MemoryError::MissingSeals { .. })));
         let peer = PeerMemory::from_unsealed_fd(open()).unwrap();
         assert_eq!(peer.access(), Access::ReadWrite);
         peer.map(GPA, Access::ReadWrite).unwrap();
-        let shrink = create_memfd("shrink", PAGE_SIZE, SealFlags::SHRINK).unwrap();
+        let shrink = create_memfd("shrink", PAGE_SIZE, None, SealFlags::SHRINK).unwrap();
         assert!(PeerMemory::from_fd(shrink.into()).is_err());
         let sealed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE;
-        let sealed = PeerMemory::from_fd(create_memfd("sealed", PAGE_SIZE, sealed).unwrap().into()).unwrap();
+        let sealed = PeerMemory::from_fd(create_memfd("sealed", PAGE_SIZE, None, sealed).unwrap().into()).unwrap();
         assert_eq!(sealed.access(), Access::ReadOnly);
     }
 

@@ -272,5 +272,8 @@ fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], options: &Options) 
         confinement = confinement.allow_if(libc::SYS_socket, 0, unix);
         confinement = confinement.allow(libc::SYS_connect).allow(libc::SYS_sendmsg);
     }
+    if options.vsock.is_some() {
+        confinement = confinement.allow_unix_sockets();
+    }
     confinement.enter()
 }

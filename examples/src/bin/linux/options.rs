@@ -16,7 +16,9 @@ use vmm_examples::metrics::Exporter;
 use vmm_examples::pc::Output;
 use vmm_examples::replay::RerunOptions;
 use vmm_examples::terminal;
-use vmm_examples::virtio::{Disk, NamedPort, Network, Place, Transport, VirtioConsole, VirtioDevices};
+use vmm_examples::virtio::{
+    Disk, NamedPort, Network, Place, Transport, VirtioConsole, VirtioDevices, VsockOptions,
+};
 use vmm_memory::{Backing, GuestRam};
 
 use crate::memory::RamOptions;
@@ -107,6 +109,10 @@ pub(crate) struct Options {
     /// the server is gone, `direct` rings peers that are trusted without a thread between. Repeatable.
     #[arg(long, value_name = "path=SOCKET[,vectors=N][,ro][,unsealed][,keep][,direct]")]
     pub(crate) ivshmem: Vec<SharedRegion>,
+    /// Gives the guest a socket device (AF_VSOCK) with context identifier CID. Programs here connect to its ports at PATH, by a line
+    /// `CONNECT PORT`, and its programs to PATH_PORT. With a BROKER, which `vsock_switch` is, also to other guests.
+    #[arg(long, value_name = "CID,PATH[,switch=BROKER]")]
+    pub(crate) vsock: Option<VsockOptions>,
     /// Serves what virtio devices have done to Prometheus (`GET /metrics`) at HOST:PORT, at :PORT on the loopback interface, or
     /// at unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
@@ -195,6 +201,7 @@ impl Options {
             (self.console == ConsoleKind::Virtio, "--console virtio"),
             (!self.port.is_empty(), "--port"),
             (!self.ivshmem.is_empty(), "--ivshmem"),
+            (self.vsock.is_some(), "--vsock"),
         ];
         given.into_iter().find_map(|(given, name)| given.then_some(name))
     }
@@ -254,6 +261,9 @@ impl Options {
         }
         for region in &self.ivshmem {
             devices = devices.region(region)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            devices = devices.vsock(vsock)?;
         }
         let exporter = self.metrics.as_deref().map(Exporter::listen).transpose().context("--metrics")?;
         Ok(Virtio { devices: Some(devices), console, exporter })

@@ -38,8 +38,8 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     );
     ensure!(
         options.wanted_transport().is_none(),
-        "--transport, --disk, --net, --balloon, --console virtio, --port and --metrics do not go with --backend {}: its guest has no \
-         PC whose buses the devices could be on",
+        "--transport, --disk, --net, --balloon, --console virtio, --port, --ivshmem, --vsock and --metrics do not go with \
+         --backend {}: its guest has no PC whose buses the devices could be on",
         xen_pv::NAME
     );
     // With the in-guest fast path behind the name of the backend below.

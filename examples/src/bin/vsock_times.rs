@@ -1,0 +1,39 @@
+//! How much goes through a socket device of a guest on `translate`, beside a pair of Unix sockets that moves the same bytes.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use vmm_examples::trial::built_linux;
+use vmm_examples::vsock_times::{Amounts, rows};
+
+/// Times a socket device beside a pair of Unix sockets.
+#[derive(Parser)]
+struct Options {
+    /// MiB in each direction.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..4096))]
+    mib: u32,
+    /// Messages there and back.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vsock_times: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
+    let amounts = Amounts { bytes: options.mib << 20, rounds: options.rounds, ..Amounts::default() };
+    println!("{:24} {:>16} {:>16} {:>8}", "", "device", "socket pair", "ratio");
+    for row in rows(&built_linux()?, amounts)? {
+        let figure = |value: f64| format!("{value:.0} {}/s", row.unit);
+        println!("{:24} {:>16} {:>16} {:>8.3}", row.name, figure(row.ours), figure(row.pair), row.ratio());
+    }
+    Ok(())
+}

@@ -1,0 +1,396 @@
+//! A broker: joins the devices of several processes by their context identifiers, through a Unix socket.
+//!
+//! A monitor connects, and says which identifier its guest has and who that is ([`Member::join`](super::Member::join)). When its guest
+//! calls another, the broker asks its gate, makes a pair of sockets and gives an end to each monitor. What the guests say to each other it
+//! does not see, and what is open goes on without it.
+//!
+//! It keeps a copy of the caller's end, by which it cuts the connection when the grant is revoked, or when the monitor dies.
+//!
+//! # Threat model
+//! Whoever may connect to the socket, whose mode is 0600, may say that it is any guest, unless [`Broker::identify`] knows better.
+//! Monitors are hostile beyond that: each has a bounded number of connections, one that does not read its answers is disconnected, and what
+//! makes no sense ends the conversation.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::{RecvFlags, Shutdown, SocketFlags, accept_with, shutdown, sockopt};
+
+use super::far::{Framing, again, pair};
+use super::host::listen_at;
+use super::packet::Kind;
+use super::poll::{Event, Poll};
+use super::shared::is_guest_cid;
+use super::wire::{Message, Received, VERSION, reason, receive, what};
+use super::{ANY_PORT, VsockError};
+use crate::channel::{Gatekeeper, Grant, Party, VmIdentity, VsockConnect, VsockListen};
+use crate::interrupt::lock;
+
+/// Monitors at most, those that have not said who they are included.
+const MAX_PEERS: usize = 1024;
+
+/// How long a monitor may take to say who it is.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Connections at most that one guest has asked for and that are open.
+const MAX_CONNECTIONS: usize = 1024;
+
+/// Messages of one monitor that are heard before others are.
+const MAX_MESSAGES: usize = 64;
+
+const LISTENER: u64 = 0;
+const KICK: u64 = 1;
+const FIRST: u64 = 2;
+
+/// Who is at the other end of a broker's socket, as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Credentials {
+    /// Process that connected.
+    pub pid: i32,
+    /// Its user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
+type Identify = Box<dyn Fn(&Credentials, u32, VmIdentity) -> Option<VmIdentity> + Send>;
+
+/// See the module.
+pub struct Broker {
+    listener: OwnedFd,
+    poll: Poll,
+    control: Arc<Control>,
+    gatekeeper: Gatekeeper,
+    identify: Identify,
+    peers: BTreeMap<u64, Peer>,
+    by_cid: BTreeMap<u32, u64>,
+    open: BTreeMap<u64, Open>,
+    /// Who may have said more.
+    busy: BTreeSet<u64>,
+    next: u64,
+}
+
+impl fmt::Debug for Broker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Broker").field("members", &self.by_cid.keys()).finish_non_exhaustive()
+    }
+}
+
+/// What handles and grants reach.
+struct Control {
+    kick: OwnedFd,
+    stopped: AtomicBool,
+    revoked: Mutex<Vec<u64>>,
+}
+
+impl Control {
+    fn kick(&self) {
+        // It fails when the counter is full, which takes 2^64 signals.
+        let (Ok(_) | Err(_)) = rustix::io::write(&self.kick, &1_u64.to_ne_bytes());
+    }
+
+    fn revoke(&self, id: u64) {
+        lock(&self.revoked).push(id);
+        self.kick();
+    }
+}
+
+/// A monitor.
+struct Peer {
+    socket: OwnedFd,
+    since: Instant,
+    place: Option<Place>,
+    connections: usize,
+}
+
+struct Place {
+    cid: u32,
+    vm: VmIdentity,
+    _grant: Grant<VsockListen>,
+}
+
+/// A connection.
+struct Open {
+    /// A copy of the caller's end.
+    socket: Arc<OwnedFd>,
+    caller: u64,
+    grant: Grant<VsockConnect>,
+}
+
+/// Ends a broker's [`Broker::run`]. Clones are the same.
+#[derive(Clone)]
+pub struct BrokerHandle(Arc<Control>);
+
+impl fmt::Debug for BrokerHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BrokerHandle").finish_non_exhaustive()
+    }
+}
+
+impl BrokerHandle {
+    /// It returns soon.
+    pub fn stop(&self) {
+        self.0.stopped.store(true, Ordering::SeqCst);
+        self.0.kick();
+    }
+}
+
+impl Broker {
+    /// Listens at `path`, whose mode is 0600. Each member asks `gatekeeper` to be reached ([`VsockListen`] of [`ANY_PORT`]), and each
+    /// connection for [`VsockConnect`].
+    ///
+    /// # Errors
+    /// If somebody listens there, something else is there, or the host refuses it.
+    pub fn listen(path: impl AsRef<Path>, gatekeeper: Gatekeeper) -> Result<Self, VsockError> {
+        let path: PathBuf = path.as_ref().to_owned();
+        let listener =
+            listen_at(&path, Kind::SeqPacket, 0o600).map_err(|source| VsockError::Socket { path, source })?;
+        let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| VsockError::Host(error.into()))?;
+        let poll = Poll::new()?;
+        poll.add(listener.as_fd(), LISTENER)?;
+        poll.add(kick.as_fd(), KICK)?;
+        let control = Control { kick, stopped: AtomicBool::new(false), revoked: Mutex::default() };
+        Ok(Self {
+            listener,
+            poll,
+            control: Arc::new(control),
+            gatekeeper,
+            identify: Box::new(|_, _, claimed| Some(claimed)),
+            peers: BTreeMap::new(),
+            by_cid: BTreeMap::new(),
+            open: BTreeMap::new(),
+            busy: BTreeSet::new(),
+            next: FIRST,
+        })
+    }
+
+    /// Who a monitor's guest is: `who` gets what the kernel says of the process, the context identifier, and who the monitor says that
+    /// its guest is; `None` refuses it. Unless told, monitors are believed.
+    #[must_use]
+    pub fn identify(
+        mut self,
+        who: impl Fn(&Credentials, u32, VmIdentity) -> Option<VmIdentity> + Send + 'static,
+    ) -> Self {
+        self.identify = Box::new(who);
+        self
+    }
+
+    /// Ends [`Broker::run`].
+    pub fn handle(&self) -> BrokerHandle {
+        BrokerHandle(Arc::clone(&self.control))
+    }
+
+    /// The context identifiers that are there.
+    pub fn cids(&self) -> Vec<u32> {
+        self.by_cid.keys().copied().collect()
+    }
+
+    /// How many connections are open.
+    pub fn connections(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Serves until it is stopped.
+    pub fn run(mut self) {
+        while !self.control.stopped.load(Ordering::SeqCst) {
+            self.run_once(Duration::from_secs(1));
+        }
+    }
+
+    /// Waits until something happens, `timeout` at most, and does it.
+    pub fn run_once(&mut self, timeout: Duration) {
+        let timeout = if self.busy.is_empty() { timeout } else { Duration::ZERO };
+        let mut events: Vec<Event> = Vec::new();
+        self.poll.wait(timeout, &mut events);
+        for event in events {
+            match event.tag {
+                LISTENER => self.accept(),
+                KICK => {}
+                id if self.open.contains_key(&id) => {
+                    if event.hung_up {
+                        self.close(id);
+                    }
+                }
+                id => {
+                    self.busy.insert(id);
+                }
+            }
+        }
+        let revoked = std::mem::take(&mut *lock(&self.control.revoked));
+        for id in revoked {
+            self.close(id);
+            self.disconnect(id);
+        }
+        for id in std::mem::take(&mut self.busy) {
+            self.hear(id);
+        }
+        let silent =
+            self.peers.iter().filter(|(_, peer)| peer.place.is_none() && peer.since.elapsed() > PATIENCE);
+        for id in silent.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.disconnect(id);
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn accept(&mut self) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        while let Ok(socket) = again(|| accept_with(&self.listener, flags)) {
+            let id = self.number();
+            if self.peers.len() < MAX_PEERS && self.poll.add(socket.as_fd(), id).is_ok() {
+                self.peers.insert(id, Peer { socket, since: Instant::now(), place: None, connections: 0 });
+                self.busy.insert(id);
+            }
+        }
+    }
+
+    fn hear(&mut self, id: u64) {
+        for _ in 0..MAX_MESSAGES {
+            let Some(peer) = self.peers.get(&id) else { return };
+            let message = match receive(&peer.socket, RecvFlags::DONTWAIT) {
+                Received::Message(message, _) => message,
+                Received::Nothing => return,
+                Received::End => return self.disconnect(id),
+            };
+            let goes_on = match (message.what, peer.place.is_some()) {
+                (what::JOIN, false) => self.join(id, &message),
+                (what::DIAL, true) => self.dial(id, &message),
+                _ => false,
+            };
+            if !goes_on {
+                return self.disconnect(id);
+            }
+        }
+        self.busy.insert(id);
+    }
+
+    fn join(&mut self, id: u64, message: &Message) -> bool {
+        let placed = self.place(id, message);
+        let answer = match &placed {
+            Ok(_) => Message { what: what::JOINED, ..Message::default() },
+            Err(why) => Message { what: what::REFUSED, port: *why, ..Message::default() },
+        };
+        let Some(peer) = self.peers.get_mut(&id) else { return false };
+        let sent = answer.send(&peer.socket, None) == Ok(true);
+        let Some(place) = placed.ok().filter(|_| sent) else { return false };
+        let control = Arc::clone(&self.control);
+        place._grant.on_revoked(move || control.revoke(id));
+        self.by_cid.insert(place.cid, id);
+        peer.place = Some(place);
+        true
+    }
+
+    fn place(&self, id: u64, message: &Message) -> Result<Place, u32> {
+        let peer = self.peers.get(&id).ok_or(reason::WHO)?;
+        let cid = message.cid;
+        if message.port != VERSION {
+            return Err(reason::VERSION);
+        }
+        let kernel = sockopt::socket_peercred(&peer.socket).map_err(|_| reason::WHO)?;
+        let credentials = Credentials {
+            pid: kernel.pid.as_raw_nonzero().get(),
+            uid: kernel.uid.as_raw(),
+            gid: kernel.gid.as_raw(),
+        };
+        let claimed = message.identity();
+        let vm = (self.identify)(&credentials, cid, claimed).filter(|_| is_guest_cid(cid));
+        let vm = vm.ok_or(reason::WHO)?;
+        if self.by_cid.contains_key(&cid) {
+            return Err(reason::TAKEN);
+        }
+        let asked = self.gatekeeper.open(vm.into(), None, VsockListen { port: ANY_PORT });
+        Ok(Place { cid, vm, _grant: asked.map_err(|_| reason::GATE)? })
+    }
+
+    /// `false` if the monitor does not hear the answer.
+    fn dial(&mut self, id: u64, message: &Message) -> bool {
+        let made = self.connect(id, message);
+        let answer = Message { what: what::DIALED, tag: message.tag, ..Message::default() };
+        let Some(peer) = self.peers.get_mut(&id) else { return false };
+        let socket = made.as_ref().map(|(_, open)| open.socket.as_fd());
+        if answer.send(&peer.socket, socket) != Ok(true) {
+            return false;
+        }
+        if let Some((number, open)) = made {
+            peer.connections += 1;
+            let (control, socket) = (Arc::clone(&self.control), Arc::clone(&open.socket));
+            open.grant.on_revoked(move || {
+                cut(&socket);
+                control.revoke(number);
+            });
+            let watched = self.poll.add_for_end(open.socket.as_fd(), number);
+            self.open.insert(number, open);
+            if watched.is_err() {
+                self.close(number);
+            }
+        }
+        true
+    }
+
+    fn connect(&mut self, id: u64, message: &Message) -> Option<(u64, Open)> {
+        let Message { cid, port, from_port, kind, .. } = *message;
+        Kind::of(u16::try_from(kind).ok()?)?;
+        let peer = self.peers.get(&id).filter(|peer| peer.connections < MAX_CONNECTIONS)?;
+        let caller = peer.place.as_ref()?;
+        let other = self.peers.get(self.by_cid.get(&cid)?)?;
+        let called = other.place.as_ref().filter(|place| place.cid != caller.cid)?;
+        let (asker, peer) = (Party::Vm(caller.vm), Some(Party::Vm(called.vm)));
+        let grant = self.gatekeeper.open(asker, peer, VsockConnect { port }).ok()?;
+        let (ours, theirs) = pair(Framing::Records).ok()?;
+        let arrived = Message {
+            what: what::ARRIVED,
+            kind,
+            cid: caller.cid,
+            port,
+            from_port,
+            tag: 0,
+            uuid: caller.vm.uuid(),
+            incarnation: caller.vm.incarnation(),
+        };
+        if arrived.send(&other.socket, Some(theirs.as_fd())) != Ok(true) {
+            return None;
+        }
+        Some((self.number(), Open { socket: Arc::new(ours), caller: id, grant }))
+    }
+
+    /// Forgets a connection, of which nothing is left then.
+    fn close(&mut self, id: u64) {
+        let Some(open) = self.open.remove(&id) else { return };
+        self.poll.remove(open.socket.as_fd());
+        cut(&open.socket);
+        if let Some(peer) = self.peers.get_mut(&open.caller) {
+            peer.connections = peer.connections.saturating_sub(1);
+        }
+    }
+
+    /// A monitor is gone, and what its guest had called with it. What others have called ends as its own sockets do.
+    fn disconnect(&mut self, id: u64) {
+        let Some(peer) = self.peers.remove(&id) else { return };
+        self.poll.remove(peer.socket.as_fd());
+        if let Some(place) = &peer.place {
+            self.by_cid.remove(&place.cid);
+        }
+        let called: Vec<u64> =
+            self.open.iter().filter(|(_, open)| open.caller == id).map(|(number, _)| *number).collect();
+        for number in called {
+            self.close(number);
+        }
+    }
+}
+
+/// Nothing goes through it any more, whoever holds it.
+fn cut(socket: &OwnedFd) {
+    // What is not connected any more needs none.
+    let (Ok(()) | Err(_)) = shutdown(socket, Shutdown::Both);
+}

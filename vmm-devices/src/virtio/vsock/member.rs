@@ -1,0 +1,132 @@
+//! A device's place at a broker of another process.
+
+use std::fmt;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::VsockError;
+use super::fabric::{Delivery, Dial, Fabric, Who};
+use super::packet::Kind;
+use super::wire::{Message, Received, VERSION, is_connection, reason, receive, what};
+use crate::channel::{Grant, Party, VsockListen};
+
+/// How long the broker's answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A device's place at a [`Broker`](super::Broker), which it leaves when this is dropped. Connections that are there go on without the
+/// broker; new ones are refused when it is gone.
+#[must_use]
+pub struct Member {
+    socket: OwnedFd,
+    cid: u32,
+    grant: Grant<VsockListen>,
+    gone: AtomicBool,
+}
+
+impl fmt::Debug for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Member").field("cid", &self.cid).finish_non_exhaustive()
+    }
+}
+
+impl Member {
+    /// Takes the place of context identifier `cid` at the broker of `path`. The grant is the guest's, to accept connections of others at
+    /// [`ANY_PORT`](super::ANY_PORT) or one port; its asker, a virtual machine, is who the others see. Waits for the broker, 5 seconds at most.
+    ///
+    /// # Errors
+    /// If there is no broker, or it refuses.
+    pub fn join(path: impl AsRef<Path>, cid: u32, grant: Grant<VsockListen>) -> Result<Self, VsockError> {
+        let Party::Vm(vm) = *grant.request().asker() else {
+            return Err(VsockError::Broker { cid, reason: "only virtual machines have a place" });
+        };
+        let failed = |source: rustix::io::Errno| VsockError::Socket {
+            path: path.as_ref().to_owned(),
+            source: source.into(),
+        };
+        let address = SocketAddrUnix::new(path.as_ref()).map_err(failed)?;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+        let socket = socket.map_err(failed)?;
+        connect(&socket, &address).map_err(failed)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE)).map_err(failed)?;
+        let join = Message {
+            what: what::JOIN,
+            cid,
+            port: VERSION,
+            uuid: vm.uuid(),
+            incarnation: vm.incarnation(),
+            ..Message::default()
+        };
+        join.send(&socket, None).map_err(failed)?;
+        match receive(&socket, RecvFlags::empty()) {
+            Received::Message(Message { what: what::JOINED, .. }, _) => {
+                Ok(Self { socket, cid, grant, gone: AtomicBool::new(false) })
+            }
+            Received::Message(Message { what: what::REFUSED, port, .. }, _) => {
+                Err(VsockError::Broker { cid, reason: reason::text(port) })
+            }
+            _ => Err(VsockError::Broker { cid, reason: "it does not answer as brokers do" }),
+        }
+    }
+}
+
+impl Fabric for Member {
+    fn cid(&self) -> u32 {
+        self.cid
+    }
+
+    fn is_live(&self) -> bool {
+        self.grant.is_live()
+    }
+
+    fn who(&self, _: u32) -> Who {
+        if self.gone.load(Ordering::Relaxed) { Who::Nobody } else { Who::Unknown }
+    }
+
+    fn dial(&self, dial: Dial) -> bool {
+        let Dial { tag, cid, port, from_port, kind } = dial;
+        let kind = kind.number().into();
+        let dial = Message { what: what::DIAL, kind, cid, port, from_port, tag, ..Message::default() };
+        dial.send(&self.socket, None) == Ok(true)
+    }
+
+    fn next(&self) -> Option<Delivery> {
+        loop {
+            let (message, socket) = match receive(&self.socket, RecvFlags::DONTWAIT) {
+                Received::Message(message, socket) => (message, socket),
+                Received::Nothing => return None,
+                Received::End => {
+                    self.gone.store(true, Ordering::Relaxed);
+                    return None;
+                }
+            };
+            let socket = socket.filter(is_connection);
+            match (message.what, socket, u16::try_from(message.kind).ok().and_then(Kind::of)) {
+                (what::DIALED, socket, _) => return Some(Delivery::Dialed { tag: message.tag, socket }),
+                (what::ARRIVED, Some(socket), Some(kind)) => {
+                    let granted = self.grant.channel().port;
+                    // What is not granted is dropped, of which who called hears.
+                    if granted == super::ANY_PORT || granted == message.port {
+                        return Some(Delivery::Arrived {
+                            socket,
+                            cid: message.cid,
+                            party: message.identity().into(),
+                            port: message.from_port,
+                            guest_port: message.port,
+                            kind,
+                        });
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn source(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

@@ -1,0 +1,248 @@
+//! Guests of several monitors, which a broker joins. Each monitor is a thread's here; its death is that of its sockets.
+
+use std::os::fd::OwnedFd;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket};
+
+use super::super::broker::BrokerHandle;
+use super::*;
+use crate::channel::{Refusal, Request};
+
+struct Served {
+    directory: tempfile::TempDir,
+    gatekeeper: Gatekeeper,
+    handle: BrokerHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Served {
+    fn new(gatekeeper: Gatekeeper) -> Self {
+        Self::with(gatekeeper, |broker| broker)
+    }
+
+    fn with(gatekeeper: Gatekeeper, with: impl FnOnce(Broker) -> Broker) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let broker = with(Broker::listen(directory.path().join("broker"), gatekeeper.clone()).unwrap());
+        let handle = broker.handle();
+        let thread = Some(std::thread::spawn(move || broker.run()));
+        Self { directory, gatekeeper, handle, thread }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("broker")
+    }
+
+    fn join(&self, cid: u32) -> Result<Member, VsockError> {
+        Member::join(self.path(), cid, reachable(&Gatekeeper::new(AllowAll), cid))
+    }
+
+    fn guest(&self, cid: u32) -> Guest {
+        let member = self.join(cid).unwrap();
+        let builder = Vsock::builder(cid, || 0).gatekeeper(vm(cid), Gatekeeper::new(AllowAll));
+        Guest::new(builder.broker(member).build().unwrap())
+    }
+
+    fn kill(&mut self) {
+        self.handle.stop();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The next packet, which may take a while.
+fn wait(guest: &mut Guest) -> (Header, Vec<u8>) {
+    let begun = Instant::now();
+    loop {
+        guest.poll();
+        match guest.next() {
+            Some((header, _)) if header.op == operation::CREDIT_UPDATE => {}
+            Some(packet) => return packet,
+            None => assert!(begun.elapsed() < Duration::from_secs(20), "in vain"),
+        }
+        std::thread::yield_now();
+    }
+}
+
+fn connect_waiting(a: &mut Guest, b: &mut Guest, kind: Kind) -> [Ends; 2] {
+    let key = Ends { guest_port: 1000, cid: b.cid, port: 80, kind };
+    a.say(key, operation::REQUEST);
+    let (header, _) = wait(b);
+    assert_eq!((header.op, header.src_cid, header.src_port), (operation::REQUEST, a.cid.into(), 1000));
+    let theirs = Ends { guest_port: 80, cid: a.cid, port: 1000, kind };
+    b.say(theirs, operation::RESPONSE);
+    assert_eq!(wait(a).0.op, operation::RESPONSE);
+    [key, theirs]
+}
+
+#[test]
+fn guests_of_two_monitors_speak_also_when_the_broker_is_gone() {
+    let mut served = Served::new(Gatekeeper::new(AllowAll));
+    let (mut a, mut b) = (served.guest(3), served.guest(4));
+    let keys = connect_waiting(&mut a, &mut b, Kind::Stream);
+    a.send(keys[0], b"hello");
+    assert_eq!(wait(&mut b).1, b"hello");
+    let asked = served.gatekeeper.open_channels();
+    let words: Vec<_> = asked.iter().map(|channel| channel.request.to_string()).collect();
+    assert!(words.iter().any(|word| word.contains("connect vsock port 80 of vm")), "{words:?}");
+    served.kill();
+    b.send(keys[1], b"still here");
+    // The broker's copies are cut as it ends in order: its connections end with it. One that is killed cuts nothing.
+    let (header, data) = wait(&mut a);
+    assert!(header.op == operation::RW && data == b"still here", "{header:?}");
+    a.say(Ends { guest_port: 1001, ..keys[0] }, operation::REQUEST);
+    assert_eq!(wait(&mut a).0.op, operation::RST, "nobody connects them any more");
+    b.send(keys[1], b"and here");
+    assert_eq!(wait(&mut a).1, b"and here");
+}
+
+#[test]
+fn who_is_refused_hears_why() {
+    let gatekeeper = Gatekeeper::new(|request: &Request| {
+        let port = request.object().port();
+        if port == Some(80) || port == Some(ANY_PORT) && request.asker() != &vm(9) {
+            Ok(())
+        } else {
+            Err(Refusal::new("80 alone"))
+        }
+    });
+    let uid = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap());
+    let served = Served::with(gatekeeper, |broker| {
+        broker.identify(move |credentials, cid, claimed| {
+            (credentials.uid == uid && cid != 10).then_some(claimed)
+        })
+    });
+    let mut a = served.guest(3);
+    let mut b = served.guest(4);
+    for (cid, why) in [
+        (3, "it is taken"),
+        (9, "its gate refuses it"),
+        (10, "does not take the process"),
+        (2, "none of a guest's"),
+    ] {
+        let error = served.join(cid).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    for (cid, port) in [(4, 81), (5, 80), (3, 80)] {
+        a.say(Ends { guest_port: 1, cid, port, kind: Kind::Stream }, operation::REQUEST);
+        assert_eq!(wait(&mut a).0.op, operation::RST, "{cid}, {port}");
+    }
+    connect_waiting(&mut a, &mut b, Kind::SeqPacket);
+}
+
+#[test]
+fn what_the_broker_revokes_ends_on_both_sides() {
+    let served = Served::new(Gatekeeper::new(AllowAll));
+    let (mut a, mut b) = (served.guest(3), served.guest(4));
+    connect_waiting(&mut a, &mut b, Kind::Stream);
+    let revoked = served.gatekeeper.revoke_all(|request| request.object().port() == Some(80));
+    assert_eq!(revoked, 1);
+    assert_eq!((wait(&mut a).0.op, wait(&mut b).0.op), (operation::RST, operation::RST));
+    // The place itself.
+    served.gatekeeper.revoke_all(|request| request.asker() == &vm(4));
+    let begun = Instant::now();
+    while served.gatekeeper.open_channels().len() > 1 {
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        std::thread::yield_now();
+    }
+    a.say(Ends { guest_port: 5, cid: 4, port: 80, kind: Kind::Stream }, operation::REQUEST);
+    assert_eq!(wait(&mut a).0.op, operation::RST);
+}
+
+/// Of the caller's monitor, and of the other one: in each case the other side is reset, and the broker forgets the connection.
+#[test]
+fn a_monitor_that_dies_resets_its_connections() {
+    for caller in [true, false] {
+        let served = Served::new(Gatekeeper::new(AllowAll));
+        let (mut a, mut b) = (served.guest(3), served.guest(4));
+        let keys = connect_waiting(&mut a, &mut b, Kind::Stream);
+        let (dead, mut left, key) = if caller { (a, b, keys[1]) } else { (b, a, keys[0]) };
+        left.send(key, b"x");
+        drop(dead);
+        assert_eq!(wait(&mut left).0.op, operation::RST, "{caller}");
+        let begun = Instant::now();
+        // Its own place remains.
+        while served.gatekeeper.open_channels().len() > 1 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", served.gatekeeper.open_channels());
+            std::thread::yield_now();
+        }
+        let mut again = served.guest(if caller { 3 } else { 4 });
+        connect_waiting(&mut left, &mut again, Kind::Stream);
+    }
+}
+
+fn raw(served: &Served) -> OwnedFd {
+    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    connect(&socket, &SocketAddrUnix::new(served.path()).unwrap()).unwrap();
+    socket
+}
+
+/// Whether the broker has hung up.
+fn is_ended(socket: &OwnedFd) -> bool {
+    let begun = Instant::now();
+    loop {
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        match rustix::net::recv(socket, &mut [0; 100], flags) {
+            Ok((_, 0)) | Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::PIPE) => return true,
+            Ok(_) => {}
+            Err(_) if begun.elapsed() > Duration::from_secs(10) => return false,
+            Err(_) => std::thread::yield_now(),
+        }
+    }
+}
+
+#[test]
+fn a_monitor_that_speaks_nonsense_is_let_go_and_no_other() {
+    let served = Served::new(Gatekeeper::new(AllowAll));
+    let (mut a, mut b) = (served.guest(3), served.guest(4));
+    let join = |version: u32, cid: u32| {
+        let words = [1, 0, cid, version, 0, 0];
+        let mut bytes: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+        bytes.resize(56, 0);
+        bytes
+    };
+    for nonsense in [vec![], vec![1], vec![0; 56], vec![0xff; 56], vec![1; 100], join(2, 7), join(1, 3)] {
+        let socket = raw(&served);
+        // An empty message is the end.
+        send(&socket, &nonsense, SendFlags::NOSIGNAL).unwrap();
+        assert!(is_ended(&socket), "{nonsense:?}");
+    }
+    // One that calls and never reads what it is told.
+    let flood = raw(&served);
+    send(&flood, &join(1, 7), SendFlags::NOSIGNAL).unwrap();
+    let mut dial: Vec<u8> = [4, 1, 3, 80, 9, 0_u32].into_iter().flat_map(u32::to_le_bytes).collect();
+    dial.resize(56, 0);
+    let begun = Instant::now();
+    while send(&flood, &dial, SendFlags::NOSIGNAL).is_ok() {
+        a.poll();
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is not let go");
+    }
+    // Others hear of none of it, but for being called.
+    a.driver.set_status(0);
+    a.start(7);
+    while a.next().is_some() {}
+    connect_waiting(&mut b, &mut a, Kind::Stream);
+}
+
+#[test]
+fn who_says_nothing_is_let_go() {
+    let gatekeeper = Gatekeeper::new(AllowAll);
+    let directory = tempfile::tempdir().unwrap();
+    let mut broker = Broker::listen(directory.path().join("broker"), gatekeeper).unwrap();
+    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    connect(&socket, &SocketAddrUnix::new(directory.path().join("broker")).unwrap()).unwrap();
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(5500) {
+        broker.run_once(Duration::from_millis(100));
+    }
+    assert!(is_ended(&socket));
+    assert!(broker.cids().is_empty() && broker.connections() == 0);
+}
