@@ -431,7 +431,7 @@ fn cve_2021_26708_what_comes_late_finds_no_other_connection() {
     hosted.guest.send(again, b"still mine");
     assert_eq!(taken(&mut stream).unwrap(), b"still mine");
     // That of the one that is there does end it.
-    hosted.guest.handle.shared.revoke(2 * generation | place);
+    hosted.guest.handle.shared.revoke((2 * generation) | place);
     assert_eq!(hosted.guest.next_op(), Some(operation::RST));
     assert_eq!((hosted.guest.open(), taken(&mut stream)), (0, None));
 }
