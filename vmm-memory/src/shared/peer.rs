@@ -157,7 +157,8 @@ mod tests {
         let shrink = create_memfd("shrink", PAGE_SIZE, None, SealFlags::SHRINK).unwrap();
         assert!(PeerMemory::from_fd(shrink.into()).is_err());
         let sealed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE;
-        let sealed = PeerMemory::from_fd(create_memfd("sealed", PAGE_SIZE, None, sealed).unwrap().into()).unwrap();
+        let sealed =
+            PeerMemory::from_fd(create_memfd("sealed", PAGE_SIZE, None, sealed).unwrap().into()).unwrap();
         assert_eq!(sealed.access(), Access::ReadOnly);
     }
 
