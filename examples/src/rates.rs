@@ -37,7 +37,7 @@ impl Row {
             (
                 spread.median,
                 if figures.is_empty() {
-                    "-".to_owned()
+                    if self.failure.is_some() { "failed" } else { "-" }.to_owned()
                 } else {
                     format!("{} ±{half:.0}%", digits(spread.median))
                 },
@@ -136,6 +136,6 @@ mod tests {
         join(&mut rows, vec![Row::failed("group", "later")]);
         assert_eq!((&rows[0].ours[..], &rows[0].theirs[..]), (&[1.0, 3.0][..], &[2.0, 4.0][..]));
         assert_eq!((rows.len(), rows[1].failure.as_deref()), (2, Some("late")));
-        assert!(table(&rows).contains("| group |         - | -      |"), "{}", table(&rows));
+        assert!(table(&rows).contains("| group |    failed | -      |"), "{}", table(&rows));
     }
 }

@@ -18,6 +18,9 @@ use vmm_memory::{Access, SharedMemory};
 const MIB: usize = 64;
 const RINGS: u32 = 2000;
 
+/// Those of threads here, who are fast: enough that they take turns with whatever else runs on the processors, as guests do.
+const LOCAL_RINGS: u32 = 20_000;
+
 /// Nothing of it takes so long.
 const LIMIT: Duration = Duration::from_secs(240);
 
@@ -141,17 +144,17 @@ fn eventfds() -> Result<f64> {
     let wait = |fd: &_| rustix::io::read(fd, &mut [0; 8]);
     std::thread::scope(|scope| {
         let answers = scope.spawn(|| {
-            (0..RINGS).try_for_each(|_| {
+            (0..LOCAL_RINGS).try_for_each(|_| {
                 wait(&there)?;
                 ring(&back).map(|_| ())
             })
         });
         let begun = Instant::now();
-        for _ in 0..RINGS {
+        for _ in 0..LOCAL_RINGS {
             ring(&there)?;
             wait(&back)?;
         }
-        let rate = f64::from(RINGS) / begun.elapsed().as_secs_f64();
+        let rate = f64::from(LOCAL_RINGS) / begun.elapsed().as_secs_f64();
         match answers.join() {
             Ok(answered) => answered?,
             Err(_) => bail!("the thread that answers"),
