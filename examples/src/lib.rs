@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod pc;
 pub mod pv_console;
 pub mod race;
+pub mod rates;
 pub mod replay;
 pub mod soak;
 pub mod socket;

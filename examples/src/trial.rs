@@ -73,7 +73,15 @@ impl Verdict {
 /// # Errors
 /// Fails if it is absent.
 pub fn linux() -> Result<PathBuf> {
-    let program = std::env::current_exe()?.with_file_name("linux");
+    program("linux")
+}
+
+/// The program of that name that was built with this one.
+///
+/// # Errors
+/// Fails if it is absent.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let program = std::env::current_exe()?.with_file_name(name);
     ensure!(
         program.exists(),
         "{} is absent: build it with `cargo build --release --bins`",
@@ -82,22 +90,30 @@ pub fn linux() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// The program `linux`, built first if cargo has started this program: `cargo run` builds one program only, and `linux` would be
+/// The program `linux`, built first if cargo has started this program.
+///
+/// # Errors
+/// As [`built`].
+pub fn built_linux() -> Result<PathBuf> {
+    built("linux")
+}
+
+/// The program of that name, built first if cargo has started this program: `cargo run` builds one program only, and others would be
 /// absent, or of an older source than this one.
 ///
 /// # Errors
 /// Fails if it cannot be built, or is absent.
-pub fn built_linux() -> Result<PathBuf> {
-    let Some(cargo) = std::env::var_os("CARGO") else { return linux() };
-    let program = std::env::current_exe()?;
-    let directory = program.parent().context("this program is in no directory")?;
+pub fn built(name: &str) -> Result<PathBuf> {
+    let Some(cargo) = std::env::var_os("CARGO") else { return program(name) };
+    let this = std::env::current_exe()?;
+    let directory = this.parent().context("this program is in no directory")?;
     let status = Command::new(cargo)
-        .args(["build", "--bin", "linux", "--profile", &profile(directory)?, "--target-dir"])
+        .args(["build", "--bin", name, "--profile", &profile(directory)?, "--target-dir"])
         .arg(directory.parent().context("this program is in no target directory")?)
         .status()
-        .context("starting cargo to build linux")?;
-    ensure!(status.success(), "`cargo build --bin linux` ended with {status}");
-    linux()
+        .with_context(|| format!("starting cargo to build {name}"))?;
+    ensure!(status.success(), "`cargo build --bin {name}` ended with {status}");
+    program(name)
 }
 
 /// Cargo's profile of which the programs are in `directory`.

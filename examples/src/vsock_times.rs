@@ -10,30 +10,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::rates::Row;
+
 const PROGRAM: &str = env!("VSOCK_GUEST");
 
 /// Bytes of one send of the guest's program.
 const PIECE: usize = 60_000;
 
-/// Something that was timed: the more, the better.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Row {
-    /// What.
-    pub name: &'static str,
-    /// Of what so many a second.
-    pub unit: &'static str,
-    /// Through the device.
-    pub ours: f64,
-    /// Through the pair.
-    pub pair: f64,
-}
-
-impl Row {
-    /// Ours over theirs.
-    pub fn ratio(&self) -> f64 {
-        self.ours / self.pair
-    }
-}
+/// Whom it is beside.
+const PEER: &str = "Unix socket pair";
 
 /// How much there is of each.
 #[derive(Clone, Copy, Debug)]
@@ -83,18 +68,18 @@ pub fn rows(linux: &Path, amounts: Amounts) -> Result<Vec<Row>> {
         Some(amount.parse::<f64>().ok()? / (ns.parse::<f64>().ok()? / 1e9))
     });
     let mut figure = || figures.next().flatten().with_context(|| format!("the guest said {text:?}"));
-    let mib = f64::from(1_u32 << 20);
-    let (there, back, rounds_a_second) = (figure()? / mib, figure()? / mib, figure()?);
-    let pair = pair_bytes(bytes)? / mib;
+    let mb = 1e6;
+    let (there, back, rounds_a_second) = (figure()? / mb, figure()? / mb, figure()?);
+    let pair = pair_bytes(bytes)? / mb;
     Ok(vec![
-        Row { name: "vsock, guest to host", unit: "MiB", ours: there, pair },
-        Row { name: "vsock, host to guest", unit: "MiB", ours: back, pair },
-        Row {
-            name: "vsock, there and back",
-            unit: "messages",
-            ours: rounds_a_second,
-            pair: pair_rounds(rounds, message)?,
-        },
+        Row::new("vsock, guest to host, MB/s", there, PEER, pair),
+        Row::new("vsock, host to guest, MB/s", back, PEER, pair),
+        Row::new(
+            format!("vsock, {message} bytes to the host and back, /s"),
+            rounds_a_second,
+            PEER,
+            pair_rounds(rounds, message)?,
+        ),
     ])
 }
 

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use vmm_examples::rates::table;
 use vmm_examples::trial::built_linux;
 use vmm_examples::vsock_times::{Amounts, rows};
 
@@ -30,10 +31,6 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let amounts = Amounts { bytes: options.mib << 20, rounds: options.rounds, ..Amounts::default() };
-    println!("{:24} {:>16} {:>16} {:>8}", "", "device", "socket pair", "ratio");
-    for row in rows(&built_linux()?, amounts)? {
-        let figure = |value: f64| format!("{value:.0} {}/s", row.unit);
-        println!("{:24} {:>16} {:>16} {:>8.3}", row.name, figure(row.ours), figure(row.pair), row.ratio());
-    }
+    print!("{}", table(&rows(&built_linux()?, amounts)?));
     Ok(())
 }

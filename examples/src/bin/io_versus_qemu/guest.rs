@@ -11,15 +11,15 @@ use vmm_examples::debian::{self, Kernel, ModuleTree, Series};
 use vmm_examples::guest_command::Wiring;
 use vmm_examples::initramfs::Archive;
 use vmm_examples::race::{QEMU, Report, Runner, host_tsc_khz, install_qemu};
-use vmm_examples::trial::built_linux;
+use vmm_examples::trial;
 
 /// The program that works in the guest.
-const WORKLOAD: &str = env!("WORKLOAD_GUEST");
+pub(crate) const WORKLOAD: &str = env!("WORKLOAD_GUEST");
 
 /// Bytes of the disk.
 const DISK: u64 = 256 << 20;
 
-/// Where the tap device is, and who serves the guest's connections.
+/// Who serves the guest's connections.
 pub(crate) const SERVER: &str = "10.0.2.1:7000";
 
 /// Time that a guest may take to its init, and in which something must come of each row.
@@ -67,7 +67,7 @@ pub(crate) struct IoGuests {
 }
 
 impl IoGuests {
-    /// Gets what is absent: Debian's kernel and busybox, QEMU, and `linux` as it is now.
+    /// Gets what is absent: Debian's kernel and busybox, and QEMU.
     ///
     /// # Errors
     /// Fails if one of them cannot be had.
@@ -83,7 +83,7 @@ impl IoGuests {
         let mut file = File::create(&disk)?;
         std::io::copy(&mut std::io::Read::take(std::io::repeat(0xa5), DISK), &mut file)?;
         file.sync_all()?;
-        Ok(Self { kernel, linux: built_linux()?, initrd, disk, _directory: directory })
+        Ok(Self { kernel, linux: trial::linux()?, initrd, disk, _directory: directory })
     }
 
     /// Boots one, and has it work on `rows`.

@@ -1,10 +1,13 @@
 //! Rows of virtio-blk and virtio-net, in a guest here and on QEMU.
 
-use anyhow::{Result, bail};
+use std::net::TcpListener;
+use std::thread;
+
+use anyhow::{Context as _, Result, bail};
 use vmm_examples::race::order;
+use vmm_examples::rates::Row;
 
 use crate::guest::{IoGuests, Monitor, SERVER};
-use crate::row::Row;
 use crate::server;
 
 /// Name of the work, what it is called in the table, and how much of that is one operation.
@@ -32,25 +35,34 @@ pub(crate) fn chosen(names: &[String]) -> Result<Vec<(&'static str, &'static str
     Ok(ROWS.into_iter().filter(|(known, ..)| wanted(known)).collect())
 }
 
-/// Each row of `names` as often as `pairs` says, by turns.
-///
-/// # Errors
-/// Fails on a name that is none, and where guests are not to be had.
-pub(crate) fn rows(pairs: u32, names: &[String]) -> Result<Vec<Row>> {
-    let chosen = chosen(names)?;
-    let guests = IoGuests::get()?;
-    server::serve(SERVER)?;
-    let work: Vec<&str> = chosen.iter().map(|(name, ..)| *name).collect();
-    let mut rows: Vec<Row> = chosen
-        .iter()
-        .map(|(_, label, _)| Row { label: (*label).to_owned(), peer: "QEMU".to_owned(), ..Row::default() })
-        .collect();
-    for pair in 0..pairs {
+/// The guests, and the rows that they work on.
+pub(crate) struct Virtio {
+    guests: IoGuests,
+    chosen: Vec<(&'static str, &'static str, f64)>,
+}
+
+impl Virtio {
+    /// Has both, and serves the guests' connections.
+    ///
+    /// # Errors
+    /// Fails on a name that is none, and where guests are not to be had.
+    pub(crate) fn new(names: &[String]) -> Result<Self> {
+        let (chosen, guests) = (chosen(names)?, IoGuests::get()?);
+        let listener = TcpListener::bind(SERVER).with_context(|| format!("listening at {SERVER}"))?;
+        thread::spawn(move || server::serve(&listener));
+        Ok(Self { guests, chosen })
+    }
+
+    /// Each row once in either guest; which one is first depends on the number of the pair.
+    pub(crate) fn pair(&self, pair: u32) -> Vec<Row> {
+        let work: Vec<&str> = self.chosen.iter().map(|(name, ..)| *name).collect();
+        let empty = |label: &str| Row { label: label.to_owned(), peer: "QEMU".to_owned(), ..Row::default() };
+        let mut rows: Vec<Row> = self.chosen.iter().map(|(_, label, _)| empty(label)).collect();
         for index in order(pair, 2) {
             let monitor = if index == 0 { Monitor::Ours } else { Monitor::Qemu };
-            let report = guests.work(monitor, &work);
-            eprintln!("pair {} of {pairs}: {monitor:?}: {report:?}", pair + 1);
-            for (row, (name, _, each)) in rows.iter_mut().zip(&chosen) {
+            eprintln!("virtio: {monitor:?} works");
+            let report = self.guests.work(monitor, &work);
+            for (row, (name, _, each)) in rows.iter_mut().zip(&self.chosen) {
                 let figures = if monitor == Monitor::Ours { &mut row.ours } else { &mut row.theirs };
                 match &report {
                     Ok(report) => match (report.figures.get(*name), report.failures.get(*name)) {
@@ -64,8 +76,8 @@ pub(crate) fn rows(pairs: u32, names: &[String]) -> Result<Vec<Row>> {
                 }
             }
         }
+        rows
     }
-    Ok(rows)
 }
 
 #[cfg(test)]

@@ -1,23 +1,34 @@
-//! The table.
+//! What is done in a second, beside what a peer does: the table that `io_versus_qemu` and `vsock_times` print.
 
-use vmm_examples::race::Spread;
+use crate::race::Spread;
 
 /// A row: what was done in a second, here and by the peer.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Row {
-    /// What it is, with its unit.
-    pub(crate) label: String,
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Row {
+    /// What it is, with its unit: the more, the better.
+    pub label: String,
     /// One figure of each pair.
-    pub(crate) ours: Vec<f64>,
+    pub ours: Vec<f64>,
     /// Whom ours is compared with.
-    pub(crate) peer: String,
+    pub peer: String,
     /// Its figures.
-    pub(crate) theirs: Vec<f64>,
+    pub theirs: Vec<f64>,
     /// Why there is no figure.
-    pub(crate) failure: Option<String>,
+    pub failure: Option<String>,
 }
 
 impl Row {
+    /// A row of one pair.
+    pub fn new(label: impl Into<String>, ours: f64, peer: impl Into<String>, theirs: f64) -> Self {
+        let (ours, theirs) = (vec![ours], vec![theirs]);
+        Self { label: label.into(), ours, peer: peer.into(), theirs, failure: None }
+    }
+
+    /// One without figures.
+    pub fn failed(label: impl Into<String>, why: impl Into<String>) -> Self {
+        Self { label: label.into(), peer: "-".to_owned(), failure: Some(why.into()), ..Self::default() }
+    }
+
     /// The cells: label, ours, peer, theirs, ratio.
     fn cells(&self) -> [String; 5] {
         let spread = |figures: &[f64]| {
@@ -26,7 +37,7 @@ impl Row {
             (
                 spread.median,
                 if figures.is_empty() {
-                    "-".to_owned()
+                    if self.failure.is_some() { "failed" } else { "-" }.to_owned()
                 } else {
                     format!("{} ±{half:.0}%", digits(spread.median))
                 },
@@ -42,13 +53,27 @@ impl Row {
     }
 }
 
+/// Adds a further pair to what there is of rows with the same labels.
+pub fn join(rows: &mut Vec<Row>, pair: Vec<Row>) {
+    for row in pair {
+        match rows.iter_mut().find(|known| known.label == row.label) {
+            Some(known) => {
+                known.ours.extend(row.ours);
+                known.theirs.extend(row.theirs);
+                known.failure = known.failure.take().or(row.failure);
+            }
+            None => rows.push(row),
+        }
+    }
+}
+
 fn digits(value: f64) -> String {
     let places = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
     format!("{value:.places$}")
 }
 
 /// All of it, as Markdown that a terminal shows as well.
-pub(crate) fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[Row]) -> String {
     let head = ["", "ours", "peer", "the peer's", "ratio"].map(str::to_owned);
     let cells: Vec<[String; 5]> = std::iter::once(head).chain(rows.iter().map(Row::cells)).collect();
     let widths: Vec<usize> = (0..5)
@@ -102,5 +127,15 @@ mod tests {
 ";
         let text = table(&[row("read, /s", &[4000.0, 3000.0, 1000.0], &[1500.0]), row("MB/s", &[5.25], &[])]);
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn pairs_are_joined_by_label() {
+        let mut rows = vec![Row::new("a", 1.0, "memcpy", 2.0)];
+        join(&mut rows, vec![Row::failed("group", "late"), Row::new("a", 3.0, "memcpy", 4.0)]);
+        join(&mut rows, vec![Row::failed("group", "later")]);
+        assert_eq!((&rows[0].ours[..], &rows[0].theirs[..]), (&[1.0, 3.0][..], &[2.0, 4.0][..]));
+        assert_eq!((rows.len(), rows[1].failure.as_deref()), (2, Some("late")));
+        assert!(table(&rows).contains("| group |    failed | -      |"), "{}", table(&rows));
     }
 }

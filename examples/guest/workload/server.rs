@@ -1,27 +1,18 @@
-//! The other end of the guests' TCP connections.
+//! The other end of TCP connections that `io.rs` makes. `io_versus_qemu` has it, too, for guests that the host serves.
 
-use std::io::{Read as _, Write as _};
+use std::io::{Error, Read as _, Result, Write as _};
 use std::net::{TcpListener, TcpStream};
 
-use anyhow::{Context as _, Result, bail};
-
-/// Serves whoever connects, as `examples/guest/workload/io.rs` wants it, until the process ends.
-///
-/// # Errors
-/// If nobody can listen there.
-pub(crate) fn serve(address: &str) -> Result<()> {
-    let listener = TcpListener::bind(address).with_context(|| format!("listening at {address}"))?;
-    std::thread::spawn(move || {
-        for client in listener.incoming().flatten() {
-            std::thread::spawn(move || {
-                // A guest may end in the middle of it.
-                if let Err(error) = one(client) {
-                    eprintln!("a client of the guest's: {error:#}");
-                }
-            });
-        }
-    });
-    Ok(())
+/// Serves whoever connects, as long as anybody can.
+pub(crate) fn serve(listener: &TcpListener) {
+    for client in listener.incoming().flatten() {
+        std::thread::spawn(move || {
+            // A guest may end in the middle of it.
+            if let Err(error) = one(client) {
+                eprintln!("a client: {error}");
+            }
+        });
+    }
 }
 
 fn one(mut client: TcpStream) -> Result<()> {
@@ -35,7 +26,10 @@ fn one(mut client: TcpStream) -> Result<()> {
         [b'G'] => {
             while left > 0 {
                 let len = client.read(&mut data)? as u64;
-                left = left.checked_sub(len).filter(|_| len > 0).context("too few bytes, or too many")?;
+                left = left
+                    .checked_sub(len)
+                    .filter(|_| len > 0)
+                    .ok_or(Error::other("too few bytes, or too many"))?;
             }
             client.write_all(&[1])?;
         }
@@ -52,7 +46,7 @@ fn one(mut client: TcpStream) -> Result<()> {
                 client.write_all(&what)?;
             }
         }
-        _ => bail!("it wants {what:?}"),
+        _ => return Err(Error::other(format!("it wants {what:?}"))),
     }
     // Until the guest has all of it.
     while client.read(&mut data)? > 0 {}

@@ -1,0 +1,36 @@
+//! From port to port of a switch, in this process and through a broker, beside memcpy of the same bytes.
+
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "a bench's; a panic fails this group, and the ratio is taken of medians here"
+)]
+#[path = "../../../../vmm-devices/benches/support/switch_rates.rs"]
+mod switch_rates;
+
+use std::num::NonZeroU64;
+
+use vmm_examples::rates::Row;
+
+use switch_rates::Way;
+
+/// How often each is measured for one figure.
+const ROUNDS: NonZeroU64 = NonZeroU64::new(3).unwrap();
+
+/// All sizes each way.
+///
+/// # Panics
+/// If the host has no memory, sockets or threads for it.
+pub(crate) fn rows() -> Vec<Row> {
+    let row = |row: switch_rates::Row| {
+        let way = match row.way {
+            Way::OneThread => "one thread",
+            Way::TwoThreads => "two threads",
+            Way::Judged => "two threads, judged",
+            Way::Broker => "two clients of a broker",
+        };
+        let label = format!("switch, frames of {} bytes, {way}, MB/s", row.len);
+        Row::new(label, row.bytes / 1e6, "memcpy", row.copied / 1e6)
+    };
+    switch_rates::rows(ROUNDS).into_iter().map(row).collect()
+}
