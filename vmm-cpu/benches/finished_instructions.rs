@@ -10,7 +10,7 @@ use vmm_cpu::kvm::KvmHypervisor;
 use vmm_cpu::state::{DescriptorTable, GeneralRegisters, Segment, SystemRegisters, rflags};
 use vmm_cpu::vmm_memory::GuestRam;
 use vmm_cpu::vmm_memory::vm_memory::{Bytes, GuestAddress};
-use vmm_cpu::{CpuModel, EmptyBus, Error, Halt, Hypervisor, Vcpu, VmConfig};
+use vmm_cpu::{CpuModel, EmptyBus, Error, Halt, Hypervisor, VmConfig};
 
 type Failure = Box<dyn std::error::Error>;
 

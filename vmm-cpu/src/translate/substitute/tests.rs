@@ -196,7 +196,7 @@ fn vector_stores_count_as_any_other() {
 #[test]
 fn writes_are_logged_and_memory_comes_and_goes() {
     let mut engine = engine(1);
-    let region = engine.ram.regions().next().unwrap();
+    let region = engine.ram.regions().into_iter().next().unwrap();
     engine.vm.log_writes(GuestAddress(0), true).unwrap();
     assert!(is_done(&engine.execute(&[0x89, 0x03])));
     let mut pages = PageBitmap::for_region(&region);
