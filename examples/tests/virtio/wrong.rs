@@ -51,5 +51,8 @@ fn devices_that_cannot_be_are_refused_with_a_way_out() {
     let error =
         Command::new(env!("CARGO_BIN_EXE_linux")).args(["--backend", "xen-pv", "--port", &port]).output();
     let error = String::from_utf8(error.unwrap().stderr).unwrap();
-    assert!(error.contains("--port, --ivshmem, --vsock and --metrics do not go with --backend xen-pv"), "{error}");
+    assert!(
+        error.contains("--port, --ivshmem, --vsock and --metrics do not go with --backend xen-pv"),
+        "{error}"
+    );
 }

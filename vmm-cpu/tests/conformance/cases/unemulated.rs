@@ -9,9 +9,7 @@ use iced_x86::code_asm::{
 use vmm_cpu::state::SystemRegisters;
 use vmm_cpu::vmm_memory::vm_memory::{Bytes, GuestAddress};
 use vmm_cpu::vmm_memory::{DirtyTracker, GuestRam, PAGE_SIZE, RegionConfig};
-use vmm_cpu::{
-    DebugReason, DebugRequest, DebugStop, Doorbell, DoorbellAddress, GuestAccess, Halt, Notifier,
-};
+use vmm_cpu::{DebugReason, DebugRequest, DebugStop, Doorbell, DoorbellAddress, GuestAccess, Halt, Notifier};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, Stop, cases};
