@@ -159,6 +159,9 @@ impl DirtyLog for KvmDirtyLog {
                 .map_err(|errno| host("KVM_GET_DIRTY_LOG", errno))?;
             into.or_words(&words);
         }
+        if let Some(finish) = &self.0.finish {
+            finish.harvest(region, into)?;
+        }
         match rings {
             Some(rings) => Ok(rings.harvest(&self.0.fd, slot.number, region, into)?),
             None => Ok(()),
@@ -191,6 +194,9 @@ impl KvmDirtyLog {
         // Before the kernel begins to note, and after it has ended.
         if logging && let Some(rings) = &self.0.dirty_rings {
             rings.start(&self.0.fd, slot.number, &slot.region)?;
+        }
+        if let Some(finish) = &self.0.finish {
+            finish.log_writes(gpa, logging);
         }
         sys::set_memory_slot(&self.0.fd, slot.number, &slot.region, slot.region.len(), flags)
             .map_err(|errno| host("KVM_SET_USER_MEMORY_REGION", errno))?;

@@ -23,6 +23,9 @@ pub(super) struct ExitCounts {
     pub(super) interrupted: u64,
     pub(super) dirty_ring_full: u64,
     pub(super) other: u64,
+    /// Instructions that software executed, and how often that made KVM forget its shadows of page tables.
+    pub(super) finished: u64,
+    pub(super) shadows_dropped: u64,
 }
 
 impl ExitCounts {
@@ -41,12 +44,14 @@ impl ExitCounts {
             ("interrupted", self.interrupted),
             ("dirty-ring-full", self.dirty_ring_full),
             ("other", self.other),
+            ("finished-in-software", self.finished),
+            ("shadows-dropped", self.shadows_dropped),
         ]
     }
 }
 
 /// KVM's reason in words.
-pub(super) fn internal_error_reason(error: &InternalError) -> String {
+pub(super) fn internal_error_reason(error: &InternalError, software: Option<&str>) -> String {
     let what = match error.suberror {
         KVM_INTERNAL_ERROR_EMULATION => "KVM could not emulate it",
         KVM_INTERNAL_ERROR_SIMUL_EX => "KVM met an exception while delivering another",
@@ -54,7 +59,11 @@ pub(super) fn internal_error_reason(error: &InternalError) -> String {
         KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "KVM met a hardware exit that it does not know",
         _ => "KVM gave up",
     };
-    format!("{what} (internal error {}, data {:x?})", error.suberror, error.data)
+    let kvm = format!("{what} (internal error {}, data {:x?})", error.suberror, error.data);
+    match software {
+        Some(why) => format!("{kvm}; software cannot finish it: {why}"),
+        None => kvm,
+    }
 }
 
 #[cfg(test)]
@@ -66,8 +75,9 @@ mod tests {
         let error =
             InternalError { suberror: KVM_INTERNAL_ERROR_DELIVERY_EV, bytes: vec![], data: vec![0x10] };
         assert_eq!(
-            internal_error_reason(&error),
+            internal_error_reason(&error, None),
             "KVM met an exit while delivering an event (internal error 3, data [10])"
         );
+        assert!(internal_error_reason(&error, Some("why")).ends_with("; software cannot finish it: why"));
     }
 }

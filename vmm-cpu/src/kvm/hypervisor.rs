@@ -60,11 +60,18 @@ const REQUIRED: [(Cap, &str); 9] = [
 /// let kvm = KvmHypervisor::with_options(KvmOptions::default().dirty_ring(Some(4096)))?;
 /// # Ok::<(), vmm_cpu::Error>(())
 /// ```
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct KvmOptions {
     dirty_ring: Option<u32>,
     software_protected: bool,
+    finish_instructions: bool,
+}
+
+impl Default for KvmOptions {
+    fn default() -> Self {
+        Self { dirty_ring: None, software_protected: false, finish_instructions: true }
+    }
 }
 
 impl KvmOptions {
@@ -82,6 +89,17 @@ impl KvmOptions {
     #[must_use]
     pub fn software_protected(mut self, protected: bool) -> Self {
         self.software_protected = protected;
+        self
+    }
+
+    /// Whether an instruction that KVM gives up on (KVM_EXIT_INTERNAL_ERROR, emulation failure) is executed in software, one at a
+    /// time, by the interpreter of [`translate`](crate::translate): MMIO by vector instructions, `cmpxchg16b`, far transfers and
+    /// `iret` of protected mode on KVMs that lack them. What software cannot execute as the guest's processor would is
+    /// [`Error::Unhandled`] as without; [`Vcpu::exit_counts`](crate::Vcpu::exit_counts) has how many there were. Holds unless something
+    /// else is said; without feature `translate` it means nothing.
+    #[must_use]
+    pub fn finish_instructions(mut self, finish: bool) -> Self {
+        self.finish_instructions = finish;
         self
     }
 }
@@ -221,6 +239,7 @@ impl KvmHypervisor {
             .map_err(|errno| host("KVM_SET_IDENTITY_MAP_ADDR", errno))?;
         fd.set_tss_address(TSS).map_err(|errno| host("KVM_SET_TSS_ADDR", errno))?;
         create_interrupt_controllers(&fd, config)?;
+        let finish = self.finish(&fd, &cpuid, config)?;
         let inner = Arc::new(VmInner::new(VmParts {
             fd,
             interrupts: config.interrupts,
@@ -231,10 +250,31 @@ impl KvmHypervisor {
             run_page_size: self.run_page_size,
             saved_msrs: self.saved_msrs.clone(),
             dirty_rings,
+            finish,
         }));
         inner.clock.set_rates(tsc_khz, self.default_tsc_khz()?);
         tracing::debug!(?config.interrupts, config.max_vcpus, "kvm: virtual machine created");
         Ok(inner)
+    }
+
+    /// What executes the instructions that KVM cannot.
+    #[cfg(feature = "translate")]
+    fn finish(
+        &self,
+        fd: &VmFd,
+        cpuid: &CpuidTable,
+        config: &VmConfig,
+    ) -> Result<Option<super::finish::Finish>> {
+        use super::finish::Finish;
+        let shadowed = self.capabilities.shadowed_page_tables;
+        let new = || Finish::new(fd, cpuid, config.max_vcpus, config.interrupts, shadowed);
+        self.options.finish_instructions.then(new).transpose()
+    }
+
+    #[cfg(not(feature = "translate"))]
+    #[allow(clippy::unnecessary_wraps, reason = "as with the feature")]
+    fn finish(&self, _: &VmFd, _: &CpuidTable, _: &VmConfig) -> Result<Option<super::finish::Finish>> {
+        Ok(None)
     }
 
     /// The rate of vCPUs that ask for none: that of a vCPU made for the question, 0 if KVM cannot say (the host's

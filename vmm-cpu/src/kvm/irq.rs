@@ -233,11 +233,19 @@ impl InterruptNotifiers for KvmNotifiers {
 
 impl Doorbells for KvmNotifiers {
     fn attach_doorbell(&self, doorbell: &Doorbell, notifier: &Notifier) -> Result<()> {
-        self.ioeventfd(doorbell, notifier, false)
+        self.ioeventfd(doorbell, notifier, false)?;
+        if let Some(finish) = &self.0.finish {
+            finish.set_doorbell(doorbell, notifier, true);
+        }
+        Ok(())
     }
 
     fn detach_doorbell(&self, doorbell: &Doorbell, notifier: &Notifier) -> Result<()> {
-        self.ioeventfd(doorbell, notifier, true)
+        self.ioeventfd(doorbell, notifier, true)?;
+        if let Some(finish) = &self.0.finish {
+            finish.set_doorbell(doorbell, notifier, false);
+        }
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@
 //! | `coalesced` | writes that are gathered |
 //! | `guest_memfd` | memory in guest_memfds, private memory |
 //! | `exits` | exit counters, the report of an instruction that KVM could not execute |
+//! | `finish` | instructions that KVM could not execute, executed in software (with feature `translate`) |
 //! | `handle` | kick, NMI and INTR from other threads |
 //! | `debug` | breakpoints and single step |
 //! | `state`, `platform_state` | KVM's structures to and from the portable state |
@@ -30,6 +31,11 @@ mod coalesced;
 mod debug;
 mod dirty;
 mod exits;
+#[cfg(feature = "translate")]
+mod finish;
+#[cfg(not(feature = "translate"))]
+#[path = "finish/absent.rs"]
+mod finish;
 mod guest_memfd;
 mod handle;
 mod hypervisor;

@@ -347,6 +347,19 @@ fn events_from_kvm(e: &kvm_vcpu_events, intr: bool) -> PendingEvents {
     }
 }
 
+/// What the events of a vCPU say of interrupts that are held off.
+#[cfg(feature = "translate")]
+pub(super) fn interrupt_shadow(e: &kvm_vcpu_events) -> InterruptShadow {
+    events_from_kvm(e, false).shadow
+}
+
+pub(super) fn shadow_to_kvm(shadow: InterruptShadow) -> u8 {
+    let [sti, ..] = KVM_X86_SHADOW_INT_STI.to_le_bytes();
+    let [mov_ss, ..] = KVM_X86_SHADOW_INT_MOV_SS.to_le_bytes();
+    let sti = if shadow.sti { sti } else { 0 };
+    sti | if shadow.mov_ss { mov_ss } else { 0 }
+}
+
 fn events_to_kvm(events: &PendingEvents, payloads: bool, local_apic: bool) -> kvm_vcpu_events {
     let mut e = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
@@ -377,10 +390,7 @@ fn events_to_kvm(events: &PendingEvents, payloads: bool, local_apic: bool) -> kv
         e.interrupt.nr = interrupt.vector;
         e.interrupt.soft = u8::from(interrupt.software);
     }
-    let [sti, ..] = KVM_X86_SHADOW_INT_STI.to_le_bytes();
-    let [mov_ss, ..] = KVM_X86_SHADOW_INT_MOV_SS.to_le_bytes();
-    e.interrupt.shadow =
-        if events.shadow.sti { sti } else { 0 } | if events.shadow.mov_ss { mov_ss } else { 0 };
+    e.interrupt.shadow = shadow_to_kvm(events.shadow);
     e.nmi.injected = u8::from(events.nmi.injected);
     e.nmi.pending = u8::from(events.nmi.pending);
     e.nmi.masked = u8::from(events.nmi.masked);

@@ -14,6 +14,7 @@ use vmm_memory::PAGE_SIZE;
 use vmm_memory::vm_memory::GuestAddress;
 
 use super::exits::{ExitCounts, internal_error_reason};
+use super::finish::Finisher;
 use super::handle::{INTR, KICK, KvmVcpuHandle, NMI, Shared};
 use super::sys::RunPage;
 use super::vm::VmInner;
@@ -52,7 +53,8 @@ pub(super) struct KvmVcpu {
     pub(super) single_step: bool,
     /// Meanwhile interrupts wait. KVM sees to those of its own.
     pub(super) holds_interrupts: bool,
-    counts: ExitCounts,
+    pub(super) counts: ExitCounts,
+    pub(super) finisher: Finisher,
 }
 
 /// Stays in the guest for which registers are handed over after somebody looked at them.
@@ -79,7 +81,7 @@ struct Sync {
 }
 
 /// Why one stay in KVM_RUN and its callback ended.
-enum Step {
+pub(super) enum Step {
     /// Enter again.
     Continue,
     /// EINTR: look at the requests.
@@ -106,6 +108,7 @@ impl KvmVcpu {
             single_step: false,
             holds_interrupts: false,
             counts: ExitCounts::default(),
+            finisher: Finisher::default(),
         }
     }
 
@@ -235,7 +238,7 @@ impl KvmVcpu {
         self.sync.system.then(|| self.fd.sync_regs().sregs)
     }
 
-    fn events(&self) -> Result<kvm_vcpu_events> {
+    pub(super) fn events(&self) -> Result<kvm_vcpu_events> {
         self.fd.get_vcpu_events().map_err(|errno| host("KVM_GET_VCPU_EVENTS", errno))
     }
 
@@ -385,9 +388,8 @@ impl KvmVcpu {
             // The guest lowered CR8 without a local APIC in KVM; what becomes deliverable is seen before the next entry.
             VcpuExit::Intr | VcpuExit::SetTpr => self.unsettled = false,
             VcpuExit::InternalError => {
-                counts.other += 1;
                 self.unsettled = false;
-                return Err(self.unhandled());
+                return self.finish(io);
             }
             VcpuExit::FailEntry(reason, host_cpu) => {
                 self.unsettled = false;
@@ -427,8 +429,14 @@ impl KvmVcpu {
         Ok(Step::Stop(Halt::MemoryFault(MemoryFault::new(whole, pages, private))))
     }
 
-    /// The error for a KVM_EXIT_INTERNAL_ERROR.
-    fn unhandled(&mut self) -> Error {
+    /// The `kvm_run` page does not say any more what KVM would.
+    #[cfg(feature = "translate")]
+    pub(super) fn page_is_stale(&mut self) {
+        self.page_stale = true;
+    }
+
+    /// The error for a KVM_EXIT_INTERNAL_ERROR, and why software does not execute the instruction either, if it tried.
+    pub(super) fn unhandled(&mut self, software: Option<&str>) -> Error {
         let internal = self.shared.page.internal_error();
         let (registers, system) = match (self.registers(), self.system_registers()) {
             (Ok(registers), Ok(system)) => (registers, system),
@@ -441,7 +449,7 @@ impl KvmVcpu {
         let unhandled = Box::new(UnhandledInstruction::new(
             NAME,
             self.index,
-            internal_error_reason(&internal),
+            internal_error_reason(&internal, software),
             bytes,
             registers,
             system,

@@ -16,6 +16,7 @@ use vmm_memory::{GuestMemfdRange, GuestRegion, PAGE_SIZE};
 use super::clock::{ClockAccount, KvmClock};
 use super::coalesced::{Coalesced, KvmCoalescedWrites};
 use super::dirty::{DirtyRings, KvmDirtyLog};
+use super::finish::Finish;
 use super::guest_memfd::{KvmGuestMemfds, KvmPrivateMemory};
 use super::handle::Shared;
 use super::irq::{AttachedNotifiers, KvmInterrupts, KvmNotifiers};
@@ -69,6 +70,8 @@ pub(super) struct VmInner {
     slots: Mutex<BTreeMap<u64, Slot>>,
     pub(super) clock: ClockAccount,
     notifiers: Mutex<AttachedNotifiers>,
+    /// Executes what KVM cannot, where that is wanted.
+    pub(super) finish: Option<Finish>,
     pub(super) interrupts: InterruptMode,
     pub(super) legacy_timer: bool,
     cpuid: CpuidTable,
@@ -98,6 +101,7 @@ pub(super) struct VmParts {
     pub(super) run_page_size: usize,
     pub(super) saved_msrs: Vec<u32>,
     pub(super) dirty_rings: Option<DirtyRings>,
+    pub(super) finish: Option<Finish>,
 }
 
 impl VmInner {
@@ -116,6 +120,7 @@ impl VmInner {
             slots: Mutex::default(),
             clock: ClockAccount::default(),
             notifiers: Mutex::default(),
+            finish: parts.finish,
             interrupts: parts.interrupts,
             legacy_timer: parts.legacy_timer,
             cpuid: parts.cpuid,
@@ -148,6 +153,13 @@ impl VmInner {
         bytes
     }
 
+    /// The number of a slot that is not in use.
+    pub(super) fn free_slot(&self, slots: &BTreeMap<u64, Slot>) -> Result<u32> {
+        (0..self.max_slots)
+            .find(|number| slots.values().all(|slot| slot.number != *number))
+            .ok_or_else(|| Error::invalid("number of memory regions", slots.len() + 1, self.max_slots))
+    }
+
     /// Maps a region, of which a half or all may be in a guest_memfd.
     pub(super) fn map_region(
         &self,
@@ -171,9 +183,7 @@ impl VmInner {
             let (other_gpa, other_len) = (GuestAddress(other), slot.region.len());
             return Err(Error::RegionOverlap { gpa, len, other_gpa, other_len });
         }
-        let number = (0..self.max_slots)
-            .find(|number| slots.values().all(|slot| slot.number != *number))
-            .ok_or_else(|| Error::invalid("number of memory regions", slots.len() + 1, self.max_slots))?;
+        let number = self.free_slot(&slots)?;
         let flags = match access {
             GuestAccess::ReadWrite => 0,
             GuestAccess::ReadOnly => KVM_MEM_READONLY,
@@ -185,6 +195,9 @@ impl VmInner {
                 .map_err(|errno| host("KVM_SET_USER_MEMORY_REGION2", errno))?,
         }
         tracing::debug!(gpa = gpa.0, len, slot = number, ?access, "kvm: memory mapped");
+        if let Some(finish) = &self.finish {
+            finish.map_memory(&region, access, guest_memfd.is_some());
+        }
         slots.insert(gpa.0, Slot { number, region, flags, guest_memfd: guest_memfd.cloned() });
         Ok(())
     }
@@ -198,6 +211,9 @@ impl VmInner {
         let slot = slots.remove(&gpa.0).ok_or(Error::NoSuchRegion { gpa })?;
         if let Some(rings) = &self.dirty_rings {
             rings.stop(slot.number);
+        }
+        if let Some(finish) = &self.finish {
+            finish.unmap_memory(gpa);
         }
         tracing::debug!(gpa = gpa.0, slot = slot.number, "kvm: memory unmapped");
         Ok(slot.region)

@@ -160,6 +160,11 @@ pub(crate) struct Core {
     code_segment: (u64, u32),
     /// See [`TranslateOptions::digest`](super::TranslateOptions::digest).
     pub(crate) digest: Option<u64>,
+    /// Another engine runs the guest between two instructions: no translation of an address is kept, and what stores replace
+    /// is looked at.
+    pub(crate) keeps_nothing: bool,
+    /// Then: a store has replaced what reads as a present entry of a page table.
+    pub(crate) entries_replaced: bool,
     pub(crate) signals: Arc<Signals>,
     pub(crate) counts: super::vcpu::Counts,
 }
@@ -248,6 +253,8 @@ impl Core {
             pauses: 0,
             code_segment: (0, 0),
             digest: shared.options.digest.then_some(0),
+            keeps_nothing: false,
+            entries_replaced: false,
             signals,
             counts: super::vcpu::Counts::default(),
             shared,
@@ -367,7 +374,8 @@ impl Core {
             Reach::SupervisorAll => (false, true),
         };
         let cpu = &self.cpu;
-        Paging { cr0: cpu.cr0, cr3: cpu.cr3, cr4: cpu.cr4, efer: cpu.efer, user, smap_lifted }
+        let (cr0, cr3, cr4, efer, pkru) = (cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer, cpu.pkru);
+        Paging { cr0, cr3, cr4, efer, user, smap_lifted, pkru }
     }
 
     pub(crate) fn map(&self) -> &Arc<MemoryMap> {
@@ -425,7 +433,7 @@ impl Core {
         }
         match walk(self.tlb.map(), &self.paging(), va, access) {
             Ok(translation) => {
-                if access == Access::Execute {
+                if access == Access::Execute && !self.keeps_nothing {
                     self.tlb.fetched(va, &translation);
                 }
                 Ok(translation)
@@ -447,7 +455,7 @@ impl Core {
     }
 
     fn fill(&mut self, va: u64, translation: &Translation) {
-        if self.watching && self.watches_page(va) {
+        if self.keeps_nothing || self.watching && self.watches_page(va) {
             return;
         }
         let map = Arc::clone(self.tlb.map());
@@ -520,6 +528,10 @@ impl<'a> Machine<'a> {
             let translation = self.translate(place, Access::Write)?;
             let gpa = translation.gpa | place.va & !PAGE_MASK;
             let map = Arc::clone(self.map());
+            if self.keeps_nothing {
+                let bytes = value.extend().to_le_bytes();
+                self.compare_entries(&map, gpa, bytes.get(..W::BYTES).unwrap_or_default());
+            }
             if let Some(slot) = map.slot(gpa)
                 && map.store(gpa, value)
             {
@@ -595,6 +607,9 @@ impl<'a> Machine<'a> {
         self.watch(va, bytes.len(), true);
         let gpa = translation.gpa | va & !PAGE_MASK;
         let map = Arc::clone(self.map());
+        if self.keeps_nothing {
+            self.compare_entries(&map, gpa, bytes);
+        }
         match map.slot(gpa) {
             Some(slot) if slot.is_writable() && map.write(gpa, bytes) => {
                 self.note_store(slot, gpa, bytes.len() as u64);
@@ -671,8 +686,14 @@ impl<'a> Machine<'a> {
         if let (true, true, Some(slot)) = (lock, aligned, slot) {
             self.watch(place.va, W::BYTES, true);
             while let Some(old) = map.load::<W>(gpa) {
-                match map.compare_exchange(gpa, old, W::truncate(f(old.extend()))) {
+                let new = W::truncate(f(old.extend()));
+                match map.compare_exchange(gpa, old, new) {
                     Some(true) => {
+                        if self.keeps_nothing {
+                            let [old, new] = [old, new].map(|word| word.extend().to_le_bytes());
+                            let (old, new) = (old.split_at(W::BYTES).0, new.split_at(W::BYTES).0);
+                            self.compare_replaced(&map, gpa, old, new);
+                        }
                         self.note_store(slot, gpa, W::BYTES as u64);
                         self.fill(place.va, &translation);
                         return Ok(old.extend());
@@ -722,6 +743,9 @@ impl<'a> Machine<'a> {
             for (gpa, start, end) in pieces {
                 let piece = bytes.get(start..end).unwrap_or_default();
                 if let Some(slot) = map.slot(gpa).filter(|_| !piece.is_empty()) {
+                    if core.keeps_nothing {
+                        core.compare_entries(&map, gpa, piece);
+                    }
                     map.write(gpa, piece);
                     core.note_store(slot, gpa, piece.len() as u64);
                 }
@@ -739,6 +763,9 @@ impl<'a> Machine<'a> {
         if let Some(slot) = map.slot(gpa).filter(|slot| slot.is_writable())
             && let Some(old) = slot.compare_exchange_16(gpa, expected, new)
         {
+            if self.keeps_nothing && old == expected {
+                self.compare_replaced(&map, gpa, &old.to_le_bytes(), &new.to_le_bytes());
+            }
             self.note_store(slot, gpa, 16);
             return Ok(old);
         }

@@ -57,6 +57,7 @@ pub(crate) mod cr4 {
     pub(crate) const OSXSAVE: u64 = 1 << 18;
     pub(crate) const SMEP: u64 = 1 << 20;
     pub(crate) const SMAP: u64 = 1 << 21;
+    pub(crate) const PKE: u64 = 1 << 22;
 }
 
 pub(crate) mod efer {
@@ -146,6 +147,8 @@ pub(crate) struct Cpu {
     /// Interrupts are held off for one instruction after STI, MOV SS or POP SS.
     pub(crate) shadow_sti: bool,
     pub(crate) shadow_mov_ss: bool,
+    /// Counts where CR4.PKE is set, which no guest of this backend can: that of another engine's, see `substitute`.
+    pub(crate) pkru: u32,
 }
 
 impl Cpu {
@@ -185,6 +188,7 @@ impl Cpu {
             nmi_masked: false,
             shadow_sti: false,
             shadow_mov_ss: false,
+            pkru: 0,
         };
         for (register, segment) in
             [system.es, system.cs, system.ss, system.ds, system.fs, system.gs].iter().enumerate()

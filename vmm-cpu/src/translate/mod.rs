@@ -39,7 +39,7 @@ mod cpu;
 mod cpuid;
 mod debug;
 mod descriptor;
-mod exception;
+pub(crate) mod exception;
 mod exclusive;
 mod flags;
 mod float;
@@ -57,6 +57,8 @@ mod run;
 mod segment;
 mod signals;
 mod state;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) mod substitute;
 mod task;
 #[cfg(test)]
 mod test_support;

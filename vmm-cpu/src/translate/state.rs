@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::state::{
     CpuState, DescriptorTable, ExceptionEvent, ExceptionStage, GeneralRegisters, InterruptEvent,
     InterruptShadow, LocalApicState, Msr, NmiState, PendingEvents, RunState, Segment, SystemRegisters,
-    XSAVE_HEADER_END, XsaveArea,
+    XsaveArea,
 };
 
 /// Exceptions have vectors below (Intel SDM 3A 7.2).
@@ -18,6 +18,8 @@ const EXCEPTIONS: u8 = 32;
 /// Where FXSAVE puts MXCSR, its mask, and the XMM registers.
 const MXCSR: usize = 24;
 const XMM: usize = 160;
+/// In the header: which components are in use.
+const XSTATE_BV: usize = 512;
 /// MXCSR bits that can be set.
 const MXCSR_MASK: u32 = 0xffff;
 /// XSTATE_BV: x87 and SSE.
@@ -152,6 +154,23 @@ impl Core {
             apic.set_cr8(super::segment::low8(system.cr8));
         }
         let before = paging_registers(&self.cpu);
+        self.put_system_registers(system);
+        // What CPUID does not offer cannot be on, whoever saved it.
+        self.cpu.cr4 = system.cr4 & self.cr4_allowed;
+        let after = paging_registers(&self.cpu);
+        if before.1 != after.1 {
+            self.tlb.flush_all();
+        } else if before.0 != after.0 {
+            self.tlb.flush_local();
+        }
+        self.update_debug();
+        self.refresh_deadline();
+        self.update_mode();
+        Ok(())
+    }
+
+    /// Sets registers to what was checked elsewhere. Nothing that follows from them is brought up to date.
+    pub(crate) fn put_system_registers(&mut self, system: &SystemRegisters) {
         let cpu = &mut self.cpu;
         let segments = [
             (index::CS, &system.cs),
@@ -168,21 +187,10 @@ impl Core {
         cpu.gdtr = TableRegister { base: system.gdtr.base, limit: system.gdtr.limit };
         cpu.idtr = TableRegister { base: system.idtr.base, limit: system.idtr.limit };
         (cpu.cr0, cpu.cr2, cpu.cr3) = (system.cr0 & cr0::ALL | cr0::ET, system.cr2, system.cr3);
-        // What CPUID does not offer cannot be on, whoever saved it.
-        cpu.cr4 = system.cr4 & self.cr4_allowed;
-        (cpu.cr8, cpu.efer, cpu.apic_base) = (system.cr8, system.efer & efer::ALL, system.apic_base);
+        (cpu.cr4, cpu.cr8) = (system.cr4, system.cr8);
+        (cpu.efer, cpu.apic_base) = (system.efer & efer::ALL, system.apic_base);
         (cpu.dr, cpu.dr6, cpu.dr7) = (system.dr, system.dr6, system.dr7);
         cpu.xcr0 = system.xcr0;
-        let after = paging_registers(&self.cpu);
-        if before.1 != after.1 {
-            self.tlb.flush_all();
-        } else if before.0 != after.0 {
-            self.tlb.flush_local();
-        }
-        self.update_debug();
-        self.refresh_deadline();
-        self.update_mode();
-        Ok(())
     }
 
     pub(crate) fn save_state(&mut self) -> CpuState {
@@ -300,7 +308,13 @@ impl Core {
 
     /// x87 and SSE in the standard format.
     fn xsave_area(&self) -> XsaveArea {
-        let mut bytes = vec![0; XSAVE_HEADER_END];
+        self.xsave_over(XsaveArea::at_reset())
+    }
+
+    /// x87 and SSE over what an area holds of them; its other components stay.
+    pub(crate) fn xsave_over(&self, area: XsaveArea) -> XsaveArea {
+        let in_use = area.xstate_bv() | X87_AND_SSE;
+        let mut bytes = area.bytes().to_vec();
         let mut x87 = [0; FXSAVE_X87_BYTES];
         self.cpu.x87.to_fxsave(&mut x87, PointerFormat::Offsets);
         let mut put = |at: usize, value: &[u8]| {
@@ -314,11 +328,11 @@ impl Core {
         for register in 0..16 {
             put(XMM + 16 * usize::from(register), &self.cpu.xmm(register).to_le_bytes());
         }
-        put(512, &X87_AND_SSE.to_le_bytes());
+        put(XSTATE_BV, &in_use.to_le_bytes());
         XsaveArea::from_bytes(bytes).unwrap_or_default()
     }
 
-    fn load_xsave(&mut self, area: &XsaveArea) -> Result<()> {
+    pub(crate) fn load_xsave(&mut self, area: &XsaveArea) -> Result<()> {
         // The components defined so far end with bit 19 (Intel SDM 1 13.1).
         if area.xstate_bv() >> 20 != 0 {
             return Err(invalid("xsave", format!("XSTATE_BV is {:#x}", area.xstate_bv())));

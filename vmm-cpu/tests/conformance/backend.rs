@@ -43,7 +43,8 @@ const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
 ];
 
 /// Subjects whose guests are too much for the toy.
-const BEYOND_THE_TOY: &[&str] = &["ordering", "litmus", "cross_modifying", "shootdown"];
+const BEYOND_THE_TOY: &[&str] =
+    &["ordering", "litmus", "cross_modifying", "shootdown", "transfers", "unemulated"];
 
 /// All backends: those of the crate by name, and the suite's own. One that executes guests in several ways is several.
 pub(crate) fn candidates() -> Vec<Candidate> {
@@ -124,7 +125,7 @@ impl Candidate {
         }
         let subject = case.split("::").next().unwrap_or_default();
         if self.name == ToyHypervisor::NAME && BEYOND_THE_TOY.contains(&subject) {
-            return Err(Stop::skipped("the toy interpreter knows no locked instructions"));
+            return Err(Stop::skipped("the toy interpreter knows too few instructions"));
         }
         let without_hardware = self.opened.as_ref().is_ok_and(Backend::is_kvm_without_hardware);
         match KVM_WITHOUT_HARDWARE.iter().find(|(name, _)| without_hardware && *name == case) {

@@ -15,6 +15,8 @@ const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
+/// Lowest bit of the protection key.
+const KEY: u32 = 59;
 /// The address in an entry.
 const FRAME: u64 = (1 << 52) - PAGE;
 /// Address bits beyond the width of guest-physical addresses.
@@ -27,6 +29,7 @@ mod code {
     pub(super) const USER: u32 = 1 << 2;
     pub(super) const RESERVED: u32 = 1 << 3;
     pub(super) const FETCH: u32 = 1 << 4;
+    pub(super) const KEY: u32 = 1 << 5;
 }
 
 /// Attempts to set an accessed or dirty bit that another processor's change may spoil.
@@ -51,6 +54,8 @@ pub(crate) struct Paging {
     pub(crate) user: bool,
     /// RFLAGS.AC, which lifts SMAP from explicit accesses.
     pub(crate) smap_lifted: bool,
+    /// PKRU, which counts where CR4.PKE is set.
+    pub(crate) pkru: u32,
 }
 
 /// Error code of a page fault.
@@ -142,6 +147,18 @@ impl Paging {
             Access::Read => !smap,
             Access::Write => !smap && (rights.writable || self.cr0 & cr0::WP == 0),
             Access::Execute => rights.executable && !(rights.user && self.cr4 & cr4::SMEP != 0),
+        }
+    }
+
+    /// Whether the protection key of a page lets its data be accessed (Intel SDM 3A 5.6.2).
+    fn key_allows(&self, entry: u64, rights: Rights, access: Access) -> bool {
+        let counts = self.cr4 & cr4::PKE != 0 && self.efer & efer::LMA != 0 && rights.user;
+        let key = entry >> KEY & 0xf;
+        let bit = |n: u64| counts && u64::from(self.pkru) >> (2 * key + n) & 1 != 0;
+        match access {
+            Access::Execute => true,
+            Access::Read => !bit(0),
+            Access::Write => !bit(0) && (!bit(1) || !self.user && self.cr0 & cr0::WP == 0),
         }
     }
 
@@ -253,6 +270,9 @@ fn attempt(
         if maps && !paging.allows(rights, access) {
             return Err(paging.fault(access, code::PROTECTION));
         }
+        if maps && !paging.key_allows(entry, rights, access) {
+            return Err(paging.fault(access, code::PROTECTION | code::KEY));
+        }
         let mut wanted = entry;
         if level.has_permissions {
             wanted |= ACCESSED;
@@ -270,10 +290,11 @@ fn attempt(
                 (true, true) => entry & 0xffff_f000,
                 (false, _) => entry & FRAME & !(size - 1),
             };
+            let may = |access| paging.allows(rights, access) && paging.key_allows(entry, rights, access);
             return Ok(Some(Translation {
                 gpa: frame | va & (size - 1) & PAGE_MASK,
-                readable: paging.allows(rights, Access::Read),
-                writable: wanted & DIRTY != 0 && paging.allows(rights, Access::Write),
+                readable: may(Access::Read),
+                writable: wanted & DIRTY != 0 && may(Access::Write),
                 executable: paging.allows(rights, Access::Execute),
                 global: entry & GLOBAL != 0 && paging.cr4 & cr4::PGE != 0,
                 size,

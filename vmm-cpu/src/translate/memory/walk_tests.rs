@@ -98,6 +98,38 @@ fn supervisors_keep_out_of_the_pages_of_programs() {
 }
 
 #[test]
+fn protection_keys_close_data_of_user_pages() {
+    let mut walker = Walker::new();
+    walker.set(ENTRIES[3], 5 << 59, 0);
+    // Access and writes disabled for key 5; without PKE nobody looks.
+    let (no_access, no_writes) = (1 << 10, 1 << 11);
+    walker.paging.pkru = no_access;
+    assert!(walker.go(Access::Write).is_ok());
+    walker.paging.cr4 |= cr4::PKE;
+    for user in [true, false] {
+        walker.paging.user = user;
+        let mode = if user { USER_MODE } else { 0 };
+        walker.paging.pkru = no_access;
+        assert_eq!(walker.error(Access::Read), PROTECTION | code::KEY | mode);
+        assert_eq!(walker.error(Access::Write), PROTECTION | code::KEY | mode | WRITE);
+        assert!(walker.go(Access::Execute).is_ok_and(|page| !page.readable && !page.writable));
+        walker.paging.pkru = no_writes;
+        assert!(walker.go(Access::Read).is_ok_and(|page| !page.writable));
+        assert_eq!(walker.error(Access::Write), PROTECTION | code::KEY | mode | WRITE);
+    }
+    // Of the supervisor's writes, CR0.WP decides.
+    walker.paging.cr0 &= !cr0::WP;
+    assert!(walker.go(Access::Write).is_ok());
+    // Another key, or a page of the supervisor's.
+    walker.paging = Paging { user: true, pkru: no_access | no_access << 2, ..walker.paging };
+    walker.set(ENTRIES[3], 1 << 59, 5 << 59);
+    assert!(walker.go(Access::Write).is_ok());
+    walker.set(ENTRIES[3], 5 << 59, USER);
+    walker.paging.user = false;
+    assert!(walker.go(Access::Write).is_ok());
+}
+
+#[test]
 fn large_pages_have_reserved_bits_of_their_own() {
     for (entry, shift) in [(ENTRIES[1], 30), (ENTRIES[2], 21)] {
         let mut walker = Walker::new();

@@ -27,6 +27,8 @@ mod shootdown;
 mod smp;
 mod snapshot;
 mod threads;
+mod transfers;
+mod unemulated;
 
 use super::case::Case;
 
@@ -58,5 +60,7 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("controllers", controllers::CASES),
     ("kicks", kicks::CASES),
     ("threads", threads::CASES),
+    ("transfers", transfers::CASES),
+    ("unemulated", unemulated::CASES),
     ("bad_input", bad_input::CASES),
 ];

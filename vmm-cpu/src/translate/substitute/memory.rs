@@ -1,0 +1,166 @@
+//! The guest's memory as substitutes see it: a map that follows the engine's, and the pages that they have written.
+
+use std::sync::Arc;
+
+use vmm_memory::vm_memory::GuestAddress;
+use vmm_memory::{GuestRegion, PageBitmap};
+
+use crate::cpuid::CpuidTable;
+use crate::error::Result;
+use crate::hypervisor::{ClockSource, InterruptMode};
+use crate::state::SystemRegisters;
+use crate::translate::clock::Clock;
+use crate::translate::core::Core;
+use crate::translate::cpu::cr4;
+use crate::translate::hypervisor::TranslateOptions;
+use crate::translate::memory::MemoryMap;
+use crate::translate::vm::{Shared, TranslateVm};
+use crate::vm::{GuestAccess, Vm as _};
+
+/// CR4 bits whose paging software does not know (Intel SDM 3A 2.5).
+const CR4_UNKNOWN: [(u64, &str); 3] = [
+    (1 << 12, "5-level paging"),
+    (1 << 23, "shadow stacks or branch tracking"),
+    (1 << 24, "protection keys of supervisor pages"),
+];
+
+/// Says what of the mode software does not know.
+pub(super) fn check_mode(system: &SystemRegisters) -> std::result::Result<(), String> {
+    match CR4_UNKNOWN.iter().find(|(bit, _)| system.cr4 & bit != 0) {
+        Some((_, what)) => Err(format!("software has no {what} (CR4 is {:#x})", system.cr4)),
+        None => Ok(()),
+    }
+}
+
+/// What the substitutes of one virtual machine share.
+#[derive(Debug)]
+pub(crate) struct SubstituteVm(TranslateVm);
+
+impl SubstituteVm {
+    /// Of a virtual machine of up to that many vCPUs whose CPUID is that.
+    pub(crate) fn new(cpuid: CpuidTable, max_vcpus: u32) -> Self {
+        let clock = Clock::new(None, ClockSource::Host);
+        let options = TranslateOptions::default().translate_after(None);
+        Self(TranslateVm(Arc::new(Shared::new(cpuid, InterruptMode::External, max_vcpus, clock, options))))
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.0.0
+    }
+
+    /// Adds a region. Substitutes see it from their next instruction on.
+    ///
+    /// # Errors
+    /// As [`Vm::map_memory`](crate::Vm::map_memory).
+    pub(crate) fn map_memory(&self, region: Arc<GuestRegion>, access: GuestAccess) -> Result<()> {
+        self.0.map_memory(region, access)
+    }
+
+    /// Takes a region away, and comes back when no substitute uses it any more.
+    ///
+    /// # Errors
+    /// As [`Vm::unmap_memory`](crate::Vm::unmap_memory).
+    pub(crate) fn unmap_memory(&self, gpa: GuestAddress) -> Result<()> {
+        self.0.unmap_memory(gpa).map(drop)
+    }
+
+    /// Starts or stops noting the pages of a region that substitutes write.
+    ///
+    /// # Errors
+    /// As [`GuestDirtyLog`](crate::GuestDirtyLog).
+    pub(crate) fn log_writes(&self, gpa: GuestAddress, on: bool) -> Result<()> {
+        match self.0.dirty_log() {
+            Some(log) if on => log.start(gpa),
+            Some(log) => log.stop(gpa),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds the pages that were written since this was last asked.
+    ///
+    /// # Errors
+    /// As [`DirtyLog::harvest`](vmm_memory::DirtyLog::harvest).
+    pub(crate) fn harvest(
+        &self,
+        region: &GuestRegion,
+        into: &mut PageBitmap,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.0.dirty_log().map_or(Ok(()), |log| log.harvest(region, into))
+    }
+}
+
+/// Present, accessed and dirty, in entries of all formats.
+const PRESENT: u64 = 1 << 0;
+const ACCESSED_DIRTY: u64 = 1 << 5 | 1 << 6;
+
+/// Whether `new` in place of `old` leaves no translation as it was that an engine may have made of `old`, other than of accessed
+/// and dirty bits.
+fn replaces_entry(old: u64, new: u64) -> bool {
+    let is_cleared = old & !new != 0;
+    let is_changed = (old ^ new) & !ACCESSED_DIRTY != 0;
+    old & PRESENT != 0 && (is_cleared || is_changed)
+}
+
+impl Core {
+    /// Looks at a quadword of guest memory, aligned, that a store changes.
+    fn compare_entry(&mut self, old: u64, new: u64) {
+        let halves = |word: u64| [word & 0xffff_ffff, word >> 32];
+        // Entries of 32-bit paging have four bytes.
+        let narrow = self.cpu.cr4 & cr4::PAE == 0
+            && halves(old).into_iter().zip(halves(new)).any(|(old, new)| replaces_entry(old, new));
+        self.entries_replaced |= replaces_entry(old, new) || narrow;
+    }
+
+    /// Looks at what a store of `new` at `gpa`, within one region, is about to replace.
+    pub(crate) fn compare_entries(&mut self, map: &MemoryMap, gpa: u64, new: &[u8]) {
+        let mut old = vec![0; new.len()];
+        if map.read(gpa, &mut old) {
+            self.compare_replaced(map, gpa, &old, new);
+        }
+    }
+
+    /// Looks at what was at `gpa` when `new` replaced it.
+    pub(crate) fn compare_replaced(&mut self, map: &MemoryMap, gpa: u64, old: &[u8], new: &[u8]) {
+        let end = gpa.saturating_add(new.len() as u64);
+        for quadword in (gpa & !7..end).step_by(8) {
+            let Some(around) = map.load::<u64>(quadword) else { return };
+            let with = |bytes: &[u8]| {
+                let mut word = around.to_le_bytes();
+                for (byte, place) in word.iter_mut().zip(quadword..) {
+                    let offset = place.checked_sub(gpa).and_then(|offset| usize::try_from(offset).ok());
+                    *byte = offset.and_then(|offset| bytes.get(offset)).copied().unwrap_or(*byte);
+                }
+                u64::from_le_bytes(word)
+            };
+            self.compare_entry(with(old), with(new));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn present_entries_count_and_accessed_bits_do_not() {
+        for (old, new, counts) in [
+            (0x1000, 0x2000, false),
+            (0x1000, 0x1001, false),
+            (0x1001, 0x1000, true),
+            (0x1003, 0x1001, true),
+            (0x1001, 0x2001, true),
+            (0x1001, 0x1061, false),
+            (0x1061, 0x1001, true),
+            (0x1001, 0x1001, false),
+        ] {
+            assert_eq!(replaces_entry(old, new), counts, "{old:#x} to {new:#x}");
+        }
+    }
+
+    #[test]
+    fn modes_that_software_lacks_are_named() {
+        let system = SystemRegisters { cr4: 1 << 5 | 1 << 12, ..SystemRegisters::default() };
+        assert!(check_mode(&system).unwrap_err().contains("5-level paging (CR4 is 0x1020)"));
+        assert!(check_mode(&SystemRegisters { cr4: 1 << 5 | 1 << 17, ..system }).is_ok());
+    }
+}
