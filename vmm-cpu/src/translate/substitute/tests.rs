@@ -24,7 +24,7 @@ struct Engine {
 /// At privilege level 0 of flat 32-bit code without paging.
 fn engine(max_vcpus: u32) -> Engine {
     let vm = SubstituteVm::new(CpuidTable::default(), max_vcpus);
-    let ram = GuestRam::builder().ram(1 << 16).track_dirty(true).build().unwrap();
+    let ram = GuestRam::builder().ram(1 << 20).track_dirty(true).build().unwrap();
     for region in ram.regions() {
         vm.map_memory(region, GuestAccess::ReadWrite).unwrap();
     }
