@@ -179,7 +179,9 @@ impl Substitute {
             }
             Reason::Exception(exception) => {
                 (m.cpu.shadow_sti, m.cpu.shadow_mov_ss) = m.held;
-                if exception.vector == vector::UD && fetched.is_beyond_tier_0() {
+                // A move of this module's own knows when the processor refuses it.
+                let unknown = fetched.is_beyond_tier_0() && !wide::is_wide(&fetched.instruction);
+                if exception.vector == vector::UD && unknown {
                     let name = fetched.name();
                     return Outcome::Refused(format!("{name} is none of the instructions that software has"));
                 }
