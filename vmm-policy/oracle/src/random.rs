@@ -38,8 +38,8 @@ pub(crate) fn policy(rng: &mut fastrand::Rng) -> (String, usize) {
         }
         writeln!(text, "vm v{at} {{ {body}}}").ok();
     }
-    for _ in 0..rng.usize(1..10) {
-        let effect = if rng.u8(0..3) == 0 { "deny" } else { "allow" };
+    for _ in 0..rng.usize(1..40) {
+        let effect = if rng.u8(0..5) == 0 { "deny" } else { "allow" };
         let (asker, access) = (expr(rng, 2), access(rng));
         let peer = match rng.u8(0..4) {
             0 => String::new(),
@@ -80,7 +80,7 @@ fn expr(rng: &mut fastrand::Rng, depth: u8) -> String {
 }
 
 fn access(rng: &mut fastrand::Rng) -> String {
-    if rng.u8(0..10) == 0 {
+    if rng.u8(0..4) == 0 {
         return "anything".to_owned();
     }
     let kind = KINDS[rng.usize(..KINDS.len())];
