@@ -1,0 +1,197 @@
+//! What may happen between two classes, over all objects: for proofs, pictures and comparisons.
+
+use super::build::{ANY, Entry, Table, split_key, split_related};
+use super::classes::NOBODY;
+use super::lookup::CELLS;
+use super::model::{Model, Strength};
+use crate::limits;
+use crate::model::Op;
+use crate::syntax::PolicyError;
+
+/// What holds of a range of objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) first: u64,
+    pub(crate) last: u64,
+    /// The strongest rule that opens it, if nothing without a condition denies it before. Conditions are taken as fulfilled
+    /// where they open.
+    pub(crate) opened_by: Option<u32>,
+}
+
+/// Counts the steps of an analysis.
+#[derive(Debug, Default)]
+pub(crate) struct Steps(usize);
+
+impl Steps {
+    pub(crate) fn take(&mut self, steps: usize) -> Result<(), PolicyError> {
+        self.0 = self.0.saturating_add(steps);
+        if self.0 <= limits::ANALYSIS_STEPS {
+            return Ok(());
+        }
+        let hint = ": ask about fewer of them".to_owned();
+        Err(PolicyError::TooLarge { what: "steps of the analysis", allowed: limits::ANALYSIS_STEPS, hint })
+    }
+}
+
+impl Table {
+    /// The rules for `op` between two classes, range by range where some rule is about it; levels and walls are not looked at. Each
+    /// range comes with its entries, strongest first, up to the first without a condition. Where an object is asked for itself, ranges
+    /// without one of its class are left out.
+    pub(super) fn ranges(&self, op: Op, asker: u32, peer: u32, mut each: impl FnMut(u64, u64, &[Entry])) {
+        let mut cells = [None; CELLS];
+        let mut places = cells.iter_mut();
+        self.cell_keys_of(op, asker, peer, |key| {
+            if let (Some(cell), Some(place)) = (self.cell(key), places.next()) {
+                *place = Some(self.segments_of_cell(cell));
+            }
+        });
+        let cells = cells.into_iter().flatten();
+        let mut cells: Vec<&[super::build::Segment]> = cells.collect();
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut at = 0_u64;
+        loop {
+            // What has ended goes; the next edge is where something begins or ends.
+            let mut end = u64::MAX;
+            let mut begins: Option<u64> = None;
+            entries.clear();
+            for cell in &mut cells {
+                while let [segment, rest @ ..] = *cell {
+                    if segment.last >= at {
+                        break;
+                    }
+                    *cell = rest;
+                }
+                let Some(segment) = cell.first() else { continue };
+                if segment.first <= at {
+                    end = end.min(segment.last);
+                    entries.extend_from_slice(self.entries_of_segment(segment));
+                } else {
+                    end = end.min(segment.first - 1);
+                    begins = Some(begins.map_or(segment.first, |begins| begins.min(segment.first)));
+                }
+            }
+            if entries.is_empty() {
+                // Limits alone make ranges without entries.
+                let any_here =
+                    cells.iter().any(|cell| cell.first().is_some_and(|segment| segment.first <= at));
+                match begins {
+                    Some(begins) if !any_here => {
+                        at = begins;
+                        continue;
+                    }
+                    None if !any_here => return,
+                    _ => (),
+                }
+            } else {
+                entries.sort_unstable_by_key(|entry| entry.rank);
+                let count =
+                    entries.iter().position(|entry| entry.is_last()).map_or(entries.len(), |at| at + 1);
+                if self.first_object(op, peer, (at, end)).is_some() {
+                    each(at, end, entries.get(..count).unwrap_or(&[]));
+                }
+            }
+            match end.checked_add(1) {
+                Some(next) => at = next,
+                None => return,
+            }
+        }
+    }
+
+    /// What may happen between two classes, levels and walls included.
+    pub(crate) fn outcomes(&self, op: Op, asker: u32, peer: u32, mut each: impl FnMut(Outcome)) {
+        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
+        if self.barrier(op, asker_class, peer_class).is_some() {
+            return;
+        }
+        self.ranges(op, asker, peer, |first, last, entries| {
+            let denies = |entry: &&Entry| entry.condition == 0 && !entry.strength().opens();
+            let until = entries.iter().position(|entry| denies(&entry)).unwrap_or(entries.len());
+            let open = entries.get(..until).unwrap_or(&[]).iter().find(|entry| entry.strength().opens());
+            each(Outcome { first, last, opened_by: open.map(|entry| entry.rule()) });
+        });
+    }
+
+    /// The pairs of classes for which there is a cell of `op`, each once.
+    pub(crate) fn pairs(&self, op: Op, steps: &mut Steps) -> Result<Vec<(u32, u32)>, PolicyError> {
+        let begin = self.cell_keys.partition_point(|key| split_key(*key).0 < op.index());
+        let end = self.cell_keys.partition_point(|key| split_key(*key).0 <= op.index());
+        let subjects = || (1..self.class_count()).filter(|class| !self.objects.contains(*class as usize));
+        let objects: Vec<u32> = self.object_classes_of(op.kind()).collect();
+        let mut pairs = Vec::new();
+        for key in self.cell_keys.get(begin..end).unwrap_or(&[]) {
+            let (_, asker, peer) = split_key(*key);
+            let any_asker = asker == ANY || split_related(asker).is_some();
+            let askers: Vec<u32> = if any_asker { subjects().collect() } else { vec![asker] };
+            // A rule about nobody is about declared objects, too.
+            let peers: Vec<u32> = match peer {
+                ANY => subjects().chain(objects.iter().copied()).collect(),
+                NOBODY => std::iter::once(NOBODY).chain(objects.iter().copied()).collect(),
+                _ => vec![peer],
+            };
+            steps.take(askers.len() * peers.len())?;
+            pairs.extend(askers.iter().flat_map(|asker| peers.iter().map(move |peer| (*asker, *peer))));
+            if pairs.len() > limits::CELL_RULES * 4 {
+                pairs.sort_unstable();
+                pairs.dedup();
+            }
+        }
+        pairs.sort_unstable();
+        pairs.dedup();
+        Ok(pairs)
+    }
+
+    /// The ranges of `op` in which the rules that are given in `touched` have a say.
+    pub(crate) fn winners(
+        &self,
+        model: &Model,
+        op: Op,
+        asker: u32,
+        peer: u32,
+        mut each: impl FnMut(u32, bool),
+    ) {
+        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
+        let barred = self.barrier(op, asker_class, peer_class).is_some();
+        self.ranges(op, asker, peer, |_, _, entries| {
+            for entry in entries {
+                let opens =
+                    model.rules.get(entry.rule() as usize).is_some_and(|rule| rule.strength > Strength::Deny);
+                each(entry.rule(), !(barred && opens));
+                if entry.condition == 0 {
+                    break;
+                }
+            }
+        });
+    }
+}
+
+impl Table {
+    /// The strongest rule for one object.
+    pub(crate) fn strongest(&self, op: Op, asker: u32, peer: u32, value: u64, mut each: impl FnMut(u32)) {
+        self.ranges(op, asker, peer, |first, last, entries| {
+            if let Some(entry) = entries.first().filter(|_| first <= value && value <= last) {
+                each(entry.rule());
+            }
+        });
+    }
+
+    /// What the rules say of ranges of objects, as pairs of a rule and its condition, strongest first; nothing where levels or walls
+    /// forbid it.
+    pub(crate) fn answers(
+        &self,
+        op: Op,
+        asker: u32,
+        peer: u32,
+        mut each: impl FnMut(u64, u64, &[(u32, u32)]),
+    ) {
+        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
+        if self.barrier(op, asker_class, peer_class).is_some() {
+            return;
+        }
+        let mut pairs = Vec::new();
+        self.ranges(op, asker, peer, |first, last, entries| {
+            pairs.clear();
+            pairs.extend(entries.iter().map(|entry| (entry.rule(), entry.condition)));
+            each(first, last, &pairs);
+        });
+    }
+}

@@ -1,0 +1,166 @@
+//! Decisions.
+
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, Cache};
+
+use super::Monitor;
+use super::meter::Charge;
+use super::view::{Resolved, Snapshot};
+use crate::compile::Ruling;
+use crate::model::{Decision, Layer, Request, Verdict};
+
+/// A decision, and what it has taken of limits.
+pub(super) struct Decided {
+    pub(super) decision: Decision,
+    pub(super) charges: Vec<Charge>,
+}
+
+/// What a decision may do beside deciding.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Nothing.
+    Look,
+    /// Takes rates and writes down histories.
+    Once,
+    /// Takes what is open, too.
+    Open,
+}
+
+impl Monitor {
+    /// Decides a request that is over when it has been decided: a hypercall, a packet, a verb. It takes what limits on rates it falls under,
+    /// and writes down whom the two have had to do with. [`open`](Self::open) is for channels.
+    ///
+    /// Where no limit and no wall is asked, it allocates nothing, takes no lock and reads no clock.
+    pub fn authorize(&self, request: &Request<'_>) -> Decision {
+        let now = self.shared.now.load();
+        self.authorize_in(&now, request)
+    }
+
+    /// What [`authorize`](Self::authorize) would say, with nothing taken and nothing written down: limits are not looked at.
+    pub fn check(&self, request: &Request<'_>) -> Decision {
+        self.decide(&self.shared.now.load(), request, Mode::Look).decision
+    }
+
+    /// For a thread that decides often: it looks whether the policy has changed with a load, and not with the two atomic
+    /// operations that [`authorize`](Self::authorize) takes.
+    pub fn judge(&self) -> Judge {
+        Judge { monitor: self.clone(), cache: Cache::new(Arc::clone(&self.shared.now)) }
+    }
+
+    fn authorize_in(&self, now: &Arc<Snapshot>, request: &Request<'_>) -> Decision {
+        let Decided { decision, .. } = self.decide(now, request, Mode::Once);
+        self.told(now, request, &decision);
+        decision
+    }
+
+    /// Tells those who listen.
+    pub(super) fn told(&self, now: &Snapshot, request: &Request<'_>, decision: &Decision) {
+        self.observe(|observer| observer.decided(request, decision));
+        if let Some(shadow) = &now.shadow {
+            self.compare_shadow(shadow, request, decision);
+        }
+    }
+
+    #[inline]
+    pub(super) fn decide(&self, now: &Arc<Snapshot>, request: &Request<'_>, mode: Mode) -> Decided {
+        let epoch = now.epoch;
+        let view = &now.main;
+        let resolved = match view.rule(request) {
+            Ok(resolved) => resolved,
+            Err(ruling) => return denied(&ruling, epoch),
+        };
+        let Resolved { ruling, .. } = resolved;
+        if ruling.verdict == Verdict::Deny {
+            return denied(&ruling, epoch);
+        }
+        if let Some(refused) = self.wall(now, &resolved, mode) {
+            // Histories are those of the policy in force; once for each that was put in force meanwhile.
+            let current = self.shared.now.load_full();
+            if current.epoch != epoch {
+                return self.decide(&current, request, mode);
+            }
+            return Decided { decision: refused, charges: Vec::new() };
+        }
+        let mut decision =
+            Decision { verdict: ruling.verdict, layer: ruling.layer, rule: ruling.rule, epoch };
+        let mut charges = Vec::new();
+        if ruling.limits != [0; crate::compile::CELLS] && mode != Mode::Look {
+            let refused = self.charge(
+                &resolved,
+                view.policy.model.rules.len(),
+                view,
+                request.bytes,
+                mode,
+                &mut charges,
+            );
+            if let Some(limit) = refused {
+                charges.iter().for_each(Charge::give_back);
+                charges.clear();
+                decision = Decision { verdict: Verdict::Deny, layer: Layer::Quota, rule: Some(limit), epoch };
+            } else {
+                // A rate is taken for good.
+                charges.retain(Charge::is_of_channels);
+            }
+        }
+        Decided { decision, charges }
+    }
+
+    /// Takes what the request needs of all limits it falls under; the limit that has not enough.
+    fn charge(
+        &self,
+        resolved: &Resolved<'_>,
+        rules: usize,
+        view: &super::view::View,
+        bytes: u64,
+        mode: Mode,
+        charges: &mut Vec<Charge>,
+    ) -> Option<crate::RuleId> {
+        let now = self.shared.clock.monotonic();
+        let lists = resolved.ruling.limits.iter().take_while(|list| **list != 0);
+        for limit in lists.flat_map(|list| view.table.limits(*list)) {
+            let meter = resolved.asker.live.meters.get(*limit as usize).and_then(Option::as_ref);
+            let Some(meter) = meter.filter(|meter| mode == Mode::Open || !meter.is_of_channels()) else {
+                continue;
+            };
+            match meter.take(bytes, now) {
+                Some(charge) => charges.push(charge),
+                None => return Some(crate::RuleId((rules + *limit as usize) as u32)),
+            }
+        }
+        None
+    }
+}
+
+fn denied(ruling: &Ruling, epoch: u64) -> Decided {
+    let decision = Decision { verdict: Verdict::Deny, layer: ruling.layer, rule: ruling.rule, epoch };
+    Decided { decision, charges: Vec::new() }
+}
+
+/// Decides for one thread; see [`Monitor::judge`]. What it says is that of the policy in force when it is asked.
+pub struct Judge {
+    monitor: Monitor,
+    cache: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
+}
+
+impl Judge {
+    /// As [`Monitor::authorize`].
+    #[inline]
+    pub fn authorize(&mut self, request: &Request<'_>) -> Decision {
+        let now = self.cache.load();
+        self.monitor.authorize_in(now, request)
+    }
+
+    /// As [`Monitor::check`].
+    #[inline]
+    pub fn check(&mut self, request: &Request<'_>) -> Decision {
+        let now = self.cache.load();
+        self.monitor.decide(now, request, Mode::Look).decision
+    }
+}
+
+impl std::fmt::Debug for Judge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Judge").field("monitor", &self.monitor).finish_non_exhaustive()
+    }
+}

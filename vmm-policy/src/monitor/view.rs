@@ -1,0 +1,163 @@
+//! All that a decision reads: it does not change but for a few words, and is replaced as a whole.
+
+use std::sync::Arc;
+
+use super::clock::Clock;
+use super::meter::Meter;
+use crate::compile::{Facts, NOBODY, Ruling, Table, environment_bits, subject_facts};
+use crate::model::{Layer, Lifecycle, Op, Principal, Request, SubjectId};
+use crate::policy::Policy;
+use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+
+/// What is known of a subject, whatever the policy.
+#[derive(Debug)]
+pub(super) struct Subject {
+    pub(super) id: SubjectId,
+    pub(super) principal: Principal,
+    /// The labels that it was given, if they are not the policy's.
+    pub(super) labels: Option<Vec<String>>,
+    pub(super) digest: Option<Vec<u8>>,
+    pub(super) state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct State {
+    pub(super) lifecycle: Lifecycle,
+    pub(super) attested: bool,
+}
+
+/// What a policy makes of a subject.
+#[derive(Debug)]
+pub(super) struct Live {
+    /// The bits that conditions ask for.
+    pub(super) facts: AtomicU64,
+    /// Its history at walls.
+    pub(super) history: AtomicU64,
+    /// What it has used of each limit, by the limit's number; `None` where it falls under none of it.
+    pub(super) meters: Vec<Option<Arc<Meter>>>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) subject: Arc<Subject>,
+    pub(super) class: u32,
+    pub(super) guard: bool,
+    pub(super) live: Arc<Live>,
+}
+
+/// A policy, and what it makes of who is there.
+pub(super) struct View {
+    pub(super) policy: Policy,
+    pub(super) table: Arc<Table>,
+    /// By [`SubjectId`]'s slot.
+    pub(super) places: Vec<Option<Place>>,
+    pub(super) environment: AtomicU64,
+}
+
+/// What is in force, and what is looked at beside it.
+pub(super) struct Snapshot {
+    pub(super) epoch: u64,
+    pub(super) main: View,
+    pub(super) shadow: Option<View>,
+}
+
+/// A request whose names have become numbers.
+#[derive(Clone, Copy)]
+pub(super) struct Resolved<'s> {
+    pub(super) op: Op,
+    pub(super) asker: &'s Place,
+    /// If it is a subject.
+    pub(super) peer: Option<&'s Place>,
+    /// Of the subject, or of the object that stands for itself.
+    pub(super) peer_class: u32,
+    pub(super) ruling: Ruling,
+}
+
+impl Snapshot {
+    pub(super) fn empty(policy: Policy, clock: &dyn Clock) -> Self {
+        let table = Arc::clone(&policy.table);
+        let environment = AtomicU64::new(environment_bits(&policy.model.conditions, clock.wall(), []));
+        Self { epoch: 0, main: View { policy, table, places: Vec::new(), environment }, shadow: None }
+    }
+}
+
+impl View {
+    #[inline]
+    pub(super) fn place(&self, id: SubjectId) -> Option<&Place> {
+        let place = self.places.get(id.slot as usize)?.as_ref()?;
+        (place.subject.id.life == id.life).then_some(place)
+    }
+
+    pub(super) fn subjects(&self) -> impl Iterator<Item = &Place> {
+        self.places.iter().flatten()
+    }
+
+    /// What the policy says to a request, histories and limits apart.
+    #[inline]
+    pub(super) fn rule(&self, request: &Request<'_>) -> Result<Resolved<'_>, Ruling> {
+        let refused = || Ruling::denied(Layer::Identity);
+        let op = request.op().ok_or_else(refused)?;
+        let asker = self.place(request.asker).ok_or_else(refused)?;
+        let peer = match request.peer {
+            Some(id) => Some(self.place(id).ok_or_else(refused)?),
+            None => None,
+        };
+        let model = &*self.policy.model;
+        let (value, object_class) = self.table.object(model, &request.object);
+        let peer_class = peer.map_or(object_class, |peer| peer.class);
+        let facts = Facts {
+            asker: asker.live.facts.load(Ordering::Relaxed),
+            peer: peer.map_or(0, |peer| peer.live.facts.load(Ordering::Relaxed)),
+            environment: self.environment.load(Ordering::Relaxed),
+        };
+        // An object that is named beside its peer has levels of its own.
+        if peer.is_some()
+            && object_class != NOBODY
+            && let (Some(one), Some(object)) = (self.table.class(asker.class), self.table.class(object_class))
+            && let Some(layer) = self.table.barrier(op, one, object)
+        {
+            return Err(Ruling::denied(layer));
+        }
+        let ruling = self.table.decide(model, op, asker.class, peer_class, value, &facts);
+        Ok(Resolved { op, asker, peer, peer_class, ruling })
+    }
+
+    /// The meters of a subject of `class`; those of `before` whose limits say the same go on.
+    pub(super) fn meters(
+        policy: &Policy,
+        table: &Table,
+        class: u32,
+        before: &[(String, Arc<Meter>)],
+    ) -> Vec<Option<Arc<Meter>>> {
+        let model = &*policy.model;
+        let meter = |(at, limit): (usize, &crate::compile::LimitDef)| {
+            if !table.is_member(limit.targets.asker, class) {
+                return None;
+            }
+            let text = limit_text(policy, at);
+            let same =
+                before.iter().find(|(known, meter)| *known == text && meter.quantity() == limit.quantity);
+            Some(same.map_or_else(|| Arc::new(Meter::new(limit.quantity)), |(_, meter)| Arc::clone(meter)))
+        };
+        model.limits.iter().enumerate().map(meter).collect()
+    }
+
+    /// The meters of a subject, by what their limits say.
+    pub(super) fn meters_of(&self, id: SubjectId) -> Vec<(String, Arc<Meter>)> {
+        let meters = self.place(id).map_or(&[][..], |place| &place.live.meters);
+        let named = |(at, meter): (usize, &Option<Arc<Meter>>)| {
+            Some((limit_text(&self.policy, at), Arc::clone(meter.as_ref()?)))
+        };
+        meters.iter().enumerate().filter_map(named).collect()
+    }
+
+    pub(super) fn facts_of(policy: &Policy, subject: &Subject) -> u64 {
+        let state = *lock(&subject.state);
+        subject_facts(&policy.model.conditions, state.lifecycle, state.attested, subject.digest.as_deref())
+    }
+}
+
+fn limit_text(policy: &Policy, at: usize) -> String {
+    let text = policy.rule(policy.model.limit_id(at)).map_or("", |rule| rule.text);
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

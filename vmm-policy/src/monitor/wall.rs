@@ -1,0 +1,120 @@
+//! Histories at walls (Brewer and Nash, The Chinese Wall Security Policy, 1989), of subjects that hand on what they learn.
+//!
+//! Each subject has a history: the labels at walls that it has, and those of all that information has come from. When two
+//! communicate, the one's history becomes part of the other's, and of all that the other has channels to; a request after which
+//! somebody's history had two labels of one wall is refused.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::Monitor;
+use super::authorize::Mode;
+use super::view::{Resolved, Snapshot, View};
+use crate::model::{Decision, Layer, SubjectId, Verdict};
+use crate::sync::{Ordering, lock};
+
+impl Monitor {
+    /// The refusal, if a wall is between the two. What is new in a history is kept before this says that it may be.
+    #[inline]
+    pub(super) fn wall(&self, now: &Arc<Snapshot>, resolved: &Resolved<'_>, mode: Mode) -> Option<Decision> {
+        let flow = resolved.op.flow();
+        if !(flow.reads() || flow.writes()) || resolved.asker.guard {
+            return None;
+        }
+        let asker = resolved.asker.live.history.load(Ordering::Acquire);
+        let peer = match resolved.peer {
+            Some(peer) if peer.guard => return None,
+            Some(peer) => peer.live.history.load(Ordering::Acquire),
+            None => now.main.table.class(resolved.peer_class).map_or(0, |class| class.wall),
+        };
+        let both = asker | peer;
+        // Neither has a history: the common case costs two loads.
+        if both == 0 {
+            return None;
+        }
+        let refusal = Decision { verdict: Verdict::Deny, layer: Layer::Wall, rule: None, epoch: now.epoch };
+        if now.main.table.wall_is_hit(both) {
+            return Some(refusal);
+        }
+        let learns =
+            (flow.reads() && both != asker) || (flow.writes() && resolved.peer.is_some() && both != peer);
+        // `reconsider` looks at what is open, whose histories are written.
+        if !learns || mode == Mode::Look {
+            return None;
+        }
+        let _guard = lock(&self.shared.wall);
+        // A policy that was put in force meanwhile has histories of its own, and asks again about what is open.
+        let current = self.shared.now.load_full();
+        let view = &current.main;
+        let (asker, peer) = (resolved.asker.subject.id, resolved.peer.map(|peer| peer.subject.id));
+        let mut gained: BTreeMap<SubjectId, u64> = BTreeMap::new();
+        if flow.reads() {
+            gained.insert(asker, both);
+        }
+        if let Some(peer) = peer.filter(|_| flow.writes()) {
+            gained.insert(peer, both);
+        }
+        if current.epoch != now.epoch || !self.spread(view, &mut gained) || !self.keep(view, &gained) {
+            return Some(refusal);
+        }
+        None
+    }
+
+    /// Adds to `gained` what others learn of it by the channels that are open; whether no wall is hit.
+    fn spread(&self, view: &View, gained: &mut BTreeMap<SubjectId, u64>) -> bool {
+        let open: Vec<_> = self.shared.registry.all().into_iter().filter(|right| right.is_live()).collect();
+        let mut work: Vec<SubjectId> = gained.keys().copied().collect();
+        let whole = |view: &View, gained: &BTreeMap<SubjectId, u64>, id: SubjectId| {
+            let own = view.place(id).map_or(0, |place| place.live.history.load(Ordering::Acquire));
+            own | gained.get(&id).copied().unwrap_or(0)
+        };
+        // Each round adds a bit to somebody, and there are 64 of them.
+        while let Some(id) = work.pop() {
+            let history = whole(view, gained, id);
+            if view.table.wall_is_hit(history) {
+                return false;
+            }
+            for right in &open {
+                let Some(request) = right.request.get() else { continue };
+                let Some(peer) = request.peer else { continue };
+                let learner = match request.asker {
+                    asker if asker == id && right.flow.writes() => peer,
+                    asker if peer == id && right.flow.reads() => asker,
+                    _ => continue,
+                };
+                let Some(place) = view.place(learner).filter(|place| !place.guard) else { continue };
+                let before = whole(view, gained, learner);
+                if before | history != before {
+                    gained.insert(place.subject.id, before | history);
+                    work.push(learner);
+                }
+            }
+        }
+        true
+    }
+
+    /// Writes down what has been gained; whether it is kept.
+    fn keep(&self, view: &View, gained: &BTreeMap<SubjectId, u64>) -> bool {
+        let model = &*view.policy.model;
+        for (id, history) in gained {
+            let Some(place) = view.place(*id) else { continue };
+            let before = place.live.history.load(Ordering::Acquire);
+            for (bit, label) in model.wall_labels.iter().enumerate() {
+                if (history & !before) >> bit & 1 == 0 {
+                    continue;
+                }
+                let Some(name) = model.labels.get(*label as usize) else { return false };
+                if self.shared.history.record(&place.subject.principal, name).is_err() {
+                    return false;
+                }
+            }
+        }
+        // All of it is kept; what is kept and not done does no harm.
+        for (id, history) in gained {
+            if let Some(place) = view.place(*id) {
+                place.live.history.fetch_or(*history, Ordering::AcqRel);
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,153 @@
+//! Requests that are not to be believed.
+
+use std::cell::Cell;
+
+use super::*;
+use crate::monitor::Hand;
+use crate::{Action, Monitor, Object, Policy, Request, SubjectId, SubjectSpec, Uuid, Verdict};
+
+fn monitor(text: &str) -> (Monitor, Hand) {
+    let hand = Hand::default();
+    hand.pass(1000);
+    (Monitor::builder(Policy::parse(text).unwrap()).clock(hand.clone()).build(), hand)
+}
+
+fn vm(monitor: &Monitor, uuid: u128) -> SubjectId {
+    monitor.register(SubjectSpec::vm(Uuid::from_u128(uuid)).label("l")).unwrap()
+}
+
+#[test]
+fn protocols_hold_together() {
+    for protocol in [Protocol::virtio_device(), Protocol::vsock_stream()] {
+        let mut session = Session::new(&protocol.unwrap());
+        assert!(session.take("no such thing").is_err());
+    }
+    let twice = Protocol::builder("p", "a").step("a", "x", "b").step("a", "x", "a").build().unwrap_err();
+    assert_eq!(twice.to_string(), "p: \"x\" leads from \"a\" to two states");
+    let apart = Protocol::builder("p", "a").step("b", "x", "a").build().unwrap_err();
+    assert_eq!(apart.to_string(), "p: nothing leads to \"b\"");
+}
+
+#[test]
+fn a_virtio_driver_goes_through_the_states_of_the_specification() {
+    let mut session = Session::new(&Protocol::virtio_device().unwrap());
+    for request in ["acknowledge", "driver", "features-ok", "queue-setup", "driver-ok", "notify"] {
+        session.take(request).unwrap();
+    }
+    let refused = session.take("queue-setup").unwrap_err();
+    assert_eq!(refused.state, "live");
+    assert_eq!(session.state(), "live", "nothing has changed");
+    session.take("reset").unwrap();
+    assert_eq!(session.state(), "reset");
+}
+
+#[test]
+fn a_request_passes_all_or_has_no_effect() {
+    let (monitor, _) =
+        monitor("labels l\nallow l to use hypercall 1..3\nlimit l to use hypercall 3 at 1 per second");
+    let guest = vm(&monitor, 1);
+    let mediator = Mediator::new(&monitor);
+    let protocol = Protocol::builder("p", "a").step("a", "go", "b").step("b", "back", "a").build().unwrap();
+    let mut session = Session::new(&protocol);
+    let fetched = Cell::new(0);
+    let mut run = |step: &'static str,
+                   number: u64,
+                   fetch: Result<u64, &'static str>,
+                   result: Result<u64, &'static str>| {
+        let fetch = || {
+            fetched.set(fetched.get() + 1);
+            fetch
+        };
+        let asks = move |_: &u64| (step, Request::new(guest, Action::Use, Object::hypercall(number)));
+        let outcome =
+            mediator.mediate(guest, &mut session, fetch, asks, |decoded| result.map(|more| decoded + more));
+        (outcome.map_err(|rejected| rejected.to_string()), session.state())
+    };
+    assert_eq!(run("go", 1, Err("short"), Ok(1)), (Err("malformed: short".into()), "a"));
+    assert_eq!(run("back", 1, Ok(1), Ok(1)).1, "a");
+    assert_eq!(run("go", 9, Ok(1), Ok(1)), (Err("deny (type)".into()), "a"));
+    assert_eq!(run("go", 1, Ok(1), Err("broken")), (Err("failed: broken".into()), "a"));
+    assert_eq!(run("go", 3, Ok(40), Ok(2)), (Ok(42), "b"));
+    assert_eq!(run("back", 3, Ok(40), Ok(2)), (Err("deny (quota)".into()), "b"));
+    assert_eq!(fetched.get(), 6, "once for each");
+}
+
+#[test]
+fn who_says_that_another_asks_asks_for_itself() {
+    let (monitor, _) = monitor("labels l, king\nallow king to use hypercall 1");
+    let guest = vm(&monitor, 1);
+    let king = monitor.register(SubjectSpec::vm(Uuid::from_u128(2)).label("king")).unwrap();
+    let mut session = Session::new(&Protocol::builder("p", "a").step("a", "go", "a").build().unwrap());
+    let claims = |(): &()| ("go", Request::new(king, Action::Use, Object::hypercall(1)));
+    let outcome = Mediator::new(&monitor).mediate(guest, &mut session, || Ok::<(), ()>(()), claims, Ok);
+    assert!(matches!(outcome, Err(Rejected::Refused { .. })));
+}
+
+#[test]
+fn misbehaviour_has_consequences_that_grow_and_fade() {
+    let text = "labels l\nescalate l: throttle after 3, pause after 5, kill after 8 per 10 seconds";
+    let (monitor, hand) = monitor(text);
+    let (guest, quiet) = (vm(&monitor, 1), vm(&monitor, 2));
+    let standing = Standing::new(&monitor);
+    let steps: Vec<_> = (0..9).map(|_| standing.violation(guest)).collect();
+    let wanted =
+        [None, None, Some(Step::Throttle), None, Some(Step::Pause), None, None, Some(Step::Kill), None];
+    assert_eq!(steps, wanted);
+    assert_eq!((standing.step(guest), standing.step(quiet)), (Some(Step::Kill), None));
+    standing.forgive(guest);
+    assert_eq!(standing.violation(guest), None);
+    for _ in 0..50 {
+        hand.pass(9);
+        assert_eq!(standing.violation(guest), None, "one in nine seconds is less than three in ten");
+    }
+    hand.pass(60);
+    assert!(standing.violation(guest).is_none() && standing.violation(guest).is_none());
+    assert_eq!(standing.violation(guest), Some(Step::Throttle));
+    let unknown = monitor.register(SubjectSpec::vm(Uuid::from_u128(9))).unwrap();
+    assert!((0..100).all(|_| standing.violation(unknown).is_none()), "no rule is about it");
+}
+
+const DESK: &str = "labels l, operator\nhost alice { labels operator }\nhost bob { labels operator }\nhost eve\n\
+     allow operator to administer pause of any vm\nask operator to administer destroy of any vm by operator within 10 minutes\n\
+     deny operator to administer destroy of any vm when flag freeze";
+
+#[test]
+fn destruction_takes_two() {
+    let (monitor, hand) = monitor(DESK);
+    let guest = vm(&monitor, 1);
+    let host = |name: &str| monitor.register(SubjectSpec::host(name)).unwrap();
+    let (alice, bob, eve) = (host("alice"), host("bob"), host("eve"));
+    let desk = Desk::new(&monitor);
+    let verb = |who: SubjectId, verb: &'static str| {
+        Request::new(who, Action::Administer, Object::verb(verb)).of(guest)
+    };
+    assert!(matches!(desk.propose(&verb(alice, "pause")).unwrap(), Proposal::Granted(_)));
+    assert!(matches!(desk.propose(&verb(eve, "destroy")), Err(DeskError::Refused(_))));
+    let ask = || match desk.propose(&verb(alice, "destroy")).unwrap() {
+        Proposal::Waits(ticket) => ticket.id,
+        Proposal::Granted(_) => panic!("it takes two"),
+    };
+    let ticket = ask();
+    assert!(matches!(desk.confirm(ticket, alice), Err(DeskError::Same(_))));
+    assert!(matches!(desk.confirm(ticket, eve), Err(DeskError::NotAsked(_))));
+    let granted = desk.confirm(ticket, bob).unwrap();
+    assert_eq!(granted.decision().verdict, Verdict::Ask);
+    assert!(matches!(desk.confirm(ticket, bob), Err(DeskError::NoTicket(_))), "once");
+    assert!(monitor.reconsider().is_empty(), "what is confirmed stays");
+
+    let late = ask();
+    hand.pass(600);
+    assert!(desk.waiting().is_empty());
+    assert!(matches!(desk.confirm(late, bob), Err(DeskError::NoTicket(_))));
+
+    let overtaken = ask();
+    assert_eq!(monitor.set_flag("freeze", true).unwrap().len(), 1, "the confirmed one");
+    assert!(!granted.is_live());
+    assert!(matches!(desk.confirm(overtaken, bob), Err(DeskError::Refused(_))), "the policy is asked again");
+
+    monitor.set_flag("freeze", false).unwrap();
+    let own: Vec<_> = (0..200).filter_map(|_| desk.propose(&verb(alice, "destroy")).ok()).collect();
+    assert_eq!(own.len(), 128, "one cannot fill the desk");
+    assert!(desk.propose(&verb(bob, "destroy")).is_ok());
+    assert!(desk.withdraw(desk.waiting()[0].id));
+}
