@@ -50,9 +50,15 @@ enum Act {
 #[derive(Debug, Arbitrary)]
 enum Input {
     /// The dialogue alone, from the begin or after a good one.
-    Dialogue { greeted: bool, said: Vec<Said> },
+    Dialogue {
+        greeted: bool,
+        said: Vec<Said>,
+    },
     /// A device with its threads.
-    Client { greeted: bool, said: Vec<Said> },
+    Client {
+        greeted: bool,
+        said: Vec<Said>,
+    },
     Server(Vec<Act>),
 }
 
@@ -90,7 +96,9 @@ fn say(socket: &UnixStream, said: &Said) {
 }
 
 fn greet(socket: &UnixStream) {
-    for said in [Said::Peer(0, Thing::Nothing), Said::Peer(7, Thing::Nothing), Said::Number(-1, Thing::Memory)] {
+    for said in
+        [Said::Peer(0, Thing::Nothing), Said::Peer(7, Thing::Nothing), Said::Number(-1, Thing::Memory)]
+    {
         say(socket, &said);
     }
 }
@@ -137,7 +145,8 @@ fn client(greeted: bool, said: &[Said]) {
     let map = RegionMap { region: Arc::clone(&region), access: client.access() };
     let map = gatekeeper.open(host.clone(), None, map).unwrap();
     let ring = gatekeeper.open(host, None, DoorbellRing { region }).unwrap();
-    let device = Ivshmem::builder(client.join(map, Some(ring)).unwrap(), |_: u64, _: u32| {}).build().unwrap();
+    let device =
+        Ivshmem::builder(client.join(map, Some(ring)).unwrap(), |_: u64, _: u32| {}).build().unwrap();
     assert!(device.member().peers().len() <= 5);
     drop(device);
     assert!(gatekeeper.open_channels().is_empty());
