@@ -39,6 +39,7 @@ mod cpu;
 mod cpuid;
 mod debug;
 mod descriptor;
+mod entries;
 pub(crate) mod exception;
 mod exclusive;
 mod flags;
