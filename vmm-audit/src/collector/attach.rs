@@ -124,6 +124,16 @@ impl Attached {
     }
 }
 
+#[cfg(test)]
+impl Attached {
+    /// What a hostile emitter does.
+    pub(super) fn scribble(&self) {
+        self.ring.push(Class::Critical, b"this is no event", &|| ());
+        self.ring.push(Class::Critical, &[0xff; 100], &|| ());
+        self.ring.scribble();
+    }
+}
+
 impl Drop for Attached {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);

@@ -7,6 +7,7 @@
 //! | 192, 256 | the other ring: likewise |
 //! | 320 | whether a collector has it: 0 none, 1 yes, 2 its log failed |
 //! | 384 | events counted |
+//! | 448 | numbers given to events |
 //! | 4096.. | counters: events and bytes of each, 8 bytes each |
 //! | then | slots: turn, length, event |
 //!
@@ -29,6 +30,7 @@ const TAILS: [usize; 2] = [64, 192];
 const HEADS: [usize; 2] = [128, 256];
 const STATE: usize = 320;
 const COUNTED: usize = 384;
+const ISSUED: usize = 448;
 const COUNTERS: usize = 4096;
 const SLOTS: usize = COUNTERS + CELLS * 16;
 /// Bytes of a slot before the event.
@@ -367,6 +369,19 @@ impl Ring {
     }
 }
 
+#[cfg(test)]
+impl Ring {
+    /// A slot that says that it is longer than the ring, numbers that make no sense, and a header of another size.
+    pub(super) fn scribble(&self) {
+        let number = self.push(Class::Bulk, b"x", &|| ()).unwrap_or(0);
+        self.at(self.slot(Class::Bulk, number) + 8).store(u64::MAX, Ordering::Release);
+        for offset in [16, 24, 32, HEADS[0], HEADS[1], STATE] {
+            self.at(offset).store(u64::MAX - 5, Ordering::Release);
+        }
+        self.tail(Class::Critical).store(u64::MAX, Ordering::Release);
+    }
+}
+
 impl Cells for Ring {
     fn add(&self, cell: usize, bytes: u64) {
         self.at(COUNTERS + cell * 16 + 8).fetch_add(bytes, Ordering::Relaxed);
@@ -381,5 +396,13 @@ impl Cells for Ring {
 
     fn total(&self) -> u64 {
         self.at(COUNTED).load(Ordering::Acquire)
+    }
+
+    fn number(&self) -> u64 {
+        self.at(ISSUED).fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+    }
+
+    fn issued(&self) -> u64 {
+        self.at(ISSUED).load(Ordering::Relaxed)
     }
 }

@@ -68,6 +68,9 @@ pub enum Step {
     Gone,
 }
 
+/// How often the ring of an emitter that is gone is emptied.
+const ROUNDS: u32 = 64;
+
 struct Client {
     stream: UnixStream,
     ring: Ring,
@@ -78,6 +81,8 @@ struct Client {
     written_total: u64,
     bad: u64,
     gone: bool,
+    /// Times that its ring was emptied since it is gone.
+    rounds: u32,
 }
 
 /// Takes events out of shared rings and writes them to a log.
@@ -236,6 +241,7 @@ impl Collector {
             written_total: 0,
             bad: 0,
             gone: false,
+            rounds: 0,
         };
         self.clients.push(client);
         self.commit()?;
@@ -247,6 +253,7 @@ impl Collector {
     fn round(&mut self) -> Result<u64, CollectorError> {
         let mut taken = 0;
         for client in &mut self.clients {
+            client.rounds += u32::from(client.gone);
             for class in Class::BOTH {
                 taken += take(client, class, self.options.batch, &mut self.log)?;
             }
@@ -282,14 +289,17 @@ impl Collector {
     /// Says which emitters are gone, once their rings are empty.
     fn depart(&mut self) -> Result<(), CollectorError> {
         let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.clients).into_iter().partition(|client| {
-            let empty = Class::BOTH.into_iter().zip(client.next).all(|(class, next)| !client.ring.is_claimed(class, next));
-            client.gone && empty && client.written_total == client.ring.total()
+            let mut rings = Class::BOTH.into_iter().zip(client.next);
+            let empty = rings.all(|(class, next)| !client.ring.is_claimed(class, next));
+            // Someone else may have the memory too, and fill it for ever.
+            client.gone && (empty || client.rounds > ROUNDS)
         });
         self.clients = stay;
         for client in gone {
             let event = Event::new(Kind::EmitterGone)
                 .attribute("source", client.source.to_string())
                 .attribute("torn", client.bad.to_string())
+                .attribute("issued", client.ring.issued().to_string())
                 .amount(client.ring.total(), 0);
             self.log.append_own(&event)?;
             self.commit()?;

@@ -22,6 +22,12 @@ pub(crate) trait Cells: Send + Sync {
 
     /// Events of all counters so far.
     fn total(&self) -> u64;
+
+    /// The number of the next event, from 1.
+    fn number(&self) -> u64;
+
+    /// Numbers given so far.
+    fn issued(&self) -> u64;
 }
 
 fn slot(number: Option<u32>, slots: usize) -> usize {
@@ -52,11 +58,13 @@ pub(crate) fn cell_event(cell: usize, source: u32, (count, bytes): (u64, u64)) -
 pub(crate) struct LocalCells {
     cells: Box<[(AtomicU64, AtomicU64)]>,
     total: AtomicU64,
+    issued: AtomicU64,
 }
 
 impl LocalCells {
     pub(crate) fn new() -> Self {
-        Self { cells: (0..CELLS).map(|_| Default::default()).collect(), total: AtomicU64::new(0) }
+        let cells = (0..CELLS).map(|_| Default::default()).collect();
+        Self { cells, total: AtomicU64::new(0), issued: AtomicU64::new(0) }
     }
 }
 
@@ -78,6 +86,14 @@ impl Cells for LocalCells {
 
     fn total(&self) -> u64 {
         self.total.load(Ordering::Acquire)
+    }
+
+    fn number(&self) -> u64 {
+        self.issued.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn issued(&self) -> u64 {
+        self.issued.load(Ordering::Relaxed)
     }
 }
 

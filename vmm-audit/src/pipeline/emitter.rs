@@ -1,6 +1,5 @@
 //! Emitting.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -131,8 +130,6 @@ impl std::fmt::Debug for Receipt {
 pub struct Emitter {
     transport: Arc<dyn Transport>,
     cells: Arc<dyn Cells>,
-    /// Numbers given to events so far.
-    next: Arc<AtomicU64>,
     source: u32,
     deadline: Duration,
 }
@@ -145,7 +142,7 @@ impl std::fmt::Debug for Emitter {
 
 impl Emitter {
     pub(crate) fn new(transport: Arc<dyn Transport>, cells: Arc<dyn Cells>, source: u32, deadline: Duration) -> Self {
-        Self { transport, cells, next: Arc::new(AtomicU64::new(0)), source, deadline }
+        Self { transport, cells, source, deadline }
     }
 
     /// The number of its source in the log; 0 if another process gives it.
@@ -155,7 +152,7 @@ impl Emitter {
 
     /// Events that have been emitted, those that were counted or refused among them.
     pub fn emitted(&self) -> u64 {
-        self.next.load(Ordering::Relaxed)
+        self.cells.issued()
     }
 
     /// Events that were counted and not written one by one.
@@ -164,7 +161,7 @@ impl Emitter {
     }
 
     fn encode(&self, event: &Event) -> Result<EventBytes, EventError> {
-        let seq = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        let seq = self.cells.number();
         let mut bytes = EventBytes::new();
         let times = (monotonic_clock(), wall_clock());
         let encoded = event.encode_into(&mut bytes, seq, self.cells.total(), times);

@@ -47,6 +47,14 @@ impl Cells for Held {
     fn total(&self) -> u64 {
         self.0.total()
     }
+
+    fn number(&self) -> u64 {
+        self.0.number()
+    }
+
+    fn issued(&self) -> u64 {
+        self.0.issued()
+    }
 }
 
 pub(super) struct Local {

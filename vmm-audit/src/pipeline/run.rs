@@ -74,7 +74,7 @@ impl Run<'_> {
             self.local.writing_since.store(monotonic_clock(), Ordering::Release);
             let taken = self.take()?;
             let drained = taken < self.local.options.batch;
-            self.counters(drained, closing || !self.flushes.is_empty())?;
+            self.counters(drained, closing || !self.flushes.is_empty(), closing)?;
             if self.last_commit.elapsed() >= self.local.options.heartbeat {
                 self.heartbeat()?;
             }
@@ -132,7 +132,7 @@ impl Run<'_> {
     }
 
     /// Appends counters that have changed, and says which sources are gone.
-    fn counters(&mut self, drained: bool, now: bool) -> Result<(), LogError> {
+    fn counters(&mut self, drained: bool, now: bool, closing: bool) -> Result<(), LogError> {
         if !now && self.coalesced.elapsed() < self.local.options.coalesce_every {
             return Ok(());
         }
@@ -149,12 +149,13 @@ impl Run<'_> {
         // Whoever is gone has put all of his events into the rings, and these have been emptied since.
         if drained {
             sources.retain(|source| {
-                let gone = source.alive.strong_count() == 0
+                let gone = (closing || source.alive.strong_count() == 0)
                     && source.written_total == source.cells.total()
                     && self.local.critical.is_empty()
                     && self.local.bulk.is_empty();
                 if gone {
                     let event = Event::new(Kind::EmitterGone).attribute("source", source.number.to_string());
+                    let event = event.attribute("issued", source.cells.issued().to_string());
                     events.push(event.amount(source.cells.total(), 0));
                 }
                 !gone
