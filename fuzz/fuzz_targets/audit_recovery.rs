@@ -26,7 +26,8 @@ fn good() -> &'static (MemoryStorage, MemoryKeys, Verifier, u64) {
     LOG.get_or_init(|| {
         let (storage, keys) = (MemoryStorage::new(), MemoryKeys::new());
         let (mut log, _) =
-            LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), "fuzz", LogOptions::new()).expect("a log");
+            LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), "fuzz", LogOptions::new())
+                .expect("a log");
         for n in 0..30u32 {
             log.append(1, &Event::new(Kind::Reset).encode().expect("an event")).expect("memory");
             if n % 5 == 4 {
@@ -89,9 +90,10 @@ fuzz_target!(|changes: Vec<(u8, Change)>| {
     log.append(1, &Event::new(Kind::Reset).encode().expect("an event")).expect("memory");
     log.close().expect("memory");
     // The segment before the last, tiles and key files are the verifier's to check; the last segment was recovery's.
-    let last_only = before.iter().all(|(name, bytes)| {
-        name == "segments/0000000001" || good().0.files().get(name) == Some(bytes)
-    });
-    let result = verify(&storage, &VerifyOptions::new(key.clone()), &mut |_, _| ()).expect("memory can be read");
+    let last_only = before
+        .iter()
+        .all(|(name, bytes)| name == "segments/0000000001" || good().0.files().get(name) == Some(bytes));
+    let result =
+        verify(&storage, &VerifyOptions::new(key.clone()), &mut |_, _| ()).expect("memory can be read");
     assert!(!last_only || result.intact, "{:?}", result.findings);
 });

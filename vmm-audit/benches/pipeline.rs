@@ -2,6 +2,8 @@
 //!
 //! Each figure is one line, so that programs find them: `emit_p99: X ns`, `durable: N events/s`, `verify: G GB/s`.
 
+#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::cast_possible_truncation)]
+
 use std::hint::black_box;
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -94,7 +96,8 @@ fn emit(place: &Place) {
     for producers in [1, 8] {
         let log = open(place.storage("emit"), PipelineOptions::new().rings(4096, 1 << 17));
         let emitters = (0..producers).map(|n| log.emitter(Party::vm(n, 1))).collect();
-        let (times, counted) = emit_latencies(emitters, 400_000 / producers as usize, 200_000 / producers as u64);
+        let (times, counted) =
+            emit_latencies(emitters, 400_000 / producers as usize, 200_000 / producers as u64);
         let at = |p: f64| times[((times.len() - 1) as f64 * p) as usize];
         let name = if producers == 1 { String::new() } else { format!("_{producers}") };
         println!("emit{name}_p50: {} ns", at(0.50));
@@ -127,7 +130,11 @@ fn durable(place: &Place) -> f64 {
     let files = total(&*storage, "");
     let written = count - counted;
     println!("durable_counted_only: {counted} events");
-    println!("bytes_per_event: {:.1}, of which {payload} are the entry and {:.1} overhead", files as f64 / written as f64, files as f64 / written as f64 - payload as f64);
+    println!(
+        "bytes_per_event: {:.1}, of which {payload} are the entry and {:.1} overhead",
+        files as f64 / written as f64,
+        files as f64 / written as f64 - payload as f64
+    );
     rate
 }
 
@@ -168,7 +175,10 @@ fn journald() {
         }
         sent += 1;
     }
-    println!("journald: {:.0} events/s, sent and not known to be on the disk", sent as f64 / begun.elapsed().as_secs_f64());
+    println!(
+        "journald: {:.0} events/s, sent and not known to be on the disk",
+        sent as f64 / begun.elapsed().as_secs_f64()
+    );
 }
 
 fn verified(place: &Place) {
@@ -178,7 +188,8 @@ fn verified(place: &Place) {
     // Another log, whose key is known, of the same events.
     let storage = place.storage("verify");
     let (mut log, _) =
-        LogWriter::open(storage.clone(), Box::new(MemoryKeys::new()), ORIGIN, LogOptions::new()).expect("a log");
+        LogWriter::open(storage.clone(), Box::new(MemoryKeys::new()), ORIGIN, LogOptions::new())
+            .expect("a log");
     let bytes: Vec<_> = (0..64).map(|n| event(n).encode().expect("an event")).collect();
     for n in 0..1_000_000usize {
         log.append(1, &bytes[n % 64]).expect("memory");
@@ -193,14 +204,20 @@ fn verified(place: &Place) {
     assert!(result.intact, "{:?}", result.findings);
     let seconds = begun.elapsed().as_secs_f64();
     println!("verify: {:.2} GB/s", result.bytes as f64 / 1e9 / seconds);
-    println!("verify_entries: {:.0} entries/s, chain, tree, tiles and signatures, on one core", result.size as f64 / seconds);
+    println!(
+        "verify_entries: {:.0} entries/s, chain, tree, tiles and signatures, on one core",
+        result.size as f64 / seconds
+    );
     // What of that the hash chain by itself is.
     let block = vec![0u8; 1 << 20];
     let begun = Instant::now();
     for _ in 0..512 {
         black_box(Digest::of(black_box(&block)));
     }
-    println!("chain: {:.2} GB/s, which is SHA-256 and nothing else", 512.0 * f64::from(1 << 20) / 1e9 / begun.elapsed().as_secs_f64());
+    println!(
+        "chain: {:.2} GB/s, which is SHA-256 and nothing else",
+        512.0 * f64::from(1 << 20) / 1e9 / begun.elapsed().as_secs_f64()
+    );
 }
 
 fn main() {

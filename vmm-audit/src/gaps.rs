@@ -138,7 +138,7 @@ impl Tally {
 
     fn entry(&mut self, entry: u64, source: u32, event: &Event) {
         self.silence(entry, event);
-        let named = event.get("source").and_then(|source| source.parse().ok());
+        let named: Option<u32> = event.get("source").and_then(|source| source.parse().ok());
         match (event.kind, named) {
             (Kind::LogOpened, _) if source == 0 => {
                 self.gaps.opened += 1;

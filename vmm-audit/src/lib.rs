@@ -1,15 +1,18 @@
-#![doc = "draft"]
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("vmm-audit needs Linux: it is built on memfds, flock and syncfs");
 
 pub mod checkpoint;
 #[cfg(feature = "collector")]
 pub mod collector;
 mod digest;
+pub mod event;
 pub mod export;
 pub mod gaps;
-pub mod log;
-pub mod event;
 pub mod keys;
+pub mod log;
 pub mod merkle;
 pub mod note;
 pub mod pipeline;
@@ -21,5 +24,5 @@ pub mod sink;
 pub mod storage;
 pub mod verify;
 
-pub use read::{Entries, Found, Item, Place};
 pub use digest::{Digest, DigestError};
+pub use read::{Entries, Found, Item, Place};

@@ -113,6 +113,11 @@ impl Entries {
         Ok(Self { storage, number, current: None, seq: 0, live: false })
     }
 
+    /// The sequence number that is due next.
+    pub fn position(&self) -> u64 {
+        self.seq
+    }
+
     /// Takes a frame that is cut short at the end of the log for one that is being written.
     #[must_use]
     pub fn live(mut self) -> Self {
@@ -156,7 +161,7 @@ impl Entries {
     ///
     /// # Errors
     /// If the storage cannot be read.
-    #[expect(clippy::should_implement_trait, reason = "reading fails, and the end is not for good")]
+    #[allow(clippy::should_implement_trait, reason = "reading fails, and the end is not for good")]
     pub fn next(&mut self) -> io::Result<Option<Item>> {
         loop {
             let Some(current) = &mut self.current else {

@@ -1,4 +1,7 @@
 //! The program.
+
+// The lints spare test functions only, not what they call.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::cast_possible_truncation)]
 #![cfg(feature = "cli")]
 
 mod support;

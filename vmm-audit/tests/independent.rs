@@ -1,5 +1,8 @@
 //! Others read our tiles and notes: a Python script written from the published formats, and the Rust crates for them.
 
+// The lints spare test functions only, not what they call.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::cast_possible_truncation)]
+
 mod support;
 
 use std::path::Path;

@@ -182,6 +182,7 @@ impl Collector {
         }
         // Emitters never send anything more: this is their end.
         let gone: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
+        drop(fds);
         for (client, gone) in self.clients.iter_mut().zip(gone) {
             client.gone |= gone;
         }
@@ -350,7 +351,9 @@ fn take(client: &mut Client, class: Class, batch: u64, log: &mut LogWriter) -> R
             Slot::Empty => break,
         };
         match Event::decode(&event) {
-            Ok(_) => drop(log.append(client.source, &event)?),
+            Ok(_) => {
+                log.append(client.source, &event)?;
+            }
             Err(why) => {
                 client.bad += 1;
                 let text = format!("slot {next} of source {} is no event: {why}", client.source);

@@ -53,7 +53,7 @@ pub struct LogWriter {
     pub(super) store: Box<dyn KeyStore>,
     pub(super) keys: Keys,
     pub(super) options: LogOptions,
-    pub(super) lock: Box<dyn Send>,
+    pub(super) _lock: Box<dyn Send>,
     pub(super) file: Box<dyn StorageFile>,
     /// The segment, and its bytes that are acknowledged.
     pub(super) number: u64,

@@ -132,7 +132,9 @@ fn scan(file: Box<dyn StorageFile>, name: &str, header: &Header, keys: &mut KeyC
                     let end = frame.offset + frame.bytes.len() as u64;
                     scan.last = Some(Last { checkpoint, note, frame: frame.bytes.to_vec(), end });
                 }
-                Err(e) => drop(wrong.get_or_insert((frame.offset, e.to_string()))),
+                Err(e) => {
+                    wrong.get_or_insert((frame.offset, e.to_string()));
+                }
             },
         }
     }
@@ -244,7 +246,7 @@ impl LogWriter {
             store,
             keys,
             options,
-            lock,
+            _lock: lock,
             file,
         };
         writer.tiles = writer.tree.take_full();
@@ -282,7 +284,7 @@ impl LogWriter {
         let header = Header { number: 0, base: 0, epoch: 0, chain: Digest::default(), origin };
         let file = create_segment(&*storage, 0, &header)?;
         let mut writer = Self {
-            lock,
+            _lock: lock,
             file,
             number: 0,
             length: HEADER as u64,
@@ -509,6 +511,9 @@ fn cut_files(storage: &dyn Storage, size: u64) -> Result<Vec<String>, LogError> 
     Ok(listed.into_iter().map(|listed| listed.name).filter(is_file).collect())
 }
 
+/// What an interrupted writer can leave at most, by far: 1 GiB.
+const MAX_TAIL: u64 = 1 << 30;
+
 /// Keeps what is behind `end`, and cuts it off.
 fn cut(
     storage: &dyn Storage,
@@ -518,7 +523,11 @@ fn cut(
     size: u64,
 ) -> Result<(), LogError> {
     let length = file.length().map_err(LogError::io(name))?;
-    let mut tail = vec![0; usize::try_from(length - end).unwrap_or(usize::MAX)];
+    if length.saturating_sub(end) > MAX_TAIL {
+        let why = format!("{} bytes behind the last checkpoint are more than a batch can be", length - end);
+        return Err(LogError::Damaged { path: name.to_owned(), offset: end, why });
+    }
+    let mut tail = vec![0; usize::try_from(length - end).unwrap_or(0)];
     let read = file.read_at(end, &mut tail).map_err(LogError::io(name))?;
     tail.truncate(read);
     let count = cut_files(storage, size)?.len();

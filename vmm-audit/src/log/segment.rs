@@ -293,18 +293,19 @@ impl Scanner {
     ///
     /// # Errors
     /// If the file cannot be read.
-    #[expect(clippy::should_implement_trait, reason = "what it returns borrows from it")]
+    #[allow(clippy::should_implement_trait, reason = "what it returns borrows from it")]
     pub fn next(&mut self) -> io::Result<Option<Scanned<'_>>> {
         self.fill()?;
         let start = self.position();
         let damage = match parse(self.buffer.get(self.at..).unwrap_or_default(), start) {
             _ if self.at == self.buffer.len() => return Ok(None),
-            Ok(frame) => {
-                // Looked up again, since the borrow checker takes the frame to be borrowed on all ways out.
-                let length = frame.bytes.len();
+            Ok(Frame { kind, number, bytes, .. }) => {
+                // Taken again, since the borrow checker takes what the match is about to be borrowed on all ways out.
+                let length = bytes.len();
                 let bytes = self.buffer.get(self.at..self.at + length).unwrap_or_default();
+                let payload = bytes.get(FRAME..).unwrap_or_default();
                 self.at += length;
-                return Ok(parse(bytes, start).ok().map(Scanned::Frame));
+                return Ok(Some(Scanned::Frame(Frame { offset: start, kind, number, payload, bytes })));
             }
             Err(damage) => damage,
         };
@@ -321,10 +322,6 @@ impl Scanner {
             let rest = self.buffer.get(self.at..).unwrap_or_default();
             if (rest.is_empty() && self.end) || parse(rest, 0).is_ok() {
                 break;
-            }
-            if rest.is_empty() {
-                // Goes back by one, for the step at the beginning.
-                self.at -= 1;
             }
         }
         Ok(Some(Scanned::Damaged { offset: start, bytes: self.position() - start, damage }))

@@ -53,6 +53,8 @@ pub(super) fn run(local: &Local, log: LogWriter) -> Result<(), LogError> {
     };
     let result = run.work().and_then(|()| run.log.close());
     ended.1 = result.as_ref().err().map_or_else(|| "it was closed".to_owned(), ToString::to_string);
+    // Before anyone is told: who is told looks.
+    local.failed.get_or_init(|| ended.1.clone());
     for (waiter, _) in run.waiters {
         waiter.tell(Err(ended.1.clone()));
     }

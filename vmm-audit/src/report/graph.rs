@@ -71,7 +71,7 @@ pub(super) fn flows(data: &ReportData) -> String {
     svg += "</defs>";
     for ((from, to), flow) in &data.flows {
         if let Some((a, b)) = place.get(from.as_str()).zip(place.get(to.as_str())) {
-            svg += &edge(*a, *b, (from, to), flow);
+            svg += &edge(*a, *b, (from.as_str(), to.as_str()), flow);
         }
     }
     for (name, (x, y)) in &place {

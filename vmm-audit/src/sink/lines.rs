@@ -22,7 +22,7 @@ pub enum Form {
 /// Writes a line for each entry.
 pub struct Lines<W: Write> {
     name: String,
-    to: BufWriter<W>,
+    pub(super) to: BufWriter<W>,
     form: Form,
 }
 

@@ -161,7 +161,7 @@ pub fn verify(
 ) -> Result<Verification, VerifyError> {
     let files = walk(storage, "").map_err(io(""))?;
     let (keys, broken) = KeyChain::load(options.key.clone(), storage);
-    let mut pass = pass::Pass::new(storage, options, keys, &files);
+    let mut pass = pass::Pass::new(storage, options, keys);
     if let Some(broken) = broken {
         pass.damage(broken.path, None, None, broken.why);
     }

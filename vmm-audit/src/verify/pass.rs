@@ -28,8 +28,6 @@ pub(super) struct Last {
     pub(super) checkpoint: Checkpoint,
     pub(super) note: Vec<u8>,
     frame: Vec<u8>,
-    file: String,
-    offset: u64,
 }
 
 pub(super) struct Pass<'a> {
@@ -71,7 +69,6 @@ impl<'a> Pass<'a> {
         storage: &'a dyn Storage,
         options: &'a VerifyOptions,
         keys: KeyChain,
-        _files: &[(String, u64)],
     ) -> Self {
         Self {
             storage,
@@ -130,7 +127,11 @@ impl<'a> Pass<'a> {
     }
 
     pub(super) fn key_file(&mut self, path: &str) {
-        if path.ends_with(".tmp") { self.foreign(path) } else { drop(self.key_files.insert(path.to_owned())) }
+        if path.ends_with(".tmp") {
+            self.foreign(path);
+        } else {
+            self.key_files.insert(path.to_owned());
+        }
     }
 
     /// What the log must have been: the published checkpoint, and those that the verifier has kept.
@@ -389,8 +390,6 @@ impl<'a> Pass<'a> {
         self.last = Some(Last {
             note: frame.payload.to_vec(),
             frame: frame.bytes.to_vec(),
-            file: name.to_owned(),
-            offset: frame.offset,
             checkpoint,
         });
     }
@@ -463,14 +462,12 @@ impl<'a> Pass<'a> {
                 self.damage(file, Some(offset), None, what);
             }
         }
-        let last = self.last.as_ref().map(|last| (last.checkpoint.closed, last.checkpoint.size, last.file.clone()));
-        let offset = self.last.as_ref().map(|last| last.offset);
-        if let (Some((true, size, file)), Some(published)) = (last, &self.published)
+        let last = self.last.as_ref().map(|last| (last.checkpoint.closed, last.checkpoint.size));
+        if let (Some((true, size)), Some(published)) = (last, &self.published)
             && published.size < size
         {
             let what = format!("it has {} entries, and the log was closed with {size}", published.size);
             self.damage("checkpoint".to_owned(), None, None, what);
-            let _ = (file, offset);
         }
         if self.first_entry > self.retained_from {
             let what = format!("entries before {} are absent, and no event says that they were removed", self.first_entry);

@@ -5,7 +5,6 @@ use super::{VerifyError, io};
 use crate::digest::Digest;
 use crate::merkle::FullTile;
 use crate::merkle::tiles::{TILE_HEIGHT, TILE_WIDTH, TileId, TileSource as _, range_hash};
-use crate::storage::Storage;
 
 /// Bytes of a full tile.
 const FULL: u64 = TILE_WIDTH * 32;
@@ -13,7 +12,9 @@ const FULL: u64 = TILE_WIDTH * 32;
 impl Pass<'_> {
     pub(super) fn tile_file(&mut self, path: &str) {
         match TileId::parse(path) {
-            Some(id) => drop(self.tiles.entry((id.level, id.index)).or_default().insert(id.width)),
+            Some(id) => {
+                self.tiles.entry((id.level, id.index)).or_default().insert(id.width);
+            }
             None => self.foreign(path),
         }
     }
@@ -72,7 +73,7 @@ impl Pass<'_> {
                 let inside = end.is_some_and(|end| end > 0 && end <= size && end >> shift == index + 1);
                 if !inside {
                     self.damage(id.path(), None, None, "it is beyond the end of the log".to_owned());
-                } else if let Err(what) = self.compare_with_parent(id, size) {
+                } else if let Err(what) = self.compare_with_parent(id) {
                     self.damage(id.path(), None, None, what);
                 }
             }
@@ -81,7 +82,7 @@ impl Pass<'_> {
     }
 
     /// A tile whose entries are gone: its root stands in the tile above it, or in the tree's right edge.
-    fn compare_with_parent(&self, id: TileId, size: u64) -> Result<(), String> {
+    fn compare_with_parent(&self, id: TileId) -> Result<(), String> {
         let wrong = |e: &dyn std::fmt::Display| format!("it cannot be compared: {e}");
         let full = TileId { width: TILE_WIDTH, ..id };
         let there = self.storage.read(&full.path(), FULL).map_err(|e| wrong(&e))?;
@@ -91,7 +92,6 @@ impl Pass<'_> {
             let same = narrow.len() as u64 == id.width * 32 && there.starts_with(&narrow);
             return if same { Ok(()) } else { Err("it is not the beginning of the full tile".to_owned()) };
         }
-        let _ = size;
         let parent = self.storage.hashes(id.level + 1, id.index, 1).map_err(|e| wrong(&e))?;
         let shift = TILE_HEIGHT * id.level;
         let start = (id.index * TILE_WIDTH) << shift;

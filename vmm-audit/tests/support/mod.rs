@@ -13,10 +13,10 @@ use vmm_audit::note::Verifier;
 use vmm_audit::storage::{FsStorage, MemoryStorage};
 use vmm_audit::verify::{Verification, VerifyOptions, verify};
 
-pub const ORIGIN: &str = "host.example/audit";
+pub(crate) const ORIGIN: &str = "host.example/audit";
 
 /// A decision about a connection of one of a few machines to another.
-pub fn decision(n: u64) -> Event {
+pub(crate) fn decision(n: u64) -> Event {
     let denied = n % 3 == 0;
     let event = Event::new(Kind::Decision)
         .subject(Party::vm(0x1111_0000 + u128::from(n % 5), 1))
@@ -32,7 +32,7 @@ pub fn decision(n: u64) -> Event {
     }
 }
 
-pub fn traffic(n: u64) -> Event {
+pub(crate) fn traffic(n: u64) -> Event {
     Event::new(Kind::Traffic)
         .subject(Party::vm(1, 1))
         .action(Action::Send)
@@ -40,12 +40,12 @@ pub fn traffic(n: u64) -> Event {
         .amount(0, n)
 }
 
-pub fn append(log: &mut LogWriter, n: u64) {
+pub(crate) fn append(log: &mut LogWriter, n: u64) {
     log.append(1, &decision(n).encode().unwrap()).unwrap();
 }
 
 /// A log in memory with some segments, a full tile, partial ones and keys that changed, closed in the ordinary way.
-pub fn small_log(entries_each: u64, segments: u64) -> (MemoryStorage, MemoryKeys, Verifier) {
+pub(crate) fn small_log(entries_each: u64, segments: u64) -> (MemoryStorage, MemoryKeys, Verifier) {
     let (storage, keys) = (MemoryStorage::new(), MemoryKeys::new());
     let (mut log, _) =
         LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap();
@@ -65,11 +65,11 @@ pub fn small_log(entries_each: u64, segments: u64) -> (MemoryStorage, MemoryKeys
     (storage, keys, verifier)
 }
 
-pub fn check(storage: &MemoryStorage, key: &Verifier) -> Verification {
+pub(crate) fn check(storage: &MemoryStorage, key: &Verifier) -> Verification {
     verify(storage, &VerifyOptions::new(key.clone()), &mut |_, _| ()).unwrap()
 }
 
-pub fn storage_of(files: &BTreeMap<String, Vec<u8>>) -> MemoryStorage {
+pub(crate) fn storage_of(files: &BTreeMap<String, Vec<u8>>) -> MemoryStorage {
     let storage = MemoryStorage::new();
     for (path, bytes) in files {
         storage.put(path, bytes.clone());
@@ -78,45 +78,45 @@ pub fn storage_of(files: &BTreeMap<String, Vec<u8>>) -> MemoryStorage {
 }
 
 /// A directory and a key file beside it.
-pub struct OnDisk {
-    pub folder: tempfile::TempDir,
-    pub log: PathBuf,
-    pub keys: PathBuf,
+pub(crate) struct OnDisk {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) log: PathBuf,
+    pub(crate) keys: PathBuf,
 }
 
 impl OnDisk {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (log, keys) = (folder.path().join("log"), folder.path().join("keys"));
         Self { folder, log, keys }
     }
 
-    pub fn storage(&self) -> Arc<FsStorage> {
+    pub(crate) fn storage(&self) -> Arc<FsStorage> {
         Arc::new(FsStorage::create(&self.log).unwrap())
     }
 
-    pub fn open(&self, options: LogOptions) -> LogWriter {
+    pub(crate) fn open(&self, options: LogOptions) -> LogWriter {
         LogWriter::open(self.storage(), Box::new(FileKeys::new(&self.keys)), ORIGIN, options).unwrap().0
     }
 
-    pub fn verifier(&self) -> Verifier {
+    pub(crate) fn verifier(&self) -> Verifier {
         FileKeys::new(&self.keys).load().unwrap().unwrap().root
     }
 
-    pub fn verify(&self, live: bool) -> Verification {
+    pub(crate) fn verify(&self, live: bool) -> Verification {
         let options = VerifyOptions::new(self.verifier()).live(live);
         verify(&*self.storage(), &options, &mut |_, _| ()).unwrap()
     }
 }
 
 /// Where a program is, if it is there.
-pub fn program(names: &[&str]) -> Option<PathBuf> {
+pub(crate) fn program(names: &[&str]) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let extra = [PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")];
     let folders: Vec<_> = std::env::split_paths(&path).chain(extra).collect();
     names.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name))).find(|p| p.is_file())
 }
 
-pub fn manifest(path: &str) -> PathBuf {
+pub(crate) fn manifest(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }

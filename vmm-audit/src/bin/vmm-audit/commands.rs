@@ -102,7 +102,9 @@ pub(crate) fn prove(command: &Prove) -> Done {
             }
         };
     }
-    let (Some(dir), Some(seq)) = (&command.dir, command.entry) else { return Err("DIR and ENTRY are needed".into()) };
+    let (Some(dir), Some(seq)) = (&command.dir, command.entry) else {
+        return Err("DIR and ENTRY are needed".into());
+    };
     let storage = storage(dir)?;
     let mut entries = Entries::near(Arc::clone(&storage), seq)?.live();
     let found = loop {
@@ -140,7 +142,8 @@ pub(crate) fn consistency(command: &Consistency) -> Done {
             Ok(proof) => (Some(proof), None),
             Err(error) => (None, Some(error.to_string())),
         };
-        let value = json!({ "consistent": error.is_none(), "from": kept, "to": now, "proof": proof, "error": error });
+        let value =
+            json!({ "consistent": error.is_none(), "from": kept, "to": now, "proof": proof, "error": error });
         anstream::println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         match &proven {
@@ -148,7 +151,9 @@ pub(crate) fn consistency(command: &Consistency) -> Done {
                 let hashes = proof.len();
                 anstream::println!("{}: {from} entries to {to}, {hashes} hashes", styled(GOOD, "consistent"));
             }
-            Err(error) => anstream::println!("{}: {from} entries to {to}: {error}", styled(BAD, "not consistent")),
+            Err(error) => {
+                anstream::println!("{}: {from} entries to {to}: {error}", styled(BAD, "not consistent"))
+            }
         }
     }
     Ok(proven.is_ok())
@@ -161,7 +166,15 @@ pub(crate) fn gaps(command: &Gaps) -> Done {
         anstream::println!("{}", serde_json::to_string_pretty(&gaps)?);
         return Ok(complete);
     }
-    anstream::println!("{:>6} {:>10} {:>10} {:>10} {:>6} {:>8}  who", "source", "emitted", "written", "counted", "torn", "missing");
+    anstream::println!(
+        "{:>6} {:>10} {:>10} {:>10} {:>6} {:>8}  who",
+        "source",
+        "emitted",
+        "written",
+        "counted",
+        "torn",
+        "missing"
+    );
     for account in &gaps.accounts {
         let missing = format!("{:>8}", account.missing);
         let missing = if account.missing > 0 { styled(BAD, missing) } else { missing };
@@ -179,7 +192,12 @@ pub(crate) fn gaps(command: &Gaps) -> Done {
     }
     for silence in &gaps.silences {
         let why = if silence.closed { "closed" } else { "silent" };
-        anstream::println!("{why} for {} s from {} (after entry {})", silence.seconds, silence.from, silence.after_entry);
+        anstream::println!(
+            "{why} for {} s from {} (after entry {})",
+            silence.seconds,
+            silence.from,
+            silence.after_entry
+        );
     }
     if gaps.cut > 0 {
         anstream::println!("{} events were cut off before they were acknowledged", gaps.cut);

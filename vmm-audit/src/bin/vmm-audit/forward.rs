@@ -47,13 +47,8 @@ pub(crate) fn tail(command: &Tail) -> Done {
     let storage = storage(&command.dir)?;
     // The end is found by the segments' headers and the entries of the last one.
     let mut entries = Entries::near(Arc::clone(&storage), u64::MAX)?.live();
-    let mut end = 0;
-    while let Some(item) = entries.next()? {
-        if let Item::Entry(found) = item {
-            end = found.seq + 1;
-        }
-    }
-    let from = end.saturating_sub(command.count);
+    while entries.next()?.is_some() {}
+    let from = entries.position().saturating_sub(command.count);
     let mut forwarder = Forwarder::new(storage, Lines::stdout(form(command.format, command.json)?), from)?;
     follow(&mut forwarder, command.follow)
 }
@@ -63,7 +58,8 @@ fn time(text: &str) -> Result<u64, Box<dyn Error>> {
     let time = match humantime::parse_rfc3339_weak(text) {
         Ok(time) => time,
         Err(_) => {
-            let age = humantime::parse_duration(text).map_err(|_| format!("{text:?}: RFC 3339, or an age as 2h"))?;
+            let age = humantime::parse_duration(text)
+                .map_err(|_| format!("{text:?}: RFC 3339, or an age as 2h"))?;
             SystemTime::now() - age
         }
     };
@@ -79,7 +75,8 @@ pub(crate) fn query(command: &Query) -> Done {
     (filter.source, filter.from, filter.to) = (command.source, command.from, command.to);
     filter.text.clone_from(&command.text);
     if let Some(vm) = &command.vm {
-        filter.vm = Some(Filter::parse_vm(vm).ok_or_else(|| format!("--vm {vm:?}: a UUID of 36 characters"))?);
+        filter.vm =
+            Some(Filter::parse_vm(vm).ok_or_else(|| format!("--vm {vm:?}: a UUID of 36 characters"))?);
     }
     filter.after = command.after.as_deref().map(time).transpose()?;
     filter.before = command.before.as_deref().map(time).transpose()?;
