@@ -68,7 +68,8 @@ impl Checkpoint {
     fn parse(text: &str) -> Result<Self, NoteError> {
         let bad = NoteError::Form;
         let mut lines = text.strip_suffix('\n').ok_or(bad("no newline at the end"))?.split('\n');
-        let mut next = || lines.next().ok_or(bad("a checkpoint has origin, size, root, chain, time and epoch"));
+        let mut next =
+            || lines.next().ok_or(bad("a checkpoint has origin, size, root, chain, time and epoch"));
         let (origin, size, root) = (next()?, next()?, next()?);
         if origin.is_empty() {
             return Err(bad("no origin"));
@@ -90,7 +91,9 @@ impl Checkpoint {
         for line in lines {
             if let Some(key) = line_after(line, "next ") {
                 checkpoint.next = Some(key.to_owned());
-            } else if let Some((id, position)) = line_after(line, "ring ").and_then(|ring| ring.split_once(' ')) {
+            } else if let Some((id, position)) =
+                line_after(line, "ring ").and_then(|ring| ring.split_once(' '))
+            {
                 let id = u64::from_str_radix(id, 16).ok().zip(number(position));
                 checkpoint.rings.push(id.ok_or(bad("a ring has an identifier and a position"))?);
             } else if line == "closed" {

@@ -31,7 +31,8 @@ pub fn export_tiles(storage: &Arc<dyn Storage>, to: &Path) -> io::Result<u64> {
         if found.seq != next {
             return Err(other(format!("entry {next} is absent: only a whole log can be exported as tiles")));
         }
-        let length = u16::try_from(found.bytes.len()).map_err(|_| other(format!("entry {next} is too long")))?;
+        let length =
+            u16::try_from(found.bytes.len()).map_err(|_| other(format!("entry {next} is too long")))?;
         bundle.extend_from_slice(&length.to_be_bytes());
         bundle.extend_from_slice(&found.bytes);
         next += 1;

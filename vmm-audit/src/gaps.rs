@@ -102,7 +102,8 @@ impl Open {
     fn account(self) -> Account {
         let counted: u64 = self.counters.values().sum();
         // A log whose beginning was removed has not seen the first.
-        let unseen = if self.who.is_some() { 0 } else { self.lowest.map_or(0, |lowest| lowest.saturating_sub(1)) };
+        let unseen =
+            if self.who.is_some() { 0 } else { self.lowest.map_or(0, |lowest| lowest.saturating_sub(1)) };
         let issued = self.issued.unwrap_or(self.highest.max(self.written + counted)).saturating_sub(unseen);
         Account {
             source: self.source,

@@ -88,12 +88,16 @@ impl Keys {
 
     fn from_text(text: &str) -> Result<Self, KeyError> {
         let mut lines = text.lines();
-        let mut after = |prefix: &str, why| lines.next().and_then(|l| l.strip_prefix(prefix)).ok_or(KeyError::Form(why));
+        let mut after =
+            |prefix: &str, why| lines.next().and_then(|l| l.strip_prefix(prefix)).ok_or(KeyError::Form(why));
         after("vmm-audit keys v1", "the first line is not `vmm-audit keys v1`")?;
         let root: Verifier = after("root ", "no root key")?.parse()?;
-        let epoch = after("epoch ", "no epoch")?.parse().map_err(|_| KeyError::Form("the epoch is no number"))?;
+        let epoch =
+            after("epoch ", "no epoch")?.parse().map_err(|_| KeyError::Form("the epoch is no number"))?;
         let signer = |text: &str| {
-            let seed = Zeroizing::new(BASE64.decode(text.as_bytes()).map_err(|_| KeyError::Form("a key is not base64"))?);
+            let seed = Zeroizing::new(
+                BASE64.decode(text.as_bytes()).map_err(|_| KeyError::Form("a key is not base64"))?,
+            );
             let seed: &[u8; 32] =
                 seed.as_slice().try_into().map_err(|_| KeyError::Form("a secret key has 32 bytes"))?;
             Ok::<_, KeyError>(Signer::from_seed(root.name(), seed)?)
@@ -138,7 +142,8 @@ impl FileKeys {
     fn write(&self, text: &str) -> io::Result<()> {
         let mut beside = self.path.clone().into_os_string();
         beside.push(".tmp");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         let old = OpenOptions::new().write(true).open(&self.path);
@@ -245,7 +250,9 @@ impl KeyChain {
 
     /// Sizes of the log between which the key of `epoch` may sign.
     pub fn range(&self, epoch: u64) -> (u64, u64) {
-        let at = |n: Option<u64>| n.and_then(|n| usize::try_from(n).ok()).and_then(|n| self.begins.get(n)).copied();
+        let at = |n: Option<u64>| {
+            n.and_then(|n| usize::try_from(n).ok()).and_then(|n| self.begins.get(n)).copied()
+        };
         (at(epoch.checked_sub(1)).unwrap_or(0), at(Some(epoch)).unwrap_or(u64::MAX))
     }
 

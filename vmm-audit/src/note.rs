@@ -75,7 +75,8 @@ impl Verifier {
             if *name != self.name || *id != self.id {
                 continue;
             }
-            let signature = Signature::from_slice(signature).map_err(|_| NoteError::Signature(self.to_string()))?;
+            let signature =
+                Signature::from_slice(signature).map_err(|_| NoteError::Signature(self.to_string()))?;
             let verified = self.key.verify_strict(parsed.text.as_bytes(), &signature);
             verified.map_err(|_| NoteError::Signature(self.to_string()))?;
             signed = true;
@@ -136,7 +137,8 @@ impl Signer {
     /// Never: without randomness it is an error of form.
     pub fn generate(name: &str) -> Result<Self, NoteError> {
         let mut seed = Zeroizing::new([0u8; 32]);
-        getrandom::fill(seed.as_mut_slice()).map_err(|_| NoteError::Form("the system gives no randomness"))?;
+        getrandom::fill(seed.as_mut_slice())
+            .map_err(|_| NoteError::Form("the system gives no randomness"))?;
         Self::from_seed(name, &seed)
     }
 
@@ -208,7 +210,8 @@ impl<'a> Note<'a> {
         let mut signatures = Vec::new();
         for line in lines.split('\n') {
             let parts = line.strip_prefix("— ").and_then(|line| line.split_once(' '));
-            let (name, signature) = parts.ok_or(NoteError::Form("a signature line is not `— NAME BASE64`"))?;
+            let (name, signature) =
+                parts.ok_or(NoteError::Form("a signature line is not `— NAME BASE64`"))?;
             check_name(name)?;
             let signature = BASE64.decode(signature.as_bytes());
             let signature = signature.map_err(|_| NoteError::Form("a signature is not base64"))?;

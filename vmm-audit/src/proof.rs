@@ -94,7 +94,8 @@ impl EntryProof {
             chain.follow(&checkpoint)?;
         }
         let checkpoint = chain.open(self.checkpoint.as_bytes())?;
-        let bytes = data_encoding::BASE64.decode(self.entry.as_bytes()).map_err(|_| EntryProofError::Base64)?;
+        let bytes =
+            data_encoding::BASE64.decode(self.entry.as_bytes()).map_err(|_| EntryProofError::Base64)?;
         verify_inclusion(leaf_hash(&bytes), self.index, checkpoint.size, &self.path, checkpoint.root)?;
         let entry = Entry::decode(&bytes)?;
         Ok((entry.source, Event::decode(entry.event)?))

@@ -1,7 +1,7 @@
 //! Which entries someone wants to see.
 
-use crate::event::{Action, Event, Kind, Outcome, Verdict, parse_uuid};
 use crate::event::Party;
+use crate::event::{Action, Event, Kind, Outcome, Verdict, parse_uuid};
 
 /// A filter: what is not said, everything passes.
 #[derive(Clone, Debug, Default)]

@@ -80,7 +80,8 @@ pub struct Entries {
 }
 
 fn segments(storage: &dyn Storage) -> io::Result<Vec<u64>> {
-    let mut numbers: Vec<u64> = storage.list("segments")?.iter().filter_map(|l| parse_name(&l.name)).collect();
+    let mut numbers: Vec<u64> =
+        storage.list("segments")?.iter().filter_map(|l| parse_name(&l.name)).collect();
     numbers.sort_unstable();
     Ok(numbers)
 }
@@ -139,7 +140,11 @@ impl Entries {
         }
         let mut item = None;
         let mut damage = |why: String| {
-            item.get_or_insert(Item::Damage { place: Place { file: path(number), offset: 0 }, bytes: 0, why });
+            item.get_or_insert(Item::Damage {
+                place: Place { file: path(number), offset: 0 },
+                bytes: 0,
+                why,
+            });
         };
         match header(&*self.storage, number)? {
             Ok(header) => {
@@ -192,7 +197,8 @@ impl Entries {
                 }
                 Some(Scanned::Damaged { offset, bytes, damage }) => {
                     let place = place(offset);
-                    let is_last = || Ok::<_, io::Error>(segments(&*self.storage)?.last() == Some(&current.number));
+                    let is_last =
+                        || Ok::<_, io::Error>(segments(&*self.storage)?.last() == Some(&current.number));
                     if self.live && matches!(damage, Damage::Cut { .. }) && is_last()? {
                         current.scanner.seek(at);
                         return Ok(None);

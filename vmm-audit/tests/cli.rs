@@ -32,7 +32,8 @@ fn log() -> OnDisk {
     let disk = OnDisk::new();
     let keys = Box::new(FileKeys::new(&disk.keys));
     let (log, _) =
-        AuditLog::open(disk.storage(), keys, support::ORIGIN, LogOptions::new(), PipelineOptions::new()).unwrap();
+        AuditLog::open(disk.storage(), keys, support::ORIGIN, LogOptions::new(), PipelineOptions::new())
+            .unwrap();
     let emitter = log.emitter(Party::host("vmm <b>&"));
     for n in 0..600 {
         emitter.emit(&decision(n)).unwrap();
@@ -122,14 +123,19 @@ fn export_writes_json_ocsf_and_tiles_and_goes_on_at_its_cursor() {
     log.close().unwrap();
     assert_eq!(run(&["export", dir, "--out", file, "--cursor", cursor]).status.code(), Some(0));
     let text = std::fs::read_to_string(file).unwrap();
-    let numbers: Vec<u64> =
-        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["seq"].as_u64().unwrap()).collect();
+    let numbers: Vec<u64> = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["seq"].as_u64().unwrap())
+        .collect();
     assert_eq!(numbers, (0..first as u64 + 3).collect::<Vec<_>>());
     let ocsf = run(&["export", dir, "--format", "ocsf"]);
     let line = out(&ocsf).lines().nth(10).unwrap().to_owned();
     assert!(serde_json::from_str::<Value>(&line).unwrap()["class_uid"].is_u64());
     let tiles = disk.folder.path().join("tiles");
-    assert_eq!(run(&["export", dir, "--format", "tiles", "--out", tiles.to_str().unwrap()]).status.code(), Some(0));
+    assert_eq!(
+        run(&["export", dir, "--format", "tiles", "--out", tiles.to_str().unwrap()]).status.code(),
+        Some(0)
+    );
     assert!(tiles.join("tile/entries/000").is_file());
 }
 
@@ -159,7 +165,8 @@ fn the_report_is_one_page_that_a_browser_shows() {
         println!("skipped: the browser does not run here: {}", String::from_utf8_lossy(&shown.stderr));
         return;
     }
-    for part in ["data-intact=\"true\"", "class=\"timeline\"", "class=\"flows\"", "tenants-apart", "</main>"] {
+    for part in ["data-intact=\"true\"", "class=\"timeline\"", "class=\"flows\"", "tenants-apart", "</main>"]
+    {
         assert!(dom.contains(part), "{part}");
     }
     assert_eq!(dom.matches("<g class=\"node vm\">").count(), 9);

@@ -17,7 +17,8 @@ use vmm_audit::storage::faulty::FaultyStorage;
 use vmm_audit::{Entries, Item};
 
 fn open(storage: &MemoryStorage, keys: &MemoryKeys) -> Result<LogWriter, LogError> {
-    LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new()).map(|(log, _)| log)
+    LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new())
+        .map(|(log, _)| log)
 }
 
 fn requests(storage: &MemoryStorage) -> Vec<vmm_audit::Digest> {
@@ -37,7 +38,8 @@ fn requests(storage: &MemoryStorage) -> Vec<vmm_audit::Digest> {
 fn a_full_disk_loses_nothing_and_is_tried_again() {
     let (memory, keys) = (MemoryStorage::new(), MemoryKeys::new());
     let (faulty, faults) = FaultyStorage::new(memory.clone());
-    let (mut log, _) = LogWriter::open(Arc::new(faulty), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap();
+    let (mut log, _) =
+        LogWriter::open(Arc::new(faulty), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap();
     let key = log.verifier().clone();
     append(&mut log, 0);
     log.commit().unwrap();
@@ -62,7 +64,8 @@ fn a_full_disk_loses_nothing_and_is_tried_again() {
 fn a_failed_synchronisation_closes_the_log_and_keeps_what_was_acknowledged() {
     let (memory, keys) = (MemoryStorage::new(), MemoryKeys::new());
     let (faulty, faults) = FaultyStorage::new(memory.clone());
-    let (mut log, _) = LogWriter::open(Arc::new(faulty), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap();
+    let (mut log, _) =
+        LogWriter::open(Arc::new(faulty), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap();
     let key = log.verifier().clone();
     append(&mut log, 0);
     log.commit().unwrap();
@@ -180,7 +183,8 @@ fn damage_to_what_was_acknowledged_is_never_cut_off() {
         let mut changed = whole.clone();
         changed[at] ^= 0x10;
         copy.put(path, changed.clone());
-        let opened = LogWriter::open(Arc::new(copy.clone()), Box::new(keys.copy()), ORIGIN, LogOptions::new());
+        let opened =
+            LogWriter::open(Arc::new(copy.clone()), Box::new(keys.copy()), ORIGIN, LogOptions::new());
         assert!(matches!(opened, Err(LogError::Damaged { .. })), "byte {at}");
         assert_eq!(copy.files()[path], changed, "byte {at}");
     }
@@ -198,7 +202,8 @@ fn a_disk_that_stands_still_is_not_felt_by_a_guest() {
     let deadline = Duration::from_millis(500);
     let options = PipelineOptions::new().deadline(deadline).rings(64, 1024);
     let (log, _) =
-        AuditLog::open(Arc::new(faulty), Box::new(MemoryKeys::new()), ORIGIN, LogOptions::new(), options).unwrap();
+        AuditLog::open(Arc::new(faulty), Box::new(MemoryKeys::new()), ORIGIN, LogOptions::new(), options)
+            .unwrap();
     let emitter = log.emitter(Party::vm(1, 1));
     let disk = tempfile::tempfile().unwrap();
     disk.write_all_at(&vec![7; 1 << 20], 0).unwrap();

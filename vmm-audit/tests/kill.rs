@@ -48,7 +48,8 @@ fn process() {
     match role.as_str() {
         // Writes into a log of its own, and says what was acknowledged.
         "writer" => {
-            let (log, _) = AuditLog::open(storage(), keys(), ORIGIN, options(), PipelineOptions::new()).unwrap();
+            let (log, _) =
+                AuditLog::open(storage(), keys(), ORIGIN, options(), PipelineOptions::new()).unwrap();
             let emitter = log.emitter(Party::host("writer"));
             for n in 0.. {
                 for m in 0..20 {

@@ -57,8 +57,10 @@ fn every_flipped_byte_of_every_file_is_seen_and_located() {
             assert!(named, "{path} byte {at}: {:?}", result.findings);
             if path.starts_with("segments/") && at >= HEADER {
                 // The frame that has the byte is where the damage begins.
-                let frame = frames(bytes).into_iter().find(|(start, end, _)| (*start..*end).contains(&at)).unwrap();
-                let found = result.findings.iter().any(|f| f.file == *path && f.offset == Some(frame.0 as u64));
+                let frame =
+                    frames(bytes).into_iter().find(|(start, end, _)| (*start..*end).contains(&at)).unwrap();
+                let found =
+                    result.findings.iter().any(|f| f.file == *path && f.offset == Some(frame.0 as u64));
                 assert!(found, "{path} byte {at}, frame at {}: {:?}", frame.0, result.findings);
             }
             flips += 1;
@@ -76,7 +78,12 @@ fn every_missing_file_is_seen() {
         // A narrower tile that a wider one stands for may go: the specification says so.
         let superseded = path.rsplit_once(".p/").is_some_and(|(tile, width)| {
             let width: u64 = width.parse().unwrap();
-            let wider = |other: &String| other == tile || other.rsplit_once(".p/").is_some_and(|(t, w)| t == tile && w.parse::<u64>().unwrap() > width);
+            let wider = |other: &String| {
+                other == tile
+                    || other
+                        .rsplit_once(".p/")
+                        .is_some_and(|(t, w)| t == tile && w.parse::<u64>().unwrap() > width)
+            };
             files.keys().any(wider)
         });
         let result = check(&storage_of(&files), &key);
@@ -163,7 +170,9 @@ fn appended_records_are_seen() {
 fn an_old_log_does_not_continue_a_later_checkpoint() {
     let (storage, keys) = (MemoryStorage::new(), MemoryKeys::new());
     let open = || {
-        LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap().0
+        LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new())
+            .unwrap()
+            .0
     };
     let mut log = open();
     (0..5).for_each(|n| append(&mut log, n));
@@ -205,7 +214,9 @@ fn a_log_that_was_written_again_with_another_key_is_not_the_log() {
 fn a_log_that_was_written_again_with_its_own_key_does_not_continue_what_was_kept() {
     let (storage, keys) = (MemoryStorage::new(), MemoryKeys::new());
     let open = |storage: &MemoryStorage, keys: &MemoryKeys| {
-        LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap().0
+        LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new())
+            .unwrap()
+            .0
     };
     drop(open(&storage, &keys));
     let (other, other_keys) = (storage.copy(), keys.copy());
@@ -300,10 +311,8 @@ fn a_source_cannot_speak_for_the_log() {
     let (mut log, _) =
         LogWriter::open(Arc::new(storage.clone()), Box::new(keys), ORIGIN, LogOptions::new()).unwrap();
     let key = log.verifier().clone();
-    let lie = Event::new(Kind::Retention).object(vmm_audit::event::Object::numbered(
-        vmm_audit::event::ObjectClass::Log,
-        1000,
-    ));
+    let lie = Event::new(Kind::Retention)
+        .object(vmm_audit::event::Object::numbered(vmm_audit::event::ObjectClass::Log, 1000));
     log.append(1, &lie.encode().unwrap()).unwrap();
     log.append(1, &decision(1).encode().unwrap()).unwrap();
     log.rotate().unwrap();

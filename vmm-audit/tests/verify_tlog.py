@@ -6,20 +6,17 @@ import base64, hashlib, os, sys
 P, L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
 D = -121665 * pow(121666, P - 2, P) % P
 
-
 def add(p, q):
     a, b = (p[1] - p[0]) * (q[1] - q[0]) % P, (p[1] + p[0]) * (q[1] + q[0]) % P
     c, d = 2 * p[3] * q[3] * D % P, 2 * p[2] * q[2] % P
     e, f, g, h = b - a, d - c, d + c, b + a
     return e * f % P, g * h % P, f * g % P, e * h % P
 
-
 def multiply(s, p):
     q = (0, 1, 1, 0)
     while s:
         q, p, s = add(q, p) if s & 1 else q, add(p, p), s >> 1
     return q
-
 
 def recover(y, sign):
     x2 = (y * y - 1) * pow(D * y * y + 1, P - 2, P) % P
@@ -30,21 +27,17 @@ def recover(y, sign):
     x = P - x if x & 1 != sign else x
     return x, y, 1, x * y % P
 
-
 def point(data):
     y = int.from_bytes(data, "little")
     return recover(y & (1 << 255) - 1, y >> 255)
 
-
 BASE = recover(4 * pow(5, P - 2, P) % P, 0)
-
 
 def verify(key, message, signature):
     r, s = signature[:32], int.from_bytes(signature[32:], "little")
     h = int.from_bytes(hashlib.sha512(r + key + message).digest(), "little") % L
     a, b = multiply(s, BASE), add(point(r), multiply(h, point(key)))
     return s < L and (a[0] * b[2] - b[0] * a[2]) % P == 0 and (a[1] * b[2] - b[1] * a[2]) % P == 0
-
 
 # Notes and checkpoints.
 def open_note(note, vkey):
@@ -62,11 +55,9 @@ def open_note(note, vkey):
             return text.splitlines()
     raise AssertionError("not signed by " + vkey)
 
-
 # Tiles.
 def node(left, right):
     return hashlib.sha256(b"\1" + left + right).digest()
-
 
 def mth(hashes):
     if len(hashes) < 2:
@@ -74,13 +65,11 @@ def mth(hashes):
     k = 1 << (len(hashes) - 1).bit_length() - 1
     return node(mth(hashes[:k]), mth(hashes[k:]))
 
-
 def path(root, kind, index, width):
     parts = ["%03d" % (index % 1000)]
     while index := index // 1000:
         parts.insert(0, "x%03d" % (index % 1000))
     return os.path.join(root, "tile", kind, *parts) + (".p/%d" % width if width < 256 else "")
-
 
 def main(root, vkey):
     origin, size, tree_root, *_ = open_note(open(os.path.join(root, "checkpoint"), encoding="utf-8").read(), vkey)
@@ -103,6 +92,5 @@ def main(root, vkey):
         level, hashes = level + 1, [mth(hashes[n:n + 256]) for n in range(0, len(hashes) // 256 * 256, 256)]
     assert mth(leaves) == base64.b64decode(tree_root), "the root is another"
     print("ok", size)
-
 
 main(*sys.argv[1:])

@@ -214,7 +214,12 @@ impl Ring {
         }
         // Not as the emitter says, which could say what another has: by what the kernel calls the memory.
         let boot = crate::log::boot_id().unwrap_or(0);
-        let parts = [&boot.to_be_bytes()[..], &stat.st_dev.to_be_bytes(), &stat.st_ino.to_be_bytes(), &id.to_be_bytes()];
+        let parts = [
+            &boot.to_be_bytes()[..],
+            &stat.st_dev.to_be_bytes(),
+            &stat.st_ino.to_be_bytes(),
+            &id.to_be_bytes(),
+        ];
         let digest = crate::Digest::of_parts(&parts);
         let id = digest.as_bytes().first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes));
         Self::map(probe.file.into(), options, id & !1)

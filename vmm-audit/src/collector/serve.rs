@@ -103,7 +103,11 @@ impl Collector {
     ///
     /// # Errors
     /// If the socket cannot be made.
-    pub fn bind(path: impl Into<PathBuf>, log: LogWriter, options: CollectorOptions) -> Result<Self, CollectorError> {
+    pub fn bind(
+        path: impl Into<PathBuf>,
+        log: LogWriter,
+        options: CollectorOptions,
+    ) -> Result<Self, CollectorError> {
         let path = path.into();
         let error = |source| CollectorError::Socket { path: path.clone(), source };
         // The log's lock says that the one which made it is no more.
@@ -203,7 +207,8 @@ impl Collector {
             match receive(&stream) {
                 Ok((ring, who)) => self.attached(stream, ring, &who)?,
                 Err(why) => {
-                    let event = Event::new(Kind::Malformed).reason(format!("an emitter was turned away: {why}"));
+                    let event =
+                        Event::new(Kind::Malformed).reason(format!("an emitter was turned away: {why}"));
                     self.log.append_own(&event)?;
                     self.commit()?;
                 }
@@ -289,12 +294,13 @@ impl Collector {
 
     /// Says which emitters are gone, once their rings are empty.
     fn depart(&mut self) -> Result<(), CollectorError> {
-        let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.clients).into_iter().partition(|client| {
-            let mut rings = Class::BOTH.into_iter().zip(client.next);
-            let empty = rings.all(|(class, next)| !client.ring.is_claimed(class, next));
-            // Someone else may have the memory too, and fill it for ever.
-            client.gone && (empty || client.rounds > ROUNDS)
-        });
+        let (gone, stay): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.clients).into_iter().partition(|client| {
+                let mut rings = Class::BOTH.into_iter().zip(client.next);
+                let empty = rings.all(|(class, next)| !client.ring.is_claimed(class, next));
+                // Someone else may have the memory too, and fill it for ever.
+                client.gone && (empty || client.rounds > ROUNDS)
+            });
         self.clients = stay;
         for client in gone {
             let event = Event::new(Kind::EmitterGone)

@@ -62,11 +62,15 @@ fn memory_that_can_shrink_or_is_no_ring_is_refused() {
         Ring::from_fd(fd)
     };
     let both = SealFlags::SHRINK | SealFlags::GROW;
-    for (size, seals) in [(1 << 20, SealFlags::SHRINK), (1 << 20, SealFlags::GROW), (100, both), (1 << 20, both)] {
+    for (size, seals) in
+        [(1 << 20, SealFlags::SHRINK), (1 << 20, SealFlags::GROW), (100, both), (1 << 20, both)]
+    {
         assert!(memory(size, seals).is_err());
     }
     // Sizes that do not fit the memory.
-    for options in [RingOptions { slot_bytes: 100, ..small() }, small().rings(3, 4), small().rings(4, 1 << 20)] {
+    for options in
+        [RingOptions { slot_bytes: 100, ..small() }, small().rings(3, 4), small().rings(4, 1 << 20)]
+    {
         assert!(Ring::create(options).is_err(), "{options:?}");
     }
 }
@@ -99,7 +103,8 @@ impl Running {
     fn start(&mut self, step: impl Fn(Step) + Send + 'static) {
         let (storage, keys) = (Arc::new(self.storage.clone()), Box::new(self.keys.clone()));
         let (log, _) = LogWriter::open(storage, keys, "log.example", LogOptions::new()).unwrap();
-        let collector = Collector::bind(self.socket(), log, CollectorOptions::default()).unwrap().on_step(step);
+        let collector =
+            Collector::bind(self.socket(), log, CollectorOptions::default()).unwrap().on_step(step);
         let stop = Arc::clone(&self.stop);
         self.thread = Some(std::thread::spawn(move || collector.run(&stop)));
     }

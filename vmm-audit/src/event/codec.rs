@@ -4,7 +4,8 @@ use smallvec::SmallVec;
 
 use super::wire::{Reader, Value, Writer};
 use super::{
-    Action, Event, EventError, Kind, MAX_ATTRIBUTES, Measured, Object, ObjectClass, Outcome, Party, Text, Verdict,
+    Action, Event, EventError, Kind, MAX_ATTRIBUTES, Measured, Object, ObjectClass, Outcome, Party, Text,
+    Verdict,
 };
 use crate::digest::Digest;
 

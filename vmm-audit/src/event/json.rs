@@ -6,9 +6,7 @@ use serde::de::Error as _;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{
-    Action, Event, Kind, Measured, Object, Outcome, Party, Text, Uuid, Verdict, parse_uuid,
-};
+use super::{Action, Event, Kind, Measured, Object, Outcome, Party, Text, Uuid, Verdict, parse_uuid};
 use crate::digest::Digest;
 
 /// Nanoseconds since 1970 as RFC 3339, in UTC, with nine digits of a second. The last moment that it can write is the end of 9999.
@@ -173,10 +171,12 @@ impl<'de> Deserialize<'de> for Event {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let form = Form::deserialize(deserializer)?;
         let wall = form.wall.map_or(Ok(0), |wall| {
-            from_rfc3339(&wall).ok_or_else(|| D::Error::custom(format!("wall {wall:?}: RFC 3339, 1970 to 2554")))
+            from_rfc3339(&wall)
+                .ok_or_else(|| D::Error::custom(format!("wall {wall:?}: RFC 3339, 1970 to 2554")))
         });
         let boot = form.boot.map(|boot| {
-            parse_uuid(&boot).ok_or_else(|| D::Error::custom(format!("boot {boot:?}: a UUID of 36 characters")))
+            parse_uuid(&boot)
+                .ok_or_else(|| D::Error::custom(format!("boot {boot:?}: a UUID of 36 characters")))
         });
         Ok(Self {
             kind: form.kind,

@@ -44,9 +44,9 @@ mod launch;
 mod names;
 mod ocsf;
 mod party;
-mod text;
 #[cfg(test)]
 mod tests;
+mod text;
 mod wire;
 
 pub use codec::{ENTRY_VERSION, Entry, MAX_ENTRY, MAX_EVENT};

@@ -19,13 +19,18 @@ fn class(event: &Event) -> (u32, &'static str, u32, &'static str, u32) {
         Kind::Decision | Kind::Revoked if !is_network(event) => {
             (3, "Identity & Access Management", 3003, "Authorize Session", 1)
         }
-        _ if is_network(event) => (4, "Network Activity", 4001, "Network Activity", activity_of_network(event)),
+        _ if is_network(event) => {
+            (4, "Network Activity", 4001, "Network Activity", activity_of_network(event))
+        }
         _ => (6, "Application Activity", 6003, "API Activity", activity_of_api(event)),
     }
 }
 
 fn is_network(event: &Event) -> bool {
-    event.object.as_ref().is_some_and(|object| matches!(object.class, ObjectClass::Vsock | ObjectClass::Network))
+    event
+        .object
+        .as_ref()
+        .is_some_and(|object| matches!(object.class, ObjectClass::Vsock | ObjectClass::Network))
 }
 
 /// 1 create, 2 read, 3 update, 4 delete, 99 other.
@@ -33,7 +38,8 @@ fn activity_of_api(event: &Event) -> u32 {
     match (event.kind, event.action) {
         (Kind::Launch | Kind::Opened, _) | (_, Some(Action::Create)) => 1,
         (_, Some(Action::Read | Action::MapReadOnly | Action::Export)) => 2,
-        (Kind::PolicyLoaded | Kind::Reset, _) | (_, Some(Action::Write | Action::Attach | Action::Delegate)) => 3,
+        (Kind::PolicyLoaded | Kind::Reset, _)
+        | (_, Some(Action::Write | Action::Attach | Action::Delegate)) => 3,
         (Kind::Shutdown | Kind::Closed | Kind::Revoked | Kind::Retention, _) => 4,
         _ => 99,
     }

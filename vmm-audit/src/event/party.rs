@@ -35,7 +35,8 @@ impl fmt::Display for Uuid {
 }
 
 pub(crate) fn parse_uuid(text: &str) -> Option<u128> {
-    let grouped = text.len() == 36 && text.bytes().enumerate().all(|(i, b)| matches!(i, 8 | 13 | 18 | 23) == (b == b'-'));
+    let grouped = text.len() == 36
+        && text.bytes().enumerate().all(|(i, b)| matches!(i, 8 | 13 | 18 | 23) == (b == b'-'));
     let digits: String = text.chars().filter(|c| *c != '-').collect();
     let plain = digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit());
     (grouped && plain).then(|| u128::from_str_radix(&digits, 16).ok()).flatten()

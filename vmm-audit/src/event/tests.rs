@@ -55,12 +55,12 @@ fn bytes_are_those_of_the_field_dictionary() {
     let mut event = Event::new(Kind::Decision).verdict(Verdict::Deny).subject(Party::host("ab")).reason("x");
     (event.monotonic, event.wall) = (0x0102, 3);
     let expected = [
-        &[0x08, 1][..],                           // 1 kind
-        &[0x18, 1],                               // 3 verdict
-        &[0x29, 2, 1, 0, 0, 0, 0, 0, 0],          // 5 monotonic
-        &[0x31, 3, 0, 0, 0, 0, 0, 0, 0],          // 6 wall
-        &[0x42, 4, 0x1a, 2, b'a', b'b'],          // 8 subject, 3 host
-        &[0x7a, 1, b'x'],                         // 15 reason
+        &[0x08, 1][..],                  // 1 kind
+        &[0x18, 1],                      // 3 verdict
+        &[0x29, 2, 1, 0, 0, 0, 0, 0, 0], // 5 monotonic
+        &[0x31, 3, 0, 0, 0, 0, 0, 0, 0], // 6 wall
+        &[0x42, 4, 0x1a, 2, b'a', b'b'], // 8 subject, 3 host
+        &[0x7a, 1, b'x'],                // 15 reason
     ];
     assert_eq!(event.encode().unwrap(), expected.concat());
 }
@@ -90,7 +90,10 @@ fn what_is_no_event_is_refused() {
         (&[0x08, 1, 0x5a, 2, 0xff, 0xff], EventError::Utf8 { field: 11 }),
         (&[0x08, 1, 0x6a, 1, 0], EventError::Length { field: 13, length: 1, allowed: 32 }),
         (&[0x08, 1, 0x42, 0], EventError::Absent { field: 8 }),
-        (&[0x08, 0x80, 0x80, 0x80, 0x80, 0x10], EventError::Range { field: 1, value: 1 << 32, max: 0xffff_ffff }),
+        (
+            &[0x08, 0x80, 0x80, 0x80, 0x80, 0x10],
+            EventError::Range { field: 1, value: 1 << 32, max: 0xffff_ffff },
+        ),
         (&[0x08, 1, 0x7a, 5, b'x'], EventError::CutShort),
     ] {
         assert_eq!(Event::decode(bytes), Err(error));
@@ -118,7 +121,9 @@ fn parties_as_text() {
     assert_eq!(vm.to_string(), "vm 00112233-4455-6677-8899-aabbccddeeff#3");
     assert_eq!(vm.to_string().parse(), Ok(vm));
     assert_eq!("host a b".parse(), Ok(Party::host("a b")));
-    for wrong in ["vm 00112233445566778899aabbccddeeff#3", "vm 00112233-4455-6677-8899-aabbccddeeff", "host", "x y"] {
+    for wrong in
+        ["vm 00112233445566778899aabbccddeeff#3", "vm 00112233-4455-6677-8899-aabbccddeeff", "host", "x y"]
+    {
         assert!(wrong.parse::<Party>().is_err(), "{wrong}");
     }
 }
@@ -128,7 +133,11 @@ fn ocsf_has_the_classes_of_the_design() {
     let vsock = Object::numbered(ObjectClass::Vsock, 22);
     let cases = [
         (Event::new(Kind::Administration).action(Action::Create), 6003, 600_301),
-        (Event::new(Kind::Decision).object(vsock).verdict(Verdict::Deny).peer(Party::vm(1, 1)), 4001, 400_105),
+        (
+            Event::new(Kind::Decision).object(vsock).verdict(Verdict::Deny).peer(Party::vm(1, 1)),
+            4001,
+            400_105,
+        ),
         (Event::new(Kind::Decision).object(Object::named(ObjectClass::Region, "r")), 3003, 300_301),
         (Event::new(Kind::Misbehaviour), 2004, 200_401),
     ];
@@ -137,7 +146,8 @@ fn ocsf_has_the_classes_of_the_design() {
         assert_eq!((&json["class_uid"], &json["type_uid"]), (&class.into(), &kind.into()));
         assert_eq!(serde_json::from_value::<Event>(json["unmapped"]["event"].clone()).unwrap(), event);
     }
-    let refused = Event::new(Kind::Decision).object(Object::numbered(ObjectClass::Vsock, 22)).peer(Party::vm(1, 1));
+    let refused =
+        Event::new(Kind::Decision).object(Object::numbered(ObjectClass::Vsock, 22)).peer(Party::vm(1, 1));
     assert_eq!(to_ocsf(&refused, 5, 1)["dst_endpoint"]["port"], 22);
 }
 

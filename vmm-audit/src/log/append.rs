@@ -182,7 +182,8 @@ impl LogWriter {
     /// else closes the log.
     pub fn commit(&mut self) -> Result<Batch, LogError> {
         self.check()?;
-        let due = self.length >= self.options.segment_bytes || self.begun.elapsed() >= self.options.segment_age;
+        let due =
+            self.length >= self.options.segment_bytes || self.begun.elapsed() >= self.options.segment_age;
         if due && self.rotation.is_none() {
             self.rotation = Some(self.first_step());
         }
@@ -365,14 +366,17 @@ impl LogWriter {
         let name = path(number + 1);
         let file = self.storage.open_to_read(&name).map_err(LogError::io(name.clone()))?;
         let ended = super::recover::first_time(file).map_err(LogError::io(name))?;
-        Ok(ended.is_some_and(|ended| wall_clock().saturating_sub(ended) > u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)))
+        Ok(ended.is_some_and(|ended| {
+            wall_clock().saturating_sub(ended) > u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)
+        }))
     }
 
     fn base_of(&self, number: u64) -> Result<u64, LogError> {
         let name = path(number);
         let file = self.storage.open_to_read(&name).map_err(LogError::io(name.clone()))?;
         let header = super::recover::read_header(&*file).map_err(LogError::io(name.clone()))?;
-        let damaged = |why: super::segment::Damage| LogError::Damaged { path: name, offset: 0, why: why.to_string() };
+        let damaged =
+            |why: super::segment::Damage| LogError::Damaged { path: name, offset: 0, why: why.to_string() };
         header.map(|header| header.base).map_err(damaged)
     }
 

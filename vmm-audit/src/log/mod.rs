@@ -19,11 +19,11 @@ mod tests;
 
 use std::io;
 
-pub use append::{Batch, LogWriter};
 pub(crate) use append::carried_over;
-pub(crate) use recover::boot_id;
+pub use append::{Batch, LogWriter};
 pub use options::LogOptions;
 pub use recover::Recovered;
+pub(crate) use recover::boot_id;
 
 use crate::event::EventError;
 use crate::keys::KeyError;
@@ -77,7 +77,9 @@ pub enum LogError {
         why: String,
     },
     /// The log is older than what it has published.
-    #[error("the log has {found} entries, and a checkpoint says that it had {published}: it is an old copy, or its end is missing")]
+    #[error(
+        "the log has {found} entries, and a checkpoint says that it had {published}: it is an old copy, or its end is missing"
+    )]
     RolledBack {
         /// Entries that it has.
         found: u64,

@@ -91,7 +91,11 @@ impl LogOptions {
             return Err(LogError::Option { option: "segment_bytes", value, allowed: "65536 and more" });
         }
         if keep < 2 {
-            return Err(LogError::Option { option: "keep_segments", value: keep.to_string(), allowed: "2 and more" });
+            return Err(LogError::Option {
+                option: "keep_segments",
+                value: keep.to_string(),
+                allowed: "2 and more",
+            });
         }
         Ok(())
     }

@@ -10,7 +10,8 @@ const WAITING: usize = 4096;
 
 impl LogWriter {
     pub(super) fn publish_if_due(&mut self) -> Result<(), LogError> {
-        let due = self.published.0 < self.acknowledged && self.published.1.elapsed() >= self.options.publish_every;
+        let due =
+            self.published.0 < self.acknowledged && self.published.1.elapsed() >= self.options.publish_every;
         let written = if due { self.publish() } else { self.write_full_tiles() };
         match written {
             // What was acknowledged is in the segments, and tiles are made of them: this can wait.

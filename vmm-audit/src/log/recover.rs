@@ -76,7 +76,12 @@ pub(super) fn first_time(file: Box<dyn StorageFile>) -> io::Result<Option<u64>> 
 }
 
 /// Reads a segment behind its header. `keys` grow if a checkpoint names the next.
-fn scan(file: Box<dyn StorageFile>, name: &str, header: &Header, keys: &mut KeyChain) -> Result<Scan, LogError> {
+fn scan(
+    file: Box<dyn StorageFile>,
+    name: &str,
+    header: &Header,
+    keys: &mut KeyChain,
+) -> Result<Scan, LogError> {
     let failed = || LogError::io(name);
     let damaged = |offset, why: String| LogError::Damaged { path: name.to_owned(), offset, why };
     let mut scan = Scan {
@@ -104,7 +109,10 @@ fn scan(file: Box<dyn StorageFile>, name: &str, header: &Header, keys: &mut KeyC
         let seq = header.base + (scan.leaves.len() + pending.len()) as u64;
         #[expect(clippy::cast_possible_truncation, reason = "the low half")]
         if frame.number != seq as u32 {
-            wrong.get_or_insert((frame.offset, format!("a frame numbered {} where {seq} is due", frame.number)));
+            wrong.get_or_insert((
+                frame.offset,
+                format!("a frame numbered {} where {seq} is due", frame.number),
+            ));
         }
         match frame.kind {
             FrameKind::Entry => {
@@ -118,7 +126,10 @@ fn scan(file: Box<dyn StorageFile>, name: &str, header: &Header, keys: &mut KeyC
                     }
                     let chain = Digest::from_bytes(hash.finalize().into());
                     if checkpoint.size != seq || checkpoint.chain != chain {
-                        return Err(damaged(frame.offset, "the checkpoint is not one of what is before it".to_owned()));
+                        return Err(damaged(
+                            frame.offset,
+                            "the checkpoint is not one of what is before it".to_owned(),
+                        ));
                     }
                     if checkpoint.next.is_some() && checkpoint.epoch == keys.last_epoch() {
                         keys.follow(&checkpoint)?;
@@ -181,7 +192,9 @@ impl LogWriter {
                 return Err(KeyError::Origin { found, expected }.into());
             }
             Some(keys) => keys,
-            None if !numbers.is_empty() => return Err(KeyError::Form("the log is there, and its keys are not").into()),
+            None if !numbers.is_empty() => {
+                return Err(KeyError::Form("the log is there, and its keys are not").into());
+            }
             None => {
                 let keys = Keys::generate(origin)?;
                 store.save(&keys)?;
@@ -382,7 +395,8 @@ pub(crate) fn boot_id() -> Option<u128> {
 
 /// Reads the last two segments.
 fn load(storage: &dyn Storage, numbers: &[u64], keys: &mut KeyChain) -> Result<State, LogError> {
-    let missing = |number: u64| LogError::Damaged { path: path(number), offset: 0, why: "it is absent".to_owned() };
+    let missing =
+        |number: u64| LogError::Damaged { path: path(number), offset: 0, why: "it is absent".to_owned() };
     let (first, last) = numbers.first().zip(numbers.last()).map_or((0, 0), |(first, last)| (*first, *last));
     for (number, there) in (first..=last).zip(numbers) {
         if number != *there {
@@ -423,10 +437,9 @@ fn load(storage: &dyn Storage, numbers: &[u64], keys: &mut KeyChain) -> Result<S
             return Ok(State { number: last, header: None, scan, before });
         }
     };
-    let (base, chain) =
-        before.as_ref().map_or((0, Digest::default()), |last| {
-            (last.checkpoint.size, carried_over(last.checkpoint.chain, &last.frame))
-        });
+    let (base, chain) = before.as_ref().map_or((0, Digest::default()), |last| {
+        (last.checkpoint.size, carried_over(last.checkpoint.chain, &last.frame))
+    });
     if header.number != last || header.base != base || header.chain != chain {
         let why = "its header does not continue the segment before".to_owned();
         return Err(LogError::Damaged { path: name, offset: 0, why });
@@ -442,7 +455,8 @@ fn scan_whole(storage: &dyn Storage, number: u64, keys: &mut KeyChain) -> Result
     let name = path(number);
     let file = storage.open_to_read(&name).map_err(LogError::io(name.clone()))?;
     let header = read_header(&*file).map_err(LogError::io(name.clone()))?;
-    let header = header.map_err(|e| LogError::Damaged { path: name.clone(), offset: 0, why: e.to_string() })?;
+    let header =
+        header.map_err(|e| LogError::Damaged { path: name.clone(), offset: 0, why: e.to_string() })?;
     scan(file, &name, &header, keys)
 }
 

@@ -154,7 +154,8 @@ struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {
     fn take<const N: usize>(&mut self) -> [u8; N] {
-        let (field, rest) = self.0.split_first_chunk().map_or(([0; N], &[][..]), |(field, rest)| (*field, rest));
+        let (field, rest) =
+            self.0.split_first_chunk().map_or(([0; N], &[][..]), |(field, rest)| (*field, rest));
         self.0 = rest;
         field
     }
@@ -202,7 +203,9 @@ fn parse(bytes: &[u8], offset: u64) -> Result<Frame<'_>, Damage> {
     let there = bytes.len();
     let head: &[u8; FRAME] = match bytes.first_chunk() {
         Some(head) => head,
-        None if bytes.first().is_none_or(|mark| *mark == MARK) => return Err(Damage::Cut { there, needed: FRAME }),
+        None if bytes.first().is_none_or(|mark| *mark == MARK) => {
+            return Err(Damage::Cut { there, needed: FRAME });
+        }
         None => return Err(Damage::NoFrame),
     };
     let mut fields = Fields(head);

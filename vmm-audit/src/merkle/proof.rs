@@ -265,7 +265,14 @@ mod tests {
             assert_eq!(id.path(), path);
             assert_eq!(TileId::parse(path), Some(id));
         }
-        for wrong in ["tile/0/0", "tile/00/000", "tile/0/x000/001", "tile/0/000.p/256", "tile/0/000.p/0", "tile/64/000"] {
+        for wrong in [
+            "tile/0/0",
+            "tile/00/000",
+            "tile/0/x000/001",
+            "tile/0/000.p/256",
+            "tile/0/000.p/0",
+            "tile/64/000",
+        ] {
             assert_eq!(TileId::parse(wrong), None, "{wrong}");
         }
     }

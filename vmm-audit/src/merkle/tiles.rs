@@ -56,7 +56,8 @@ impl TileId {
             Some((index, width)) => (index, width.parse().ok().filter(|w| (1..TILE_WIDTH).contains(w))?),
             None => (rest, TILE_WIDTH),
         };
-        let id = Self { level: level.parse().ok().filter(|l| *l < 64)?, index: parse_index_path(index)?, width };
+        let id =
+            Self { level: level.parse().ok().filter(|l| *l < 64)?, index: parse_index_path(index)?, width };
         (id.path() == path).then_some(id)
     }
 }

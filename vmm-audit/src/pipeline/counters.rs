@@ -47,7 +47,11 @@ pub(crate) fn cell_event(cell: usize, source: u32, (count, bytes): (u64, u64)) -
     let (verdict, rest) = (cell % VERDICTS, cell / VERDICTS);
     let (action, kind) = (rest % ACTIONS, rest / ACTIONS);
     let number = |slot: usize| u32::try_from(slot).unwrap_or(0);
-    let of = if kind == 0 || kind == KINDS - 1 { "other".to_owned() } else { Kind::from_number(number(kind)).to_string() };
+    let of = if kind == 0 || kind == KINDS - 1 {
+        "other".to_owned()
+    } else {
+        Kind::from_number(number(kind)).to_string()
+    };
     let mut event = Event::new(Kind::Coalesced).amount(count, bytes);
     event.action = (action != 0).then(|| Action::from_number(number(action)));
     event.verdict = (verdict != 0).then(|| Verdict::from_number(number(verdict)));

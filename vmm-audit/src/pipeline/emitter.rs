@@ -136,12 +136,20 @@ pub struct Emitter {
 
 impl std::fmt::Debug for Emitter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Emitter").field("source", &self.source).field("emitted", &self.emitted()).finish_non_exhaustive()
+        f.debug_struct("Emitter")
+            .field("source", &self.source)
+            .field("emitted", &self.emitted())
+            .finish_non_exhaustive()
     }
 }
 
 impl Emitter {
-    pub(crate) fn new(transport: Arc<dyn Transport>, cells: Arc<dyn Cells>, source: u32, deadline: Duration) -> Self {
+    pub(crate) fn new(
+        transport: Arc<dyn Transport>,
+        cells: Arc<dyn Cells>,
+        source: u32,
+        deadline: Duration,
+    ) -> Self {
         Self { transport, cells, source, deadline }
     }
 

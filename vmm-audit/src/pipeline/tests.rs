@@ -186,7 +186,9 @@ fn a_failed_synchronisation_refuses_everything_and_tells_who_waits() {
     bench.log.flush(LONG).unwrap();
     bench.faults.sync_fails(true);
     let receipt = emitter.admit(&open()).unwrap();
-    assert!(matches!(receipt.wait(LONG), Err(NotDurable::Failed(why)) if why.contains("failed to reach the disk")));
+    assert!(
+        matches!(receipt.wait(LONG), Err(NotDurable::Failed(why)) if why.contains("failed to reach the disk"))
+    );
     assert!(bench.log.status().failed.is_some());
     assert!(matches!(emitter.admit(&open()), Err(Refused::Closed(_))));
     assert_eq!(emitter.emit(&open()), Ok(Emitted::Counted));

@@ -14,7 +14,10 @@ pub(super) fn timeline(data: &ReportData) -> String {
     let (width, height) = (960.0, 160.0);
     let most = data.bars.iter().map(|bar| bar.iter().sum::<u64>()).max().unwrap_or(0).max(1);
     let step = width / data.bars.len().max(1) as f64;
-    let mut svg = format!(r#"<svg class="timeline" viewBox="0 0 {width} {}" role="img" aria-label="events over time">"#, height + 24.0);
+    let mut svg = format!(
+        r#"<svg class="timeline" viewBox="0 0 {width} {}" role="img" aria-label="events over time">"#,
+        height + 24.0
+    );
     for (n, bar) in data.bars.iter().enumerate() {
         let mut y = height;
         for (count, class) in bar.iter().zip(["denied", "allowed", "other"]) {
@@ -24,7 +27,9 @@ pub(super) fn timeline(data: &ReportData) -> String {
             let h = (*count as f64 / most as f64 * (height - 8.0)).max(1.5);
             y -= h;
             let (x, w) = (n as f64 * step, (step - 2.0).max(1.0));
-            svg += &format!(r#"<rect class="{class}" x="{x:.1}" y="{y:.1}" width="{w:.1}" height="{h:.1}"><title>{count} {class}</title></rect>"#);
+            svg += &format!(
+                r#"<rect class="{class}" x="{x:.1}" y="{y:.1}" width="{w:.1}" height="{h:.1}"><title>{count} {class}</title></rect>"#
+            );
         }
     }
     svg += &format!(r#"<line class="axis" x1="0" y1="{height}" x2="{width}" y2="{height}"/>"#);
@@ -89,7 +94,8 @@ pub(super) fn flows(data: &ReportData) -> String {
     }
     svg += "</svg>";
     if left_out > 0 {
-        svg += &format!("<p class=\"quiet\">{left_out} parties with less traffic are not in the picture.</p>");
+        svg +=
+            &format!("<p class=\"quiet\">{left_out} parties with less traffic are not in the picture.</p>");
     }
     svg
 }

@@ -61,7 +61,8 @@ pub fn render(data: &ReportData, verification: &Verification, gaps: &Gaps) -> St
     html += "<h2>Denials by pair</h2>";
     html += &denials(data);
     html += "<h2>Flows</h2><p class=\"key quiet\">An arrow goes from who asked to whom or what for; dashed ones were denied.</p>";
-    html += &if data.flows.is_empty() { "<p class=\"quiet\">None.</p>".to_owned() } else { graph::flows(data) };
+    html +=
+        &if data.flows.is_empty() { "<p class=\"quiet\">None.</p>".to_owned() } else { graph::flows(data) };
     html += "<h2>To be looked at</h2>";
     html += &notable(data);
     html += "<h2>Accounts of the sources</h2>";
@@ -69,7 +70,14 @@ pub fn render(data: &ReportData, verification: &Verification, gaps: &Gaps) -> St
     html += &format!(
         "<h2>Last checkpoint</h2><pre class=\"mono\">{}</pre></main></body></html>\n",
         // Its lines are to stay.
-        verification.checkpoint.as_deref().unwrap_or("none").lines().map(escape).collect::<Vec<_>>().join("\n")
+        verification
+            .checkpoint
+            .as_deref()
+            .unwrap_or("none")
+            .lines()
+            .map(escape)
+            .collect::<Vec<_>>()
+            .join("\n")
     );
     html
 }
@@ -113,7 +121,9 @@ fn cards(data: &ReportData, verification: &Verification, gaps: &Gaps) -> String 
         ("missing", missing),
         ("bytes", verification.bytes),
     ];
-    let cards = cards.map(|(name, n)| format!("<div class=\"card\"><b>{}</b><span class=\"quiet\">{name}</span></div>", number(n)));
+    let cards = cards.map(|(name, n)| {
+        format!("<div class=\"card\"><b>{}</b><span class=\"quiet\">{name}</span></div>", number(n))
+    });
     format!("<div class=\"cards\">{}</div>", cards.concat())
 }
 

@@ -40,8 +40,12 @@ impl Journald {
 
     fn send_bytes(&self, bytes: &[u8]) -> io::Result<()> {
         match self.socket.send_to(bytes, &self.path) {
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error()) => self.send_memory(bytes),
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => self.send_memory(bytes),
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error()) => {
+                self.send_memory(bytes)
+            }
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
+                self.send_memory(bytes)
+            }
             sent => sent.map(drop),
         }
     }
@@ -57,7 +61,9 @@ impl Journald {
     }
 
     fn send_fd(&self, file: &std::fs::File) -> io::Result<()> {
-        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, sendmsg_addr};
+        use rustix::net::{
+            SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, sendmsg_addr,
+        };
         let fds = [file.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);

@@ -42,7 +42,9 @@ impl Delivery {
     /// As JSON: the event's fields, with `seq` and `source` before them.
     pub fn to_json(&self) -> Value {
         let mut value = json!({ "seq": self.seq, "source": self.source });
-        if let (Some(map), Ok(Value::Object(event))) = (value.as_object_mut(), serde_json::to_value(&self.event)) {
+        if let (Some(map), Ok(Value::Object(event))) =
+            (value.as_object_mut(), serde_json::to_value(&self.event))
+        {
             map.extend(event);
         }
         value
@@ -128,7 +130,8 @@ pub fn describe(event: &Event) -> String {
     word(" by ", event.subject.as_ref().map(ToString::to_string));
     word(" of ", event.peer.as_ref().map(ToString::to_string));
     word(" -> ", event.outcome.map(|outcome| outcome.to_string()));
-    let line_number = if event.rule_line == 0 { String::new() } else { format!(" (line {})", event.rule_line) };
+    let line_number =
+        if event.rule_line == 0 { String::new() } else { format!(" (line {})", event.rule_line) };
     word(", rule ", event.rule.as_ref().map(|rule| format!("{rule}{line_number}")));
     word(", ", (event.count != 0).then(|| format!("{} of them", event.count)));
     word(": ", event.reason.as_ref().map(ToString::to_string));

@@ -161,7 +161,9 @@ impl Sink for Syslog {
     fn send(&mut self, delivery: &Delivery) -> Result<(), SinkError> {
         let message = self.message(delivery);
         let name = || match &self.target {
-            SyslogTarget::Datagram(path) | SyslogTarget::Stream(path) => format!("syslog at {}", path.display()),
+            SyslogTarget::Datagram(path) | SyslogTarget::Stream(path) => {
+                format!("syslog at {}", path.display())
+            }
             SyslogTarget::Tcp(address) => format!("syslog at {address}"),
         };
         let name = name();

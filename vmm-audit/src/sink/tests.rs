@@ -54,7 +54,10 @@ fn lines_in_each_form() {
     json.flush().unwrap();
     let text = String::from_utf8(json.to.into_inner().unwrap()).unwrap();
     let value: Value = serde_json::from_str(text.trim_end()).unwrap();
-    assert_eq!((&value["seq"], &value["verdict"], &value["object"]["number"]), (&7.into(), &"deny".into(), &7.into()));
+    assert_eq!(
+        (&value["seq"], &value["verdict"], &value["object"]["number"]),
+        (&7.into(), &"deny".into(), &7.into())
+    );
     let text = lines::line(&delivery(7), Form::Text);
     assert!(text.starts_with("2023-11-14T22:13:20.123456789Z"), "{text}");
     assert!(text.contains("decision deny connect vsock 7 by host a \"b\"") && !text.contains('\n'), "{text}");
@@ -169,7 +172,8 @@ impl Drop for Rsyslog {
 impl Rsyslog {
     /// Debian's rsyslogd, with a socket and a TCP port of its own. `None` if there is none here.
     fn start() -> Option<Self> {
-        let program = ["/usr/sbin/rsyslogd", "/sbin/rsyslogd"].into_iter().find(|path| Path::new(path).exists());
+        let program =
+            ["/usr/sbin/rsyslogd", "/sbin/rsyslogd"].into_iter().find(|path| Path::new(path).exists());
         let Some(program) = program else {
             println!("skipped: there is no rsyslogd (Debian's package rsyslog)");
             return None;
@@ -215,7 +219,8 @@ impl Rsyslog {
         let begun = Instant::now();
         loop {
             let text = std::fs::read_to_string(self.folder.path().join("out")).unwrap_or_default();
-            let lines: Vec<_> = text.lines().filter(|l| l.starts_with("vmm-audit|")).map(str::to_owned).collect();
+            let lines: Vec<_> =
+                text.lines().filter(|l| l.starts_with("vmm-audit|")).map(str::to_owned).collect();
             if lines.len() >= count {
                 return lines;
             }
@@ -229,7 +234,10 @@ fn check_lines(lines: &[String], first: u64) {
     for (line, n) in lines.iter().zip(first..) {
         let parts: Vec<_> = line.splitn(6, '|').collect();
         assert_eq!(parts[1..4], ["108", "decision", "2023-11-14T22:13:20.123456Z"], "{line}");
-        assert!(parts[4].starts_with(&format!("[vmm-audit@32473 seq=\"{n}\" source=\"4\" kind=\"decision\"")), "{line}");
+        assert!(
+            parts[4].starts_with(&format!("[vmm-audit@32473 seq=\"{n}\" source=\"4\" kind=\"decision\"")),
+            "{line}"
+        );
         assert!(parts[4].contains(r#"subject="host a \"b\" \]\\c""#), "{line}");
         assert!(parts[5].contains("decision deny connect vsock"), "{line}");
     }

@@ -34,7 +34,11 @@ impl FsStorage {
     /// If it is not, or is no directory.
     pub fn existing(root: impl Into<PathBuf>) -> io::Result<Self> {
         let root = root.into();
-        if std::fs::metadata(&root)?.is_dir() { Ok(Self { root }) } else { Err(io::ErrorKind::NotADirectory.into()) }
+        if std::fs::metadata(&root)?.is_dir() {
+            Ok(Self { root })
+        } else {
+            Err(io::ErrorKind::NotADirectory.into())
+        }
     }
 
     /// Where it is.
@@ -85,7 +89,9 @@ impl Storage for FsStorage {
 
     fn read(&self, path: &str, limit: u64) -> io::Result<Option<Vec<u8>>> {
         let file = match options().read(true).open(self.root.join(path)) {
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
             file => file?,
         };
         let mut bytes = Vec::new();

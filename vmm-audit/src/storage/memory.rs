@@ -41,7 +41,8 @@ impl MemoryStorage {
             bytes.extend_from_slice(behind.get(..torn).unwrap_or(behind));
             Contents { durable: bytes.clone(), bytes }
         };
-        let files = self.state().files.iter().map(|(path, contents)| (path.clone(), left(contents))).collect();
+        let files =
+            self.state().files.iter().map(|(path, contents)| (path.clone(), left(contents))).collect();
         Self(Arc::new(Mutex::new(State { files, locked: false })))
     }
 

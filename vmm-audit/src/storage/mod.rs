@@ -1,9 +1,9 @@
 //! Where a log lies: the few things that it wants of files, so that tests can have them fail.
 
-mod fs;
-mod memory;
 #[cfg(any(test, feature = "testkit"))]
 pub mod faulty;
+mod fs;
+mod memory;
 
 use std::io;
 

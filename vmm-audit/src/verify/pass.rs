@@ -65,11 +65,7 @@ pub(super) struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    pub(super) fn new(
-        storage: &'a dyn Storage,
-        options: &'a VerifyOptions,
-        keys: KeyChain,
-    ) -> Self {
+    pub(super) fn new(storage: &'a dyn Storage, options: &'a VerifyOptions, keys: KeyChain) -> Self {
         Self {
             storage,
             options,
@@ -98,7 +94,14 @@ impl<'a> Pass<'a> {
         }
     }
 
-    fn find(&mut self, severity: Severity, file: String, offset: Option<u64>, entry: Option<u64>, what: String) {
+    fn find(
+        &mut self,
+        severity: Severity,
+        file: String,
+        offset: Option<u64>,
+        entry: Option<u64>,
+        what: String,
+    ) {
         if self.findings.len() < MAX_FINDINGS {
             self.findings.push(Finding { severity, file, offset, entry, what });
         } else {
@@ -139,7 +142,12 @@ impl<'a> Pass<'a> {
         let note = self.storage.read("checkpoint", MAX_NOTE as u64);
         let note = match note {
             Err(e) if e.kind() == std::io::ErrorKind::FileTooLarge => {
-                self.damage("checkpoint".to_owned(), None, None, "longer than a checkpoint can be".to_owned());
+                self.damage(
+                    "checkpoint".to_owned(),
+                    None,
+                    None,
+                    "longer than a checkpoint can be".to_owned(),
+                );
                 None
             }
             note => note.map_err(io("checkpoint"))?,
@@ -341,7 +349,12 @@ impl<'a> Pass<'a> {
             .collect();
         let size = tree.size();
         for name in wrong {
-            self.damage(name, None, Some(size), "the log had another root when it had so many entries".to_owned());
+            self.damage(
+                name,
+                None,
+                Some(size),
+                "the log had another root when it had so many entries".to_owned(),
+            );
         }
     }
 
@@ -352,7 +365,12 @@ impl<'a> Pass<'a> {
             Err(e) => return self.lose(name.to_owned(), frame.offset, format!("a checkpoint: {e}")),
         };
         if let Some(epoch) = self.missing_key.take() {
-            self.damage(succession_path(epoch), None, None, "it is absent, and the log has gone on".to_owned());
+            self.damage(
+                succession_path(epoch),
+                None,
+                None,
+                "it is absent, and the log has gone on".to_owned(),
+            );
         }
         let chain = Digest::from_bytes(std::mem::replace(&mut self.hash, Sha256::new()).finalize().into());
         if let Some(good) = self.lost.take() {
@@ -363,7 +381,8 @@ impl<'a> Pass<'a> {
                 );
                 self.damage(name.to_owned(), at, Some(good), what);
             }
-            self.tree = Tree::load(checkpoint.size, &self.storage).ok().filter(|t| t.root() == checkpoint.root);
+            self.tree =
+                Tree::load(checkpoint.size, &self.storage).ok().filter(|t| t.root() == checkpoint.root);
         } else {
             if checkpoint.size != self.seq {
                 let what = format!("a checkpoint of {} entries behind entry {}", checkpoint.size, self.seq);
@@ -387,11 +406,7 @@ impl<'a> Pass<'a> {
         self.tail = None;
         let begun = self.times.map_or(checkpoint.time, |(begun, _)| begun);
         self.times = Some((begun, checkpoint.time));
-        self.last = Some(Last {
-            note: frame.payload.to_vec(),
-            frame: frame.bytes.to_vec(),
-            checkpoint,
-        });
+        self.last = Some(Last { note: frame.payload.to_vec(), frame: frame.bytes.to_vec(), checkpoint });
     }
 
     /// A checkpoint that names the next key is in a file of its own too.
@@ -403,7 +418,12 @@ impl<'a> Pass<'a> {
         if self.key_files.remove(&file) {
             let kept = self.storage.read(&file, MAX_NOTE as u64).ok().flatten();
             if kept.as_deref() != Some(frame.payload) {
-                self.damage(file, None, None, format!("it is not the checkpoint at byte {} of {name}", frame.offset));
+                self.damage(
+                    file,
+                    None,
+                    None,
+                    format!("it is not the checkpoint at byte {} of {name}", frame.offset),
+                );
             }
         }
         if checkpoint.epoch == self.keys.last_epoch() {
@@ -425,7 +445,8 @@ impl<'a> Pass<'a> {
         if !closed && !self.options.live {
             self.note(
                 "segments",
-                "the log was not closed: its writer is at work or was interrupted, or its end is missing".to_owned(),
+                "the log was not closed: its writer is at work or was interrupted, or its end is missing"
+                    .to_owned(),
             );
         }
         self.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
@@ -470,7 +491,10 @@ impl<'a> Pass<'a> {
             self.damage("checkpoint".to_owned(), None, None, what);
         }
         if self.first_entry > self.retained_from {
-            let what = format!("entries before {} are absent, and no event says that they were removed", self.first_entry);
+            let what = format!(
+                "entries before {} are absent, and no event says that they were removed",
+                self.first_entry
+            );
             self.damage("segments".to_owned(), None, Some(0), what);
         }
     }
@@ -493,7 +517,9 @@ impl<'a> Pass<'a> {
             // Of a time that the segments do not go back to, or that is lost to damage.
             match root_at(&self.storage, checkpoint.size) {
                 Ok(root) if root == checkpoint.root => {}
-                Ok(_) => self.damage(name, None, Some(checkpoint.size), "the log does not continue it".to_owned()),
+                Ok(_) => {
+                    self.damage(name, None, Some(checkpoint.size), "the log does not continue it".to_owned())
+                }
                 Err(e) => self.damage(name, None, Some(checkpoint.size), format!("cannot be compared: {e}")),
             }
         }
@@ -512,7 +538,9 @@ impl<'a> Pass<'a> {
                 Some(epoch) if self.keys.range(epoch).1 <= self.first_entry && self.first_entry > 0 => {}
                 Some(epoch) => {
                     let at = self.keys.range(epoch).1;
-                    let what = format!("the key changed at entry {at}, and the log, which has {size}, does not say so");
+                    let what = format!(
+                        "the key changed at entry {at}, and the log, which has {size}, does not say so"
+                    );
                     self.damage(file, None, Some(at), what);
                 }
                 None => self.damage(file, None, None, "it is not one of the log's key files".to_owned()),
@@ -530,7 +558,10 @@ impl<'a> Pass<'a> {
         }
         for name in std::mem::take(&mut self.cut) {
             if !recoveries.contains_key(&name) && self.first_entry == 0 {
-                self.note(&format!("cut/{name}"), "no event speaks of it: recovery was interrupted".to_owned());
+                self.note(
+                    &format!("cut/{name}"),
+                    "no event speaks of it: recovery was interrupted".to_owned(),
+                );
             }
         }
         if self.published.is_none() && size > 0 && !self.findings.iter().any(|f| f.file == "checkpoint") {

@@ -48,7 +48,8 @@ pub(crate) fn append(log: &mut LogWriter, n: u64) {
 pub(crate) fn small_log(entries_each: u64, segments: u64) -> (MemoryStorage, MemoryKeys, Verifier) {
     let (storage, keys) = (MemoryStorage::new(), MemoryKeys::new());
     let (mut log, _) =
-        LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap();
+        LogWriter::open(Arc::new(storage.clone()), Box::new(keys.clone()), ORIGIN, LogOptions::new())
+            .unwrap();
     let verifier = log.verifier().clone();
     for segment in 0..segments {
         for n in 0..entries_each {
