@@ -1,4 +1,4 @@
-//! Others read our tiles and notes: a Python script written from the published formats, and the Rust crates for them.
+//! Others read our tiles and notes: a Python script written from the published formats, which shares nothing with the crate.
 
 // The lints spare test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::cast_possible_truncation)]
@@ -9,7 +9,6 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use support::{OnDisk, append, manifest, program};
-use vmm_audit::checkpoint::Checkpoint;
 use vmm_audit::export::export_tiles;
 use vmm_audit::log::LogOptions;
 use vmm_audit::storage::Storage;
@@ -63,26 +62,4 @@ fn the_script_sees_what_was_changed() {
     drop(other.open(LogOptions::new()));
     let Some(output) = python(&folder, &other.verifier().to_string()) else { return };
     assert!(!output.status.success());
-}
-
-/// Crates of those who run transparency logs.
-#[test]
-fn crates_of_others_read_our_notes_and_tiles() {
-    use signed_note::{Note, StandardVerifier, VerifierList};
-    use tlog_tiles::{Checkpoint as Theirs, TlogTile};
-
-    let (disk, folder, size) = exported(700);
-    let note = std::fs::read(folder.join("checkpoint")).unwrap();
-    let verifier = StandardVerifier::new(&disk.verifier().to_string()).unwrap();
-    let (signatures, _) =
-        Note::from_bytes(&note).unwrap().verify(&VerifierList::new(vec![Box::new(verifier)])).unwrap();
-    assert_eq!(signatures.len(), 1);
-    let theirs = Theirs::from_bytes(Note::from_bytes(&note).unwrap().text()).unwrap();
-    let ours = Checkpoint::unverified(&note).unwrap();
-    assert_eq!((theirs.origin(), theirs.size()), (ours.origin.as_str(), size));
-    assert_eq!(theirs.hash().0, *ours.root.as_bytes());
-    // Their names of tiles are ours.
-    for tile in TlogTile::new_tiles(0, size) {
-        assert!(folder.join(tile.path()).is_file(), "{}", tile.path());
-    }
 }
