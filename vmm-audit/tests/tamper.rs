@@ -116,7 +116,16 @@ fn records_that_are_deleted_repeated_or_reordered_are_seen() {
             copy.put(&path, changed);
             let result = check(&copy, &key);
             assert!(!result.intact, "{path}: {what}");
-            assert!(result.findings.iter().any(|finding| finding.file == path), "{path}: {what}");
+            // Without its last checkpoint, a segment that has all its entries ends well, and the next one does not continue it.
+            let next = "segments/0000000001";
+            let named = |file: &str| {
+                file == path || (what.contains(&format!(" {}", frames.len() - 1)) && file == next)
+            };
+            assert!(
+                result.findings.iter().any(|finding| named(&finding.file)),
+                "{path}: {what}: {:?}",
+                result.findings
+            );
         };
         for (n, (start, end, _)) in frames.iter().enumerate() {
             bad([&bytes[..*start], &bytes[*end..]].concat(), format!("without frame {n}"));

@@ -122,8 +122,11 @@ impl Event {
                 w.varint(field, number.into());
             }
         }
-        w.fixed(5, monotonic);
-        w.fixed(6, wall);
+        for (field, time) in [(5, monotonic), (6, wall)] {
+            if time != 0 {
+                w.fixed(field, time);
+            }
+        }
         if source_seq != 0 {
             w.varint(7, source_seq);
         }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{LogError, LogWriter};
-use crate::merkle::tiles::TileId;
+use crate::merkle::tiles::{TILE_WIDTH, TileId};
 
 /// Tiles that may wait to be written: 32 MiB of them. More than that means that the disk takes segments and no tiles.
 const WAITING: usize = 4096;
@@ -45,6 +45,27 @@ impl LogWriter {
             self.storage.remove(&format!("{folder}/{}", narrower.name))?;
         }
         Ok(())
+    }
+
+    /// Makes the narrower tiles at the right edge what they should be: a writer that was interrupted, or a machine that lost its power, may
+    /// have left half of one, which nobody would write again. How many that were.
+    pub(super) fn mend_tiles(&self) -> Result<u64, LogError> {
+        let mut mended = 0;
+        for (id, bytes) in self.tree.partial() {
+            let folder = format!("{}.p", TileId { width: TILE_WIDTH, ..id });
+            for listed in self.storage.list(&folder).map_err(LogError::io(folder.clone()))? {
+                let path = format!("{folder}/{}", listed.name);
+                let narrower = TileId::parse(&path).and_then(|id| usize::try_from(id.width * 32).ok());
+                let Some(expected) = narrower.and_then(|length| bytes.get(..length)) else { continue };
+                let there = self.storage.read(&path, TILE_WIDTH * 32).map_err(LogError::io(path.clone()))?;
+                if there.as_deref() != Some(expected) {
+                    tracing::warn!(path, "a tile of the audit log is written again");
+                    self.storage.replace(&path, expected, false).map_err(LogError::io(path))?;
+                    mended += 1;
+                }
+            }
+        }
+        Ok(mended)
     }
 
     /// Writes all tiles of what is acknowledged, and its checkpoint.

@@ -379,7 +379,11 @@ impl LogWriter {
             self.append_own(&event)?;
             recovered.cut_file = Some(path);
         }
+        let mended = self.mend_tiles()?;
         let mut event = Event::new(Kind::LogOpened).attribute("version", env!("CARGO_PKG_VERSION"));
+        if mended > 0 {
+            event = event.attribute("tiles-mended", mended.to_string());
+        }
         event.boot = boot_id();
         self.append_own(&event)?;
         self.commit()?;

@@ -135,6 +135,11 @@ pub trait TileSource {
     }
 }
 
+/// The root of the subtree that a full tile stands for.
+pub(crate) fn tile_root(bytes: &[u8]) -> Digest {
+    fold(bytes, 0, TILE_WIDTH)
+}
+
 /// The hash of the complete subtree of 2^`height` leaves from leaf `start` on.
 fn subtree(tiles: &dyn TileSource, height: u32, start: u64) -> Result<Digest, TileError> {
     let level = height / TILE_HEIGHT;
@@ -144,7 +149,7 @@ fn subtree(tiles: &dyn TileSource, height: u32, start: u64) -> Result<Digest, Ti
 }
 
 /// The hash over the leaves `start` to `end` (RFC 6962, 2.1), where `start` is a multiple of the power of two that holds them.
-pub(crate) fn range_hash(tiles: &dyn TileSource, start: u64, end: u64) -> Result<Digest, TileError> {
+pub(super) fn range_hash(tiles: &dyn TileSource, start: u64, end: u64) -> Result<Digest, TileError> {
     let count = end.saturating_sub(start);
     if count == 0 {
         return Ok(empty_root());

@@ -185,7 +185,7 @@ impl Rsyslog {
             "global(workDirectory=\"{at}\" parser.escapeControlCharactersOnReceive=\"on\")\n\
              module(load=\"imuxsock\" SysSock.Use=\"off\")\n\
              module(load=\"imtcp\")\n\
-             input(type=\"imuxsock\" Socket=\"{at}/socket\" UseSpecialParser=\"off\" ParseHostname=\"on\")\n\
+             input(type=\"imuxsock\" Socket=\"{at}/socket\" UseSpecialParser=\"off\" ParseHostname=\"on\"\n  IgnoreTimestamp=\"off\" UseSysTimeStamp=\"off\")\n\
              input(type=\"imtcp\" port=\"{port}\" address=\"127.0.0.1\")\n\
              template(name=\"parts\" type=\"string\" string=\"%app-name%|%pri%|%msgid%|%timereported:::date-rfc3339%|%structured-data%|%msg%\\n\")\n\
              action(type=\"omfile\" file=\"{at}/out\" template=\"parts\")\n"

@@ -266,7 +266,12 @@ impl<'a> Pass<'a> {
                 let what = format!("it begins with entry {}, and entry {} is due", header.base, self.seq);
                 self.lose(name.to_owned(), 0, what);
             } else if expected.is_some_and(|expected| expected != header.chain) {
-                self.lose(name.to_owned(), 0, "it does not continue the hash chain".to_owned());
+                self.lose(
+                    name.to_owned(),
+                    0,
+                    "it does not continue the hash chain: the end of the segment before is another"
+                        .to_owned(),
+                );
             }
         }
         self.hash = Sha256::new();

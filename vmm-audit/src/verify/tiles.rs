@@ -4,7 +4,7 @@ use super::pass::Pass;
 use super::{VerifyError, io};
 use crate::digest::Digest;
 use crate::merkle::FullTile;
-use crate::merkle::tiles::{TILE_HEIGHT, TILE_WIDTH, TileId, TileSource as _, range_hash};
+use crate::merkle::tiles::{TILE_HEIGHT, TILE_WIDTH, TileId, TileSource as _, tile_root};
 
 /// Bytes of a full tile.
 const FULL: u64 = TILE_WIDTH * 32;
@@ -93,11 +93,8 @@ impl Pass<'_> {
             return if same { Ok(()) } else { Err("it is not the beginning of the full tile".to_owned()) };
         }
         let parent = self.storage.hashes(id.level + 1, id.index, 1).map_err(|e| wrong(&e))?;
-        let shift = TILE_HEIGHT * id.level;
-        let start = (id.index * TILE_WIDTH) << shift;
-        let own = range_hash(&self.storage, start, start + (TILE_WIDTH << shift)).map_err(|e| wrong(&e))?;
-        let own_from_bytes = there.len() as u64 == FULL && Digest::from_slice(&parent) == Some(own);
-        if own_from_bytes { Ok(()) } else { Err("its root is not the one in the tile above".to_owned()) }
+        let same = there.len() as u64 == FULL && Digest::from_slice(&parent) == Some(tile_root(&there));
+        if same { Ok(()) } else { Err("its root is not the one in the tile above".to_owned()) }
     }
 
     /// The tiles must make the root of the checkpoint that is published with them.
