@@ -38,7 +38,7 @@
 //! The sequence number of an entry is its index in the tree.
 
 mod codec;
-mod event;
+mod fields;
 mod json;
 mod launch;
 mod names;
@@ -50,7 +50,7 @@ mod text;
 mod wire;
 
 pub use codec::{ENTRY_VERSION, Entry, MAX_ENTRY, MAX_EVENT};
-pub use event::{Event, MAX_ATTRIBUTES};
+pub use fields::{Event, MAX_ATTRIBUTES};
 pub use launch::{Launch, Measured};
 pub use names::{Action, Kind, ObjectClass, Outcome, Verdict};
 pub use ocsf::to_ocsf;

@@ -16,7 +16,6 @@ impl Writer<'_> {
         let mut used = 0;
         for byte in &mut bytes {
             used += 1;
-            #[expect(clippy::cast_possible_truncation, reason = "seven bits")]
             let low = (value & 0x7f) as u8;
             value >>= 7;
             *byte = if value == 0 { low } else { low | 0x80 };

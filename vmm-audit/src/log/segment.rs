@@ -37,7 +37,8 @@ use crate::note::MAX_NOTE;
 use crate::storage::StorageFile;
 
 /// Bytes of a segment's header.
-pub const HEADER: usize = 108;
+pub const HEADER: usize = HEADER_LENGTH as usize;
+const HEADER_LENGTH: u16 = 108;
 /// Bytes of a frame before its payload.
 pub const FRAME: usize = 12;
 const MAGIC: &[u8; 8] = b"VMMAUDIT";
@@ -108,7 +109,7 @@ impl Header {
         let mut bytes = Vec::with_capacity(HEADER);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&(HEADER as u16).to_le_bytes());
+        bytes.extend_from_slice(&HEADER_LENGTH.to_le_bytes());
         bytes.extend_from_slice(&[0; 4]);
         for number in [self.number, self.base, self.epoch] {
             bytes.extend_from_slice(&number.to_le_bytes());
@@ -142,7 +143,7 @@ impl Header {
         if version != VERSION {
             return Err(Damage::Version(version));
         }
-        if usize::from(length) != HEADER || zero != 0 {
+        if length != HEADER_LENGTH || zero != 0 {
             return Err(Damage::Header("a length other than 108, or reserved bytes that are not 0"));
         }
         Ok(Self { number, base, epoch, chain, origin })

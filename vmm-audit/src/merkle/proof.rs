@@ -169,6 +169,7 @@ pub fn verify_consistency(
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::cast_possible_truncation)] // sizes of small trees
     use std::collections::HashMap;
 
     use super::super::tiles::{TileId, root_at};

@@ -205,10 +205,7 @@ impl Emitter {
     /// # Errors
     /// If the log cannot be relied on. The caller refuses then what it was asked for; that is counted, as a `deny`.
     pub fn admit(&self, event: &Event) -> Result<Receipt, Refused> {
-        let bytes = match self.encode(event) {
-            Ok(bytes) => bytes,
-            Err(error) => return Err(error.into()),
-        };
+        let bytes = self.encode(event)?;
         match self.queue(bytes) {
             Ok(receipt) => Ok(receipt),
             Err(refused) => {

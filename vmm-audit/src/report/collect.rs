@@ -121,9 +121,9 @@ impl ReportData {
 pub(super) fn short(name: &str) -> String {
     match name.parse::<Party>() {
         Ok(Party::Vm(vm)) => {
-            let id = vm.to_string();
-            let (head, life) = (id.get(..8).unwrap_or(&id), vm.incarnation);
-            format!("vm {head}… #{life}")
+            // The end of it: identifiers that a person gives begin alike.
+            let id = format!("{:032x}", vm.uuid);
+            format!("vm …{}#{}", id.get(24..).unwrap_or(&id), vm.incarnation)
         }
         _ => name.chars().take(28).collect(),
     }

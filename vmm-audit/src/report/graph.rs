@@ -70,7 +70,7 @@ pub(super) fn flows(data: &ReportData) -> String {
     );
     for class in ["allowed", "denied"] {
         svg += &format!(
-            r#"<marker id="{class}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"><path class="tip {class}" d="M0 0 10 5 0 10z"/></marker>"#
+            r#"<marker id="{class}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="11" markerHeight="11" markerUnits="userSpaceOnUse" orient="auto"><path class="tip {class}" d="M0 0 10 5 0 10z"/></marker>"#
         );
     }
     svg += "</defs>";
@@ -82,7 +82,7 @@ pub(super) fn flows(data: &ReportData) -> String {
     for (name, (x, y)) in &place {
         let class = if name.starts_with("vm ") { "vm" } else { "thing" };
         let label = short(name);
-        let w = 16.0 + 7.2 * label.chars().count() as f64;
+        let w = 18.0 + 8.0 * label.chars().count() as f64;
         svg += &format!(
             r#"<g class="node {class}"><title>{}</title><rect x="{:.1}" y="{:.1}" width="{w:.1}" height="28" rx="6"/><text x="{x:.1}" y="{:.1}" text-anchor="middle">{}</text></g>"#,
             escape(name),
@@ -108,10 +108,9 @@ fn edge((ax, ay): (f64, f64), (bx, by): (f64, f64), (from, to): (&str, &str), fl
             continue;
         }
         let (dx, dy) = (bx - ax, by - ay);
-        let length = (dx * dx + dy * dy).sqrt().max(1.0);
-        // The ends are outside of the boxes.
-        let back = (52.0 / length).min(0.45);
-        let (sx, sy, ex, ey) = (ax + dx * back * 0.6, ay + dy * back * 0.6, bx - dx * back, by - dy * back);
+        // It ends where it meets the boxes, of 140 by 28, with some air.
+        let back = (76.0 / dx.abs().max(0.1)).min(20.0 / dy.abs().max(0.1)).min(0.45);
+        let (sx, sy, ex, ey) = (ax + dx * back, ay + dy * back, bx - dx * back, by - dy * back);
         let (mx, my) = ((ax + bx) / 2.0 - dy * bend, (ay + by) / 2.0 + dx * bend);
         let thick = 1.2 + (count as f64).log10().max(0.0) * 0.9;
         svg += &format!(
