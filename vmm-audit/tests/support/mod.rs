@@ -17,7 +17,7 @@ pub(crate) const ORIGIN: &str = "host.example/audit";
 
 /// A decision about a connection of one of a few machines to another.
 pub(crate) fn decision(n: u64) -> Event {
-    let denied = n % 3 == 0;
+    let denied = n.is_multiple_of(3);
     let event = Event::new(Kind::Decision)
         .subject(Party::vm(0x1111_0000 + u128::from(n % 5), 1))
         .peer(Party::vm(0x2222_0000 + u128::from(n % 4), 1))
