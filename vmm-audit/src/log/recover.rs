@@ -1,0 +1,556 @@
+//! Opening: a new log, one that was closed, or one whose writer was interrupted.
+//!
+//! What is behind the last checkpoint was never acknowledged. It is kept in `cut/`, cut off, and an event says so. If there is damage
+//! before a checkpoint, then acknowledged entries are damaged, and the log is left as it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use sha2::{Digest as _, Sha256};
+
+use super::append::{Rotation, carried_over, create_segment};
+use super::segment::{Damage, FrameKind, HEADER, Header, Scanned, Scanner, parse_name, path};
+use super::{LogError, LogOptions, LogWriter};
+use crate::checkpoint::Checkpoint;
+use crate::digest::Digest;
+use crate::event::{Event, Kind, Object, ObjectClass, parse_uuid};
+use crate::keys::{KeyChain, KeyError, KeyStore, Keys};
+use crate::merkle::{Tree, leaf_hash};
+use crate::note::MAX_NOTE;
+use crate::storage::{Storage, StorageFile};
+
+/// What was found when a log was opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Recovered {
+    /// There was none.
+    pub created: bool,
+    /// Entries that were there, all acknowledged.
+    pub entries: u64,
+    /// Whether the last writer closed it.
+    pub closed: bool,
+    /// Bytes behind the last checkpoint that were cut off.
+    pub cut_bytes: u64,
+    /// Whole entries among them.
+    pub cut_entries: u64,
+    /// Where those bytes are now.
+    pub cut_file: Option<String>,
+}
+
+/// What is in a segment up to its last checkpoint.
+struct Scan {
+    leaves: Vec<Digest>,
+    last: Option<Last>,
+    rings: BTreeMap<u64, u64>,
+    length: u64,
+    /// Whole entries behind the last checkpoint.
+    entries_behind: u64,
+}
+
+struct Last {
+    checkpoint: Checkpoint,
+    note: String,
+    frame: Vec<u8>,
+    end: u64,
+}
+
+pub(super) fn read_header(file: &dyn StorageFile) -> io::Result<Result<Header, Damage>> {
+    let mut bytes = [0; HEADER];
+    let read = file.read_at(0, &mut bytes)?;
+    Ok(Header::decode(bytes.get(..read).unwrap_or_default()))
+}
+
+/// The time of a segment's first checkpoint, its signature unchecked.
+pub(super) fn first_time(file: Box<dyn StorageFile>) -> io::Result<Option<u64>> {
+    let mut scanner = Scanner::new(file, HEADER as u64);
+    while let Some(scanned) = scanner.next()? {
+        if let Scanned::Frame(frame) = scanned
+            && frame.kind == FrameKind::Checkpoint
+        {
+            return Ok(Checkpoint::unverified(frame.payload).ok().map(|checkpoint| checkpoint.time));
+        }
+    }
+    Ok(None)
+}
+
+/// Reads a segment behind its header. `keys` grow if a checkpoint names the next.
+fn scan(
+    file: Box<dyn StorageFile>,
+    name: &str,
+    header: &Header,
+    keys: &mut KeyChain,
+) -> Result<Scan, LogError> {
+    let failed = || LogError::io(name);
+    let damaged = |offset, why: String| LogError::Damaged { path: name.to_owned(), offset, why };
+    let mut scan = Scan {
+        leaves: Vec::new(),
+        last: None,
+        rings: BTreeMap::new(),
+        length: file.length().map_err(failed())?,
+        entries_behind: 0,
+    };
+    let mut pending = Vec::new();
+    let mut hash = Sha256::new();
+    hash.update(header.chain.as_bytes());
+    hash.update(header.encode());
+    // What is wrong, if something is, until a checkpoint shows that it matters.
+    let mut wrong: Option<(u64, String)> = None;
+    let mut scanner = Scanner::new(file, HEADER as u64);
+    while let Some(scanned) = scanner.next().map_err(failed())? {
+        let frame = match scanned {
+            Scanned::Frame(frame) => frame,
+            Scanned::Damaged { offset, damage, .. } => {
+                wrong.get_or_insert((offset, damage.to_string()));
+                continue;
+            }
+        };
+        let seq = header.base + (scan.leaves.len() + pending.len()) as u64;
+        #[expect(clippy::cast_possible_truncation, reason = "the low half")]
+        if frame.number != seq as u32 {
+            wrong.get_or_insert((
+                frame.offset,
+                format!("a frame numbered {} where {seq} is due", frame.number),
+            ));
+        }
+        match frame.kind {
+            FrameKind::Entry => {
+                pending.push(leaf_hash(frame.payload));
+                hash.update(frame.bytes);
+            }
+            FrameKind::Checkpoint => match keys.open(frame.payload) {
+                Ok(checkpoint) => {
+                    if let Some((offset, why)) = wrong {
+                        return Err(damaged(offset, why));
+                    }
+                    let chain = Digest::from_bytes(hash.finalize().into());
+                    if checkpoint.size != seq || checkpoint.chain != chain {
+                        return Err(damaged(
+                            frame.offset,
+                            "the checkpoint is not one of what is before it".to_owned(),
+                        ));
+                    }
+                    if checkpoint.next.is_some() && checkpoint.epoch == keys.last_epoch() {
+                        keys.follow(&checkpoint)?;
+                    }
+                    hash = Sha256::new();
+                    hash.update(checkpoint.chain.as_bytes());
+                    hash.update(frame.bytes);
+                    scan.leaves.append(&mut pending);
+                    scan.rings.extend(checkpoint.rings.iter().copied());
+                    let note = String::from_utf8_lossy(frame.payload).into_owned();
+                    let end = frame.offset + frame.bytes.len() as u64;
+                    scan.last = Some(Last { checkpoint, note, frame: frame.bytes.to_vec(), end });
+                }
+                Err(e) => {
+                    wrong.get_or_insert((frame.offset, e.to_string()));
+                }
+            },
+        }
+    }
+    scan.entries_behind = pending.len() as u64;
+    Ok(scan)
+}
+
+/// The segments that there are, which must follow one another.
+pub(crate) fn segments(storage: &dyn Storage) -> Result<Vec<u64>, LogError> {
+    let listed = storage.list("segments").map_err(LogError::io("segments"))?;
+    let mut numbers: Vec<u64> = listed.iter().filter_map(|listed| parse_name(&listed.name)).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// The state in which writing goes on.
+struct State {
+    number: u64,
+    header: Option<Header>,
+    scan: Scan,
+    /// The end of the segment before.
+    before: Option<Last>,
+}
+
+impl LogWriter {
+    /// Opens the log in `storage`, or begins it. `origin` names it for good: a host name and path, without spaces or plus, as
+    /// `host.example/audit`.
+    ///
+    /// # Errors
+    /// If another writer has it, the keys are not its keys, acknowledged entries are damaged, it is older than its own published
+    /// checkpoint, or the system refuses.
+    pub fn open(
+        storage: Arc<dyn Storage>,
+        mut store: Box<dyn KeyStore>,
+        origin: &str,
+        options: LogOptions,
+    ) -> Result<(Self, Recovered), LogError> {
+        options.check()?;
+        let lock = storage.lock().map_err(LogError::io("lock"))?.ok_or(LogError::Locked)?;
+        let numbers = segments(&*storage)?;
+        let keys = match store.load()? {
+            Some(keys) if keys.root.name() != origin => {
+                let (found, expected) = (keys.root.name().to_owned(), origin.to_owned());
+                return Err(KeyError::Origin { found, expected }.into());
+            }
+            Some(keys) => keys,
+            None if !numbers.is_empty() => {
+                return Err(KeyError::Form("the log is there, and its keys are not").into());
+            }
+            None => {
+                let keys = Keys::generate(origin)?;
+                store.save(&keys)?;
+                keys
+            }
+        };
+        let (mut chain, broken) = KeyChain::load(keys.root.clone(), &*storage);
+        if let Some(broken) = broken {
+            return Err(LogError::Damaged { path: broken.path, offset: 0, why: broken.why });
+        }
+        let Some((&first, &last)) = numbers.first().zip(numbers.last()) else {
+            return Self::begin(storage, store, keys, options, lock);
+        };
+        let state = load(&*storage, &numbers, &mut chain)?;
+        let mut recovered = Recovered::default();
+        let committed = state.scan.last.as_ref().or(state.before.as_ref());
+        let size = committed.map_or(0, |last| last.checkpoint.size);
+        recovered.entries = size;
+        recovered.closed = state.scan.last.as_ref().is_some_and(|last| last.checkpoint.closed);
+        check_published(&*storage, &chain, size)?;
+        let tree = load_tree(&*storage, &state, committed, first)?;
+
+        // The tail, and the file if it has nothing but a tail.
+        let name = path(last);
+        let mut file = storage.open(&name).map_err(LogError::io(name.clone()))?;
+        let end = match (&state.scan.last, state.header) {
+            (Some(last), _) => last.end,
+            (None, Some(_)) => HEADER as u64,
+            (None, None) => 0,
+        };
+        if state.scan.length > end {
+            recovered.cut_bytes = state.scan.length - end;
+            recovered.cut_entries = state.scan.entries_behind;
+            cut(&*storage, &mut *file, &name, end, size)?;
+        }
+        let is_empty = state.header.is_none();
+        let (chain_value, carry) = match (&state.scan.last, &state.header) {
+            (None, Some(header)) => (header.chain, header.encode().to_vec()),
+            _ => committed.map_or_else(Default::default, |last| (last.checkpoint.chain, last.frame.clone())),
+        };
+        let note = committed.map_or_else(String::new, |last| last.note.clone());
+        let mut writer = Self {
+            begun: Instant::now(),
+            first,
+            number: state.number,
+            length: end,
+            chain: chain_value,
+            carry,
+            pending: Vec::new(),
+            acknowledged: size,
+            note,
+            changed_rings: state.scan.rings.keys().copied().collect(),
+            rings: state.scan.rings,
+            poisoned: None,
+            rotation: None,
+            remove_below: first,
+            tiles: Vec::new(),
+            published: (0, Instant::now()),
+            own_seq: 0,
+            tree,
+            storage,
+            store,
+            keys,
+            options,
+            _lock: lock,
+            file,
+        };
+        writer.tiles = writer.tree.take_full();
+        if is_empty {
+            // The segment was being made: it is made again.
+            writer.storage.remove(&name).map_err(LogError::io(name))?;
+            writer.remake_segment(last)?;
+        }
+        writer.settle_keys(&chain, state.scan.last.as_ref().map(|last| &last.checkpoint))?;
+        writer.finish_rotation()?;
+        writer.record(&mut recovered)?;
+        Ok((writer, recovered))
+    }
+
+    /// Begins a log.
+    fn begin(
+        storage: Arc<dyn Storage>,
+        store: Box<dyn KeyStore>,
+        keys: Keys,
+        options: LogOptions,
+        lock: Box<dyn Send>,
+    ) -> Result<(Self, Recovered), LogError> {
+        let published = storage.read("checkpoint", MAX_NOTE as u64).map_err(LogError::io("checkpoint"))?;
+        if let Some(published) = published.and_then(|note| Checkpoint::unverified(&note).ok()) {
+            return Err(LogError::RolledBack { found: 0, published: published.size });
+        }
+        if keys.epoch > 0 {
+            return Err(LogError::Damaged {
+                path: "segments".to_owned(),
+                offset: 0,
+                why: format!("there are none, and the keys are of epoch {}", keys.epoch),
+            });
+        }
+        let origin = Digest::of(keys.root.name().as_bytes());
+        let header = Header { number: 0, base: 0, epoch: 0, chain: Digest::default(), origin };
+        let file = create_segment(&*storage, 0, &header)?;
+        let mut writer = Self {
+            _lock: lock,
+            file,
+            number: 0,
+            length: HEADER as u64,
+            begun: Instant::now(),
+            first: 0,
+            chain: Digest::default(),
+            carry: header.encode().to_vec(),
+            pending: Vec::new(),
+            tree: Tree::new(),
+            acknowledged: 0,
+            note: String::new(),
+            rings: BTreeMap::new(),
+            changed_rings: BTreeSet::new(),
+            poisoned: None,
+            rotation: None,
+            remove_below: 0,
+            tiles: Vec::new(),
+            published: (0, Instant::now()),
+            own_seq: 0,
+            storage,
+            store,
+            keys,
+            options,
+        };
+        let mut recovered = Recovered { created: true, ..Recovered::default() };
+        writer.record(&mut recovered)?;
+        Ok((writer, recovered))
+    }
+
+    /// Makes a segment whose file was lost while it was made.
+    fn remake_segment(&mut self, number: u64) -> Result<(), LogError> {
+        if number > 0 {
+            return self.begin_segment(number);
+        }
+        let origin = Digest::of(self.origin().as_bytes());
+        let header = Header { number, base: 0, epoch: self.keys.epoch, chain: Digest::default(), origin };
+        self.file = create_segment(&*self.storage, number, &header)?;
+        (self.chain, self.carry, self.length) = (header.chain, header.encode().to_vec(), HEADER as u64);
+        Ok(())
+    }
+
+    /// Goes on where a change of keys was interrupted.
+    fn settle_keys(&mut self, chain: &KeyChain, last: Option<&Checkpoint>) -> Result<(), LogError> {
+        let damaged = |why: String| LogError::Damaged { path: "keys".to_owned(), offset: 0, why };
+        let current = self.keys.current.verifier();
+        if let Some(named) = last.and_then(|last| last.next.as_ref()) {
+            // The segment has ended. Either the key file is next, or the new segment.
+            if self.keys.next.as_ref().is_some_and(|next| next.verifier().to_string() == *named) {
+                self.rotation = Some(Rotation::KeyFile);
+                return Ok(());
+            }
+            if current.to_string() == *named {
+                self.rotation = Some(Rotation::Publish);
+                return Ok(());
+            }
+            return Err(damaged("the log names a next key that the key store does not have".to_owned()));
+        }
+        match chain.key(self.keys.epoch) {
+            Some(key) if key == current && chain.last_epoch() == self.keys.epoch => Ok(()),
+            _ => Err(damaged(format!(
+                "the key store has a key of epoch {}, and the log is at epoch {}, or has another key",
+                self.keys.epoch,
+                chain.last_epoch()
+            ))),
+        }
+    }
+
+    /// Writes down what was found, and that there is a writer now.
+    fn record(&mut self, recovered: &mut Recovered) -> Result<(), LogError> {
+        for name in cut_files(&*self.storage, self.acknowledged)? {
+            let path = format!("cut/{name}");
+            let bytes = self.storage.read(&path, u64::MAX - 1).map_err(LogError::io(path.clone()))?;
+            let bytes = bytes.unwrap_or_default();
+            let event = Event::new(Kind::Recovery)
+                .object(Object::named(ObjectClass::Log, name.as_str()))
+                .request(Digest::of(&bytes))
+                .amount(recovered.cut_entries, bytes.len() as u64)
+                .reason("what was not acknowledged was cut off");
+            self.append_own(&event)?;
+            recovered.cut_file = Some(path);
+        }
+        let mended = self.mend_tiles()?;
+        let mut event = Event::new(Kind::LogOpened).attribute("version", env!("CARGO_PKG_VERSION"));
+        if mended > 0 {
+            event = event.attribute("tiles-mended", mended.to_string());
+        }
+        event.boot = boot_id();
+        self.append_own(&event)?;
+        self.commit()?;
+        self.publish()
+    }
+}
+
+/// The host's boot identifier, where there is one.
+pub(crate) fn boot_id() -> Option<u128> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    parse_uuid(text.trim())
+}
+
+/// Reads the last two segments.
+fn load(storage: &dyn Storage, numbers: &[u64], keys: &mut KeyChain) -> Result<State, LogError> {
+    let missing =
+        |number: u64| LogError::Damaged { path: path(number), offset: 0, why: "it is absent".to_owned() };
+    let (first, last) = numbers.first().zip(numbers.last()).map_or((0, 0), |(first, last)| (*first, *last));
+    for (number, there) in (first..=last).zip(numbers) {
+        if number != *there {
+            return Err(missing(number));
+        }
+    }
+    let mut before = None;
+    let mut rings = BTreeMap::new();
+    if last > first {
+        let found = scan_whole(storage, last - 1, keys)?;
+        let end = found.length;
+        rings = found.rings;
+        before = found.last.filter(|last| last.end == end);
+        if before.is_none() {
+            let why = "there is more behind its last checkpoint".to_owned();
+            return Err(LogError::Damaged { path: path(last - 1), offset: end, why });
+        }
+    } else if last > 0 {
+        return Err(missing(last - 1));
+    }
+    let name = path(last);
+    let file = storage.open_to_read(&name).map_err(LogError::io(name.clone()))?;
+    let header = match read_header(&*file).map_err(LogError::io(name.clone()))? {
+        Ok(header) => header,
+        Err(damage) => {
+            // Nothing acknowledged may be behind it.
+            let length = file.length().map_err(LogError::io(name.clone()))?;
+            let mut scanner = Scanner::new(file, 0);
+            while let Some(scanned) = scanner.next().map_err(LogError::io(name.clone()))? {
+                if let Scanned::Frame(frame) = scanned
+                    && frame.kind == FrameKind::Checkpoint
+                    && keys.open(frame.payload).is_ok()
+                {
+                    return Err(LogError::Damaged { path: name, offset: 0, why: damage.to_string() });
+                }
+            }
+            let scan = Scan { leaves: Vec::new(), last: None, rings, length, entries_behind: 0 };
+            return Ok(State { number: last, header: None, scan, before });
+        }
+    };
+    let (base, chain) = before.as_ref().map_or((0, Digest::default()), |last| {
+        (last.checkpoint.size, carried_over(last.checkpoint.chain, &last.frame))
+    });
+    if header.number != last || header.base != base || header.chain != chain {
+        let why = "its header does not continue the segment before".to_owned();
+        return Err(LogError::Damaged { path: name, offset: 0, why });
+    }
+    let mut scan = scan(file, &name, &header, keys)?;
+    rings.extend(std::mem::take(&mut scan.rings));
+    scan.rings = rings;
+    Ok(State { number: last, header: Some(header), scan, before })
+}
+
+/// Reads a segment that is not the last.
+fn scan_whole(storage: &dyn Storage, number: u64, keys: &mut KeyChain) -> Result<Scan, LogError> {
+    let name = path(number);
+    let file = storage.open_to_read(&name).map_err(LogError::io(name.clone()))?;
+    let header = read_header(&*file).map_err(LogError::io(name.clone()))?;
+    let header =
+        header.map_err(|e| LogError::Damaged { path: name.clone(), offset: 0, why: e.to_string() })?;
+    scan(file, &name, &header, keys)
+}
+
+/// The published checkpoint must not be ahead of the log.
+fn check_published(storage: &dyn Storage, keys: &KeyChain, size: u64) -> Result<(), LogError> {
+    let note = storage.read("checkpoint", MAX_NOTE as u64).map_err(LogError::io("checkpoint"))?;
+    match note.map(|note| keys.open(&note)) {
+        Some(Ok(published)) if published.size > size => {
+            Err(LogError::RolledBack { found: size, published: published.size })
+        }
+        Some(Err(e)) => {
+            tracing::warn!(error = %e, "the published checkpoint of the audit log is replaced");
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The tree of all acknowledged entries: from the tiles as far as those of the segments before, or from the segments themselves.
+fn load_tree(
+    storage: &dyn Storage,
+    state: &State,
+    committed: Option<&Last>,
+    first: u64,
+) -> Result<Tree, LogError> {
+    let root = committed.map_or_else(crate::merkle::empty_root, |last| last.checkpoint.root);
+    let base = state.before.as_ref().map_or(0, |last| last.checkpoint.size);
+    let grow = |mut tree: Tree| {
+        state.scan.leaves.iter().for_each(|leaf| tree.push(*leaf));
+        tree
+    };
+    if let Ok(tree) = Tree::load(base, &storage).map(grow)
+        && tree.root() == root
+    {
+        return Ok(tree);
+    }
+    let damaged = || LogError::Damaged {
+        path: path(state.number),
+        offset: 0,
+        why: "the signed root is not that of the entries".to_owned(),
+    };
+    if first > 0 {
+        return Err(damaged());
+    }
+    let mut tree = Tree::new();
+    for number in first..=state.number {
+        let file = storage.open_to_read(&path(number)).map_err(LogError::io(path(number)))?;
+        let mut scanner = Scanner::new(file, HEADER as u64);
+        while let Some(scanned) = scanner.next().map_err(LogError::io(path(number)))? {
+            if let Scanned::Frame(frame) = scanned
+                && frame.kind == FrameKind::Entry
+                && committed.is_some_and(|last| tree.size() < last.checkpoint.size)
+            {
+                tree.push(leaf_hash(frame.payload));
+            }
+        }
+    }
+    if tree.root() == root { Ok(tree) } else { Err(damaged()) }
+}
+
+/// The files in `cut/` of a log with `size` entries.
+fn cut_files(storage: &dyn Storage, size: u64) -> Result<Vec<String>, LogError> {
+    let listed = storage.list("cut").map_err(LogError::io("cut"))?;
+    let prefix = format!("{size:020}-");
+    let is_file = |name: &String| name.starts_with(&prefix) && !name.ends_with(".tmp");
+    Ok(listed.into_iter().map(|listed| listed.name).filter(is_file).collect())
+}
+
+/// What an interrupted writer can leave at most, by far: 1 GiB.
+const MAX_TAIL: u64 = 1 << 30;
+
+/// Keeps what is behind `end`, and cuts it off.
+fn cut(
+    storage: &dyn Storage,
+    file: &mut dyn StorageFile,
+    name: &str,
+    end: u64,
+    size: u64,
+) -> Result<(), LogError> {
+    let length = file.length().map_err(LogError::io(name))?;
+    if length.saturating_sub(end) > MAX_TAIL {
+        let why = format!("{} bytes behind the last checkpoint are more than a batch can be", length - end);
+        return Err(LogError::Damaged { path: name.to_owned(), offset: end, why });
+    }
+    let mut tail = vec![0; usize::try_from(length - end).unwrap_or(0)];
+    let read = file.read_at(end, &mut tail).map_err(LogError::io(name))?;
+    tail.truncate(read);
+    let count = cut_files(storage, size)?.len();
+    let kept = format!("cut/{size:020}-{count}");
+    storage.replace(&kept, &tail, true).map_err(LogError::io(kept))?;
+    file.truncate(end).map_err(LogError::io(name))?;
+    file.sync().map_err(LogError::io(name))
+}
