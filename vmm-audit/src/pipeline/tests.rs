@@ -11,9 +11,27 @@ use crate::verify::{VerifyOptions, verify};
 
 const LONG: Duration = Duration::from_secs(60);
 
+/// When a test fails, the disk answers again, so that the log can end.
+struct Disk(Faults);
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.0.stall(false);
+    }
+}
+
+impl std::ops::Deref for Disk {
+    type Target = Faults;
+
+    fn deref(&self) -> &Faults {
+        &self.0
+    }
+}
+
 struct Bench {
     memory: MemoryStorage,
-    faults: Faults,
+    // Dropped before the log.
+    faults: Disk,
     log: AuditLog,
 }
 
@@ -23,7 +41,7 @@ fn bench(options: PipelineOptions) -> Bench {
     let keys = Box::new(MemoryKeys::new());
     let (log, _) = AuditLog::open(Arc::new(faulty), keys, "log.example", LogOptions::new(), options).unwrap();
     log.flush(LONG).unwrap();
-    Bench { memory, faults, log }
+    Bench { memory, faults: Disk(faults), log }
 }
 
 impl Bench {
@@ -43,6 +61,8 @@ impl Bench {
 
     /// Has the disk stand still, and waits until the writing thread notices, so that the rings are not emptied any more.
     fn stall(&self, emitter: &Emitter) {
+        // Else it may be that of what came before which stands still, and this stays in the ring.
+        self.log.flush(LONG).unwrap();
         self.faults.stall(true);
         emitter.emit(&open()).unwrap();
         let begun = Instant::now();
@@ -169,7 +189,7 @@ fn room_that_comes_within_the_deadline_admits() {
     let emitter = bench.log.emitter(vm());
     bench.stall(&emitter);
     (0..4).for_each(|_| assert_eq!(emitter.emit(&open()), Ok(Emitted::Queued)));
-    let faults = bench.faults.clone();
+    let faults = bench.faults.0.clone();
     let thread = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(100));
         faults.stall(false);
@@ -244,7 +264,7 @@ fn counters_are_exact_under_load() {
                 }
             });
         }
-        let faults = bench.faults.clone();
+        let faults = bench.faults.0.clone();
         scope.spawn(move || {
             for _ in 0..20 {
                 faults.stall(true);
