@@ -16,6 +16,7 @@ pub mod replay;
 pub mod soak;
 pub mod socket;
 pub mod terminal;
+pub mod thread_times;
 pub mod trial;
 pub mod virtio;
 pub mod vsock_times;

@@ -15,13 +15,21 @@ pub struct Row {
     pub theirs: Vec<f64>,
     /// Why there is no figure.
     pub failure: Option<String>,
+    /// Where the time goes, if that explains the ratio.
+    pub remark: Option<String>,
 }
 
 impl Row {
     /// A row of one pair.
     pub fn new(label: impl Into<String>, ours: f64, peer: impl Into<String>, theirs: f64) -> Self {
         let (ours, theirs) = (vec![ours], vec![theirs]);
-        Self { label: label.into(), ours, peer: peer.into(), theirs, failure: None }
+        Self { label: label.into(), ours, peer: peer.into(), theirs, ..Self::default() }
+    }
+
+    /// With what explains it.
+    #[must_use]
+    pub fn remark(self, remark: impl Into<String>) -> Self {
+        Self { remark: Some(remark.into()), ..self }
     }
 
     /// One without figures.
@@ -61,10 +69,22 @@ pub fn join(rows: &mut Vec<Row>, pair: Vec<Row>) {
                 known.ours.extend(row.ours);
                 known.theirs.extend(row.theirs);
                 known.failure = known.failure.take().or(row.failure);
+                known.remark = row.remark.or(known.remark.take());
             }
             None => rows.push(row),
         }
     }
+}
+
+/// What explains them, each once, in their order.
+pub fn remarks(rows: &[Row]) -> Vec<&str> {
+    let mut remarks: Vec<&str> = Vec::new();
+    for remark in rows.iter().filter_map(|row| row.remark.as_deref()) {
+        if !remarks.contains(&remark) {
+            remarks.push(remark);
+        }
+    }
+    remarks
 }
 
 fn digits(value: f64) -> String {
@@ -117,7 +137,7 @@ mod tests {
             ours: ours.to_vec(),
             peer: "QEMU".to_owned(),
             theirs: theirs.to_vec(),
-            failure: None,
+            ..Row::default()
         };
         let expected = "\
 |          |      ours | peer | the peer's | ratio |
@@ -127,6 +147,14 @@ mod tests {
 ";
         let text = table(&[row("read, /s", &[4000.0, 3000.0, 1000.0], &[1500.0]), row("MB/s", &[5.25], &[])]);
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn remarks_are_those_of_the_last_pair_each_once() {
+        let row = |label: &str, remark: &str| Row::new(label, 1.0, "memcpy", 2.0).remark(remark);
+        let mut rows = vec![row("a", "slow"), row("b", "other")];
+        join(&mut rows, vec![row("a", "other"), Row::new("b", 1.0, "memcpy", 2.0)]);
+        assert_eq!(remarks(&rows), ["other"]);
     }
 
     #[test]

@@ -4,13 +4,15 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::Command;
-use std::thread;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::rates::Row;
+use crate::thread_times::ThreadTimes;
 
 const PROGRAM: &str = env!("VSOCK_GUEST");
 
@@ -49,18 +51,32 @@ pub fn rows(linux: &Path, amounts: Amounts) -> Result<Vec<Row>> {
     let listeners = [service(5000)?, service(5001)?, service(5002)?];
     // Each serves one client, which the guest is.
     let [taker, giver, echo] = listeners;
-    thread::spawn(move || take(&mut taker.accept()?.0));
-    thread::spawn(move || give(&mut giver.accept()?.0, bytes));
+    let monitor = Arc::new(OnceLock::new());
+    let taken = timed(&monitor, move |stamp| {
+        let mut client = taker.accept()?.0;
+        stamp();
+        take(&mut client)
+    });
+    let given = timed(&monitor, move |stamp| {
+        let mut client = giver.accept()?.0;
+        stamp();
+        give(&mut client, bytes)
+    });
     thread::spawn(move || send_back(&mut echo.accept()?.0, message));
     let line = format!(
         "cd /root; ./vsock pour 2 5000 {bytes} && ./vsock drain 2 5001 && ./vsock rounds 2 5002 {rounds} {message}"
     );
-    let output = Command::new(linux)
+    let child = Command::new(linux)
         .args(["--backend", "translate", "--memory", "256", "--seconds", "600", "--transport", "pci"])
         .args(["--add", &format!("{PROGRAM}:/root/vsock"), "--vsock", &format!("3,{}", path.display())])
         .args(["--command", &line])
-        .output()
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .with_context(|| format!("starting {}", linux.display()))?;
+    monitor.get_or_init(|| child.id());
+    let output = child.wait_with_output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     let mut figures = text.lines().map(|line| {
@@ -72,8 +88,8 @@ pub fn rows(linux: &Path, amounts: Amounts) -> Result<Vec<Row>> {
     let (there, back, rounds_a_second) = (figure()? / mb, figure()? / mb, figure()?);
     let pair = pair_bytes(bytes)? / mb;
     Ok(vec![
-        Row::new("vsock, guest to host, MB/s", there, PEER, pair),
-        Row::new("vsock, host to guest, MB/s", back, PEER, pair),
+        explained(Row::new("vsock, guest to host, MB/s", there, PEER, pair), taken),
+        explained(Row::new("vsock, host to guest, MB/s", back, PEER, pair), given),
         Row::new(
             format!("vsock, {message} bytes to the host and back, /s"),
             rounds_a_second,
@@ -81,6 +97,37 @@ pub fn rows(linux: &Path, amounts: Amounts) -> Result<Vec<Row>> {
             pair_rounds(rounds, message)?,
         ),
     ])
+}
+
+/// The monitor's threads before and after.
+type Stamps = [ThreadTimes; 2];
+
+/// Serves one client, on a thread, and notes what the monitor's threads have had when `serve` says so and when it is done.
+fn timed(
+    monitor: &Arc<OnceLock<u32>>,
+    serve: impl FnOnce(&mut dyn FnMut()) -> std::io::Result<()> + Send + 'static,
+) -> JoinHandle<std::io::Result<Stamps>> {
+    let monitor = monitor.clone();
+    let now = move || monitor.get().map_or_else(ThreadTimes::default, |process| ThreadTimes::now(*process));
+    thread::spawn(move || {
+        let mut before = ThreadTimes::default();
+        serve(&mut || before = now())?;
+        Ok([before, now()])
+    })
+}
+
+/// A row with whose time it was.
+fn explained(row: Row, stamps: JoinHandle<std::io::Result<Stamps>>) -> Row {
+    let share = stamps
+        .join()
+        .ok()
+        .and_then(Result::ok)
+        .and_then(|[before, after]| after.share(&before, "virtio", "vcpu"));
+    let Some(device) = share else { return row };
+    let what = row.label.rsplit_once(',').map_or("vsock", |(what, _)| what).to_owned();
+    row.remark(format!(
+        "{what}: of the monitor's processor time {device:.0} % are the device's, the others the guest's, which is its kernel in translated code"
+    ))
 }
 
 /// Reads to the end, and says so.

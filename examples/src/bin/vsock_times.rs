@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use vmm_examples::rates::table;
+use vmm_examples::rates::{remarks, table};
 use vmm_examples::trial::built_linux;
 use vmm_examples::vsock_times::{Amounts, rows};
 
@@ -31,6 +31,8 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let amounts = Amounts { bytes: options.mib << 20, rounds: options.rounds, ..Amounts::default() };
-    print!("{}", table(&rows(&built_linux()?, amounts)?));
+    let rows = rows(&built_linux()?, amounts)?;
+    print!("{}", table(&rows));
+    remarks(&rows).iter().for_each(|remark| println!("- {remark}."));
     Ok(())
 }

@@ -32,7 +32,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use clap::{Parser, ValueEnum};
 use vmm_examples::race::qemu_version;
-use vmm_examples::rates::{Row, join, table};
+use vmm_examples::rates::{Row, join, remarks, table};
 use vmm_examples::trial;
 use vmm_examples::vsock_times::{self, Amounts};
 
@@ -159,6 +159,7 @@ fn inside(options: &Options, place: &OsStr) -> bool {
         options.pairs,
         qemu_version().unwrap_or_default(),
     );
+    remarks(&rows).iter().for_each(|remark| println!("- {remark}."));
     let failures = rows.iter().filter_map(|row| Some(format!("{}: {}", row.label, row.failure.as_ref()?)));
     let failures: Vec<String> = failures.collect();
     failures.iter().for_each(|failure| println!("- Failed: {failure}."));
