@@ -2,6 +2,7 @@
 
 #![no_main]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::mem::MaybeUninit;
@@ -109,7 +110,7 @@ fn dialogue(greeted: bool, said: &[Said]) {
         greet(&server);
     }
     let (mut receiver, mut dialogue) = (Receiver::new(), Dialogue::new(2, 4));
-    let mut bells = 0;
+    let mut bells: BTreeMap<u16, usize> = BTreeMap::new();
     let mut told = said.iter();
     loop {
         while let Some(message) = match receiver.receive(&client) {
@@ -117,13 +118,13 @@ fn dialogue(greeted: bool, said: &[Said]) {
             Err(_) => return,
         } {
             match dialogue.hear(message) {
-                Ok(Event::Bell(..)) => bells += 1,
+                Ok(Event::Bell(peer, _)) => *bells.entry(peer).or_default() += 1,
                 Ok(Event::Own(vector, _)) => assert!(vector < 2),
-                Ok(Event::Gone(_)) => bells = bells.min(2 * dialogue.peers()),
+                Ok(Event::Gone(peer)) => drop(bells.remove(&peer)),
                 Ok(_) => {}
                 Err(_) => return,
             }
-            assert!(dialogue.peers() <= 4 && bells <= 8);
+            assert!(dialogue.peers() <= 4 && bells.len() <= 4 && bells.values().all(|bells| *bells <= 2));
         }
         match told.next() {
             Some(said) => say(&server, said),
