@@ -83,26 +83,38 @@ impl Receiver {
     }
 }
 
-/// Sends a message at once. `false` if there is no room for it now.
+/// What became of a message that was to be sent at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    Whole,
+    /// There is no room for it now. The socket becomes writable when there is.
+    NoRoom,
+    /// The host takes none now: too many descriptors of this user's are on their way (unix(7), ETOOMANYREFS), to whomever that is, or
+    /// there is no memory. Nothing tells when that is over.
+    Refused,
+}
+
+/// Sends a message at once, or not.
 pub(super) fn send(
     socket: impl AsFd,
     number: i64,
     descriptor: Option<BorrowedFd<'_>>,
-) -> Result<bool, Errno> {
+) -> Result<Sent, Errno> {
     let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut room);
     let descriptors: Vec<BorrowedFd<'_>> = descriptor.into_iter().collect();
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err(Errno::NOBUFS);
+        return Err(Errno::MSGSIZE);
     }
     let bytes = number.to_le_bytes();
     loop {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         match sendmsg(&socket, &[IoSlice::new(&bytes)], &mut control, flags) {
-            Ok(sent) if sent == bytes.len() => return Ok(true),
+            Ok(sent) if sent == bytes.len() => return Ok(Sent::Whole),
             // So few bytes go as a whole or not at all.
             Ok(_) => return Err(Errno::MSGSIZE),
-            Err(Errno::AGAIN) => return Ok(false),
+            Err(Errno::AGAIN) => return Ok(Sent::NoRoom),
+            Err(Errno::TOOMANYREFS | Errno::NOBUFS | Errno::NOMEM) => return Ok(Sent::Refused),
             Err(Errno::INTR) => {}
             Err(error) => return Err(error),
         }

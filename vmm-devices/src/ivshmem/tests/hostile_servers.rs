@@ -11,7 +11,7 @@ use super::*;
 use crate::ivshmem::server::{ClientConfig, ProtocolError};
 
 /// Sends what it is told to.
-struct Liar(UnixStream);
+pub(super) struct Liar(pub(super) UnixStream);
 
 impl Liar {
     fn pair() -> (Self, UnixStream) {
@@ -19,7 +19,7 @@ impl Liar {
         (Self(liar), client)
     }
 
-    fn say(&self, number: i64, descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
+    pub(super) fn say(&self, number: i64, descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
         let mut room = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
         let mut control = SendAncillaryBuffer::new(&mut room);
         if !descriptors.is_empty() {
