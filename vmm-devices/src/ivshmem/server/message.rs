@@ -21,12 +21,13 @@ pub struct Message {
     pub descriptor: Option<OwnedFd>,
 }
 
-/// Puts messages together, which may come in pieces.
+/// Puts messages together, which may come in pieces. After an error it keeps what came until it is dropped; to close that may take as
+/// long as the sender likes (a file of FUSE's).
 #[derive(Debug, Default)]
 pub struct Receiver {
     bytes: [u8; 8],
     filled: usize,
-    descriptor: Option<OwnedFd>,
+    descriptors: Vec<OwnedFd>,
 }
 
 impl Receiver {
@@ -60,14 +61,11 @@ impl Receiver {
                 Err(error) => return Err(ProtocolError::Socket(error.into())),
             };
             for message in control.drain() {
-                let RecvAncillaryMessage::ScmRights(descriptors) = message else { continue };
-                for descriptor in descriptors {
-                    if self.descriptor.replace(descriptor).is_some() {
-                        return Err(ProtocolError::Descriptors);
-                    }
+                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    self.descriptors.extend(descriptors);
                 }
             }
-            if received.flags.contains(ReturnFlags::CTRUNC) {
+            if self.descriptors.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
                 return Err(ProtocolError::Descriptors);
             }
             if received.bytes == 0 {
@@ -77,7 +75,7 @@ impl Receiver {
             if self.filled >= self.bytes.len() {
                 self.filled = 0;
                 let number = i64::from_le_bytes(self.bytes);
-                return Ok(Some(Message { number, descriptor: self.descriptor.take() }));
+                return Ok(Some(Message { number, descriptor: self.descriptors.pop() }));
             }
         }
     }

@@ -274,7 +274,9 @@ impl Shared {
                     (Ok(position), _) => self.look_at(position, flags),
                     (Err(_), Some(listener)) if tag == LISTENER => self.accept(listener),
                     // The end, or something to be tried again; the beginning of the loop sees to both.
-                    _ => drop(eventfd::take(&self.kick)),
+                    _ => {
+                        let (Ok(_) | Err(_)) = eventfd::take(&self.kick);
+                    }
                 }
             }
         }
