@@ -1,8 +1,9 @@
 //! The right to one channel.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::keeper::Account;
 use super::request::{Channel, Request};
@@ -27,24 +28,48 @@ impl fmt::Display for GrantId {
 /// What a holder does when its right is gone.
 type Close = Box<dyn FnOnce() + Send>;
 
+thread_local! {
+    /// In how many holders' closures this thread is.
+    static INSIDE: Cell<usize> = const { Cell::new(0) };
+}
+
+/// How a right ends.
+#[derive(Default)]
+struct End {
+    close: Option<Close>,
+    /// Threads that are in a closure of the holder's.
+    closing: usize,
+}
+
 /// What grant and account have in common.
 pub(super) struct Right {
     pub(super) request: Request,
     live: AtomicBool,
-    close: Mutex<Option<Close>>,
+    end: Mutex<End>,
+    closed: Condvar,
 }
 
 impl Right {
     pub(super) fn new(request: Request) -> Self {
-        Self { request, live: AtomicBool::new(true), close: Mutex::new(None) }
+        Self { request, live: AtomicBool::new(true), end: Mutex::default(), closed: Condvar::new() }
     }
 
-    /// Ends the right, and returns when what the holder does then is done. Whether it was there until now.
+    fn end(&self) -> MutexGuard<'_, End> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the right, and returns when what the holder does then is done, whoever had it done. Whether the right was there until
+    /// now.
     pub(super) fn revoke(&self) -> bool {
+        let mut end = self.end();
         let was_live = self.live.swap(false, Ordering::AcqRel);
-        let close = self.close.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(close) = close {
-            close();
+        if let Some(close) = end.close.take() {
+            self.run(close, end);
+        } else if INSIDE.get() == 0 {
+            // Who is in a closure never waits for those who are, of this right or of another: so no two wait for each other.
+            while end.closing > 0 {
+                end = self.closed.wait(end).unwrap_or_else(PoisonError::into_inner);
+            }
         }
         was_live
     }
@@ -54,14 +79,35 @@ impl Right {
     }
 
     fn on_revoked(&self, close: Close) {
-        let mut place = self.close.lock().unwrap_or_else(PoisonError::into_inner);
-        // Looked at under the lock that `revoke` takes after it has ended the right: one of the two calls it.
+        let mut end = self.end();
+        // Looked at under the lock under which `revoke` ends the right: one of the two calls it.
         if self.is_live() {
-            *place = Some(close);
+            let before = end.close.replace(close);
+            drop(end);
+            // It may hold what holds this grant.
+            drop(before);
         } else {
-            drop(place);
-            close();
+            self.run(close, end);
         }
+    }
+
+    /// Calls what the holder has said, without the lock, while others wait.
+    fn run(&self, close: Close, mut end: MutexGuard<'_, End>) {
+        /// Also when the closure panics.
+        struct Inside<'a>(&'a Right);
+        impl Drop for Inside<'_> {
+            fn drop(&mut self) {
+                INSIDE.set(INSIDE.get() - 1);
+                self.0.end().closing -= 1;
+                self.0.closed.notify_all();
+            }
+        }
+        end.closing += 1;
+        INSIDE.set(INSIDE.get() + 1);
+        drop(end);
+        let inside = Inside(self);
+        close();
+        drop(inside);
     }
 }
 
@@ -101,8 +147,9 @@ impl<C: Channel> Grant<C> {
     }
 
     /// Has `close` called when the right is revoked; at once if it has been. It comes from the thread that revokes, which goes
-    /// on when it returns: it stops the channel, takes it out of the guest's reach, and closes it, in that order. It replaces the
-    /// one before, and is forgotten when the grant is dropped.
+    /// on when it returns: it stops the channel, takes it out of the guest's reach, and closes it, in that order. Others who revoke
+    /// meanwhile wait for it, so that it must not wait for them. It replaces the one before, and is forgotten when the grant is
+    /// dropped.
     pub fn on_revoked(&self, close: impl FnOnce() + Send + 'static) {
         self.right.on_revoked(Box::new(close));
     }
@@ -116,7 +163,7 @@ impl<C: Channel> Grant<C> {
 impl<C: Channel> Drop for Grant<C> {
     fn drop(&mut self) {
         // What it would close is closed. The closure may hold what holds this grant, so it goes without the lock.
-        let close = self.right.close.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let close = self.right.end().close.take();
         drop(close);
         self.right.live.store(false, Ordering::Release);
         self.account.closed(self.id, &self.right.request);

@@ -91,31 +91,43 @@ impl Gatekeeper {
     }
 
     /// Takes back the right of `id`, and returns when its holder has closed the channel, as far as it has said how
-    /// ([`Grant::on_revoked`]). Whether there was one to take back.
+    /// ([`Grant::on_revoked`]). Whether there was one to take back: if another thread has done so and the holder still closes it,
+    /// this waits for that too. Only where it is called by such a closure itself, or by a gate that one has led to, it waits for no
+    /// other one.
     pub fn revoke(&self, id: GrantId) -> bool {
         let right = self.account.open().rights.get(&id).map(Arc::clone);
         right.is_some_and(|right| right.revoke())
     }
 
-    /// Takes back all that `which` says yes to, and returns how many that were.
+    /// Takes back all that `which` says yes to, and returns how many that were. It waits as [`revoke`](Self::revoke) does.
     pub fn revoke_all(&self, mut which: impl FnMut(&Request) -> bool) -> usize {
-        let chosen = self.open_channels().into_iter().filter(|channel| which(&channel.request));
-        chosen.filter(|channel| self.revoke(channel.id)).count()
+        let chosen = self.rights().into_iter().filter(|(_, right)| which(&right.request));
+        chosen.filter(|(_, right)| right.revoke()).count()
     }
 
     /// Asks the gate about all that is open and takes back what it refuses. Those channels, with the reasons, when their
-    /// holders have closed them.
+    /// holders have closed them. It waits as well for what another thread has taken back and the holder still closes.
     pub fn reconsider(&self) -> Vec<(OpenChannel, Refusal)> {
         self.account.open().epoch += 1;
         let mut refused = Vec::new();
-        for channel in self.open_channels() {
-            if let Err(refusal) = self.account.gate.decide(channel.id, &channel.request)
-                && self.revoke(channel.id)
-            {
-                refused.push((channel, refusal));
+        for (id, right) in self.rights() {
+            let decided =
+                if right.is_live() { self.account.gate.decide(id, &right.request).err() } else { None };
+            if decided.is_none() && right.is_live() {
+                continue;
+            }
+            // What lost its right before is waited for.
+            let was_live = right.revoke();
+            if let Some(refusal) = decided.filter(|_| was_live) {
+                refused.push((OpenChannel { id, request: right.request.clone() }, refusal));
             }
         }
         refused
+    }
+
+    /// All that there are, also those that have been taken back and are not closed yet.
+    fn rights(&self) -> Vec<(GrantId, Arc<Right>)> {
+        self.account.open().rights.iter().map(|(id, right)| (*id, Arc::clone(right))).collect()
     }
 
     /// What is open, in the order in which it was opened; what has been revoked and is not closed yet is not among it.

@@ -1,8 +1,9 @@
 //! What opens, what does not, and what a revocation does.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use vmm_memory::Access;
 
@@ -117,6 +118,96 @@ fn a_revocation_returns_when_the_channel_is_closed() {
     assert!(!watch.is_live());
     assert!(holder.lock().unwrap().is_none());
     assert_eq!(gatekeeper.open_channels(), []);
+}
+
+/// A holder takes its time, and two more revoke: whoever goes on after a revocation finds the channel closed.
+#[test]
+fn every_revocation_returns_when_the_channel_is_closed() {
+    type Revoke = fn(&Gatekeeper, GrantId) -> bool;
+    let others: [Revoke; 3] = [
+        |gatekeeper, id| gatekeeper.revoke(id),
+        |gatekeeper, _| gatekeeper.revoke_all(|_| true) > 0,
+        |gatekeeper, _| !gatekeeper.reconsider().is_empty(),
+    ];
+    let wait = Duration::from_secs(20);
+    // The holder has said what to do before the right ended, or comes late.
+    for late in [false, true] {
+        let gatekeeper = Gatekeeper::new(AllowAll);
+        let grant = gatekeeper.open(vm(1), None, connect(1)).unwrap();
+        let id = grant.id();
+        let ((inside, is_inside), (go_on, goes_on)) = (mpsc::channel(), mpsc::channel::<()>());
+        let close = move || {
+            inside.send(()).unwrap();
+            goes_on.recv().unwrap();
+        };
+        let (first, grant) = if late {
+            assert!(gatekeeper.revoke(id));
+            let holder = thread::spawn(move || {
+                grant.on_revoked(close);
+                (true, Some(grant))
+            });
+            (holder, None)
+        } else {
+            grant.on_revoked(close);
+            let gatekeeper = gatekeeper.clone();
+            (thread::spawn(move || (gatekeeper.revoke(id), None)), Some(grant))
+        };
+        is_inside.recv_timeout(wait).unwrap();
+        let (tell, told) = mpsc::channel();
+        for revoke in others {
+            let (gatekeeper, tell) = (gatekeeper.clone(), tell.clone());
+            thread::spawn(move || tell.send(revoke(&gatekeeper, id)));
+        }
+        assert!(told.recv_timeout(Duration::from_millis(100)).is_err(), "it is not closed yet");
+        go_on.send(()).unwrap();
+        assert!(first.join().unwrap().0);
+        assert_eq!([(); 3].map(|()| told.recv_timeout(wait)), [Ok(false); 3], "there was none to take back");
+        drop(grant);
+    }
+}
+
+/// Two holders that each revoke all there is while they close: neither waits for itself or the other.
+#[test]
+fn holders_that_revoke_while_they_close_do_not_wait_for_each_other() {
+    let gatekeeper = Gatekeeper::new(AllowAll);
+    let both = Arc::new(Barrier::new(2));
+    let grants = [1, 2].map(|port| gatekeeper.open(vm(1), None, connect(port)).unwrap());
+    let (tell, told) = mpsc::channel();
+    for grant in &grants {
+        let (inside, both, id, tell) = (gatekeeper.clone(), Arc::clone(&both), grant.id(), tell.clone());
+        grant.on_revoked(move || {
+            both.wait();
+            assert!(!inside.revoke(id));
+            assert_eq!((inside.revoke_all(|_| true), inside.reconsider()), (0, vec![]));
+            tell.send(()).unwrap();
+        });
+        let gatekeeper = gatekeeper.clone();
+        thread::spawn(move || gatekeeper.revoke(id));
+    }
+    for _ in &grants {
+        told.recv_timeout(Duration::from_secs(20)).expect("no one waits for another");
+    }
+}
+
+/// What is replaced may hold what it was said of.
+#[test]
+fn a_closure_that_is_replaced_may_drop_a_grant() {
+    let gatekeeper = Gatekeeper::new(AllowAll);
+    let (one, other) = (
+        Arc::new(gatekeeper.open(vm(1), None, connect(1)).unwrap()),
+        gatekeeper.open(vm(1), None, connect(2)).unwrap(),
+    );
+    /// Asks for the right again as it goes.
+    struct Asks(Arc<Grant<VsockConnect>>);
+    impl Drop for Asks {
+        fn drop(&mut self) {
+            self.0.on_revoked(|| ());
+        }
+    }
+    let held = (Asks(Arc::clone(&one)), other);
+    one.on_revoked(move || drop(held));
+    one.on_revoked(|| ());
+    assert_eq!(gatekeeper.open_channels().len(), 1);
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub(super) enum Bell {
     /// Of another process: an eventfd.
     Outside(Arc<OwnedFd>),
     /// Such a one, of a peer that may make it wait: somebody else rings.
-    Carried(Arc<OwnedFd>, Arc<Bellhop>),
+    Carried(u16, Arc<OwnedFd>, Arc<Bellhop>),
 }
 
 impl Bell {
@@ -36,14 +36,14 @@ impl Bell {
                 }
             }
             Self::Outside(fd) => eventfd::signal(fd),
-            Self::Carried(fd, bellhop) => bellhop.carry(fd),
+            Self::Carried(peer, fd, bellhop) => bellhop.carry(*peer, fd),
         }
     }
 
     fn fd(&self) -> Option<&Arc<OwnedFd>> {
         match self {
             Self::Inside(..) => None,
-            Self::Outside(fd) | Self::Carried(fd, _) => Some(fd),
+            Self::Outside(fd) | Self::Carried(_, fd, _) => Some(fd),
         }
     }
 }

@@ -48,7 +48,10 @@ impl Hub {
 
     /// Positions of the members, ascending.
     pub fn members(&self) -> Vec<u16> {
-        lock(&self.0.members).ports.keys().copied().collect()
+        let members = lock(&self.0.members);
+        // Where somebody is, not where one is about to be.
+        let seated = members.ports.iter().filter(|(_, port)| port.strong_count() > 0);
+        seated.map(|(position, _)| *position).collect()
     }
 
     /// A seat at the next position. Without `ring` the guest rings for nobody, and others ring for it.
@@ -65,10 +68,10 @@ impl Hub {
         let free = (next..=u16::MAX).chain(0..next).find(|position| !members.ports.contains_key(position));
         // Not reached: there are fewer members than positions.
         let position = free.unwrap_or(next);
-        let member = self.sit(&mut members, position, map, ring)?;
+        self.reserve(&mut members, position)?;
         members.next = position.wrapping_add(1);
         drop(members);
-        self.watch(member)
+        self.sit(position, map, ring)
     }
 
     /// A seat at that position, for a device whose state was saved there.
@@ -85,22 +88,36 @@ impl Hub {
         if members.ports.contains_key(&position) {
             return Err(IvshmemError::Taken { position, region: Arc::clone(self.0.region.name()) });
         }
-        let member = self.sit(&mut members, position, map, ring)?;
+        self.reserve(&mut members, position)?;
         drop(members);
-        self.watch(member)
+        self.sit(position, map, ring)
     }
 
+    /// Nobody else has that position from now on.
+    fn reserve(&self, members: &mut Members, position: u16) -> Result<(), IvshmemError> {
+        if members.ports.len() >= MAX_PEERS {
+            return Err(IvshmemError::Full { region: Arc::clone(self.0.region.name()), max: MAX_PEERS });
+        }
+        members.ports.insert(position, Weak::new());
+        Ok(())
+    }
+
+    /// Takes a position that is reserved. Grants are dropped, of which the gate hears, with nothing locked.
     fn sit(
         &self,
-        members: &mut Members,
         position: u16,
         map: Grant<RegionMap>,
         ring: Option<Grant<DoorbellRing>>,
     ) -> Result<Member, IvshmemError> {
-        if members.ports.len() >= MAX_PEERS {
-            return Err(IvshmemError::Full { region: Arc::clone(self.0.region.name()), max: MAX_PEERS });
-        }
-        let member = self.0.region.seat((position, self.0.vectors), map, ring)?;
+        let seated = self.0.region.seat((position, self.0.vectors), map, ring);
+        let mut members = lock(&self.0.members);
+        let member = match seated {
+            Ok(member) => member,
+            Err(error) => {
+                members.ports.remove(&position);
+                return Err(error);
+            }
+        };
         let bells = |port: &Arc<Port>| {
             let port = Arc::downgrade(port);
             (0..self.0.vectors).map(move |vector| Bell::Inside(Weak::clone(&port), vector))
@@ -113,13 +130,10 @@ impl Hub {
         }
         bells(&member.port).for_each(|bell| member.port.add_bell(position, bell));
         members.ports.insert(position, Arc::downgrade(&member.port));
-        Ok(member)
-    }
-
-    /// Has a member leave when it closes. It may have closed by now.
-    fn watch(&self, member: Member) -> Result<Member, IvshmemError> {
-        // As long as there are members there is a hub, whoever else has let go of it. It holds no port.
-        let (hub, position) = (Arc::clone(&self.0), member.position());
+        drop(members);
+        // It leaves when it closes, and may have closed by now. As long as there are members there is a hub, whoever else has let
+        // go of it. It holds no port.
+        let hub = Arc::clone(&self.0);
         member.port.on_leave(Box::new(move || hub.leave(position)));
         Ok(member)
     }

@@ -5,10 +5,11 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm_memory::{Access, PeerMemory};
+use vmm_memory::{Access, MemoryError, PeerMemory};
 
 use super::dialogue::{Dialogue, Event, ProtocolError};
 use super::listener::Listener;
@@ -25,7 +26,8 @@ use crate::virtio::rate::Rate;
 pub struct ClientConfig {
     /// Vectors of the device, 1 to [`MAX_VECTORS`]; those that the server does not connect stay unconnected.
     pub vectors: u16,
-    /// Peers that it takes, up to [`MAX_PEERS`]; it does not see others. Each is a descriptor for each vector.
+    /// Peers that it takes, up to [`MAX_PEERS`]; it does not see others. Each is a descriptor for each vector, and a thread that rings
+    /// it, if the client does not ring [directly](Self::rings_directly).
     pub max_peers: usize,
     /// How long it waits for each of the server's first messages.
     pub patience: Duration,
@@ -35,7 +37,8 @@ pub struct ClientConfig {
     /// right back.
     pub outlives_server: bool,
     /// Rings on the thread of the vCPU. A peer that makes its eventfd a blocking one and fills it makes the vCPU wait; if not,
-    /// there is a thread for that, which costs its wake-up.
+    /// there are threads for that, one for each peer that there may be and for the device itself, which start when it
+    /// [joins](Client::join) and sleep but for rings; each costs its wake-up.
     pub rings_directly: bool,
     /// How often the guest is interrupted at most. What is beyond waits and is one.
     pub interrupt_rate: Option<Rate>,
@@ -140,10 +143,19 @@ impl Client {
         }
         let mut dialogue = Dialogue::new(vectors, config.max_peers.min(MAX_PEERS));
         let mut receiver = Receiver::new();
-        let (position, memory) = greet(&socket, &mut receiver, &mut dialogue, config.patience)
-            .map_err(|source| IvshmemError::Protocol { region: Arc::clone(&region), source })?;
+        let (position, memory) = match greet(&socket, &mut receiver, &mut dialogue, config.patience) {
+            Ok(greeted) => greeted,
+            Err(source) => {
+                retire((receiver, dialogue));
+                return Err(IvshmemError::Protocol { region, source });
+            }
+        };
         let memory = if config.unsealed {
             PeerMemory::from_unsealed_fd(memory)?
+        } else if let Err(error) = rustix::fs::fcntl_get_seals(&memory) {
+            // Whose file it is, is not asked before it is known to be the kernel's.
+            retire(memory);
+            return Err(MemoryError::NotMemfd { source: error.into() }.into());
         } else {
             PeerMemory::from_fd(memory)?
         };
@@ -192,6 +204,13 @@ impl fmt::Debug for Client {
             .field("config", &self.config)
             .finish_non_exhaustive()
     }
+}
+
+/// Closes what is refused of a server on a thread of its own: it may be a file that the server lets nobody close.
+fn retire(refused: impl Send + 'static) {
+    // If the host has no thread, then here.
+    let retired = thread::Builder::new().name("ivshmem-refused".to_owned()).spawn(move || drop(refused));
+    let (Ok(_) | Err(_)) = retired;
 }
 
 /// The messages that come first.

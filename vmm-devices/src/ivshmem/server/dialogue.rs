@@ -91,10 +91,14 @@ enum Stage {
     Peers,
 }
 
-/// The client's side of the protocol: hand it each message. After an error the connection is to be closed.
+/// The client's side of the protocol: hand it each message. After an error the connection is to be closed, and this dropped where
+/// it may take time: it keeps the descriptor that it has refused, which may be one that the server lets nobody close (a file of
+/// FUSE's).
 #[derive(Debug)]
 pub struct Dialogue {
     stage: Stage,
+    /// What came with the last message, unless it was taken.
+    descriptor: Option<OwnedFd>,
     position: u16,
     vectors: u16,
     max_peers: usize,
@@ -106,7 +110,15 @@ pub struct Dialogue {
 impl Dialogue {
     /// For a client with so many vectors, which takes so many peers.
     pub fn new(vectors: u16, max_peers: usize) -> Self {
-        Self { stage: Stage::Version, position: 0, vectors, max_peers, own: 0, peers: BTreeMap::new() }
+        Self {
+            stage: Stage::Version,
+            descriptor: None,
+            position: 0,
+            vectors,
+            max_peers,
+            own: 0,
+            peers: BTreeMap::new(),
+        }
     }
 
     /// What is expected next.
@@ -129,10 +141,11 @@ impl Dialogue {
     /// # Errors
     /// [`ProtocolError`] if it may not come now.
     pub fn hear(&mut self, message: Message) -> Result<Event, ProtocolError> {
-        let Message { number, descriptor } = message;
+        let number = message.number;
+        self.descriptor = message.descriptor;
         match self.stage {
             Stage::Version => {
-                without(number, descriptor)?;
+                self.without(number)?;
                 if number != VERSION {
                     return Err(ProtocolError::Version { found: number });
                 }
@@ -140,7 +153,7 @@ impl Dialogue {
                 Ok(Event::Version)
             }
             Stage::Position => {
-                without(number, descriptor)?;
+                self.without(number)?;
                 self.position = position(number)?;
                 self.stage = Stage::Memory;
                 Ok(Event::Position(self.position))
@@ -149,46 +162,55 @@ impl Dialogue {
                 if number != MEMORY {
                     return Err(ProtocolError::Number { found: number, expected: "-1, for the memory," });
                 }
+                let descriptor = self.descriptor.take();
                 let descriptor = descriptor.ok_or(ProtocolError::Descriptor { number, with: "without" })?;
                 self.stage = Stage::Peers;
                 Ok(Event::Memory(descriptor))
             }
-            Stage::Peers => self.hear_of_peer(position(number)?, descriptor),
+            Stage::Peers => self.hear_of_peer(position(number)?),
         }
     }
 
-    fn hear_of_peer(&mut self, peer: u16, descriptor: Option<OwnedFd>) -> Result<Event, ProtocolError> {
-        let Some(descriptor) = descriptor else {
+    fn hear_of_peer(&mut self, peer: u16) -> Result<Event, ProtocolError> {
+        let Some(descriptor) = &self.descriptor else {
             if peer == self.position {
                 return Ok(Event::Revoked);
             }
             // One that was beyond what the client takes is not known, and gone all the same.
             return Ok(if self.peers.remove(&peer).is_some() { Event::Gone(peer) } else { Event::Beyond });
         };
+        let own = peer == self.position;
+        let vector = if own { self.own } else { self.peers.get(&peer).copied().unwrap_or(0) };
+        // Also if it is beyond what the client takes, so that what is closed now closes at once.
+        if !eventfd::is_one(descriptor) {
+            return Err(ProtocolError::NoEventfd { peer, vector });
+        }
         let known = self.peers.len();
-        let told = if peer == self.position {
+        let told = if own {
             &mut self.own
         } else if known < self.max_peers || self.peers.contains_key(&peer) {
             self.peers.entry(peer).or_insert(0)
         } else {
-            return Ok(Event::Beyond);
+            return Ok(self.beyond());
         };
-        let vector = *told;
         if vector >= self.vectors {
-            return Ok(Event::Beyond);
+            return Ok(self.beyond());
         }
-        if !eventfd::may_be_one(&descriptor) {
-            return Err(ProtocolError::NoEventfd { peer, vector });
-        }
+        let Some(descriptor) = self.descriptor.take() else { return Ok(Event::Beyond) };
         *told += 1;
-        Ok(if peer == self.position { Event::Own(vector, descriptor) } else { Event::Bell(peer, descriptor) })
+        Ok(if own { Event::Own(vector, descriptor) } else { Event::Bell(peer, descriptor) })
     }
-}
 
-fn without(number: i64, descriptor: Option<OwnedFd>) -> Result<(), ProtocolError> {
-    match descriptor {
-        None => Ok(()),
-        Some(_) => Err(ProtocolError::Descriptor { number, with: "with" }),
+    fn beyond(&mut self) -> Event {
+        self.descriptor = None;
+        Event::Beyond
+    }
+
+    fn without(&self, number: i64) -> Result<(), ProtocolError> {
+        match self.descriptor {
+            None => Ok(()),
+            Some(_) => Err(ProtocolError::Descriptor { number, with: "with" }),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Weak, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use rustix::event::{Timespec, epoll};
 use super::client::ClientConfig;
 use super::dialogue::{Dialogue, Event, ProtocolError};
 use super::message::Receiver;
+use crate::ivshmem::MAX_PEERS;
 use crate::ivshmem::bellhop::Bellhop;
 use crate::ivshmem::bells::Bell;
 use crate::ivshmem::eventfd;
@@ -26,6 +27,9 @@ const CONTROL: u64 = u64::MAX - 2;
 
 /// Messages that are heard before others have their turn.
 const AT_ONCE: usize = 64;
+
+/// How long the thread's end is waited for at most. What it does then cannot be seen by a guest any more.
+const LAST: Duration = Duration::from_secs(1);
 
 /// How the thread is ended.
 struct Stop {
@@ -66,7 +70,9 @@ impl Listener {
         config: ClientConfig,
         port: &Arc<Port>,
     ) -> io::Result<Self> {
-        let bellhop = if config.rings_directly { None } else { Some(Arc::new(Bellhop::start()?)) };
+        // Its peers, and itself.
+        let lanes = config.max_peers.min(MAX_PEERS).saturating_add(1);
+        let bellhop = if config.rings_directly { None } else { Some(Arc::new(Bellhop::start(lanes)?)) };
         let stop = Arc::new(Stop { stopped: AtomicBool::new(false), kick: eventfd::create()? });
         let control = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let everything = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -92,23 +98,33 @@ impl Listener {
         })
     }
 
-    /// Starts the thread, which ends when `port` is closed; the end is waited for.
+    /// Starts the thread, which ends when `port` is closed; that it does nothing any more is waited for.
     pub(super) fn start(self, port: &Arc<Port>) -> io::Result<()> {
         let stop = Arc::clone(&self.stop);
-        let thread = thread::Builder::new().name("ivshmem".to_owned()).spawn(move || self.run())?;
+        let (ends, ended) = mpsc::channel::<()>();
+        let thread = thread::Builder::new().name("ivshmem".to_owned()).spawn(move || self.run(ends))?;
         port.on_leave(Box::new(move || {
             stop.stopped.store(true, Ordering::SeqCst);
             eventfd::signal(&stop.kick);
             // It may be this one: then it ends by itself.
             if thread.thread().id() != thread::current().id() {
-                // A panic of its own has been told by then.
-                let (Ok(()) | Err(_)) = thread.join();
+                // Nothing is sent: it is over when the other end is dropped.
+                let (Ok(()) | Err(_)) = ended.recv_timeout(LAST);
             }
         }));
         Ok(())
     }
 
-    fn run(mut self) {
+    fn run(mut self, ends: mpsc::Sender<()>) {
+        self.listen();
+        // What the dialogue and the receiver keep comes last: the server may let nobody close it.
+        let Self { socket, dialogue, receiver, .. } = self;
+        drop(socket);
+        drop(ends);
+        drop((dialogue, receiver));
+    }
+
+    fn listen(&mut self) {
         let ending = loop {
             match self.turn() {
                 Ok(None) => {}
@@ -168,11 +184,14 @@ impl Listener {
                 }
             }
         }
-        let vector = usize::try_from(tag).unwrap_or(usize::MAX);
-        if let (Some(fd), Ok(vector), Some(port)) =
-            (self.own.get(vector), u16::try_from(tag), self.port.upgrade())
-            && eventfd::take(fd)
-        {
+        let place = usize::try_from(tag).unwrap_or(usize::MAX);
+        let (Some(fd), Ok(vector), Some(port)) =
+            (self.own.get(place), u16::try_from(tag), self.port.upgrade())
+        else {
+            return Ok(None);
+        };
+        let none = |_| ProtocolError::NoEventfd { peer: port.position(), vector };
+        if eventfd::take(fd).map_err(none)? {
             port.receive(vector);
         }
         Ok(None)
@@ -193,8 +212,13 @@ impl Listener {
             let event = self.dialogue.hear(message)?;
             let Some(port) = self.port.upgrade() else { return Ok(Some(Ending::Stopped)) };
             match event {
-                Event::Bell(peer, fd) => port.add_bell(peer, self.bell(Arc::new(fd))),
-                Event::Gone(peer) => port.remove_peer(peer),
+                Event::Bell(peer, fd) => port.add_bell(peer, self.bell(peer, Arc::new(fd))),
+                Event::Gone(peer) => {
+                    port.remove_peer(peer);
+                    if let Some(bellhop) = &self.bellhop {
+                        bellhop.forget(peer);
+                    }
+                }
                 Event::Own(vector, fd) => self.own_bell(&port, vector, fd)?,
                 Event::Revoked => return Ok(Some(Ending::Revoked)),
                 Event::Beyond => port.metrics.beyond_limits.one(),
@@ -204,9 +228,9 @@ impl Listener {
         Ok(None)
     }
 
-    fn bell(&self, fd: Arc<OwnedFd>) -> Bell {
+    fn bell(&self, peer: u16, fd: Arc<OwnedFd>) -> Bell {
         match &self.bellhop {
-            Some(bellhop) => Bell::Carried(fd, Arc::clone(bellhop)),
+            Some(bellhop) => Bell::Carried(peer, fd, Arc::clone(bellhop)),
             None => Bell::Outside(fd),
         }
     }
@@ -219,7 +243,7 @@ impl Listener {
         let fd = Arc::new(fd);
         self.own.push(Arc::clone(&fd));
         // A guest may ring itself.
-        port.add_bell(port.position(), self.bell(fd));
+        port.add_bell(port.position(), self.bell(port.position(), fd));
         Ok(())
     }
 }

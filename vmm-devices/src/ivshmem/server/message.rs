@@ -21,12 +21,13 @@ pub struct Message {
     pub descriptor: Option<OwnedFd>,
 }
 
-/// Puts messages together, which may come in pieces.
+/// Puts messages together, which may come in pieces. After an error it keeps what came until it is dropped; to close that may take as
+/// long as the sender likes (a file of FUSE's).
 #[derive(Debug, Default)]
 pub struct Receiver {
     bytes: [u8; 8],
     filled: usize,
-    descriptor: Option<OwnedFd>,
+    descriptors: Vec<OwnedFd>,
 }
 
 impl Receiver {
@@ -60,14 +61,11 @@ impl Receiver {
                 Err(error) => return Err(ProtocolError::Socket(error.into())),
             };
             for message in control.drain() {
-                let RecvAncillaryMessage::ScmRights(descriptors) = message else { continue };
-                for descriptor in descriptors {
-                    if self.descriptor.replace(descriptor).is_some() {
-                        return Err(ProtocolError::Descriptors);
-                    }
+                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    self.descriptors.extend(descriptors);
                 }
             }
-            if received.flags.contains(ReturnFlags::CTRUNC) {
+            if self.descriptors.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
                 return Err(ProtocolError::Descriptors);
             }
             if received.bytes == 0 {
@@ -77,32 +75,44 @@ impl Receiver {
             if self.filled >= self.bytes.len() {
                 self.filled = 0;
                 let number = i64::from_le_bytes(self.bytes);
-                return Ok(Some(Message { number, descriptor: self.descriptor.take() }));
+                return Ok(Some(Message { number, descriptor: self.descriptors.pop() }));
             }
         }
     }
 }
 
-/// Sends a message at once. `false` if there is no room for it now.
+/// What became of a message that was to be sent at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    Whole,
+    /// There is no room for it now. The socket becomes writable when there is.
+    NoRoom,
+    /// The host takes none now: too many descriptors of this user's are on their way (unix(7), ETOOMANYREFS), to whomever that is, or
+    /// there is no memory. Nothing tells when that is over.
+    Refused,
+}
+
+/// Sends a message at once, or not.
 pub(super) fn send(
     socket: impl AsFd,
     number: i64,
     descriptor: Option<BorrowedFd<'_>>,
-) -> Result<bool, Errno> {
+) -> Result<Sent, Errno> {
     let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut room);
     let descriptors: Vec<BorrowedFd<'_>> = descriptor.into_iter().collect();
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err(Errno::NOBUFS);
+        return Err(Errno::MSGSIZE);
     }
     let bytes = number.to_le_bytes();
     loop {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         match sendmsg(&socket, &[IoSlice::new(&bytes)], &mut control, flags) {
-            Ok(sent) if sent == bytes.len() => return Ok(true),
+            Ok(sent) if sent == bytes.len() => return Ok(Sent::Whole),
             // So few bytes go as a whole or not at all.
             Ok(_) => return Err(Errno::MSGSIZE),
-            Err(Errno::AGAIN) => return Ok(false),
+            Err(Errno::AGAIN) => return Ok(Sent::NoRoom),
+            Err(Errno::TOOMANYREFS | Errno::NOBUFS | Errno::NOMEM) => return Ok(Sent::Refused),
             Err(Errno::INTR) => {}
             Err(error) => return Err(error),
         }

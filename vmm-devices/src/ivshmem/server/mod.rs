@@ -12,11 +12,14 @@
 //! tells of is bounded, a descriptor that is not what it should be ends the connection, and memory whose size is not sealed is refused
 //! unless the monitor says otherwise. So are clients to a server: they have nothing to say, so that whatever they send ends their
 //! connection, as it does if they do not read. And so are clients to each other, who share eventfds: none of them is
-//! waited for, unless the monitor trusts them ([`ClientConfig::rings_directly`]).
+//! waited for, unless the monitor trusts them ([`ClientConfig::rings_directly`]), nor does one keep rings from another. A descriptor
+//! may also be a file of a file system that its sender serves (FUSE), and answers nothing: none is asked what it is, or closed,
+//! where somebody would wait for that.
 //!
 //! # System calls
 //! For a filter, once a client has joined: `epoll_wait` or `epoll_pwait`, `epoll_ctl`, `recvmsg`, `fstat`, `preadv2`, `write`, `close` and
-//! `futex`, and what ends a thread. None of them maps memory or opens anything.
+//! `futex`, and what ends a thread. None of them maps memory, opens anything or starts a thread. Linux 5.8 or later is
+//! needed, since eventfds are read without waiting from then on (`RWF_NOWAIT`).
 
 mod client;
 mod dialogue;

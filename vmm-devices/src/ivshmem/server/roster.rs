@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use rustix::event::epoll;
 use rustix::io::Errno;
+use rustix::net::sockopt;
 
-use super::message::send;
+use super::message::{Sent, send};
 use super::{MEMORY, VERSION};
 use crate::channel::{DoorbellRing, Grant, Party, RegionMap};
 
@@ -28,6 +29,8 @@ pub(super) struct Peer {
     pub(super) map: Grant<RegionMap>,
     pub(super) ring: Option<Grant<DoorbellRing>>,
     outbox: VecDeque<Outgoing>,
+    /// The host did not take the next one.
+    refused: bool,
 }
 
 impl Peer {
@@ -37,7 +40,7 @@ impl Peer {
         map: Grant<RegionMap>,
         ring: Option<Grant<DoorbellRing>>,
     ) -> Self {
-        Self { socket, party, bells, map, ring, outbox: VecDeque::new() }
+        Self { socket, party, bells, map, ring, outbox: VecDeque::new(), refused: false }
     }
 
     /// Messages that it has not taken, beyond those that the kernel keeps.
@@ -57,9 +60,15 @@ impl Peer {
 
     /// Sends what there is room for.
     fn flush(&mut self) -> Result<(), Errno> {
+        self.refused = false;
         while let Some(Outgoing { number, descriptor }) = self.outbox.front() {
-            if !send(&self.socket, *number, descriptor.as_ref().map(|fd| fd.as_fd()))? {
-                break;
+            match send(&self.socket, *number, descriptor.as_ref().map(|fd| fd.as_fd()))? {
+                Sent::Whole => {}
+                Sent::NoRoom => break,
+                Sent::Refused => {
+                    self.refused = true;
+                    break;
+                }
             }
             self.outbox.pop_front();
         }
@@ -144,6 +153,11 @@ impl Roster {
         (right, self.flush_all())
     }
 
+    /// Whether the host refused to take something, which is to be [tried again](Self::flush_all) later.
+    pub(super) fn is_refused(&self) -> bool {
+        self.peers.values().any(|peer| peer.refused)
+    }
+
     /// There is room for more to a client.
     pub(super) fn flush(&mut self, position: u16) -> Vec<(u16, Peer)> {
         match self.peers.get_mut(&position).map(Peer::flush) {
@@ -167,7 +181,7 @@ impl Roster {
 
     /// Sends to all. Whoever cannot be sent to, or does not read, is removed, of which the others hear as well; that ends, since
     /// each time there are fewer.
-    fn flush_all(&mut self) -> Vec<(u16, Peer)> {
+    pub(super) fn flush_all(&mut self) -> Vec<(u16, Peer)> {
         let mut removed = Vec::new();
         loop {
             let most = self.most_behind;
@@ -189,6 +203,12 @@ impl Roster {
             }
         }
     }
+}
+
+/// Keeps few messages to a client in the kernel, where the descriptors of all who do not read count against one limit (unix(7),
+/// ETOOMANYREFS): as few as the kernel lets it be, six or seven. What waits here costs no descriptors.
+pub(super) fn narrow(socket: &UnixStream) -> Result<(), Errno> {
+    sockopt::set_socket_send_buffer_size(socket, 0)
 }
 
 /// Has `set` tell of a client by its position: that it sends, that it is gone, or that there is room for more.

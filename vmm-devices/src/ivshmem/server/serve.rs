@@ -7,14 +7,14 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 use vmm_memory::Access;
 
-use super::roster::{Peer, Roster, watch};
+use super::roster::{Peer, Roster, narrow, watch};
 use crate::channel::{DoorbellRing, Gatekeeper, Grant, Party, RegionMap};
 use crate::interrupt::lock;
 use crate::ivshmem::error::IvshmemError;
@@ -30,6 +30,9 @@ const AT_ONCE: usize = 16;
 
 /// How long nobody is taken after the host has refused to.
 const REST: Duration = Duration::from_millis(50);
+
+/// After how long the host is asked again to take messages that it has refused.
+const AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 /// Whose process is at the other end, as the kernel says (`SO_PEERCRED`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,6 +173,7 @@ impl Shared {
             uid: ucred.uid.as_raw(),
             gid: ucred.gid.as_raw(),
         };
+        narrow(&socket).map_err(failed)?;
         if lock(&this.roster).peers.len() >= this.max_peers {
             return Err(IvshmemError::Full { region: Arc::clone(region), max: this.max_peers });
         }
@@ -216,7 +220,7 @@ impl Shared {
         if let Some(Err(_)) = watched {
             lost.append(&mut roster.remove(position));
         }
-        drop(roster);
+        this.let_go(roster);
         drop(lost);
         // Revoked when nobody found it yet.
         if may_ring.is_some_and(|right| !right.is_live()) {
@@ -231,19 +235,35 @@ impl Shared {
 
     fn dismiss(&self, position: u16) -> bool {
         // Their grants are dropped, of which the gate hears, with nothing locked.
-        let removed = lock(&self.roster).dismiss(position);
+        let mut roster = lock(&self.roster);
+        let removed = roster.dismiss(position);
+        self.let_go(roster);
         removed.iter().any(|(whose, _)| *whose == position)
     }
 
     fn silence(&self, position: u16) {
-        let dropped = lock(&self.roster).silence(position);
+        let mut roster = lock(&self.roster);
+        let dropped = roster.silence(position);
+        self.let_go(roster);
         drop(dropped);
+    }
+
+    /// Whatever thread has had something sent: if the host has refused it, the server's own thread tries again.
+    fn let_go(&self, roster: MutexGuard<'_, Roster>) {
+        if roster.is_refused() {
+            eventfd::signal(&self.kick);
+        }
     }
 
     fn run(self: &Arc<Self>, listener: Option<&UnixListener>) {
         let mut events = [const { MaybeUninit::uninit() }; 64];
         while !self.ended.load(Ordering::SeqCst) {
-            let tags: Vec<(u64, epoll::EventFlags)> = match epoll::wait(&self.set, &mut events, None) {
+            let mut roster = lock(&self.roster);
+            let removed = if roster.is_refused() { roster.flush_all() } else { Vec::new() };
+            let again = roster.is_refused().then_some(&AGAIN);
+            drop(roster);
+            drop(removed);
+            let tags: Vec<(u64, epoll::EventFlags)> = match epoll::wait(&self.set, &mut events, again) {
                 Ok((events, _)) => events.iter().map(|event| (event.data.u64(), event.flags)).collect(),
                 Err(rustix::io::Errno::INTR) => continue,
                 // The set is its own, so that does not happen.
@@ -253,7 +273,10 @@ impl Shared {
                 match (u16::try_from(tag), listener) {
                     (Ok(position), _) => self.look_at(position, flags),
                     (Err(_), Some(listener)) if tag == LISTENER => self.accept(listener),
-                    _ => {}
+                    // The end, or something to be tried again; the beginning of the loop sees to both.
+                    _ => {
+                        let (Ok(_) | Err(_)) = eventfd::take(&self.kick);
+                    }
                 }
             }
         }
@@ -300,7 +323,8 @@ pub struct ServerBuilder {
 }
 
 impl ServerBuilder {
-    /// So many clients at once, up to [`MAX_PEERS`]; 32 unless said here.
+    /// So many clients at once, up to [`MAX_PEERS`]; 32 unless said here. Each that does not read keeps up to 8 descriptors on their
+    /// way, of which a user without privileges has as many as RLIMIT_NOFILE. Beyond that no client hears of new ones until others read.
     #[must_use]
     pub fn max_peers(mut self, max_peers: usize) -> Self {
         self.max_peers = max_peers.min(MAX_PEERS);

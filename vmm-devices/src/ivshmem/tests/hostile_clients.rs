@@ -1,7 +1,12 @@
 //! Clients that do not keep to the protocol, and their server.
 
 use std::io::Write as _;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use super::processes::{machine, sees, server};
 use super::*;
@@ -34,6 +39,99 @@ fn what_a_client_does_not_read_is_bounded() {
         assert!(behind <= 2 * (8 + 1), "{behind} messages");
     }
     machine(&server, ClientConfig::default());
+}
+
+/// What the kernel keeps for one that never reads counts against a limit that it has in common with all.
+#[test]
+fn few_descriptors_are_on_their_way_to_a_client_that_does_not_read() {
+    let server = Server::builder(region("r"), 8, Gatekeeper::new(AllowAll)).max_peers(8).unbound().unwrap();
+    let (theirs, deaf) = UnixStream::pair().unwrap();
+    server.admit(theirs).unwrap();
+    let _others: Vec<Machine> = (0..4).map(|_| machine(&server, ClientConfig::default())).collect();
+    let unread = rustix::io::ioctl_fionread(&deaf).unwrap() / 8;
+    assert!((4..=8).contains(&unread), "{unread} messages");
+    // All the same it has everything if it reads.
+    let mut receiver = crate::ivshmem::server::Receiver::new();
+    for heard in 0..3 + 5 * 8 {
+        eventually(&format!("message {heard}"), || receiver.receive(&deaf).unwrap());
+    }
+}
+
+const ALONE: &str = "VMM_DEVICES_IVSHMEM_ALONE";
+
+/// Runs a test in a process of its own, without privileges and with few descriptors. Whether this is that process.
+fn alone(test: &str) -> bool {
+    if std::env::var(ALONE).is_ok() {
+        let none = CapabilitySet::empty();
+        set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+            .unwrap();
+        setrlimit(Resource::Nofile, Rlimit { current: Some(256), maximum: Some(256) }).unwrap();
+        return true;
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let test = format!("{}::{test}", module_path!().split_once("::").unwrap().1);
+    let output = child.args(["--exact", "--nocapture", &test]).env(ALONE, "1").output().unwrap();
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    false
+}
+
+/// Descriptors that nobody receives, as many as the kernel lets this user have on their way.
+fn flood() -> (UnixStream, UnixStream) {
+    let (one, other) = UnixStream::pair().unwrap();
+    rustix::net::sockopt::set_socket_send_buffer_size(&one, 1 << 20).unwrap();
+    let flood = super::hostile_servers::Liar(one);
+    let bell = super::super::eventfd::create().unwrap();
+    let refused = (0..1000).find_map(|_| flood.say(1, &[bell.as_fd()]).err());
+    assert_eq!(refused, Some(rustix::io::Errno::TOOMANYREFS));
+    (flood.0, other)
+}
+
+/// The host takes no more descriptors (ETOOMANYREFS) while a client joins: those who are there stay, and hear of it later.
+#[test]
+fn descriptors_that_others_do_not_read_cost_nobody_its_seat() {
+    if !alone("descriptors_that_others_do_not_read_cost_nobody_its_seat") {
+        return;
+    }
+    let server = server("r", 2);
+    let steady = machine(&server, ClientConfig::default().vectors(2));
+    sees(&steady, &[0]);
+    let flood = flood();
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    assert_eq!(server.admit(theirs).unwrap(), 1);
+    thread::sleep(Duration::from_millis(100));
+    assert!(steady.is_open());
+    assert_eq!(server.peers().len(), 2);
+    drop(flood);
+    sees(&steady, &[0, 1]);
+    let client = Client::over(ours, "r", ClientConfig::default()).unwrap();
+    assert_eq!(client.position(), 1);
+}
+
+/// The same by clients of the server's own, which do not read while others come and go.
+#[test]
+fn clients_that_do_not_read_cost_nobody_its_seat() {
+    if !alone("clients_that_do_not_read_cost_nobody_its_seat") {
+        return;
+    }
+    let server = server("r", 8);
+    let steady = machine(&server, ClientConfig::default());
+    let _deaf: Vec<UnixStream> = (0..4)
+        .map(|_| {
+            let (theirs, ours) = UnixStream::pair().unwrap();
+            server.admit(theirs).unwrap();
+            ours
+        })
+        .collect();
+    for _ in 0..60 {
+        let (theirs, ours) = UnixStream::pair().unwrap();
+        server.admit(theirs).unwrap();
+        drop(ours);
+        holds("it to be gone", || server.peers().len() == 5);
+    }
+    sees(&steady, &[0, 1, 2, 3, 4]);
+    assert!(steady.is_open());
 }
 
 #[test]

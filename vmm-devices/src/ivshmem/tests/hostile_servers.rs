@@ -11,7 +11,7 @@ use super::*;
 use crate::ivshmem::server::{ClientConfig, ProtocolError};
 
 /// Sends what it is told to.
-struct Liar(UnixStream);
+pub(super) struct Liar(pub(super) UnixStream);
 
 impl Liar {
     fn pair() -> (Self, UnixStream) {
@@ -19,7 +19,7 @@ impl Liar {
         (Self(liar), client)
     }
 
-    fn say(&self, number: i64, descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
+    pub(super) fn say(&self, number: i64, descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
         let mut room = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
         let mut control = SendAncillaryBuffer::new(&mut room);
         if !descriptors.is_empty() {
@@ -215,14 +215,24 @@ fn a_peer_whose_bell_is_ones_own_is_no_loop() {
     assert_eq!(machine.heard(), Vec::<u32>::new());
 }
 
-/// A peer makes an eventfd a blocking one and fills it. A vCPU that rings does not wait, nor does a revocation.
-#[test]
-fn a_bell_that_is_full_stops_nobody() {
-    let (liar, machine) = started();
+/// An eventfd that a peer has made a blocking one and filled.
+fn full_bell() -> OwnedFd {
     let full = bell();
     let flags = rustix::fs::fcntl_getfl(&full).unwrap();
     rustix::fs::fcntl_setfl(&full, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
     rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    full
+}
+
+fn is_rung(bell: &OwnedFd) {
+    holds("a ring", || super::super::eventfd::take(bell) == Ok(true));
+}
+
+/// A peer makes an eventfd a blocking one and fills it. A vCPU that rings does not wait, nor does a revocation.
+#[test]
+fn a_bell_that_is_full_stops_nobody() {
+    let (liar, machine) = started();
+    let full = full_bell();
     liar.bell(1, &full);
     liar.bell(5, &bell());
     holds("both", || lock(&machine.function).member().peers() == [1, 5]);
@@ -240,4 +250,125 @@ fn a_bell_that_is_full_stops_nobody() {
     assert!(!machine.is_open());
     // Whoever waits there is let go, so that the test leaves nothing behind.
     rustix::io::read(&full, &mut [0; 8]).unwrap();
+}
+
+/// Peers whose bells are full keep no ring from another, however many they are.
+#[test]
+fn a_bell_that_is_full_keeps_no_ring_from_another_peer() {
+    let (liar, machine) = started();
+    let (full, good) = ([(); 5].map(|()| full_bell()), bell());
+    // Two peers with two vectors each, and the device's own.
+    for (peer, bell) in [1, 1, 2, 2, 5].into_iter().zip(&full) {
+        liar.bell(peer, bell);
+    }
+    liar.bell(3, &good);
+    holds("all", || lock(&machine.function).member().peers() == [1, 2, 3, 5]);
+    for (peer, vector) in [(1, 0), (1, 1), (2, 0), (2, 1), (5, 0)] {
+        machine.ring(peer, vector);
+    }
+    for _ in 0..10 {
+        machine.ring(3, 0);
+        is_rung(&good);
+    }
+    drop(machine);
+    // Whoever waits there is let go, so that the test leaves nothing behind.
+    for full in &full {
+        super::super::eventfd::take(full).unwrap();
+    }
+}
+
+/// Peers that come and go with such bells, more than are taken at once.
+#[test]
+fn bells_of_who_is_gone_keep_no_thread() {
+    let (liar, machine) = started();
+    let (full, good) = (full_bell(), bell());
+    liar.bell(3, &good);
+    for peer in 100..110 {
+        liar.bell(peer, &full);
+        holds("it to come", || lock(&machine.function).member().peers() == [3, peer as u16]);
+        machine.ring(peer as u16, 0);
+        // Until it is rung, or waits.
+        thread::sleep(Duration::from_millis(5));
+        liar.say(peer, &[]).unwrap();
+        holds("it to go", || lock(&machine.function).member().peers() == [3]);
+        machine.ring(3, 0);
+        is_rung(&good);
+        // The next one finds it full again.
+        holds("nobody to wait", || super::super::eventfd::take(&full) == Ok(true));
+        rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    }
+}
+
+/// A descriptor whose close waits for a minute, and what ends that when it is dropped: as of a file whose server is hostile (FUSE).
+/// Send it, and drop it.
+fn stubborn() -> (OwnedFd, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut stubborn = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (other, _) = listener.accept().unwrap();
+    stubborn.set_nonblocking(true).unwrap();
+    while stubborn.write(&[0; 1 << 16]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&stubborn, Some(Duration::from_secs(60))).unwrap();
+    // Lingering is for sockets that wait.
+    stubborn.set_nonblocking(false).unwrap();
+    (stubborn.into(), other)
+}
+
+/// What `f` makes, which it does not take long for.
+fn soon<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
+    let (tell, told) = std::sync::mpsc::channel();
+    thread::spawn(move || tell.send(f()));
+    told.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("it waits: {what}"))
+}
+
+#[test]
+fn a_descriptor_that_nobody_can_close_stops_no_connecting_client() {
+    let wrong: [&[i64]; 3] = [&[0], &[0, 5, -1], &[0, 5, 6]];
+    for said in wrong {
+        let (liar, client) = Liar::pair();
+        let (stubborn, _ends) = stubborn();
+        let (last, first) = said.split_last().unwrap();
+        first.iter().for_each(|number| assert!(liar.say(*number, &[]).is_ok()));
+        liar.bell(*last, &stubborn);
+        drop(stubborn);
+        soon("connecting", move || connect(client).unwrap_err());
+    }
+}
+
+/// Whether it is too much, or no eventfd, or beyond what the client takes.
+#[test]
+fn a_descriptor_that_nobody_can_close_stops_no_revocation() {
+    for (number, times) in [(1, 1), (5, 1), (-1, 1), (1, 2), (4, 1)] {
+        let (liar, client) = Liar::pair();
+        liar.greet();
+        let client = connect(client).unwrap();
+        let (stubborn, _ends) = stubborn();
+        (1..=3).for_each(|peer| liar.bell(peer, &bell()));
+        liar.say(number, &vec![stubborn.as_fd(); times]).unwrap();
+        drop(stubborn);
+        let gatekeeper = Gatekeeper::new(AllowAll);
+        let (map, ring) = rights(&gatekeeper, "r", Access::ReadWrite);
+        let id = map.id();
+        let machine = Machine::ready(client.join(map, Some(ring)).unwrap());
+        soon("a revocation", move || gatekeeper.revoke(id));
+        assert!(!machine.is_open());
+        holds("the end of the connection", || liar.say(0, &[]).is_err());
+    }
+}
+
+/// What has no reads that do not wait is no bell, nor is what nobody can read; whichever peer it is said to be of.
+#[test]
+fn a_descriptor_whose_read_would_wait_closes_the_device() {
+    use rustix::event::epoll;
+    use rustix::fs::inotify;
+    let wrong: [OwnedFd; 2] = [
+        inotify::init(inotify::CreateFlags::CLOEXEC).unwrap(),
+        epoll::create(epoll::CreateFlags::CLOEXEC).unwrap(),
+    ];
+    for descriptor in &wrong {
+        for peer in [5, 1] {
+            let (liar, machine) = started();
+            liar.bell(peer, descriptor);
+            holds("the device to close", || !machine.is_open());
+        }
+    }
 }

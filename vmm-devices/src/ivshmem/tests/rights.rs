@@ -165,3 +165,57 @@ fn positions_are_not_used_again_at_once() {
     let figures = first.figures();
     assert_eq!((first.peers().len(), figures.rung), (MAX_PEERS, 0));
 }
+
+/// A gate that looks at the hub when it hears of an end, from a thread of its own, so that the test ends whatever is locked.
+struct Looks {
+    hub: Hub,
+    found: std::sync::mpsc::Sender<Vec<u16>>,
+}
+
+impl Gate for Looks {
+    fn decide(&self, _: GrantId, _: &Request) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn closed(&self, _: GrantId, _: &Request) {
+        let (hub, found) = (self.hub.clone(), self.found.clone());
+        let (tell, told) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            let (Ok(()) | Err(_)) = found.send(hub.members());
+            tell.send(())
+        });
+        // As if it had looked itself.
+        let (Ok(()) | Err(_)) = told.recv_timeout(Duration::from_secs(2));
+    }
+}
+
+/// The gate hears of the rights of who gets no seat, and may call the hub then.
+#[test]
+fn a_gate_that_hears_of_a_refused_seat_may_ask_the_hub() {
+    let hub = Hub::new(region("asked"), 1).unwrap();
+    let (found, finds) = std::sync::mpsc::channel();
+    let gatekeeper = Gatekeeper::new(Looks { hub: hub.clone(), found });
+    let expect = |members: &[u16], rights: usize| {
+        for _ in 0..rights {
+            // Sent by the time that `join` has returned, if the hub was not locked.
+            assert_eq!(finds.try_recv().expect("the hub answers while it refuses"), members);
+        }
+    };
+    let (_, ring) = rights(&gatekeeper, "asked", Access::ReadWrite);
+    expect(&[], 1);
+    let (other, mine) = rights(&gatekeeper, "theirs", Access::ReadWrite);
+    drop(mine);
+    expect(&[], 1);
+    assert!(matches!(hub.join(other, Some(ring)), Err(IvshmemError::WrongRegion { .. })));
+    expect(&[], 2);
+    let members: Vec<Member> = (0..MAX_PEERS).map(|_| join(&hub)).collect();
+    let all = hub.members();
+    assert_eq!(all.len(), MAX_PEERS);
+    let (map, ring) = rights(&gatekeeper, "asked", Access::ReadWrite);
+    assert!(matches!(hub.join(map, Some(ring)), Err(IvshmemError::Full { .. })));
+    expect(&all, 2);
+    let (map, ring) = rights(&gatekeeper, "asked", Access::ReadWrite);
+    assert!(matches!(hub.join_at(all[7], map, Some(ring)), Err(IvshmemError::Taken { .. })));
+    expect(&all, 2);
+    drop(members);
+}
