@@ -36,8 +36,8 @@
 //!
 //! # Threat model
 //! The guest chooses packets, ports, lengths, credit, buffers and their order; programs of the host and other monitors choose what they
-//! send, and when they read or die. What all of them can cost is bounded: [`VsockBuilder::connections`] connections, each with a socket,
-//! twice its buffer in memory, and a message or record of up to 1 MiB; 256 resets for packets that belong to no connection, beyond which
+//! send, and when they read or die. What all of them can cost is bounded: [`VsockBuilder::connections`] connections, of which each side
+//! leaves some to the others, each with a socket, twice its buffer in memory, and a message or record of up to 1 MiB; 256 resets for packets that belong to no connection, beyond which
 //! the guest is not listened to until it takes some. Resets are never answered. A breach of the rules ends its connection, and
 //! no other.
 //!

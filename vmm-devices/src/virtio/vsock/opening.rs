@@ -101,7 +101,8 @@ impl Engine {
         }
         let (setup, now) = (&self.setup, self.setup.now());
         let connection = Connection::requested(kind, setup.buffer, setup.patience, now);
-        let entry = Entry::new(key(port), connection, greeting);
+        let mut entry = Entry::new(key(port), connection, greeting);
+        entry.incoming = true;
         let placed = if possible && right.is_live() { self.slots.insert(entry) } else { None };
         let Some((place, tag)) = placed else {
             count(&self.shared.counts.refused);

@@ -1,3 +1,6 @@
+//! What one takes of what is for all: places, descriptors, and time.
+
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -12,6 +15,56 @@ fn guest(switch: &Switch, cid: u32, with: impl FnOnce(VsockBuilder) -> VsockBuil
 
 fn to_guest(guest_port: u32, cid: u32) -> Ends {
     Ends { guest_port, cid, port: 80, kind: Kind::Stream }
+}
+
+/// Calls `to` `calls` times, each with another port. How many of them it took, with `to` accepting all that it hears of.
+fn call(from: &mut Guest, to: &mut Guest, calls: u32) -> usize {
+    for guest_port in 0..calls {
+        from.say(to_guest(guest_port, to.cid), operation::REQUEST);
+        to.poll();
+        while let Some((header, _)) = to.next() {
+            assert_eq!((header.op, header.src_cid), (operation::REQUEST, from.cid.into()));
+            to.say(Ends { port: header.src_port, ..to_guest(80, from.cid) }, operation::RESPONSE);
+        }
+        from.poll();
+    }
+    std::iter::from_fn(|| from.next_op()).filter(|op| *op == operation::RESPONSE).count()
+}
+
+#[test]
+fn a_guest_that_calls_leaves_places_for_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("v");
+    let host = HostSockets::listen(&path, reachable(&Gatekeeper::new(AllowAll), 3)).unwrap();
+    let service = UnixListener::bind(directory.path().join("v_52")).unwrap();
+    let switch = Switch::new();
+    let mut called = guest(&switch, 3, |builder| builder.host(host).connections(16));
+    let [mut greedy, mut other, mut third] = [4, 5, 6].map(|cid| guest(&switch, cid, |builder| builder));
+    // A quarter for one, a half for all, and some for the host.
+    assert_eq!(call(&mut greedy, &mut called, 20), 4);
+    assert_eq!(call(&mut other, &mut called, 2), 2);
+    assert_eq!(call(&mut third, &mut called, 20), 2);
+    let mut clients: Vec<_> = (0..6).map(|_| client(&path, 80)).collect();
+    called.poll();
+    for _ in 0..4 {
+        let key = called.hear_request();
+        called.say(key, operation::RESPONSE);
+    }
+    let heard = clients.iter_mut().filter_map(taken).count();
+    assert_eq!(heard, 4);
+    // The rest is the guest's own.
+    let mut programs = Vec::new();
+    for guest_port in 0..4 {
+        called.connect(to_host(guest_port, 52));
+        programs.push(service.accept().unwrap());
+    }
+    called.say(to_host(4, 52), operation::REQUEST);
+    assert_eq!(called.next_op(), Some(operation::RST));
+    // A place that is left is free for its caller again.
+    greedy.say(to_guest(0, 3), operation::RST);
+    called.poll();
+    assert_eq!(called.next_op(), Some(operation::RST));
+    assert_eq!(call(&mut greedy, &mut called, 1), 1);
 }
 
 /// With data for more connections than there are turns in a call.
