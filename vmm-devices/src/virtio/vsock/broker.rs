@@ -20,7 +20,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, SocketFlags, accept_with, shutdown, sockopt};
+use rustix::process::{Resource, getrlimit};
 
 use super::far::{Framing, again, pair};
 use super::host::listen_at;
@@ -35,11 +37,37 @@ use crate::interrupt::lock;
 /// Monitors at most, those that have not said who they are included.
 const MAX_PEERS: usize = 1024;
 
+/// How long to wait for what the host has no room for now: descriptors, or a place in a monitor's socket.
+const AFTER_FAILURE: Duration = Duration::from_millis(50);
+
 /// How long a monitor may take to say who it is.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Connections at most that one guest has asked for and that are open.
 const MAX_CONNECTIONS: usize = 1024;
+
+/// What there is at most, with a descriptor for each: of what the process may have, half for connections, an eighth for those of one
+/// guest, a quarter for monitors.
+struct Bounds {
+    peers: usize,
+    connections: usize,
+    connections_of_one: usize,
+}
+
+impl Bounds {
+    fn of(descriptors: usize) -> Self {
+        Self {
+            peers: MAX_PEERS.min(descriptors / 4),
+            connections: descriptors / 2,
+            connections_of_one: MAX_CONNECTIONS.min(descriptors / 8),
+        }
+    }
+
+    fn of_this_process() -> Self {
+        let descriptors = getrlimit(Resource::Nofile).current;
+        Self::of(descriptors.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX)))
+    }
+}
 
 /// Messages of one monitor that are heard before others are.
 const MAX_MESSAGES: usize = 64;
@@ -69,6 +97,9 @@ pub struct Broker {
     control: Arc<Control>,
     gatekeeper: Gatekeeper,
     identify: Identify,
+    bounds: Bounds,
+    /// Somebody may wait at the door.
+    knocked: bool,
     peers: BTreeMap<u64, Peer>,
     by_cid: BTreeMap<u32, u64>,
     open: BTreeMap<u64, Open>,
@@ -110,6 +141,12 @@ struct Peer {
     connections: usize,
 }
 
+impl Peer {
+    fn new(socket: OwnedFd) -> Self {
+        Self { socket, since: Instant::now(), place: None, connections: 0 }
+    }
+}
+
 struct Place {
     cid: u32,
     vm: VmIdentity,
@@ -144,7 +181,8 @@ impl BrokerHandle {
 
 impl Broker {
     /// Listens at `path`, whose mode is 0600. Each member asks `gatekeeper` to be reached ([`VsockListen`] of [`ANY_PORT`]), and each
-    /// connection for [`VsockConnect`].
+    /// connection for [`VsockConnect`]. How many descriptors the process may have now (RLIMIT_NOFILE) bounds what there is: half of them
+    /// are for connections, of which one guest can have asked for a quarter, 1024 at most; a quarter is for members, 1024 at most.
     ///
     /// # Errors
     /// If somebody listens there, something else is there, or the host refuses it.
@@ -164,6 +202,8 @@ impl Broker {
             control: Arc::new(control),
             gatekeeper,
             identify: Box::new(|_, _, claimed| Some(claimed)),
+            bounds: Bounds::of_this_process(),
+            knocked: false,
             peers: BTreeMap::new(),
             by_cid: BTreeMap::new(),
             open: BTreeMap::new(),
@@ -207,12 +247,16 @@ impl Broker {
 
     /// Waits until something happens, `timeout` at most, and does it.
     pub fn run_once(&mut self, timeout: Duration) {
-        let timeout = if self.busy.is_empty() { timeout } else { Duration::ZERO };
+        let timeout = match (self.busy.is_empty(), self.knocked) {
+            (false, _) => Duration::ZERO,
+            (true, true) => timeout.min(AFTER_FAILURE),
+            (true, false) => timeout,
+        };
         let mut events: Vec<Event> = Vec::new();
         self.poll.wait(timeout, &mut events);
         for event in events {
             match event.tag {
-                LISTENER => self.accept(),
+                LISTENER => self.knocked = true,
                 KICK => {}
                 id if self.open.contains_key(&id) => {
                     if event.hung_up {
@@ -223,6 +267,9 @@ impl Broker {
                     self.busy.insert(id);
                 }
             }
+        }
+        if std::mem::take(&mut self.knocked) {
+            self.accept();
         }
         let revoked = std::mem::take(&mut *lock(&self.control.revoked));
         for id in revoked {
@@ -246,10 +293,20 @@ impl Broker {
 
     fn accept(&mut self) {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        while let Ok(socket) = again(|| accept_with(&self.listener, flags)) {
+        loop {
+            let socket = match again(|| accept_with(&self.listener, flags)) {
+                Ok(socket) => socket,
+                Err(Errno::CONNABORTED) => continue,
+                Err(Errno::AGAIN) => return,
+                Err(_) => {
+                    // Nobody tells when there is a descriptor again.
+                    self.knocked = true;
+                    return;
+                }
+            };
             let id = self.number();
-            if self.peers.len() < MAX_PEERS && self.poll.add(socket.as_fd(), id).is_ok() {
-                self.peers.insert(id, Peer { socket, since: Instant::now(), place: None, connections: 0 });
+            if self.peers.len() < self.bounds.peers && self.poll.add(socket.as_fd(), id).is_ok() {
+                self.peers.insert(id, Peer::new(socket));
                 self.busy.insert(id);
             }
         }
@@ -341,7 +398,10 @@ impl Broker {
     fn connect(&mut self, id: u64, message: &Message) -> Option<(u64, Open)> {
         let Message { cid, port, from_port, kind, .. } = *message;
         Kind::of(u16::try_from(kind).ok()?)?;
-        let peer = self.peers.get(&id).filter(|peer| peer.connections < MAX_CONNECTIONS)?;
+        let peer = self.peers.get(&id).filter(|peer| peer.connections < self.bounds.connections_of_one)?;
+        if self.open.len() >= self.bounds.connections {
+            return None;
+        }
         let caller = peer.place.as_ref()?;
         let other = self.peers.get(self.by_cid.get(&cid)?)?;
         let called = other.place.as_ref().filter(|place| place.cid != caller.cid)?;

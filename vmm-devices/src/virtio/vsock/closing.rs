@@ -67,6 +67,7 @@ impl Engine {
         self.shared.counts.discarded.fetch_add(lost as u64, Ordering::Relaxed);
         entry.staged = None;
         entry.drain_deadline = None;
+        entry.wanted = None;
         // Its closure holds the socket.
         entry.right = None;
     }

@@ -87,8 +87,12 @@ impl Fabric for Member {
         if self.gone.load(Ordering::Relaxed) { Who::Nobody } else { Who::Unknown }
     }
 
+    fn attend(&self, _: bool) {
+        // What waits in the socket is bounded there, and whoever calls gives up in time.
+    }
+
     fn dial(&self, dial: Dial) -> bool {
-        let Dial { tag, cid, port, from_port, kind } = dial;
+        let Dial { tag, cid, port, from_port, kind, .. } = dial;
         let kind = kind.number().into();
         let dial = Message { what: what::DIAL, kind, cid, port, from_port, tag, ..Message::default() };
         dial.send(&self.socket, None) == Ok(true)

@@ -1,6 +1,7 @@
 //! The connections of a device: a table with a bound, and which one a packet means.
 
 use std::collections::{BTreeSet, HashMap, hash_map};
+use std::sync::Arc;
 
 use super::HOST_CID;
 use super::backlog::Backlog;
@@ -54,6 +55,8 @@ pub(super) struct Entry {
     pub(super) told_far: u32,
     /// How long what the guest left behind may take to find a reader.
     pub(super) drain_deadline: Option<u64>,
+    /// Dropped when nobody needs to look at what the guest asked for any more.
+    pub(super) wanted: Option<Arc<()>>,
     /// Bytes of a message that the guest has got without its end.
     pub(super) unfinished: u32,
     /// The other side has begun it.
@@ -80,6 +83,7 @@ impl Entry {
             hung_up: false,
             told_far: 0,
             drain_deadline: None,
+            wanted: None,
             unfinished: 0,
             incoming: false,
             queued: false,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket};
 
 use super::super::broker::BrokerHandle;
+use super::super::fabric::{Delivery, Dial, Fabric as _};
 use super::*;
 use crate::channel::{Refusal, Request};
 
@@ -245,4 +246,93 @@ fn who_says_nothing_is_let_go() {
     }
     assert!(is_ended(&socket));
     assert!(broker.cids().is_empty() && broker.connections() == 0);
+}
+
+/// A broker that works when it is told to.
+struct Told {
+    directory: tempfile::TempDir,
+    broker: Broker,
+}
+
+impl Told {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let broker = Broker::listen(directory.path().join("broker"), Gatekeeper::new(AllowAll)).unwrap();
+        Self { directory, broker }
+    }
+
+    fn work(&mut self) {
+        self.broker.run_once(Duration::ZERO);
+    }
+
+    fn join(&mut self, cid: u32) -> Member {
+        let path = self.directory.path().join("broker");
+        let joining = std::thread::spawn(move || {
+            Member::join(path, cid, reachable(&Gatekeeper::new(AllowAll), cid)).unwrap()
+        });
+        while !joining.is_finished() {
+            self.broker.run_once(Duration::from_millis(1));
+        }
+        joining.join().unwrap()
+    }
+
+    /// What the broker says to a member next.
+    fn next(&mut self, member: &Member) -> Delivery {
+        let begun = Instant::now();
+        loop {
+            if let Some(delivery) = member.next() {
+                return delivery;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "in vain");
+            self.broker.run_once(Duration::from_millis(1));
+        }
+    }
+}
+
+fn dial(member: &Member, tag: u64, cid: u32) -> bool {
+    member.dial(Dial {
+        tag,
+        cid,
+        port: 80,
+        from_port: 1000,
+        kind: Kind::Stream,
+        wanted: std::sync::Weak::new(),
+    })
+}
+
+const CHILD: &str = "VSOCK_BROKER_WITHOUT_DESCRIPTORS";
+
+/// In a process of its own, as the bound is the process's.
+#[test]
+fn who_comes_when_there_are_no_descriptors_is_let_in_later() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+
+    if std::env::var_os(CHILD).is_none() {
+        let name = concat!(module_path!(), "::who_comes_when_there_are_no_descriptors_is_let_in_later");
+        let name = name.split_once("::").unwrap().1;
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact"])
+            .env(CHILD, "")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    let mut told = Told::new();
+    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    let address = SocketAddrUnix::new(told.directory.path().join("broker")).unwrap();
+    connect(&socket, &address).unwrap();
+    send(&socket, &[1; 3], SendFlags::NOSIGNAL).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, rustix::process::Rlimit { current: Some(3), ..before }).unwrap();
+    for _ in 0..3 {
+        told.work();
+    }
+    setrlimit(Resource::Nofile, before).unwrap();
+    let begun = Instant::now();
+    told.broker.run_once(Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    told.work();
+    assert!(is_ended(&socket), "it is heard, and let go as what it says is nonsense");
 }

@@ -67,6 +67,50 @@ fn a_guest_that_calls_leaves_places_for_others() {
     assert_eq!(call(&mut greedy, &mut called, 1), 1);
 }
 
+/// Descriptors of this process. Other tests open and close theirs meanwhile.
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn no_more_than(most: usize) {
+    let begun = Instant::now();
+    while descriptors() > most {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{} descriptors of {most}", descriptors());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn calls_that_nobody_looks_at_keep_no_descriptors() {
+    let switch = Switch::new();
+    let without_driver = switch.join(4, reachable(&Gatekeeper::new(AllowAll), 4)).unwrap();
+    let [mut caller, mut slow, mut other] = [3, 5, 6].map(|cid| guest(&switch, cid, |builder| builder));
+    let before = descriptors();
+    for cid in [4, 5] {
+        for guest_port in 0..5000 {
+            caller.say(to_guest(guest_port, cid), operation::REQUEST);
+            caller.say(to_guest(guest_port, cid), operation::RST);
+            while caller.next().is_some() {}
+        }
+        no_more_than(before + 100);
+    }
+    // Calls that are not given up have some places, and leave some for others.
+    for guest_port in 0..500 {
+        caller.say(to_guest(guest_port, 5), operation::REQUEST);
+        while caller.next().is_some() {}
+    }
+    no_more_than(before + 100);
+    assert!(caller.open() > 0);
+    other.say(to_guest(1, 5), operation::REQUEST);
+    while let Some((header, _)) = slow.next() {
+        if header.src_cid == 6 {
+            drop(without_driver);
+            return;
+        }
+    }
+    panic!("the other guest's call is not heard");
+}
+
 /// With data for more connections than there are turns in a call.
 #[cfg(feature = "event-loop")]
 #[test]
