@@ -8,7 +8,7 @@
 //!
 //! # Threat model
 //! Whoever may connect to the socket, whose mode is 0600, may say that it is any guest, unless [`Broker::identify`] knows better.
-//! Monitors are hostile beyond that: each has a bounded number of connections, one that does not read its answers is disconnected, and what
+//! Monitors are hostile beyond that: each has a bounded number of connections, descriptors are not taken from it, one that does not read its answers is disconnected, and what
 //! makes no sense ends the conversation.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, Shutdown, SocketFlags, accept_with, shutdown, sockopt};
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown, sockopt};
 use rustix::process::{Resource, getrlimit};
 
 use super::far::{Framing, again, pair};
@@ -29,7 +29,7 @@ use super::host::listen_at;
 use super::packet::Kind;
 use super::poll::{Event, Poll};
 use super::shared::is_guest_cid;
-use super::wire::{Message, Received, VERSION, reason, receive, what};
+use super::wire::{Message, Received, VERSION, hear_member, reason, what};
 use super::{ANY_PORT, VsockError};
 use crate::channel::{Gatekeeper, Grant, Party, VmIdentity, VsockConnect, VsockListen};
 use crate::interrupt::lock;
@@ -315,7 +315,7 @@ impl Broker {
     fn hear(&mut self, id: u64) {
         for _ in 0..MAX_MESSAGES {
             let Some(peer) = self.peers.get(&id) else { return };
-            let message = match receive(&peer.socket, RecvFlags::DONTWAIT) {
+            let message = match hear_member(&peer.socket) {
                 Received::Message(message, _) => message,
                 Received::Nothing => return,
                 Received::End => return self.disconnect(id),

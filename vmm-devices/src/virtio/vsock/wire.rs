@@ -131,13 +131,22 @@ pub(super) enum Received {
     End,
 }
 
-/// The next message. Descriptors that nobody waits for are closed.
+/// The next message of a member, which passes no descriptors. One that does speaks another language. There is no room for them here, so
+/// that the kernel lets them go by itself: to close one could take as long as the member likes, with a file system of its own behind it.
+pub(super) fn hear_member(from: impl AsFd) -> Received {
+    receive_with(from, RecvFlags::DONTWAIT, &mut RecvAncillaryBuffer::default())
+}
+
+/// The next message of the broker, whose descriptors are taken.
 pub(super) fn receive(from: impl AsFd, flags: RecvFlags) -> Received {
-    let mut bytes = [0; SIZE];
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    receive_with(from, flags, &mut RecvAncillaryBuffer::new(&mut space))
+}
+
+fn receive_with(from: impl AsFd, flags: RecvFlags, control: &mut RecvAncillaryBuffer<'_>) -> Received {
+    let mut bytes = [0; SIZE];
     let flags = flags | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
-    let came = again(|| recvmsg(&from, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags));
+    let came = again(|| recvmsg(&from, &mut [IoSliceMut::new(&mut bytes)], control, flags));
     let came = match came {
         Ok(came) => came,
         Err(Errno::AGAIN) => return Received::Nothing,

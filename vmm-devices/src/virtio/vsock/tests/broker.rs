@@ -300,6 +300,34 @@ fn dial(member: &Member, tag: u64, cid: u32) -> bool {
     })
 }
 
+/// Closing a descriptor may block for as long as whoever gave it likes (FUSE, `flush`). That it is not closed shows here by a lock of this
+/// process, which it would lose by closing any descriptor of the file.
+#[test]
+fn what_a_member_passes_is_not_taken() {
+    use rustix::fs::{FlockOperation, fcntl_lock};
+    use std::os::fd::AsFd as _;
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::super::wire::{Message, VERSION, what};
+
+    let file = tempfile::tempfile().unwrap();
+    fcntl_lock(&file, FlockOperation::LockExclusive).unwrap();
+    let inode = format!(":{} ", file.metadata().unwrap().ino());
+    let is_locked = || std::fs::read_to_string("/proc/locks").unwrap().contains(&inode);
+    assert!(is_locked());
+    let served = Served::new(Gatekeeper::new(AllowAll));
+    for joined in [false, true] {
+        let socket = raw(&served);
+        let message = Message { what: what::JOIN, cid: 3, port: VERSION, ..Message::default() };
+        if joined {
+            assert_eq!(message.send(&socket, None), Ok(true));
+        }
+        assert_eq!(message.send(&socket, Some(file.as_fd())), Ok(true));
+        assert!(is_ended(&socket));
+        assert!(is_locked(), "{joined}");
+    }
+}
+
 const CHILD: &str = "VSOCK_BROKER_WITHOUT_DESCRIPTORS";
 
 /// In a process of its own, as the bound is the process's.
