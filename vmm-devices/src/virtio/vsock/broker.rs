@@ -8,10 +8,11 @@
 //!
 //! # Threat model
 //! Whoever may connect to the socket, whose mode is 0600, may say that it is any guest, unless [`Broker::identify`] knows better.
-//! Monitors are hostile beyond that: each has a bounded number of connections, descriptors are not taken from it, one that does not read its answers is disconnected, and what
+//! Monitors are hostile beyond that: each has a bounded number of connections, and of calls to others that these have not looked at.
+//! Descriptors are not taken from it. One that does not read its answers is not heard until it does, and disconnected after a while; what
 //! makes no sense ends the conversation.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -40,7 +41,7 @@ const MAX_PEERS: usize = 1024;
 /// How long to wait for what the host has no room for now: descriptors, or a place in a monitor's socket.
 const AFTER_FAILURE: Duration = Duration::from_millis(50);
 
-/// How long a monitor may take to say who it is.
+/// How long a monitor may take to say who it is, and to make room for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Connections at most that one guest has asked for and that are open.
@@ -68,6 +69,10 @@ impl Bounds {
         Self::of(descriptors.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX)))
     }
 }
+
+/// Calls at most that a monitor has been told of and has not taken, and those of one guest among them. There is more room in its socket.
+const MAX_UNTAKEN: usize = 128;
+const MAX_UNTAKEN_OF_ONE: usize = 32;
 
 /// Messages of one monitor that are heard before others are.
 const MAX_MESSAGES: usize = 64;
@@ -105,6 +110,8 @@ pub struct Broker {
     open: BTreeMap<u64, Open>,
     /// Who may have said more.
     busy: BTreeSet<u64>,
+    /// Who has no room for its answer.
+    waiting: BTreeSet<u64>,
     next: u64,
 }
 
@@ -139,11 +146,39 @@ struct Peer {
     since: Instant,
     place: Option<Place>,
     connections: usize,
+    /// What it is to hear of its last call, before another one is heard.
+    answer: Option<Answer>,
+    /// Identifiers of those who have called it, without its having taken that: the oldest first.
+    untaken: VecDeque<u32>,
+}
+
+/// What a monitor is to hear of its call.
+struct Answer {
+    tag: u64,
+    made: Option<(u64, Open)>,
+    since: Instant,
+}
+
+/// How it goes on with a monitor.
+enum Next {
+    /// With the next message.
+    Message,
+    /// When there is room.
+    Room,
+    /// Not at all.
+    End,
 }
 
 impl Peer {
     fn new(socket: OwnedFd) -> Self {
-        Self { socket, since: Instant::now(), place: None, connections: 0 }
+        Self {
+            socket,
+            since: Instant::now(),
+            place: None,
+            connections: 0,
+            answer: None,
+            untaken: VecDeque::new(),
+        }
     }
 }
 
@@ -208,6 +243,7 @@ impl Broker {
             by_cid: BTreeMap::new(),
             open: BTreeMap::new(),
             busy: BTreeSet::new(),
+            waiting: BTreeSet::new(),
             next: FIRST,
         })
     }
@@ -247,7 +283,8 @@ impl Broker {
 
     /// Waits until something happens, `timeout` at most, and does it.
     pub fn run_once(&mut self, timeout: Duration) {
-        let timeout = match (self.busy.is_empty(), self.knocked) {
+        let retries = self.knocked || !self.waiting.is_empty();
+        let timeout = match (self.busy.is_empty(), retries) {
             (false, _) => Duration::ZERO,
             (true, true) => timeout.min(AFTER_FAILURE),
             (true, false) => timeout,
@@ -276,7 +313,9 @@ impl Broker {
             self.close(id);
             self.disconnect(id);
         }
-        for id in std::mem::take(&mut self.busy) {
+        let mut heard = std::mem::take(&mut self.busy);
+        heard.append(&mut self.waiting);
+        for id in heard {
             self.hear(id);
         }
         let silent =
@@ -315,21 +354,36 @@ impl Broker {
     fn hear(&mut self, id: u64) {
         for _ in 0..MAX_MESSAGES {
             let Some(peer) = self.peers.get(&id) else { return };
-            let message = match hear_member(&peer.socket) {
-                Received::Message(message, _) => message,
-                Received::Nothing => return,
-                Received::End => return self.disconnect(id),
+            let next = if peer.answer.is_some() {
+                self.answer(id)
+            } else {
+                match hear_member(&peer.socket) {
+                    Received::Message(message, _) => self.heard(id, &message),
+                    Received::Nothing => return,
+                    Received::End => Next::End,
+                }
             };
-            let goes_on = match (message.what, peer.place.is_some()) {
-                (what::JOIN, false) => self.join(id, &message),
-                (what::DIAL, true) => self.dial(id, &message),
-                _ => false,
-            };
-            if !goes_on {
-                return self.disconnect(id);
+            match next {
+                Next::Message => {}
+                Next::Room => {
+                    self.waiting.insert(id);
+                    return;
+                }
+                Next::End => return self.disconnect(id),
             }
         }
         self.busy.insert(id);
+    }
+
+    fn heard(&mut self, id: u64, message: &Message) -> Next {
+        let placed = self.peers.get(&id).is_some_and(|peer| peer.place.is_some());
+        let made_sense = match (message.what, placed) {
+            (what::JOIN, false) => self.join(id, message),
+            (what::DIAL, true) => self.dial(id, message),
+            (what::TAKEN, true) => self.taken(id, message),
+            _ => false,
+        };
+        if made_sense { Next::Message } else { Next::End }
     }
 
     fn join(&mut self, id: u64, message: &Message) -> bool {
@@ -370,16 +424,40 @@ impl Broker {
         Ok(Place { cid, vm, _grant: asked.map_err(|_| reason::GATE)? })
     }
 
-    /// `false` if the monitor does not hear the answer.
     fn dial(&mut self, id: u64, message: &Message) -> bool {
         let made = self.connect(id, message);
-        let answer = Message { what: what::DIALED, tag: message.tag, ..Message::default() };
         let Some(peer) = self.peers.get_mut(&id) else { return false };
-        let socket = made.as_ref().map(|(_, open)| open.socket.as_fd());
-        if answer.send(&peer.socket, socket) != Ok(true) {
-            return false;
+        peer.answer = Some(Answer { tag: message.tag, made, since: Instant::now() });
+        true
+    }
+
+    fn taken(&mut self, id: u64, message: &Message) -> bool {
+        let Some(peer) = self.peers.get_mut(&id) else { return false };
+        let count = usize::try_from(message.tag).ok().filter(|count| *count <= peer.untaken.len());
+        count.is_some_and(|count| peer.untaken.drain(..count).count() > 0)
+    }
+
+    /// Sends the answer that waits. A connection whose socket cannot go is refused.
+    fn answer(&mut self, id: u64) -> Next {
+        let Some(peer) = self.peers.get_mut(&id) else { return Next::End };
+        let Some(mut answer) = peer.answer.take() else { return Next::Message };
+        let message = Message { what: what::DIALED, tag: answer.tag, ..Message::default() };
+        let socket = answer.made.as_ref().map(|(_, open)| open.socket.as_fd());
+        match message.send(&peer.socket, socket) {
+            Ok(true) => {}
+            Ok(false) if answer.since.elapsed() < PATIENCE => {
+                peer.answer = Some(answer);
+                return Next::Room;
+            }
+            // Others leave theirs unread, which is no fault of this one.
+            Err(Errno::TOOMANYREFS) if answer.made.is_some() => {
+                answer.made = None;
+                peer.answer = Some(answer);
+                return Next::Message;
+            }
+            Ok(false) | Err(_) => return Next::End,
         }
-        if let Some((number, open)) = made {
+        if let Some((number, open)) = answer.made {
             peer.connections += 1;
             let (control, socket) = (Arc::clone(&self.control), Arc::clone(&open.socket));
             open.grant.on_revoked(move || {
@@ -392,7 +470,7 @@ impl Broker {
                 self.close(number);
             }
         }
-        true
+        Next::Message
     }
 
     fn connect(&mut self, id: u64, message: &Message) -> Option<(u64, Open)> {
@@ -405,6 +483,10 @@ impl Broker {
         let caller = peer.place.as_ref()?;
         let other = self.peers.get(self.by_cid.get(&cid)?)?;
         let called = other.place.as_ref().filter(|place| place.cid != caller.cid)?;
+        let its = other.untaken.iter().filter(|other| **other == caller.cid).count();
+        if other.untaken.len() >= MAX_UNTAKEN || its >= MAX_UNTAKEN_OF_ONE {
+            return None;
+        }
         let (asker, peer) = (Party::Vm(caller.vm), Some(Party::Vm(called.vm)));
         let grant = self.gatekeeper.open(asker, peer, VsockConnect { port }).ok()?;
         let (ours, theirs) = pair(Framing::Records).ok()?;
@@ -421,6 +503,8 @@ impl Broker {
         if arrived.send(&other.socket, Some(theirs.as_fd())) != Ok(true) {
             return None;
         }
+        let called = self.by_cid.get(&cid).and_then(|called| self.peers.get_mut(called))?;
+        called.untaken.push_back(arrived.cid);
         Some((self.number(), Open { socket: Arc::new(ours), caller: id, grant }))
     }
 
@@ -438,6 +522,7 @@ impl Broker {
     fn disconnect(&mut self, id: u64) {
         let Some(peer) = self.peers.remove(&id) else { return };
         self.poll.remove(peer.socket.as_fd());
+        self.waiting.remove(&id);
         if let Some(place) = &peer.place {
             self.by_cid.remove(&place.cid);
         }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -26,6 +26,8 @@ pub struct Member {
     cid: u32,
     grant: Grant<VsockListen>,
     gone: AtomicBool,
+    /// Calls that were taken, and of which the broker has not heard that yet.
+    taken: AtomicU64,
 }
 
 impl fmt::Debug for Member {
@@ -64,12 +66,21 @@ impl Member {
         join.send(&socket, None).map_err(failed)?;
         match receive(&socket, RecvFlags::empty()) {
             Received::Message(Message { what: what::JOINED, .. }, _) => {
-                Ok(Self { socket, cid, grant, gone: AtomicBool::new(false) })
+                Ok(Self { socket, cid, grant, gone: AtomicBool::new(false), taken: AtomicU64::new(0) })
             }
             Received::Message(Message { what: what::REFUSED, port, .. }, _) => {
                 Err(VsockError::Broker { cid, reason: reason::text(port) })
             }
             _ => Err(VsockError::Broker { cid, reason: "it does not answer as brokers do" }),
+        }
+    }
+
+    /// Tells the broker how many calls were taken, as soon as its socket has room.
+    fn tell_taken(&self) {
+        let taken = self.taken.swap(0, Ordering::Relaxed);
+        let message = Message { what: what::TAKEN, tag: taken, ..Message::default() };
+        if taken > 0 && message.send(&self.socket, None) != Ok(true) {
+            self.taken.fetch_add(taken, Ordering::Relaxed);
         }
     }
 }
@@ -100,6 +111,7 @@ impl Fabric for Member {
 
     fn next(&self) -> Option<Delivery> {
         loop {
+            self.tell_taken();
             let (message, socket) = match receive(&self.socket, RecvFlags::DONTWAIT) {
                 Received::Message(message, socket) => (message, socket),
                 Received::Nothing => return None,
@@ -108,6 +120,9 @@ impl Fabric for Member {
                     return None;
                 }
             };
+            if message.what == what::ARRIVED {
+                self.taken.fetch_add(1, Ordering::Relaxed);
+            }
             let socket = socket.filter(is_connection);
             match (message.what, socket, u16::try_from(message.kind).ok().and_then(Kind::of)) {
                 (what::DIALED, socket, _) => return Some(Delivery::Dialed { tag: message.tag, socket }),

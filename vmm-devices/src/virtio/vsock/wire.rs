@@ -15,7 +15,7 @@ use super::far::again;
 use crate::channel::VmIdentity;
 
 /// Which language. Another one is refused.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// What a message is.
 pub(super) mod what {
@@ -30,6 +30,8 @@ pub(super) mod what {
     pub(in super::super) const DIALED: u32 = 5;
     /// To the other: somebody wants one.
     pub(in super::super) const ARRIVED: u32 = 6;
+    /// From a member: has taken so many of those, which is `tag`.
+    pub(in super::super) const TAKEN: u32 = 7;
 }
 
 /// Why a member has no place.
@@ -101,7 +103,8 @@ impl Message {
         Self { what, kind, cid, port, from_port, tag, uuid, incarnation }
     }
 
-    /// Sends it, with a descriptor; `Ok(false)` if there is no room now.
+    /// Sends it, with a descriptor; `Ok(false)` if there is no room now. It fails with [`Errno::TOOMANYREFS`] if too many descriptors are
+    /// on their way, to anybody.
     pub(super) fn send(&self, to: impl AsFd, socket: Option<BorrowedFd<'_>>) -> Result<bool, Errno> {
         let bytes = self.to_bytes();
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
@@ -115,8 +118,7 @@ impl Message {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         match again(|| sendmsg(&to, &[IoSlice::new(&bytes)], &mut control, flags)) {
             Ok(_) => Ok(true),
-            // Too many descriptors are on their way, or too many messages.
-            Err(Errno::AGAIN | Errno::TOOMANYREFS | Errno::NOBUFS) => Ok(false),
+            Err(Errno::AGAIN | Errno::NOBUFS) => Ok(false),
             Err(error) => Err(error),
         }
     }

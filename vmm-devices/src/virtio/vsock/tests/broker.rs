@@ -210,7 +210,7 @@ fn a_monitor_that_speaks_nonsense_is_let_go_and_no_other() {
         bytes.resize(56, 0);
         bytes
     };
-    for nonsense in [vec![], vec![1], vec![0; 56], vec![0xff; 56], vec![1; 100], join(2, 7), join(1, 3)] {
+    for nonsense in [vec![], vec![1], vec![0; 56], vec![0xff; 56], vec![1; 100], join(1, 7), join(2, 3)] {
         let socket = raw(&served);
         // An empty message is the end.
         send(&socket, &nonsense, SendFlags::NOSIGNAL).unwrap();
@@ -218,7 +218,7 @@ fn a_monitor_that_speaks_nonsense_is_let_go_and_no_other() {
     }
     // One that calls and never reads what it is told.
     let flood = raw(&served);
-    send(&flood, &join(1, 7), SendFlags::NOSIGNAL).unwrap();
+    send(&flood, &join(2, 7), SendFlags::NOSIGNAL).unwrap();
     let mut dial: Vec<u8> = [4, 1, 3, 80, 9, 0_u32].into_iter().flat_map(u32::to_le_bytes).collect();
     dial.resize(56, 0);
     let begun = Instant::now();
@@ -298,6 +298,59 @@ fn dial(member: &Member, tag: u64, cid: u32) -> bool {
         kind: Kind::Stream,
         wanted: std::sync::Weak::new(),
     })
+}
+
+/// Others call a member until its socket is full: it is not let go for that, and hears the answers to its own calls.
+#[test]
+fn a_member_does_not_pay_for_those_who_call_it() {
+    let mut told = Told::new();
+    let [caller, called, other] = [3, 5, 4].map(|cid| told.join(cid));
+    let mut taken = 0;
+    for tag in 0..400 {
+        assert!(dial(&caller, tag, 5));
+        let Delivery::Dialed { socket, .. } = told.next(&caller) else { panic!() };
+        taken += usize::from(socket.is_some());
+    }
+    assert!((1..=64).contains(&taken), "{taken} calls wait");
+    // There is a place for another's.
+    assert!(dial(&other, 1, 5));
+    assert!(matches!(told.next(&other), Delivery::Dialed { tag: 1, socket: Some(_) }));
+    assert!(dial(&called, 7, 3));
+    told.work();
+    let mut arrived = 0;
+    let socket = loop {
+        match told.next(&called) {
+            Delivery::Dialed { tag, socket } => {
+                assert_eq!(tag, 7);
+                break socket;
+            }
+            Delivery::Arrived { .. } => arrived += 1,
+        }
+    };
+    assert!(socket.is_some());
+    assert_eq!((arrived, told.broker.cids()), (taken + 1, vec![3, 4, 5]));
+    assert!(matches!(told.next(&caller), Delivery::Arrived { cid: 5, .. }));
+    // What it has taken waits no more.
+    told.work();
+    assert!(dial(&caller, 401, 5));
+    assert!(matches!(told.next(&caller), Delivery::Dialed { tag: 401, socket: Some(_) }));
+}
+
+/// One that calls more than it reads is not heard until it has read.
+#[test]
+fn a_member_may_read_its_answers_late() {
+    let mut told = Told::new();
+    let member = told.join(3);
+    let mut tags = 0;
+    while tags < 400 && dial(&member, tags, 9) {
+        told.work();
+        tags += 1;
+    }
+    assert!(tags >= 300, "{tags}");
+    for tag in 0..tags {
+        assert!(matches!(told.next(&member), Delivery::Dialed { tag: same, socket: None } if same == tag));
+    }
+    assert_eq!(told.broker.cids(), [3]);
 }
 
 /// Closing a descriptor may block for as long as whoever gave it likes (FUSE, `flush`). That it is not closed shows here by a lock of this
