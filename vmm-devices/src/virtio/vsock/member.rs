@@ -15,7 +15,7 @@ use super::packet::Kind;
 use super::wire::{Message, Received, VERSION, is_connection, reason, receive, what};
 use crate::channel::{Grant, Party, VsockListen};
 
-/// How long the broker's answer may take.
+/// How long the broker may take to let it in, and to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A device's place at a [`Broker`](super::Broker), which it leaves when this is dropped. Connections that are there go on without the
@@ -53,8 +53,10 @@ impl Member {
         let address = SocketAddrUnix::new(path.as_ref()).map_err(failed)?;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
         let socket = socket.map_err(failed)?;
+        for timeout in [Timeout::Send, Timeout::Recv] {
+            set_socket_timeout(&socket, timeout, Some(PATIENCE)).map_err(failed)?;
+        }
         connect(&socket, &address).map_err(failed)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE)).map_err(failed)?;
         let join = Message {
             what: what::JOIN,
             cid,

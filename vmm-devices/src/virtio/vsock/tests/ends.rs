@@ -202,3 +202,15 @@ fn a_reset_that_comes_while_the_device_works_loses_nothing() {
     assert_eq!((taken(&mut stream), hosted.guest.open()), (None, 0));
     assert_eq!(hosted.guest.queues[2].take_used().unwrap(), Some((0, 4)));
 }
+
+/// Of what nobody takes any more nothing is left to wait for.
+#[test]
+fn a_program_that_reads_no_more_is_not_waited_for() {
+    let mut hosted = Hosted::new();
+    let (key, stream) = connected(&mut hosted);
+    stream.shutdown(std::net::Shutdown::Read).unwrap();
+    hosted.guest.send(key, b"too late");
+    hosted.guest.shut(key, shutdown::SEND);
+    hosted.guest.say(key, operation::RST);
+    assert_eq!((hosted.guest.open(), hosted.gatekeeper.open_channels().len()), (0, 0));
+}
