@@ -8,10 +8,11 @@
 //!
 //! # Threat model
 //! Whoever may connect to the socket, whose mode is 0600, may say that it is any guest, unless [`Broker::identify`] knows better.
-//! Monitors are hostile beyond that: each has a bounded number of connections, one that does not read its answers is disconnected, and what
+//! Monitors are hostile beyond that: each has a bounded number of connections, and of calls to others that these have not looked at.
+//! Descriptors are not taken from it. One that does not read its answers is not heard until it does, and disconnected after a while; what
 //! makes no sense ends the conversation.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -20,14 +21,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::net::{RecvFlags, Shutdown, SocketFlags, accept_with, shutdown, sockopt};
+use rustix::io::Errno;
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown, sockopt};
+use rustix::process::{Resource, getrlimit};
 
 use super::far::{Framing, again, pair};
 use super::host::listen_at;
 use super::packet::Kind;
 use super::poll::{Event, Poll};
 use super::shared::is_guest_cid;
-use super::wire::{Message, Received, VERSION, reason, receive, what};
+use super::wire::{Message, Received, VERSION, hear_member, reason, what};
 use super::{ANY_PORT, VsockError};
 use crate::channel::{Gatekeeper, Grant, Party, VmIdentity, VsockConnect, VsockListen};
 use crate::interrupt::lock;
@@ -35,11 +38,41 @@ use crate::interrupt::lock;
 /// Monitors at most, those that have not said who they are included.
 const MAX_PEERS: usize = 1024;
 
-/// How long a monitor may take to say who it is.
+/// How long to wait for what the host has no room for now: descriptors, or a place in a monitor's socket.
+const AFTER_FAILURE: Duration = Duration::from_millis(50);
+
+/// How long a monitor may take to say who it is, and to make room for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Connections at most that one guest has asked for and that are open.
 const MAX_CONNECTIONS: usize = 1024;
+
+/// What there is at most, with a descriptor for each: of what the process may have, half for connections, an eighth for those of one
+/// guest, a quarter for monitors.
+struct Bounds {
+    peers: usize,
+    connections: usize,
+    connections_of_one: usize,
+}
+
+impl Bounds {
+    fn of(descriptors: usize) -> Self {
+        Self {
+            peers: MAX_PEERS.min(descriptors / 4),
+            connections: descriptors / 2,
+            connections_of_one: MAX_CONNECTIONS.min(descriptors / 8),
+        }
+    }
+
+    fn of_this_process() -> Self {
+        let descriptors = getrlimit(Resource::Nofile).current;
+        Self::of(descriptors.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX)))
+    }
+}
+
+/// Calls at most that a monitor has been told of and has not taken, and those of one guest among them. There is more room in its socket.
+const MAX_UNTAKEN: usize = 128;
+const MAX_UNTAKEN_OF_ONE: usize = 32;
 
 /// Messages of one monitor that are heard before others are.
 const MAX_MESSAGES: usize = 64;
@@ -69,11 +102,16 @@ pub struct Broker {
     control: Arc<Control>,
     gatekeeper: Gatekeeper,
     identify: Identify,
+    bounds: Bounds,
+    /// Somebody may wait at the door.
+    knocked: bool,
     peers: BTreeMap<u64, Peer>,
     by_cid: BTreeMap<u32, u64>,
     open: BTreeMap<u64, Open>,
     /// Who may have said more.
     busy: BTreeSet<u64>,
+    /// Who has no room for its answer.
+    waiting: BTreeSet<u64>,
     next: u64,
 }
 
@@ -108,6 +146,40 @@ struct Peer {
     since: Instant,
     place: Option<Place>,
     connections: usize,
+    /// What it is to hear of its last call, before another one is heard.
+    answer: Option<Answer>,
+    /// Identifiers of those who have called it, without its having taken that: the oldest first.
+    untaken: VecDeque<u32>,
+}
+
+/// What a monitor is to hear of its call.
+struct Answer {
+    tag: u64,
+    made: Option<(u64, Open)>,
+    since: Instant,
+}
+
+/// How it goes on with a monitor.
+enum Next {
+    /// With the next message.
+    Message,
+    /// When there is room.
+    Room,
+    /// Not at all.
+    End,
+}
+
+impl Peer {
+    fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            since: Instant::now(),
+            place: None,
+            connections: 0,
+            answer: None,
+            untaken: VecDeque::new(),
+        }
+    }
 }
 
 struct Place {
@@ -144,7 +216,8 @@ impl BrokerHandle {
 
 impl Broker {
     /// Listens at `path`, whose mode is 0600. Each member asks `gatekeeper` to be reached ([`VsockListen`] of [`ANY_PORT`]), and each
-    /// connection for [`VsockConnect`].
+    /// connection for [`VsockConnect`]. How many descriptors the process may have now (RLIMIT_NOFILE) bounds what there is: half of them
+    /// are for connections, of which one guest can have asked for a quarter, 1024 at most; a quarter is for members, 1024 at most.
     ///
     /// # Errors
     /// If somebody listens there, something else is there, or the host refuses it.
@@ -164,10 +237,13 @@ impl Broker {
             control: Arc::new(control),
             gatekeeper,
             identify: Box::new(|_, _, claimed| Some(claimed)),
+            bounds: Bounds::of_this_process(),
+            knocked: false,
             peers: BTreeMap::new(),
             by_cid: BTreeMap::new(),
             open: BTreeMap::new(),
             busy: BTreeSet::new(),
+            waiting: BTreeSet::new(),
             next: FIRST,
         })
     }
@@ -207,12 +283,17 @@ impl Broker {
 
     /// Waits until something happens, `timeout` at most, and does it.
     pub fn run_once(&mut self, timeout: Duration) {
-        let timeout = if self.busy.is_empty() { timeout } else { Duration::ZERO };
+        let retries = self.knocked || !self.waiting.is_empty();
+        let timeout = match (self.busy.is_empty(), retries) {
+            (false, _) => Duration::ZERO,
+            (true, true) => timeout.min(AFTER_FAILURE),
+            (true, false) => timeout,
+        };
         let mut events: Vec<Event> = Vec::new();
         self.poll.wait(timeout, &mut events);
         for event in events {
             match event.tag {
-                LISTENER => self.accept(),
+                LISTENER => self.knocked = true,
                 KICK => {}
                 id if self.open.contains_key(&id) => {
                     if event.hung_up {
@@ -224,12 +305,17 @@ impl Broker {
                 }
             }
         }
+        if std::mem::take(&mut self.knocked) {
+            self.accept();
+        }
         let revoked = std::mem::take(&mut *lock(&self.control.revoked));
         for id in revoked {
             self.close(id);
             self.disconnect(id);
         }
-        for id in std::mem::take(&mut self.busy) {
+        let mut heard = std::mem::take(&mut self.busy);
+        heard.append(&mut self.waiting);
+        for id in heard {
             self.hear(id);
         }
         let silent =
@@ -246,10 +332,20 @@ impl Broker {
 
     fn accept(&mut self) {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        while let Ok(socket) = again(|| accept_with(&self.listener, flags)) {
+        loop {
+            let socket = match again(|| accept_with(&self.listener, flags)) {
+                Ok(socket) => socket,
+                Err(Errno::CONNABORTED) => continue,
+                Err(Errno::AGAIN) => return,
+                Err(_) => {
+                    // Nobody tells when there is a descriptor again.
+                    self.knocked = true;
+                    return;
+                }
+            };
             let id = self.number();
-            if self.peers.len() < MAX_PEERS && self.poll.add(socket.as_fd(), id).is_ok() {
-                self.peers.insert(id, Peer { socket, since: Instant::now(), place: None, connections: 0 });
+            if self.peers.len() < self.bounds.peers && self.poll.add(socket.as_fd(), id).is_ok() {
+                self.peers.insert(id, Peer::new(socket));
                 self.busy.insert(id);
             }
         }
@@ -258,21 +354,36 @@ impl Broker {
     fn hear(&mut self, id: u64) {
         for _ in 0..MAX_MESSAGES {
             let Some(peer) = self.peers.get(&id) else { return };
-            let message = match receive(&peer.socket, RecvFlags::DONTWAIT) {
-                Received::Message(message, _) => message,
-                Received::Nothing => return,
-                Received::End => return self.disconnect(id),
+            let next = if peer.answer.is_some() {
+                self.answer(id)
+            } else {
+                match hear_member(&peer.socket) {
+                    Received::Message(message, _) => self.heard(id, &message),
+                    Received::Nothing => return,
+                    Received::End => Next::End,
+                }
             };
-            let goes_on = match (message.what, peer.place.is_some()) {
-                (what::JOIN, false) => self.join(id, &message),
-                (what::DIAL, true) => self.dial(id, &message),
-                _ => false,
-            };
-            if !goes_on {
-                return self.disconnect(id);
+            match next {
+                Next::Message => {}
+                Next::Room => {
+                    self.waiting.insert(id);
+                    return;
+                }
+                Next::End => return self.disconnect(id),
             }
         }
         self.busy.insert(id);
+    }
+
+    fn heard(&mut self, id: u64, message: &Message) -> Next {
+        let placed = self.peers.get(&id).is_some_and(|peer| peer.place.is_some());
+        let made_sense = match (message.what, placed) {
+            (what::JOIN, false) => self.join(id, message),
+            (what::DIAL, true) => self.dial(id, message),
+            (what::TAKEN, true) => self.taken(id, message),
+            _ => false,
+        };
+        if made_sense { Next::Message } else { Next::End }
     }
 
     fn join(&mut self, id: u64, message: &Message) -> bool {
@@ -313,16 +424,40 @@ impl Broker {
         Ok(Place { cid, vm, _grant: asked.map_err(|_| reason::GATE)? })
     }
 
-    /// `false` if the monitor does not hear the answer.
     fn dial(&mut self, id: u64, message: &Message) -> bool {
         let made = self.connect(id, message);
-        let answer = Message { what: what::DIALED, tag: message.tag, ..Message::default() };
         let Some(peer) = self.peers.get_mut(&id) else { return false };
-        let socket = made.as_ref().map(|(_, open)| open.socket.as_fd());
-        if answer.send(&peer.socket, socket) != Ok(true) {
-            return false;
+        peer.answer = Some(Answer { tag: message.tag, made, since: Instant::now() });
+        true
+    }
+
+    fn taken(&mut self, id: u64, message: &Message) -> bool {
+        let Some(peer) = self.peers.get_mut(&id) else { return false };
+        let count = usize::try_from(message.tag).ok().filter(|count| *count <= peer.untaken.len());
+        count.is_some_and(|count| peer.untaken.drain(..count).count() > 0)
+    }
+
+    /// Sends the answer that waits. A connection whose socket cannot go is refused.
+    fn answer(&mut self, id: u64) -> Next {
+        let Some(peer) = self.peers.get_mut(&id) else { return Next::End };
+        let Some(mut answer) = peer.answer.take() else { return Next::Message };
+        let message = Message { what: what::DIALED, tag: answer.tag, ..Message::default() };
+        let socket = answer.made.as_ref().map(|(_, open)| open.socket.as_fd());
+        match message.send(&peer.socket, socket) {
+            Ok(true) => {}
+            Ok(false) if answer.since.elapsed() < PATIENCE => {
+                peer.answer = Some(answer);
+                return Next::Room;
+            }
+            // Others leave theirs unread, which is no fault of this one.
+            Err(Errno::TOOMANYREFS) if answer.made.is_some() => {
+                answer.made = None;
+                peer.answer = Some(answer);
+                return Next::Message;
+            }
+            Ok(false) | Err(_) => return Next::End,
         }
-        if let Some((number, open)) = made {
+        if let Some((number, open)) = answer.made {
             peer.connections += 1;
             let (control, socket) = (Arc::clone(&self.control), Arc::clone(&open.socket));
             open.grant.on_revoked(move || {
@@ -335,16 +470,23 @@ impl Broker {
                 self.close(number);
             }
         }
-        true
+        Next::Message
     }
 
     fn connect(&mut self, id: u64, message: &Message) -> Option<(u64, Open)> {
         let Message { cid, port, from_port, kind, .. } = *message;
         Kind::of(u16::try_from(kind).ok()?)?;
-        let peer = self.peers.get(&id).filter(|peer| peer.connections < MAX_CONNECTIONS)?;
+        let peer = self.peers.get(&id).filter(|peer| peer.connections < self.bounds.connections_of_one)?;
+        if self.open.len() >= self.bounds.connections {
+            return None;
+        }
         let caller = peer.place.as_ref()?;
         let other = self.peers.get(self.by_cid.get(&cid)?)?;
         let called = other.place.as_ref().filter(|place| place.cid != caller.cid)?;
+        let its = other.untaken.iter().filter(|other| **other == caller.cid).count();
+        if other.untaken.len() >= MAX_UNTAKEN || its >= MAX_UNTAKEN_OF_ONE {
+            return None;
+        }
         let (asker, peer) = (Party::Vm(caller.vm), Some(Party::Vm(called.vm)));
         let grant = self.gatekeeper.open(asker, peer, VsockConnect { port }).ok()?;
         let (ours, theirs) = pair(Framing::Records).ok()?;
@@ -361,6 +503,8 @@ impl Broker {
         if arrived.send(&other.socket, Some(theirs.as_fd())) != Ok(true) {
             return None;
         }
+        let called = self.by_cid.get(&cid).and_then(|called| self.peers.get_mut(called))?;
+        called.untaken.push_back(arrived.cid);
         Some((self.number(), Open { socket: Arc::new(ours), caller: id, grant }))
     }
 
@@ -378,6 +522,7 @@ impl Broker {
     fn disconnect(&mut self, id: u64) {
         let Some(peer) = self.peers.remove(&id) else { return };
         self.poll.remove(peer.socket.as_fd());
+        self.waiting.remove(&id);
         if let Some(place) = &peer.place {
             self.by_cid.remove(&place.cid);
         }

@@ -83,7 +83,8 @@ impl VsockBuilder {
         self
     }
 
-    /// How many connections there can be at once: 1024 unless told, 65536 at most.
+    /// How many connections there can be at once: 1024 unless told, 65536 at most. Another guest can have begun a quarter of them, all
+    /// others together a half, and those and the host three quarters; the rest is for what the guest itself begins.
     pub fn connections(mut self, connections: usize) -> Self {
         self.connections = connections;
         self

@@ -67,6 +67,7 @@ impl Engine {
         self.shared.counts.discarded.fetch_add(lost as u64, Ordering::Relaxed);
         entry.staged = None;
         entry.drain_deadline = None;
+        entry.wanted = None;
         // Its closure holds the socket.
         entry.right = None;
     }
@@ -78,7 +79,7 @@ impl Engine {
             // Data that the guest sent before it ended in order still has to find its reader.
             let drains = entry.connection.guest_off() & shutdown::SEND != 0
                 && entry.far.is_some()
-                && (!entry.backlog.bytes().is_empty() || entry.told_far != entry.connection.guest_off());
+                && (!entry.backlog.bytes().is_empty() || entry.connection.guest_off() & !entry.told_far != 0);
             if !drains {
                 self.drop_far(place);
             } else if entry.drain_deadline.is_none() {

@@ -108,8 +108,8 @@ impl Engine {
             }
             self.replies.pop_front();
         }
-        // Those that only wait for the rate come again when that lets them.
-        let mut held = 0;
+        // Those that only wait for the rate come again when that lets them, and cost no turn: one round of them is enough.
+        let (mut held, mut may_move) = (0, true);
         while let Some(place) = self.ready.pop_front() {
             if held > self.ready.len() {
                 self.ready.push_front(place);
@@ -120,13 +120,13 @@ impl Engine {
                 self.ready.push_front(place);
                 return Ok(Delivered::More);
             }
-            turns -= 1;
-            let may_move = admit(None);
+            may_move = may_move && admit(None);
             if !may_move && !entry.connection.has_control() {
                 self.ready.push_back(place);
                 held += 1;
                 continue;
             }
+            turns -= 1;
             entry.queued = false;
             let mut moved = 0;
             let turn = self.turn(place, buffers, may_move, &mut moved)?;

@@ -41,6 +41,8 @@ pub(super) struct Engine {
     pub(super) dirty: Vec<u32>,
     pub(super) door: Option<Door>,
     pub(super) fabric_has_news: bool,
+    /// All is forgotten, and the worker has not told the driver yet that it is somewhere else.
+    pub(super) reset_due: bool,
     /// Whether the driver and the device have agreed upon that kind.
     pub(super) streams: bool,
     pub(super) messages: bool,
@@ -74,6 +76,7 @@ impl Engine {
             dirty: Vec::new(),
             door,
             fabric_has_news: true,
+            reset_due: false,
             streams,
             messages,
             events: Vec::new(),
@@ -116,9 +119,9 @@ impl Engine {
         while let Some(place) = self.slots.take_due(now) {
             self.expire(place, now);
         }
-        // The worker tells the driver, and takes the flag.
-        if self.shared.reset_due.load(Ordering::SeqCst) {
+        if self.shared.reset_due.swap(false, Ordering::SeqCst) {
             self.forget_all();
+            self.reset_due = true;
         }
         more |= self.take_arrivals();
         more |= self.answer_door(now);

@@ -1,13 +1,14 @@
 //! What joins a device to others: a [`Switch`](super::Switch) of this process, or a [`Broker`](super::Broker) of another.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Weak;
 
 use super::packet::Kind;
 use super::slots::Tag;
 use crate::channel::Party;
 
 /// A connection that the guest wants.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Dial {
     /// By which the answer is known.
     pub(super) tag: Tag,
@@ -15,6 +16,8 @@ pub(super) struct Dial {
     pub(super) port: u32,
     pub(super) from_port: u32,
     pub(super) kind: Kind,
+    /// Lives as long as the guest wants it.
+    pub(super) wanted: Weak<()>,
 }
 
 /// Something that came by.
@@ -43,6 +46,9 @@ pub(super) trait Fabric: Send + Sync {
     fn is_live(&self) -> bool;
 
     fn who(&self, cid: u32) -> Who;
+
+    /// The device has a driver from now on, or none any more.
+    fn attend(&self, attended: bool);
 
     /// Begins a connection. `false` if that cannot be; else an answer comes, or none, for which the guest does not wait for ever.
     fn dial(&self, dial: Dial) -> bool;

@@ -211,7 +211,7 @@ impl Far {
                 let Some((first, _)) = into.split_first().filter(|_| len > 0) else { return Came::Broken };
                 let low = u32::from(first & !record::KIND);
                 match first & record::KIND {
-                    record::DATA => Came::Data(got - 1, low),
+                    record::DATA => Came::Data(got - 1, low & (boundary::MESSAGE | boundary::RECORD)),
                     record::ACCEPTED => Came::Accepted,
                     record::SHUT => Came::Shut(low & shutdown::BOTH),
                     _ => Came::Broken,

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -15,7 +15,7 @@ use super::packet::Kind;
 use super::wire::{Message, Received, VERSION, is_connection, reason, receive, what};
 use crate::channel::{Grant, Party, VsockListen};
 
-/// How long the broker's answer may take.
+/// How long the broker may take to let it in, and to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A device's place at a [`Broker`](super::Broker), which it leaves when this is dropped. Connections that are there go on without the
@@ -26,6 +26,8 @@ pub struct Member {
     cid: u32,
     grant: Grant<VsockListen>,
     gone: AtomicBool,
+    /// Calls that were taken, and of which the broker has not heard that yet.
+    taken: AtomicU64,
 }
 
 impl fmt::Debug for Member {
@@ -51,8 +53,10 @@ impl Member {
         let address = SocketAddrUnix::new(path.as_ref()).map_err(failed)?;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
         let socket = socket.map_err(failed)?;
+        for timeout in [Timeout::Send, Timeout::Recv] {
+            set_socket_timeout(&socket, timeout, Some(PATIENCE)).map_err(failed)?;
+        }
         connect(&socket, &address).map_err(failed)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE)).map_err(failed)?;
         let join = Message {
             what: what::JOIN,
             cid,
@@ -64,12 +68,21 @@ impl Member {
         join.send(&socket, None).map_err(failed)?;
         match receive(&socket, RecvFlags::empty()) {
             Received::Message(Message { what: what::JOINED, .. }, _) => {
-                Ok(Self { socket, cid, grant, gone: AtomicBool::new(false) })
+                Ok(Self { socket, cid, grant, gone: AtomicBool::new(false), taken: AtomicU64::new(0) })
             }
             Received::Message(Message { what: what::REFUSED, port, .. }, _) => {
                 Err(VsockError::Broker { cid, reason: reason::text(port) })
             }
             _ => Err(VsockError::Broker { cid, reason: "it does not answer as brokers do" }),
+        }
+    }
+
+    /// Tells the broker how many calls were taken, as soon as its socket has room.
+    fn tell_taken(&self) {
+        let taken = self.taken.swap(0, Ordering::Relaxed);
+        let message = Message { what: what::TAKEN, tag: taken, ..Message::default() };
+        if taken > 0 && message.send(&self.socket, None) != Ok(true) {
+            self.taken.fetch_add(taken, Ordering::Relaxed);
         }
     }
 }
@@ -87,8 +100,12 @@ impl Fabric for Member {
         if self.gone.load(Ordering::Relaxed) { Who::Nobody } else { Who::Unknown }
     }
 
+    fn attend(&self, _: bool) {
+        // What waits in the socket is bounded there, and whoever calls gives up in time.
+    }
+
     fn dial(&self, dial: Dial) -> bool {
-        let Dial { tag, cid, port, from_port, kind } = dial;
+        let Dial { tag, cid, port, from_port, kind, .. } = dial;
         let kind = kind.number().into();
         let dial = Message { what: what::DIAL, kind, cid, port, from_port, tag, ..Message::default() };
         dial.send(&self.socket, None) == Ok(true)
@@ -96,6 +113,7 @@ impl Fabric for Member {
 
     fn next(&self) -> Option<Delivery> {
         loop {
+            self.tell_taken();
             let (message, socket) = match receive(&self.socket, RecvFlags::DONTWAIT) {
                 Received::Message(message, socket) => (message, socket),
                 Received::Nothing => return None,
@@ -104,6 +122,9 @@ impl Fabric for Member {
                     return None;
                 }
             };
+            if message.what == what::ARRIVED {
+                self.taken.fetch_add(1, Ordering::Relaxed);
+            }
             let socket = socket.filter(is_connection);
             match (message.what, socket, u16::try_from(message.kind).ok().and_then(Kind::of)) {
                 (what::DIALED, socket, _) => return Some(Delivery::Dialed { tag: message.tag, socket }),

@@ -36,8 +36,9 @@
 //!
 //! # Threat model
 //! The guest chooses packets, ports, lengths, credit, buffers and their order; programs of the host and other monitors choose what they
-//! send, and when they read or die. What all of them can cost is bounded: [`VsockBuilder::connections`] connections, each with a socket,
-//! twice its buffer in memory, and a message or record of up to 1 MiB; 256 resets for packets that belong to no connection, beyond which
+//! send, and when they read or die. What all of them can cost is bounded: [`VsockBuilder::connections`] connections, of which each side
+//! leaves some to the others, each with a socket, twice its buffer in memory, and a message or record of up to 1 MiB; 256 calls of other guests that it
+//! has not looked at, 32 of one, each with a socket; 256 resets for packets that belong to no connection, beyond which
 //! the guest is not listened to until it takes some. Resets are never answered. A breach of the rules ends its connection, and
 //! no other.
 //!
@@ -285,12 +286,18 @@ impl<M: DeviceMemory> VirtioDevice<M> for Vsock {
             rate.register(&activation.doorbells);
         }
         self.shared.connect(Some(activation.doorbells));
+        if let Some(fabric) = &self.setup.fabric {
+            fabric.attend(true);
+        }
         Ok(vec![Box::new(VsockWorker::new(engine, rx, tx, event))])
     }
 
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         drop(workers);
         self.shared.connect(None);
+        if let Some(fabric) = &self.setup.fabric {
+            fabric.attend(false);
+        }
     }
 }
 

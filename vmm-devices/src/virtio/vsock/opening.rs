@@ -101,7 +101,8 @@ impl Engine {
         }
         let (setup, now) = (&self.setup, self.setup.now());
         let connection = Connection::requested(kind, setup.buffer, setup.patience, now);
-        let entry = Entry::new(key(port), connection, greeting);
+        let mut entry = Entry::new(key(port), connection, greeting);
+        entry.incoming = true;
         let placed = if possible && right.is_live() { self.slots.insert(entry) } else { None };
         let Some((place, tag)) = placed else {
             count(&self.shared.counts.refused);
@@ -160,8 +161,11 @@ impl Engine {
             self.join(place, tag, Far::new(socket, framing), Right::Connect(grant));
             return Some(());
         }
+        let wanted = Arc::new(());
+        let alive = Arc::downgrade(&wanted);
+        entry.wanted = Some(wanted);
         let (place, tag) = self.slots.insert(entry)?;
-        let dial = Dial { tag, cid: key.cid, port: key.port, from_port: key.guest_port, kind };
+        let dial = Dial { tag, cid: key.cid, port: key.port, from_port: key.guest_port, kind, wanted: alive };
         if !setup.fabric.as_ref().is_some_and(|fabric| fabric.dial(dial)) {
             self.slots.remove(place);
             return None;

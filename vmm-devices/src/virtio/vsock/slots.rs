@@ -1,7 +1,9 @@
 //! The connections of a device: a table with a bound, and which one a packet means.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, hash_map};
+use std::sync::Arc;
 
+use super::HOST_CID;
 use super::backlog::Backlog;
 use super::connection::Connection;
 use super::far::Far;
@@ -53,8 +55,12 @@ pub(super) struct Entry {
     pub(super) told_far: u32,
     /// How long what the guest left behind may take to find a reader.
     pub(super) drain_deadline: Option<u64>,
+    /// Dropped when nobody needs to look at what the guest asked for any more.
+    pub(super) wanted: Option<Arc<()>>,
     /// Bytes of a message that the guest has got without its end.
     pub(super) unfinished: u32,
+    /// The other side has begun it.
+    pub(super) incoming: bool,
     /// It waits for its turn.
     pub(super) queued: bool,
     mapped: bool,
@@ -77,7 +83,9 @@ impl Entry {
             hung_up: false,
             told_far: 0,
             drain_deadline: None,
+            wanted: None,
             unfinished: 0,
+            incoming: false,
             queued: false,
             mapped: true,
             timer: None,
@@ -114,6 +122,9 @@ pub(super) struct Slots {
     timers: BTreeSet<(u64, u32)>,
     most: usize,
     generation: u32,
+    /// How many of them others have begun, and each of those.
+    incoming: usize,
+    by_caller: HashMap<u32, usize>,
 }
 
 impl Slots {
@@ -126,6 +137,8 @@ impl Slots {
             timers: BTreeSet::new(),
             most,
             generation: 0,
+            incoming: 0,
+            by_caller: HashMap::new(),
         }
     }
 
@@ -152,10 +165,23 @@ impl Slots {
         Some(place)
     }
 
+    /// Whether there is a place for it. Of all places, one guest that calls this one has a quarter at most, all that do a half, and those
+    /// and the host three quarters: so one leaves some to others, and all of them to what this guest begins.
+    fn has_room_for(&self, entry: &Entry) -> bool {
+        let of = |cid| self.by_caller.get(&cid).copied().unwrap_or(0);
+        let (cid, guests) = (entry.key.cid, self.incoming - of(HOST_CID));
+        let fair = cid == HOST_CID || of(cid) < self.most.div_ceil(4) && guests < self.most.div_ceil(2);
+        !self.is_full() && (!entry.incoming || fair && self.incoming < self.most - self.most / 4)
+    }
+
     /// Adds one, if there is room and its key is free.
     pub(super) fn insert(&mut self, mut entry: Entry) -> Option<(u32, Tag)> {
-        if self.is_full() || self.by_key.contains_key(&entry.key) {
+        if !self.has_room_for(&entry) || self.by_key.contains_key(&entry.key) {
             return None;
+        }
+        if entry.incoming {
+            self.incoming += 1;
+            *self.by_caller.entry(entry.key.cid).or_default() += 1;
         }
         self.generation = if self.generation >= GENERATIONS { 1 } else { self.generation + 1 };
         entry.generation = self.generation;
@@ -188,6 +214,15 @@ impl Slots {
         self.set_timer(place, None);
         let entry = self.entries.get_mut(usize::try_from(place).ok()?)?.take()?;
         self.free.push(place);
+        if entry.incoming
+            && let hash_map::Entry::Occupied(mut of_caller) = self.by_caller.entry(entry.key.cid)
+        {
+            self.incoming -= 1;
+            *of_caller.get_mut() -= 1;
+            if *of_caller.get() == 0 {
+                of_caller.remove();
+            }
+        }
         Some(entry)
     }
 

@@ -4,8 +4,9 @@
 //! the guests say to each other it does not see.
 //!
 //! # Threat model
-//! A guest chooses whom it calls and how often. What nobody has looked at yet is bounded, and a call that finds no room is refused; a
-//! device that dies, or whose guest is reset, resets its connections on the other side.
+//! A guest chooses whom it calls and how often. What nobody has looked at yet is bounded, for each caller as well, and forgotten when it
+//! is given up. A call that finds no room, or no driver, is refused; a device that dies, or whose guest is reset, resets its connections
+//! on the other side.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -21,8 +22,11 @@ use super::{ANY_PORT, VsockError};
 use crate::channel::{Grant, Party, VsockListen};
 use crate::interrupt::lock;
 
-/// Deliveries that may wait for one device.
-const MAX_WAITING: usize = 1024;
+/// Calls of others that may wait for one device.
+const MAX_CALLS: usize = 256;
+
+/// Those of one of them.
+const MAX_CALLS_OF_ONE: usize = 32;
 
 /// A switch. Its clones are the same one.
 #[derive(Clone, Default)]
@@ -34,8 +38,22 @@ struct Member {
     party: Party,
     /// For which port, or [`ANY_PORT`].
     grant: Grant<VsockListen>,
-    inbox: Mutex<VecDeque<Delivery>>,
+    inbox: Mutex<Inbox>,
     bell: OwnedFd,
+}
+
+#[derive(Default)]
+struct Inbox {
+    /// The device has a driver.
+    attended: bool,
+    waiting: VecDeque<Waiting>,
+}
+
+/// Something that nobody has looked at yet.
+struct Waiting {
+    delivery: Delivery,
+    /// See [`Dial::wanted`].
+    wanted: Weak<()>,
 }
 
 impl fmt::Debug for Switch {
@@ -88,12 +106,27 @@ impl Switch {
     }
 }
 
+impl Inbox {
+    /// A device's own answers are no more than its connections.
+    fn has_room_for(&self, delivery: &Delivery) -> bool {
+        let Delivery::Arrived { cid: caller, .. } = delivery else { return true };
+        let callers = self.waiting.iter().filter_map(|waiting| match &waiting.delivery {
+            Delivery::Arrived { cid, .. } => Some(cid),
+            Delivery::Dialed { .. } => None,
+        });
+        let (all, its) = callers.fold((0, 0), |(all, its), cid| (all + 1, its + usize::from(cid == caller)));
+        all < MAX_CALLS && its < MAX_CALLS_OF_ONE
+    }
+}
+
 impl Member {
-    fn deliver(&self, delivery: Delivery) -> bool {
+    fn deliver(&self, delivery: Delivery, wanted: Weak<()>) -> bool {
         let mut inbox = lock(&self.inbox);
-        let room = inbox.len() < MAX_WAITING;
+        // What is given up holds a socket all the same.
+        inbox.waiting.retain(|waiting| waiting.wanted.strong_count() > 0);
+        let room = inbox.attended && inbox.has_room_for(&delivery);
         if room {
-            inbox.push_back(delivery);
+            inbox.waiting.push_back(Waiting { delivery, wanted });
         }
         drop(inbox);
         // It fails when the counter is full, which takes 2^64 signals.
@@ -129,8 +162,17 @@ impl Fabric for Seat {
         self.switch.find(cid).map_or(Who::Nobody, |member| Who::Known(member.party.clone()))
     }
 
+    fn attend(&self, attended: bool) {
+        let mut inbox = lock(&self.member.inbox);
+        inbox.attended = attended;
+        let left = std::mem::take(&mut inbox.waiting);
+        drop(inbox);
+        // Whoever waits hears that nobody is there.
+        drop(left);
+    }
+
     fn dial(&self, dial: Dial) -> bool {
-        let Dial { tag, cid, port, from_port, kind } = dial;
+        let Dial { tag, cid, port, from_port, kind, wanted } = dial;
         let Some(other) = self.switch.find(cid) else { return false };
         let granted = other.grant.channel().port;
         if granted != ANY_PORT && granted != port {
@@ -146,11 +188,12 @@ impl Fabric for Seat {
             guest_port: port,
             kind,
         };
-        other.deliver(arrived) && self.member.deliver(Delivery::Dialed { tag, socket: Some(ours) })
+        other.deliver(arrived, Weak::clone(&wanted))
+            && self.member.deliver(Delivery::Dialed { tag, socket: Some(ours) }, wanted)
     }
 
     fn next(&self) -> Option<Delivery> {
-        lock(&self.member.inbox).pop_front()
+        lock(&self.member.inbox).waiting.pop_front().map(|waiting| waiting.delivery)
     }
 
     fn source(&self) -> BorrowedFd<'_> {

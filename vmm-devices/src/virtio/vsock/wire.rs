@@ -15,7 +15,7 @@ use super::far::again;
 use crate::channel::VmIdentity;
 
 /// Which language. Another one is refused.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// What a message is.
 pub(super) mod what {
@@ -30,6 +30,8 @@ pub(super) mod what {
     pub(in super::super) const DIALED: u32 = 5;
     /// To the other: somebody wants one.
     pub(in super::super) const ARRIVED: u32 = 6;
+    /// From a member: has taken so many of those, which is `tag`.
+    pub(in super::super) const TAKEN: u32 = 7;
 }
 
 /// Why a member has no place.
@@ -101,7 +103,8 @@ impl Message {
         Self { what, kind, cid, port, from_port, tag, uuid, incarnation }
     }
 
-    /// Sends it, with a descriptor; `Ok(false)` if there is no room now.
+    /// Sends it, with a descriptor; `Ok(false)` if there is no room now. It fails with [`Errno::TOOMANYREFS`] if too many descriptors are
+    /// on their way, to anybody.
     pub(super) fn send(&self, to: impl AsFd, socket: Option<BorrowedFd<'_>>) -> Result<bool, Errno> {
         let bytes = self.to_bytes();
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
@@ -115,8 +118,7 @@ impl Message {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         match again(|| sendmsg(&to, &[IoSlice::new(&bytes)], &mut control, flags)) {
             Ok(_) => Ok(true),
-            // Too many descriptors are on their way, or too many messages.
-            Err(Errno::AGAIN | Errno::TOOMANYREFS | Errno::NOBUFS) => Ok(false),
+            Err(Errno::AGAIN | Errno::NOBUFS) => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -131,13 +133,22 @@ pub(super) enum Received {
     End,
 }
 
-/// The next message. Descriptors that nobody waits for are closed.
+/// The next message of a member, which passes no descriptors. One that does speaks another language. There is no room for them here, so
+/// that the kernel lets them go by itself: to close one could take as long as the member likes, with a file system of its own behind it.
+pub(super) fn hear_member(from: impl AsFd) -> Received {
+    receive_with(from, RecvFlags::DONTWAIT, &mut RecvAncillaryBuffer::default())
+}
+
+/// The next message of the broker, whose descriptors are taken.
 pub(super) fn receive(from: impl AsFd, flags: RecvFlags) -> Received {
-    let mut bytes = [0; SIZE];
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    receive_with(from, flags, &mut RecvAncillaryBuffer::new(&mut space))
+}
+
+fn receive_with(from: impl AsFd, flags: RecvFlags, control: &mut RecvAncillaryBuffer<'_>) -> Received {
+    let mut bytes = [0; SIZE];
     let flags = flags | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
-    let came = again(|| recvmsg(&from, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags));
+    let came = again(|| recvmsg(&from, &mut [IoSliceMut::new(&mut bytes)], control, flags));
     let came = match came {
         Ok(came) => came,
         Err(Errno::AGAIN) => return Received::Nothing,

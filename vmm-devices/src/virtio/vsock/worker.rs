@@ -29,8 +29,6 @@ pub(super) struct VsockWorker<M: DeviceMemory> {
     /// What has gone and is to be paid for before the next.
     rx_wait: Option<Throttled>,
     tx_wait: Option<Throttled>,
-    /// The driver is to hear that it is somewhere else.
-    reset_due: bool,
 }
 
 /// The receive queue, and buffers of it that were taken and not filled yet, each with its room for data. They hold no memory, for
@@ -49,7 +47,7 @@ impl<M: DeviceMemory> VsockWorker<M> {
         event: Option<Virtqueue<M>>,
     ) -> Self {
         let rx = Given { queue: rx, taken: VecDeque::new(), useless: 0 };
-        Self { engine: Some(engine), rx, tx, event, rx_wait: None, tx_wait: None, reset_due: false }
+        Self { engine: Some(engine), rx, tx, event, rx_wait: None, tx_wait: None }
     }
 
     /// Hears what the guest sends. `true` if there is more.
@@ -91,9 +89,8 @@ impl<M: DeviceMemory> VsockWorker<M> {
     }
 
     /// Tells the driver that it is somewhere else, and that all connections are gone.
-    fn tell_reset(&mut self, engine: &Engine) -> Result<bool, QueueError> {
-        self.reset_due |= engine.shared.reset_due.swap(false, Ordering::SeqCst);
-        let Some(event) = self.event.as_mut().filter(|_| self.reset_due) else { return Ok(false) };
+    fn tell_reset(&mut self, engine: &mut Engine) -> Result<bool, QueueError> {
+        let Some(event) = self.event.as_mut().filter(|_| engine.reset_due) else { return Ok(false) };
         let memory = event.memory();
         let Some(chain) = event.pop(&*memory)? else {
             // It stays due until the driver has a buffer for it.
@@ -102,7 +99,7 @@ impl<M: DeviceMemory> VsockWorker<M> {
         let written = chain.write_some(0, &TRANSPORT_RESET.to_le_bytes());
         event.complete(chain.head(), u32::try_from(written).unwrap_or(0))?;
         event.interrupt()?;
-        self.reset_due = false;
+        engine.reset_due = false;
         Ok(false)
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket};
 
 use super::super::broker::BrokerHandle;
+use super::super::fabric::{Delivery, Dial, Fabric as _};
 use super::*;
 use crate::channel::{Refusal, Request};
 
@@ -209,7 +210,7 @@ fn a_monitor_that_speaks_nonsense_is_let_go_and_no_other() {
         bytes.resize(56, 0);
         bytes
     };
-    for nonsense in [vec![], vec![1], vec![0; 56], vec![0xff; 56], vec![1; 100], join(2, 7), join(1, 3)] {
+    for nonsense in [vec![], vec![1], vec![0; 56], vec![0xff; 56], vec![1; 100], join(1, 7), join(2, 3)] {
         let socket = raw(&served);
         // An empty message is the end.
         send(&socket, &nonsense, SendFlags::NOSIGNAL).unwrap();
@@ -217,7 +218,7 @@ fn a_monitor_that_speaks_nonsense_is_let_go_and_no_other() {
     }
     // One that calls and never reads what it is told.
     let flood = raw(&served);
-    send(&flood, &join(1, 7), SendFlags::NOSIGNAL).unwrap();
+    send(&flood, &join(2, 7), SendFlags::NOSIGNAL).unwrap();
     let mut dial: Vec<u8> = [4, 1, 3, 80, 9, 0_u32].into_iter().flat_map(u32::to_le_bytes).collect();
     dial.resize(56, 0);
     let begun = Instant::now();
@@ -245,4 +246,174 @@ fn who_says_nothing_is_let_go() {
     }
     assert!(is_ended(&socket));
     assert!(broker.cids().is_empty() && broker.connections() == 0);
+}
+
+/// A broker that works when it is told to.
+struct Told {
+    directory: tempfile::TempDir,
+    broker: Broker,
+}
+
+impl Told {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let broker = Broker::listen(directory.path().join("broker"), Gatekeeper::new(AllowAll)).unwrap();
+        Self { directory, broker }
+    }
+
+    fn work(&mut self) {
+        self.broker.run_once(Duration::ZERO);
+    }
+
+    fn join(&mut self, cid: u32) -> Member {
+        let path = self.directory.path().join("broker");
+        let joining = std::thread::spawn(move || {
+            Member::join(path, cid, reachable(&Gatekeeper::new(AllowAll), cid)).unwrap()
+        });
+        while !joining.is_finished() {
+            self.broker.run_once(Duration::from_millis(1));
+        }
+        joining.join().unwrap()
+    }
+
+    /// What the broker says to a member next.
+    fn next(&mut self, member: &Member) -> Delivery {
+        let begun = Instant::now();
+        loop {
+            if let Some(delivery) = member.next() {
+                return delivery;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "in vain");
+            self.broker.run_once(Duration::from_millis(1));
+        }
+    }
+}
+
+fn dial(member: &Member, tag: u64, cid: u32) -> bool {
+    member.dial(Dial {
+        tag,
+        cid,
+        port: 80,
+        from_port: 1000,
+        kind: Kind::Stream,
+        wanted: std::sync::Weak::new(),
+    })
+}
+
+/// Others call a member until its socket is full: it is not let go for that, and hears the answers to its own calls.
+#[test]
+fn a_member_does_not_pay_for_those_who_call_it() {
+    let mut told = Told::new();
+    let [caller, called, other] = [3, 5, 4].map(|cid| told.join(cid));
+    let mut taken = 0;
+    for tag in 0..400 {
+        assert!(dial(&caller, tag, 5));
+        let Delivery::Dialed { socket, .. } = told.next(&caller) else { panic!() };
+        taken += usize::from(socket.is_some());
+    }
+    assert!((1..=64).contains(&taken), "{taken} calls wait");
+    // There is a place for another's.
+    assert!(dial(&other, 1, 5));
+    assert!(matches!(told.next(&other), Delivery::Dialed { tag: 1, socket: Some(_) }));
+    assert!(dial(&called, 7, 3));
+    told.work();
+    let mut arrived = 0;
+    let socket = loop {
+        match told.next(&called) {
+            Delivery::Dialed { tag, socket } => {
+                assert_eq!(tag, 7);
+                break socket;
+            }
+            Delivery::Arrived { .. } => arrived += 1,
+        }
+    };
+    assert!(socket.is_some());
+    assert_eq!((arrived, told.broker.cids()), (taken + 1, vec![3, 4, 5]));
+    assert!(matches!(told.next(&caller), Delivery::Arrived { cid: 5, .. }));
+    // What it has taken waits no more.
+    told.work();
+    assert!(dial(&caller, 401, 5));
+    assert!(matches!(told.next(&caller), Delivery::Dialed { tag: 401, socket: Some(_) }));
+}
+
+/// One that calls more than it reads is not heard until it has read.
+#[test]
+fn a_member_may_read_its_answers_late() {
+    let mut told = Told::new();
+    let member = told.join(3);
+    let mut tags = 0;
+    while tags < 400 && dial(&member, tags, 9) {
+        told.work();
+        tags += 1;
+    }
+    assert!(tags >= 300, "{tags}");
+    for tag in 0..tags {
+        assert!(matches!(told.next(&member), Delivery::Dialed { tag: same, socket: None } if same == tag));
+    }
+    assert_eq!(told.broker.cids(), [3]);
+}
+
+/// Closing a descriptor may block for as long as whoever gave it likes (FUSE, `flush`). That it is not closed shows here by a lock of this
+/// process, which it would lose by closing any descriptor of the file.
+#[test]
+fn what_a_member_passes_is_not_taken() {
+    use rustix::fs::{FlockOperation, fcntl_lock};
+    use std::os::fd::AsFd as _;
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::super::wire::{Message, VERSION, what};
+
+    let file = tempfile::tempfile().unwrap();
+    fcntl_lock(&file, FlockOperation::LockExclusive).unwrap();
+    let inode = format!(":{} ", file.metadata().unwrap().ino());
+    let is_locked = || std::fs::read_to_string("/proc/locks").unwrap().contains(&inode);
+    assert!(is_locked());
+    let served = Served::new(Gatekeeper::new(AllowAll));
+    for joined in [false, true] {
+        let socket = raw(&served);
+        let message = Message { what: what::JOIN, cid: 3, port: VERSION, ..Message::default() };
+        if joined {
+            assert_eq!(message.send(&socket, None), Ok(true));
+        }
+        assert_eq!(message.send(&socket, Some(file.as_fd())), Ok(true));
+        assert!(is_ended(&socket));
+        assert!(is_locked(), "{joined}");
+    }
+}
+
+const CHILD: &str = "VSOCK_BROKER_WITHOUT_DESCRIPTORS";
+
+/// In a process of its own, as the bound is the process's.
+#[test]
+fn who_comes_when_there_are_no_descriptors_is_let_in_later() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+
+    if std::env::var_os(CHILD).is_none() {
+        let name = concat!(module_path!(), "::who_comes_when_there_are_no_descriptors_is_let_in_later");
+        let name = name.split_once("::").unwrap().1;
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact"])
+            .env(CHILD, "")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    let mut told = Told::new();
+    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    let address = SocketAddrUnix::new(told.directory.path().join("broker")).unwrap();
+    connect(&socket, &address).unwrap();
+    send(&socket, &[1; 3], SendFlags::NOSIGNAL).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, rustix::process::Rlimit { current: Some(3), ..before }).unwrap();
+    for _ in 0..3 {
+        told.work();
+    }
+    setrlimit(Resource::Nofile, before).unwrap();
+    let begun = Instant::now();
+    told.broker.run_once(Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    told.work();
+    assert!(is_ended(&socket), "it is heard, and let go as what it says is nonsense");
 }

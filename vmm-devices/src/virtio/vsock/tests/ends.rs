@@ -4,6 +4,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
 
 use super::*;
+use crate::channel::Request;
 
 fn connected(hosted: &mut Hosted) -> (Ends, UnixStream) {
     let service = UnixListener::bind(hosted.service(52)).unwrap();
@@ -177,4 +178,39 @@ fn a_guest_that_was_restored_is_told() {
     assert_eq!(hosted.guest.queues[2].take_used().unwrap(), None);
     hosted.guest.send(key, b"on");
     assert_eq!(taken(&mut stream).unwrap(), b"on");
+}
+
+/// A monitor that says so while the device is at work, after it has looked: the connections end all the same.
+#[test]
+fn a_reset_that_comes_while_the_device_works_loses_nothing() {
+    let handle = Arc::new(std::sync::OnceLock::<VsockHandle>::new());
+    let told = Arc::clone(&handle);
+    let gatekeeper = Gatekeeper::new(move |request: &Request| {
+        if request.object().port() == Some(81) {
+            told.get().unwrap().transport_reset();
+        }
+        Ok(())
+    });
+    let mut hosted = Hosted::built(gatekeeper, |builder| builder);
+    handle.set(hosted.guest.handle.clone()).unwrap();
+    let (_, mut stream) = connected(&mut hosted);
+    let place = 0x8000;
+    hosted.guest.queues[2].chain().writable(place, 16).submit().unwrap();
+    let _client = hosted.client(81);
+    hosted.guest.poll();
+    hosted.guest.poll();
+    assert_eq!((taken(&mut stream), hosted.guest.open()), (None, 0));
+    assert_eq!(hosted.guest.queues[2].take_used().unwrap(), Some((0, 4)));
+}
+
+/// Of what nobody takes any more nothing is left to wait for.
+#[test]
+fn a_program_that_reads_no_more_is_not_waited_for() {
+    let mut hosted = Hosted::new();
+    let (key, stream) = connected(&mut hosted);
+    stream.shutdown(std::net::Shutdown::Read).unwrap();
+    hosted.guest.send(key, b"too late");
+    hosted.guest.shut(key, shutdown::SEND);
+    hosted.guest.say(key, operation::RST);
+    assert_eq!((hosted.guest.open(), hosted.gatekeeper.open_channels().len()), (0, 0));
 }

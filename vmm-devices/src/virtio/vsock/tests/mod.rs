@@ -13,6 +13,7 @@ mod host;
 mod messages;
 mod model;
 mod revoked;
+mod shares;
 mod switch;
 
 use std::io::{Read as _, Write as _};

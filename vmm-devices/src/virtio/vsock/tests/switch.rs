@@ -233,3 +233,24 @@ fn an_identifier_is_one_device_s_and_free_after_it() {
     assert_eq!(other.next_op(), Some(operation::RST));
     drop(seat);
 }
+
+/// Another device that does not keep to what records are: its guest hears of none of it.
+#[test]
+fn bits_of_records_that_mean_nothing_are_not_told() {
+    use super::super::fabric::{Delivery, Dial, Fabric as _};
+
+    let pair = Pair::new();
+    let seat = pair.switch.join(5, reachable(&pair.gatekeeper, 5)).unwrap();
+    seat.attend(true);
+    let wanted = Arc::new(());
+    let kind = Kind::SeqPacket;
+    let dial = Dial { tag: 1, cid: 3, port: 80, from_port: 9, kind, wanted: Arc::downgrade(&wanted) };
+    assert!(seat.dial(dial));
+    let Some(Delivery::Dialed { socket: Some(socket), .. }) = seat.next() else { panic!("no socket") };
+    let [mut guest, _] = pair.guests;
+    guest.accept();
+    rustix::net::send(&socket, b"\x1fdata", rustix::net::SendFlags::NOSIGNAL).unwrap();
+    guest.poll();
+    let (header, data) = guest.next().unwrap();
+    assert_eq!((header.op, header.flags, &data[..]), (operation::RW, 3, &b"data"[..]));
+}
