@@ -6,6 +6,7 @@
 //! | [`SwitchPort`] | a port, which is a [`NetBackend`](super::NetBackend) for a device of this process |
 //! | [`PortConfig`] | VLANs, a locked address, isolation, limits |
 //! | [`FlowJudge`] | a policy's look at each frame between two ports |
+//! | [`flows`] | a judge that asks a policy once for each flow |
 //!
 //! A frame is copied once from the sender's memory into a bounded queue of each receiver, and once from there into its memory. The thread
 //! that serves the sender's device does the first, and never waits for a receiver: where there is no room, the frame is
@@ -45,6 +46,7 @@
 pub mod broker;
 mod config;
 mod error;
+pub mod flows;
 mod forward;
 mod head;
 mod judge;
