@@ -60,7 +60,7 @@ const FIRST_INPUT: u32 = 16;
 const INPUTS: usize = 8;
 
 /// The RAM of a machine as its devices have it.
-type Ram = GuestMemoryAtomic<GuestMemoryMap>;
+pub type Ram = GuestMemoryAtomic<GuestMemoryMap>;
 
 /// A device, and which module of the guest's kernel drives it.
 struct Device {
@@ -241,6 +241,35 @@ impl VirtioDevices {
         let device = wanted.device(figures, Arc::clone(&self.clock)).context("--vsock")?;
         self.figures.vsock(device.handle());
         self.add("socket device".to_owned(), "vmw_vsock_virtio_transport", Box::new(device))
+    }
+
+    /// A device that the caller has made, for which the guest's kernel has that module.
+    ///
+    /// # Errors
+    /// If there are too many devices.
+    pub fn device(
+        self,
+        name: &str,
+        module: &'static str,
+        device: impl VirtioDevice<Ram> + 'static,
+    ) -> Result<Self> {
+        self.add(name.to_owned(), module, Box::new(device))
+    }
+
+    /// A seat at memory in common, which the caller has taken.
+    ///
+    /// # Errors
+    /// Over MMIO.
+    pub fn member(mut self, member: Member) -> Result<Self> {
+        ensure!(self.transport == Transport::Pci, "memory in common is a function of a PCI bus");
+        self.regions.push(member);
+        Ok(self)
+    }
+
+    /// The time that these devices go by.
+    #[must_use]
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        Arc::clone(&self.clock)
     }
 
     fn add(mut self, name: String, module: &'static str, device: Box<dyn VirtioDevice<Ram>>) -> Result<Self> {

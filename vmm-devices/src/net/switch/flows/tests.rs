@@ -265,15 +265,15 @@ fn what_may_be_something_else_is_dropped_unasked() {
         frame
     };
     let hostile = [
-        with(&|frame| frame[20] |= 0x20),                                      // more fragments
-        with(&|frame| frame[21] = 1),                                          // a later one
-        with(&|frame| frame.truncate(14 + 20 + 10)),                           // half a header of TCP
-        with(&|frame| frame.truncate(14 + 10)),                                // half of IP
-        with(&|frame| frame[14] = 0x41),                                       // a header of 4 bytes
-        with(&|frame| frame[14] = 0x65),                                       // another version
+        with(&|frame| frame[20] |= 0x20),            // more fragments
+        with(&|frame| frame[21] = 1),                // a later one
+        with(&|frame| frame.truncate(14 + 20 + 10)), // half a header of TCP
+        with(&|frame| frame.truncate(14 + 10)),      // half of IP
+        with(&|frame| frame[14] = 0x41),             // a header of 4 bytes
+        with(&|frame| frame[14] = 0x65),             // another version
         with(&|frame| drop(frame.splice(12..12, [0x81, 0, 0, 1, 0x81, 0, 0, 1]))), // two tags
-        with(&|frame| drop(frame.splice(12..12, [0x88, 0xa8, 0, 1]))),         // a service tag
-        with(&|frame| drop(frame.splice(12..12, [0x91, 0, 0, 1]))),            // an old one
+        with(&|frame| drop(frame.splice(12..12, [0x88, 0xa8, 0, 1]))), // a service tag
+        with(&|frame| drop(frame.splice(12..12, [0x91, 0, 0, 1]))), // an old one
         // A length, LLC and SNAP before the type.
         with(&|frame| drop(frame.splice(12..12, [0, 0x40, 0xaa, 0xaa, 3, 0, 0, 0]))),
         with(&|frame| drop(frame.splice(12..12, [5, 0xff, 0xaa, 0xaa, 3, 0, 0, 0]))),
