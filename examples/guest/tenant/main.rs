@@ -206,13 +206,17 @@ fn vsock(cid: u32, port: u32) -> io::Result<Socket> {
     if heard == GREETING { Ok(socket) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
-/// Reads until the connection is no more.
+/// Reads until the connection is no more. To one who reads, Linux says the same of a reset as of an end, but who sends after that hears of
+/// it: an end would leave that way open.
 fn wait_for_end(socket: &Socket) {
     let mut room = [0; 256];
     loop {
         match socket.receive(&mut room) {
-            Ok(0) => return say("! vsock end of file"),
-            Ok(_) => say("! vsock heard"),
+            Ok(1..) => say("! vsock heard"),
+            Ok(0) => {
+                let sent = socket.send_all(GREETING);
+                return say(&format!("! vsock ended, sending: {:?}", sent.map_err(|error| error.kind())));
+            }
             Err(error) => return say(&format!("! vsock {:?}", error.kind())),
         }
     }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use vmm_devices::channel::{Gate, Gatekeeper, GrantId, OpenChannel, Party, Refusal, Request, VmIdentity};
+use vmm_devices::channel::{ClosedChannel, Gate, Gatekeeper, GrantId, Party, Refusal, Request, VmIdentity};
 use vmm_policy::{Hold, Honours, Monitor, MonitorError, Policy, Revocation, SubjectId, SubjectSpec, Uuid};
 
 use super::flows::PolicyFlows;
@@ -23,8 +23,8 @@ pub struct Enforcement {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Cut {
-    /// Channels of devices, and why.
-    pub closed: Vec<(OpenChannel, Refusal)>,
+    /// Channels of devices, why, and how long that took.
+    pub closed: Vec<ClosedChannel>,
     /// What the monitor says of them, and of what is open beside them, as disks are.
     pub revoked: Vec<Revocation>,
 }
@@ -181,7 +181,7 @@ impl Enforcement {
         let revoked = change(&self.gate.monitor)?;
         self.gate.changes.fetch_add(1, Ordering::AcqRel);
         // What is decided meanwhile is decided again by this.
-        let closed = self.gatekeeper.reconsider();
+        let closed = self.gatekeeper.reconsider_timed();
         Ok(Cut { closed, revoked })
     }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vmm_cpu::xen_pv::Gate as _;
 use vmm_devices::ManualClock;
 use vmm_devices::channel::{
-    DoorbellRing, NetworkAttach, Party, RegionMap, VmIdentity, VsockConnect, VsockListen,
+    ClosedChannel, DoorbellRing, NetworkAttach, Party, RegionMap, VmIdentity, VsockConnect, VsockListen,
 };
 use vmm_devices::ivshmem::{Hub, Region};
 use vmm_devices::net::switch::flows::FlowTable;
@@ -156,11 +156,8 @@ fn a_reload_closes_in_devices_what_it_does_not_allow_and_nothing_else() {
     let connection =
         gatekeeper.open(WEB_RED.into(), Some(DB_RED.into()), VsockConnect { port: 5432 }).unwrap();
     let cut = enforcement.reload(policy("two-tenants-lockdown.policy")).unwrap();
-    let mut closed: Vec<_> = cut
-        .closed
-        .iter()
-        .map(|(channel, why)| (channel.request.action().to_string(), why.reason()))
-        .collect();
+    let action = |closed: &ClosedChannel| closed.channel.request.action().to_string();
+    let mut closed: Vec<_> = cut.closed.iter().map(|closed| (action(closed), closed.why.reason())).collect();
     closed.sort();
     assert_eq!(
         closed,

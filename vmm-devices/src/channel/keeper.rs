@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::gate::{DenyAll, Gate, Refusal};
 use super::grant::{Grant, GrantId, Right};
@@ -51,6 +52,18 @@ pub struct OpenChannel {
     pub id: GrantId,
     /// What was asked for.
     pub request: Request,
+}
+
+/// A channel that lost its right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ClosedChannel {
+    /// Which.
+    pub channel: OpenChannel,
+    /// Why.
+    pub why: Refusal,
+    /// From when its right was taken back to when its holder had closed it.
+    pub took: Duration,
 }
 
 impl Gatekeeper {
@@ -106,16 +119,22 @@ impl Gatekeeper {
     /// Asks the gate about all that is open and takes back what it refuses. Those channels, with the reasons, when their
     /// holders have closed them.
     pub fn reconsider(&self) -> Vec<(OpenChannel, Refusal)> {
+        self.reconsider_timed().into_iter().map(|closed| (closed.channel, closed.why)).collect()
+    }
+
+    /// The same, with how long each took.
+    pub fn reconsider_timed(&self) -> Vec<ClosedChannel> {
         self.account.open().epoch += 1;
-        let mut refused = Vec::new();
+        let mut closed = Vec::new();
         for channel in self.open_channels() {
-            if let Err(refusal) = self.account.gate.decide(channel.id, &channel.request)
-                && self.revoke(channel.id)
-            {
-                refused.push((channel, refusal));
+            if let Err(why) = self.account.gate.decide(channel.id, &channel.request) {
+                let begun = Instant::now();
+                if self.revoke(channel.id) {
+                    closed.push(ClosedChannel { channel, why, took: begun.elapsed() });
+                }
             }
         }
-        refused
+        closed
     }
 
     /// What is open, in the order in which it was opened; what has been revoked and is not closed yet is not among it.

@@ -3,11 +3,19 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use vmm_devices::channel::Party;
 use vmm_devices::net::switch::flows::FlowTotals;
 use vmm_examples::policy::Cut;
 use vmm_policy::Path as Way;
 
 use crate::attempts::Row;
+use crate::host::ROLES;
+
+/// What the policy calls it.
+fn name(party: &Party) -> String {
+    let role = ROLES.into_iter().find(|role| Party::Vm(role.identity()) == *party);
+    role.map_or_else(|| party.to_string(), |role| role.name.to_owned())
+}
 
 pub(crate) struct Report {
     begun: Instant,
@@ -38,7 +46,7 @@ impl Report {
     pub(crate) fn title(&self, title: &str) {
         println!("\n{title}");
         println!(
-            "  {:<5}  {:<9} {:<38} {:<26} {:<16} by",
+            "  {:<5}  {:<9} {:<41} {:<19} {:<16} by",
             "", "who", "tries to", "guest says", "policy says"
         );
     }
@@ -46,7 +54,7 @@ impl Report {
     pub(crate) fn row(&mut self, row: &Row) {
         let Row { who, what, guest, verdict, rule, good } = row;
         let mark = self.note(*good);
-        println!("  {mark:<5}  {who:<9} {what:<38} {guest:<26} {verdict:<16} {rule}");
+        println!("  {mark:<5}  {who:<9} {what:<41} {guest:<19} {verdict:<16} {rule}");
     }
 
     pub(crate) fn check(&mut self, what: &str, good: bool) {
@@ -82,8 +90,13 @@ impl Report {
             "  the policy of the lockdown is in force after {:.3} ms; closed are",
             took.as_secs_f64() * 1e3
         );
-        for (channel, why) in &cut.closed {
-            println!("         {}: {}", channel.request, why.reason());
+        for closed in &cut.closed {
+            let micros = closed.took.as_secs_f64() * 1e6;
+            let request = &closed.channel.request;
+            let (who, what) = (name(request.asker()), request.object());
+            let of = request.peer().map_or_else(String::new, |peer| format!(" of {}", name(peer)));
+            let why = closed.why.reason();
+            println!("         {who}: {} {what}{of}, in {micros:.0} us: {why}", request.action());
         }
         self.check("two channels are closed, and no others", cut.closed.len() == 2);
     }
