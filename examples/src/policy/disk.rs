@@ -109,6 +109,19 @@ fn how(writes: bool) -> &'static str {
     if writes { "writing" } else { "reading" }
 }
 
+/// Keeps other programs that look at such locks from writing to a file, and if it is to be written from opening it at all, until it is closed.
+///
+/// # Errors
+/// [`io::ErrorKind::WouldBlock`] if another has it, and what the host says where a file system has no locks.
+pub fn lock_image(file: &RawFile, read_only: bool) -> io::Result<()> {
+    let lock = if read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    Ok(flock(file.file(), lock)?)
+}
+
 impl Disks {
     /// Those that the policy there allows.
     #[must_use]
@@ -136,16 +149,9 @@ impl Disks {
         let hold = hold.map_err(|refused| DiskError::Refused { name: name.to_owned(), refused })?;
         let file = RawFile::open(path, read_only)?;
         let place = self.take(&file, (name, path), vm, read_only)?;
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        flock(file.file(), lock).map_err(|error| match error {
-            rustix::io::Errno::WOULDBLOCK => {
-                DiskError::Locked { name: name.to_owned(), path: path.to_owned() }
-            }
-            error => DiskError::Host { name: name.to_owned(), source: error.into() },
+        lock_image(&file, read_only).map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock => DiskError::Locked { name: name.to_owned(), path: path.to_owned() },
+            _ => DiskError::Host { name: name.to_owned(), source },
         })?;
         Ok(PolicedDisk { hold, file, _place: place })
     }

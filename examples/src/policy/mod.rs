@@ -66,7 +66,7 @@ mod words;
 mod xen;
 
 pub use balloon::PolicedBalloon;
-pub use disk::{DiskError, Disks, PolicedDisk};
+pub use disk::{DiskError, Disks, PolicedDisk, lock_image};
 pub use flows::PolicyFlows;
 pub use gate::{Cut, Enforcement};
 pub use xen::XenGate;
