@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmm_devices::channel::{ClosedChannel, Gate, Gatekeeper, GrantId, Party, Refusal, Request, VmIdentity};
-use vmm_policy::{Hold, Honours, Monitor, MonitorError, Policy, Revocation, SubjectId, SubjectSpec, Uuid};
+use vmm_policy::{
+    Action, Hold, Honours, Monitor, MonitorError, Object, Policy, Revocation, SubjectId, SubjectSpec, Uuid,
+};
 
 use super::flows::PolicyFlows;
 use super::words;
@@ -160,6 +162,19 @@ impl Enforcement {
         addresses.owners.insert(address, id);
         addresses.bound.insert((id, address.is_ipv4()));
         true
+    }
+
+    /// Asks whether something may be plugged while the guest runs: `cpu`, `memory`, `device`. The right is kept for as long as it is there, and counts
+    /// for limits (`limit any vm to attach hotplug at 4 open`); [`Hold::on_revoked`] says what to unplug.
+    ///
+    /// # Errors
+    /// If the policy refuses, or nobody such is registered.
+    pub fn plug(&self, vm: VmIdentity, what: &str) -> Result<Hold, Refusal> {
+        let unknown = || Refusal::new(format!("deny (identity): vm {vm} is not registered"));
+        let subject = self.subject(vm).ok_or_else(unknown)?;
+        let request = vmm_policy::Request::new(subject, Action::Attach, Object::hotplug(what));
+        let hold = self.gate.monitor.hold(&request, Honours::NONE);
+        hold.map_err(|refused| Refusal::new(refused.to_string()))
     }
 
     /// Puts another policy in force, and closes what it does not allow, before it returns.

@@ -7,6 +7,7 @@
 //! | [`PolicyFlows`] | the flow table of a switch, for each flow between two ports (layers 2 to 4) |
 //! | [`Disks`], [`PolicedDisk`] | a block device: one writer or several readers, and who may at all |
 //! | [`PolicedBalloon`] | a balloon, whose pages are counted |
+//! | [`Enforcement::plug`] | who plugs processors, memory and devices while a guest runs |
 //! | [`XenGate`] | the paravirtual backend, for event channels and grants to other domains |
 //!
 //! # How it is put in front of devices

@@ -471,6 +471,26 @@ fn a_balloon_keeps_to_its_rate() {
 }
 
 #[test]
+fn as_much_is_plugged_as_a_limit_says() {
+    let text = "labels l\nallow l to attach hotplug device\nlimit l to attach hotplug at 2 open";
+    let (enforcement, vms) = of(text, &[(1, "l")]);
+    let plug = |what| enforcement.plug(vms[0], what);
+    assert!(plug("cpu").unwrap_err().reason().contains("no rule allows it"));
+    assert!(enforcement.plug(VmIdentity::new(9, 1), "device").is_err());
+    let (one, two) = (plug("device").unwrap(), plug("device").unwrap());
+    assert!(plug("device").unwrap_err().reason().contains("at 2 open"));
+    drop(one);
+    let three = plug("device").unwrap();
+    let unplugged = Arc::new(AtomicU64::new(0));
+    for hold in [&two, &three] {
+        let counts = Arc::clone(&unplugged);
+        hold.on_revoked(move || drop(counts.fetch_add(1, Ordering::SeqCst)));
+    }
+    enforcement.reload(Policy::parse("labels l").unwrap()).unwrap();
+    assert_eq!(unplugged.load(Ordering::SeqCst), 2);
+}
+
+#[test]
 fn a_paravirtual_guest_reaches_the_domains_that_the_policy_names() {
     let text = "labels front, back, third\nallow front to connect event-channel of back\nallow back to map-rw grant of front\n\
          allow front to connect event-channel of third";

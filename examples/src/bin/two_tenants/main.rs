@@ -159,7 +159,13 @@ fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd]) -> Result<()> {
     let mut confinement = Confinement::new(engine).deny_descriptors(inherited).allow_duplicates();
     // A connection between two guests is a pair of sockets.
     confinement = confinement.allow_if(libc::SYS_socketpair, 0, u64::try_from(libc::AF_UNIX)?);
-    for call in [libc::SYS_epoll_create1, libc::SYS_sendmsg, libc::SYS_shutdown] {
+    for call in [
+        libc::SYS_epoll_create1,
+        libc::SYS_getsockopt,
+        libc::SYS_sendmsg,
+        libc::SYS_setsockopt,
+        libc::SYS_shutdown,
+    ] {
         confinement = confinement.allow(call);
     }
     confinement.enter()

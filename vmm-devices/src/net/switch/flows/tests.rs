@@ -256,7 +256,7 @@ fn addresses_that_are_anothers_are_not_sent_from() {
 
 /// CVE-2021-27853, CVE-2021-27854, CVE-2021-27862: what is behind tags, lengths and fragments is not what it was judged as.
 #[test]
-fn what_may_be_something_else_is_dropped_unasked() {
+fn cve_2021_27853_what_may_be_something_else_is_dropped_unasked() {
     let lan = Lan::new(&["a tcp 80 b", "a ethernet 0x88b5 b", "a ethernet 0x8100 b", "a ethernet 0x0040 b"]);
     let syn = packet(Packet::Syn, ("a", 4000), ("b", 80));
     let with = |change: &dyn Fn(&mut Vec<u8>)| {
