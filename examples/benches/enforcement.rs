@@ -43,7 +43,9 @@ fn main() {
     // Cargo calls it with arguments of its own.
     let rounds = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(15);
     switch(rounds);
-    revocation(rounds.min(5));
+    for busy in [false, true] {
+        revocation(rounds.min(5), busy);
+    }
 }
 
 struct Quiet;
@@ -82,7 +84,7 @@ impl Lan {
         let clock = move || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let switch = Switch::builder("lan", clock).build();
         if judged.is_some() {
-            switch.set_judge(Some(Arc::new(FlowTable::builder(enforcement.flows(), clock).build())));
+            switch.set_judge(Some(Arc::new(FlowTable::builder(enforcement.flows()).build())));
         }
         let port = |number: u8| {
             let vm = VmIdentity::new(number.into(), 1);
@@ -163,17 +165,19 @@ fn switch(rounds: usize) {
     }
 }
 
-fn revocation(rounds: usize) {
+fn revocation(rounds: usize, busy: bool) {
     let (mut sockets, mut regions, mut all, mut seen) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
-        let outcome = Channels::open().cut();
+        let outcome = Channels::open().cut(busy);
         sockets.extend(outcome.sockets);
         regions.extend(outcome.regions);
         all.push(outcome.all);
         seen.extend(outcome.seen);
     }
+    let used = if busy { ", and guests that send by all of them" } else { "" };
     println!(
-        "\n{CHANNELS} channels in use, {ALL_REGIONS} of them regions; a reload takes half of them back, {rounds} times"
+        "\n{CHANNELS} channels, {ALL_REGIONS} of them regions, with processors that load from them{used}; a reload takes half of them back, \
+         {rounds} times"
     );
     for (what, times, target) in [
         ("a socket", &mut sockets, Duration::from_millis(1)),

@@ -34,7 +34,7 @@
 //! // Devices take a right for each channel, and get it of the gatekeeper, which asks the policy.
 //! let gatekeeper = enforcement.gatekeeper();
 //! let switch = Switch::builder("lan", ManualClock::default()).build();
-//! switch.set_judge(Some(std::sync::Arc::new(FlowTable::builder(enforcement.flows(), ManualClock::default()).build())));
+//! switch.set_judge(Some(std::sync::Arc::new(FlowTable::builder(enforcement.flows()).build())));
 //! let right = gatekeeper.open(web.into(), None, vmm_devices::channel::NetworkAttach { network: "lan".into() })?;
 //! let port = switch.attach(right, PortConfig::new("web"))?; // to the builder of a network device
 //! let vsock = Vsock::builder(3, || 0).gatekeeper(web, gatekeeper.clone()).build()?; // asks at each connection

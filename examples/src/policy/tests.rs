@@ -236,7 +236,7 @@ impl Lan {
     fn new(enforcement: &Enforcement, machines: &[VmIdentity]) -> Self {
         let clock = Arc::new(ManualClock::new(1));
         let switch = Switch::builder("lan", Arc::clone(&clock)).build();
-        let table = Arc::new(FlowTable::builder(enforcement.flows(), Arc::clone(&clock)).build());
+        let table = Arc::new(FlowTable::builder(enforcement.flows()).build());
         let judge = Arc::clone(&table);
         switch.set_judge(Some(judge));
         let end = |vm: &VmIdentity| {

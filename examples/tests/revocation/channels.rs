@@ -100,11 +100,12 @@ impl Channels {
         Self { enforcement, guests, machines }
     }
 
-    /// Takes half of them back while guests use all of them.
+    /// Takes half of them back. Processors load from memory meanwhile, and if `busy`, guests send through all sockets as fast as they can,
+    /// which takes more threads than a small host has processors.
     ///
     /// # Panics
     /// If another half goes, or anything comes through what has gone.
-    pub(crate) fn cut(self) -> Outcome {
+    pub(crate) fn cut(self, busy: bool) -> Outcome {
         let Self { enforcement, guests, machines } = self;
         assert_eq!(enforcement.gatekeeper().open_channels().len(), CHANNELS);
         assert_eq!(enforcement.monitor().open_channels().len(), CHANNELS);
@@ -127,6 +128,10 @@ impl Channels {
                 .collect();
             while packets.load(Ordering::Relaxed) < 2 * CHANNELS as u64 {
                 thread::sleep(Duration::from_millis(1));
+            }
+            if !busy {
+                stop.store(true, Ordering::SeqCst);
+                thread::sleep(Duration::from_millis(20));
             }
             let begun = Instant::now();
             let cut = enforcement.reload(Policy::parse(AFTER).unwrap()).unwrap();

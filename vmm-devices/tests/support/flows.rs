@@ -214,7 +214,7 @@ pub(crate) fn exercise(actions: &[Action]) {
     let clock = Arc::new(ManualClock::new(1));
     let policy = Arc::new(Bits { bits: AtomicU64::new(0), epoch: AtomicU64::new(0) });
     let switch = Switch::builder("lan", Arc::clone(&clock)).build();
-    switch.set_judge(Some(Arc::new(FlowTable::builder(Arc::clone(&policy), Arc::clone(&clock)).build())));
+    switch.set_judge(Some(Arc::new(FlowTable::builder(Arc::clone(&policy)).build())));
     let gatekeeper = Gatekeeper::new(AllowAll);
     let mut guests: Vec<(SwitchPort, Box<dyn NetPort>)> = (0..GUESTS)
         .map(|guest| {

@@ -112,7 +112,7 @@ impl Host {
         let start = Instant::now();
         let clock = move || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let network = Switch::builder("lan", clock).build();
-        let table = Arc::new(FlowTable::builder(enforcement.flows(), clock).build());
+        let table = Arc::new(FlowTable::builder(enforcement.flows()).build());
         let judge = Arc::clone(&table);
         network.set_judge(Some(judge));
         let mut regions = BTreeMap::new();

@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use super::kind::{Begins, FlowKind, Key, Seen, Side};
 use super::{FlowPolicy, FlowVerdict, NewFlow};
 use crate::channel::GrantId;
-use crate::clock::Clock;
 use crate::interrupt::lock;
 use crate::net::switch::judge::{Flow, FlowJudge, Verdict};
 use crate::virtio::rate::{Rate, TokenBucket};
@@ -19,7 +18,6 @@ const MAX_LIMITS: usize = 64;
 /// How large a table may become.
 pub struct FlowTableBuilder<P> {
     policy: P,
-    clock: Arc<dyn Clock>,
     flows: usize,
     pairs: usize,
 }
@@ -47,9 +45,9 @@ impl<P: FlowPolicy> FlowTableBuilder<P> {
 
     /// The table, with nothing in it.
     pub fn build(self) -> FlowTable<P> {
-        let Self { policy, clock, flows, pairs } = self;
+        let Self { policy, flows, pairs } = self;
         let totals = Arc::default();
-        FlowTable { policy, clock, flows, max_pairs: pairs, pairs: RwLock::default(), totals }
+        FlowTable { policy, flows, max_pairs: pairs, pairs: RwLock::default(), totals }
     }
 }
 
@@ -91,7 +89,6 @@ type Ends = (GrantId, GrantId);
 /// A judge of frames that asks once for each flow; see the [module](super).
 pub struct FlowTable<P> {
     policy: P,
-    clock: Arc<dyn Clock>,
     flows: usize,
     max_pairs: usize,
     pairs: RwLock<HashMap<Ends, Arc<Pair>>>,
@@ -170,9 +167,9 @@ impl<P> FlowTable<P> {
 }
 
 impl<P: FlowPolicy> FlowTable<P> {
-    /// One that asks `policy`, whose time is `clock`'s.
-    pub fn builder(policy: P, clock: impl Clock + 'static) -> FlowTableBuilder<P> {
-        FlowTableBuilder { policy, clock: Arc::new(clock), flows: 1024, pairs: 1024 }
+    /// One that asks `policy`. Its time is the switch's.
+    pub fn builder(policy: P) -> FlowTableBuilder<P> {
+        FlowTableBuilder { policy, flows: 1024, pairs: 1024 }
     }
 
     /// The policy.
@@ -282,9 +279,8 @@ impl Flows {
         self.recent.insert(key, entry);
     }
 
-    /// Keeps the flow; whether there are tokens for so many bytes of it.
-    fn pass(&mut self, key: Key, entry: Entry, bytes: usize, most: usize) -> bool {
-        self.put(key, entry, most);
+    /// Whether there are tokens for so many bytes of it.
+    fn affords(&mut self, entry: &Entry, bytes: usize) -> bool {
         let now_ns = entry.last_ns;
         let Some((rate, rule)) = entry.limit else { return true };
         let known = self.limits.iter().position(|(side, of, ..)| (*side, *of) == (entry.begun_by, rule));
@@ -309,62 +305,70 @@ impl Flows {
     }
 }
 
+impl<P: FlowPolicy> FlowTable<P> {
+    /// What becomes of a frame between two ports that have met.
+    fn judge_in(&self, pair: &Pair, flow: &Flow<'_>, seen: &Seen, from: Side, key: Key) -> Verdict {
+        let now_ns = flow.now_ns;
+        let epoch = self.policy.epoch();
+        pair.last_ns.store(now_ns, Ordering::Relaxed);
+        let mut flows = lock(&pair.flows);
+        // The most of them: what was allowed, and goes on.
+        if seen.begins != Begins::Always
+            && let Some(entry) = flows.recent.get_mut(&key)
+            && entry.epoch == epoch
+            && entry.is_fresh(now_ns)
+        {
+            entry.last_ns = now_ns;
+            let entry = *entry;
+            return self.end(flows.affords(&entry, flow.len));
+        }
+        let known = flows.get(&key);
+        let goes_on =
+            |entry: &Entry| seen.begins != Begins::Always && entry.epoch == epoch && entry.is_fresh(now_ns);
+        let entry = match known.filter(goes_on) {
+            Some(entry) => Some(Entry { last_ns: now_ns, ..entry }),
+            None => self.decide(flow, seen, from, known, now_ns),
+        };
+        let Some(entry) = entry else {
+            // One that is to begin anew and may not leaves the one that is.
+            if seen.begins != Begins::Always {
+                flows.remove(&key);
+            }
+            return Verdict::Drop;
+        };
+        flows.put(key, entry, self.flows);
+        self.end(flows.affords(&entry, flow.len))
+    }
+
+    fn end(&self, affords: bool) -> Verdict {
+        if affords {
+            return Verdict::Pass;
+        }
+        count(&self.totals.throttled);
+        Verdict::Drop
+    }
+}
+
 impl<P: FlowPolicy> FlowJudge for FlowTable<P> {
     fn judge(&self, flow: &Flow<'_>) -> Verdict {
         let Some(seen) = Seen::of(flow.headers) else {
             count(&self.totals.unclear);
             return Verdict::Drop;
         };
-        let now_ns = self.clock.now_ns();
         let (one, other) = (flow.from.grant, flow.to.grant);
         let (ends, from) =
             if one < other { ((one, other), Side::First) } else { ((other, one), Side::Second) };
         let key = seen.key(flow.vlan, from);
-        let known = self.read().get(&ends).map(Arc::clone);
-        let mut begun = None;
-        let pair = match known {
-            Some(pair) => pair,
-            None => {
-                begun = self.decide(flow, &seen, from, None, now_ns);
-                if begun.is_none() {
-                    // What leads to nothing has no place.
-                    return Verdict::Drop;
-                }
-                self.pair(ends, now_ns)
-            }
-        };
-        pair.last_ns.store(now_ns, Ordering::Relaxed);
-        let mut flows = lock(&pair.flows);
-        let passes = match begun {
-            Some(entry) => flows.pass(key, entry, flow.len, self.flows),
-            None => {
-                let known = flows.get(&key);
-                let goes_on = |entry: &Entry| {
-                    seen.begins != Begins::Always
-                        && entry.epoch == self.policy.epoch()
-                        && entry.is_fresh(now_ns)
-                };
-                let entry = match known.filter(goes_on) {
-                    Some(entry) => Some(Entry { last_ns: now_ns, ..entry }),
-                    None => self.decide(flow, &seen, from, known, now_ns),
-                };
-                match entry {
-                    Some(entry) => flows.pass(key, entry, flow.len, self.flows),
-                    None => {
-                        // One that is to begin anew and may not leaves the one that is.
-                        if seen.begins != Begins::Always {
-                            flows.remove(&key);
-                        }
-                        return Verdict::Drop;
-                    }
-                }
-            }
-        };
-        drop(flows);
-        if !passes {
-            count(&self.totals.throttled);
-            return Verdict::Drop;
+        if let Some(pair) = self.read().get(&ends) {
+            return self.judge_in(pair, flow, &seen, from, key);
         }
-        Verdict::Pass
+        let Some(entry) = self.decide(flow, &seen, from, None, flow.now_ns) else {
+            // What leads to nothing has no place.
+            return Verdict::Drop;
+        };
+        let pair = self.pair(ends, flow.now_ns);
+        let mut flows = lock(&pair.flows);
+        flows.put(key, entry, self.flows);
+        self.end(flows.affords(&entry, flow.len))
     }
 }

@@ -12,8 +12,8 @@ use super::super::head::Head;
 use super::super::judge::{Flow, FlowJudge, Headers, Verdict};
 use super::super::table::PortId;
 use super::*;
-use crate::ManualClock;
 use crate::channel::{AllowAll, Gatekeeper, Grant, NetworkAttach, Party, VmIdentity};
+use crate::clock::{Clock as _, ManualClock};
 
 /// Allows what it is told to, in words, and writes down what it is asked.
 #[derive(Default)]
@@ -64,7 +64,7 @@ impl Lan {
         let rules = Arc::new(Rules::default());
         rules.allowed.lock().unwrap().extend(allowed.iter().map(|words| (*words).to_owned()));
         let clock = Arc::new(ManualClock::new(1));
-        let table = with(FlowTable::builder(Arc::clone(&rules), Arc::clone(&clock))).build();
+        let table = with(FlowTable::builder(Arc::clone(&rules))).build();
         let gatekeeper = Gatekeeper::new(AllowAll);
         let port = |(name, number): (&str, u32)| {
             let vm = Party::Vm(VmIdentity::new(1, 1));
@@ -85,7 +85,8 @@ impl Lan {
         let (from, to) = (self.port(from), self.port(to));
         let headers = parse(frame);
         let vlan = VlanId::DEFAULT;
-        let flow = Flow { from, to, vlan, len: frame.len(), flooded: false, headers: &headers };
+        let now_ns = self.clock.now_ns();
+        let flow = Flow { from, to, vlan, len: frame.len(), flooded: false, now_ns, headers: &headers };
         self.table.judge(&flow) == Verdict::Pass
     }
 
@@ -194,7 +195,8 @@ fn what_belongs_to_no_connection_does_not_pass_as_an_answer() {
     let headers = parse(&packet(Packet::Data, ("b", 80), ("a", 4000)));
     let vlan = VlanId::new(9).unwrap();
     let (from, to) = (lan.port("b"), lan.port("a"));
-    let flow = Flow { from, to, vlan, len: 60, flooded: false, headers: &headers };
+    let now_ns = lan.clock.now_ns();
+    let flow = Flow { from, to, vlan, len: 60, flooded: false, now_ns, headers: &headers };
     assert_eq!(lan.table.judge(&flow), Verdict::Drop);
 }
 
