@@ -9,6 +9,7 @@ pub mod initramfs;
 pub mod ivshmem;
 pub mod metrics;
 pub mod pc;
+pub mod policy;
 pub mod pv_console;
 pub mod race;
 pub mod rates;

@@ -23,7 +23,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use vmm_cpu::Vm;
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
@@ -41,6 +41,7 @@ use vmm_memory::{GuestMemoryMap, GuestRam};
 use crate::ivshmem::{Mapper, SharedRegion};
 use crate::metrics::{Exporter, Sources};
 use crate::pc::{Output, Pc};
+use crate::policy::lock_image;
 
 /// How the guest finds the devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -60,7 +61,7 @@ const FIRST_INPUT: u32 = 16;
 const INPUTS: usize = 8;
 
 /// The RAM of a machine as its devices have it.
-type Ram = GuestMemoryAtomic<GuestMemoryMap>;
+pub type Ram = GuestMemoryAtomic<GuestMemoryMap>;
 
 /// A device, and which module of the guest's kernel drives it.
 struct Device {
@@ -132,11 +133,26 @@ impl VirtioDevices {
     /// A disk. Its name, as the guest finds it (`/dev/disk/by-id`, sysfs), is that of the file.
     ///
     /// # Errors
-    /// If the file cannot be opened, or is no disk, or there are too many devices.
+    /// If the file cannot be opened, or is no disk, another program writes to it, or is to have it while this one writes, or there are too many
+    /// devices.
     pub fn disk(mut self, disk: &Disk) -> Result<Self> {
         let Disk { path, read_only } = disk;
         let shown = path.display();
         let file = RawFile::open(path, *read_only).with_context(|| format!("disk {shown}"))?;
+        match lock_image(&file, *read_only) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                let (other, take) = if *read_only {
+                    ("writes to it", "end that one")
+                } else {
+                    ("has it open", "take it read-only (,ro)")
+                };
+                bail!(
+                    "disk {shown}: another program {other}, and an image has one writer or readers alone; {take}"
+                );
+            }
+            Err(error) => tracing::warn!(%shown, %error, "nobody is kept from writing to a disk, too"),
+            Ok(()) => {}
+        }
         let name = path.file_name().map(|name| name.as_encoded_bytes().to_vec()).unwrap_or_default();
         let serial = name.get(..name.len().min(block::ID_BYTES)).unwrap_or_default();
         let device = Block::builder(Arc::new(file)).read_only(*read_only).serial(serial);
@@ -241,6 +257,35 @@ impl VirtioDevices {
         let device = wanted.device(figures, Arc::clone(&self.clock)).context("--vsock")?;
         self.figures.vsock(device.handle());
         self.add("socket device".to_owned(), "vmw_vsock_virtio_transport", Box::new(device))
+    }
+
+    /// A device that the caller has made, for which the guest's kernel has that module.
+    ///
+    /// # Errors
+    /// If there are too many devices.
+    pub fn device(
+        self,
+        name: &str,
+        module: &'static str,
+        device: impl VirtioDevice<Ram> + 'static,
+    ) -> Result<Self> {
+        self.add(name.to_owned(), module, Box::new(device))
+    }
+
+    /// A seat at memory in common, which the caller has taken.
+    ///
+    /// # Errors
+    /// Over MMIO.
+    pub fn member(mut self, member: Member) -> Result<Self> {
+        ensure!(self.transport == Transport::Pci, "memory in common is a function of a PCI bus");
+        self.regions.push(member);
+        Ok(self)
+    }
+
+    /// The time that these devices go by.
+    #[must_use]
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        Arc::clone(&self.clock)
     }
 
     fn add(mut self, name: String, module: &'static str, device: Box<dyn VirtioDevice<Ram>>) -> Result<Self> {

@@ -79,3 +79,24 @@ fn a_disk_keeps_what_was_written_across_reboots(transport: &str, times: usize) {
     assert_eq!(Guest::start(command, READ).output().trim(), format!("{times}\n1\n{sum}"));
     assert_eq!(sha256(File::open(&path).unwrap()), sum);
 }
+
+/// An image that is written by two is destroyed.
+#[test]
+fn a_disk_that_another_program_has_is_refused() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(2 << 20).unwrap();
+    let path = file.path().to_str().unwrap();
+    for (read_only, lock, says) in [
+        (false, File::try_lock_shared as fn(&File) -> _, "another program has it open"),
+        (true, File::try_lock, "another program writes to it"),
+    ] {
+        let Some(mut linux) = linux("disk of another", "mmio") else { return };
+        lock(file.as_file()).unwrap();
+        let disk = format!("{path}{}", if read_only { ",ro" } else { "" });
+        let output = linux.args(["--disk", &disk, "--command", "true"]).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(125), "{errors}");
+        assert!(errors.contains(says), "{errors}");
+        file.as_file().unlock().unwrap();
+    }
+}

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::gate::{DenyAll, Gate, Refusal};
 use super::grant::{Grant, GrantId, Right};
@@ -51,6 +52,18 @@ pub struct OpenChannel {
     pub id: GrantId,
     /// What was asked for.
     pub request: Request,
+}
+
+/// A channel that lost its right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ClosedChannel {
+    /// Which.
+    pub channel: OpenChannel,
+    /// Why.
+    pub why: Refusal,
+    /// From when its right was taken back to when its holder had closed it.
+    pub took: Duration,
 }
 
 impl Gatekeeper {
@@ -108,8 +121,13 @@ impl Gatekeeper {
     /// Asks the gate about all that is open and takes back what it refuses. Those channels, with the reasons, when their
     /// holders have closed them. It waits as well for what another thread has taken back and the holder still closes.
     pub fn reconsider(&self) -> Vec<(OpenChannel, Refusal)> {
+        self.reconsider_timed().into_iter().map(|closed| (closed.channel, closed.why)).collect()
+    }
+
+    /// The same, with how long each took.
+    pub fn reconsider_timed(&self) -> Vec<ClosedChannel> {
         self.account.open().epoch += 1;
-        let mut refused = Vec::new();
+        let mut closed = Vec::new();
         for (id, right) in self.rights() {
             let decided =
                 if right.is_live() { self.account.gate.decide(id, &right.request).err() } else { None };
@@ -117,12 +135,14 @@ impl Gatekeeper {
                 continue;
             }
             // What lost its right before is waited for.
+            let begun = Instant::now();
             let was_live = right.revoke();
-            if let Some(refusal) = decided.filter(|_| was_live) {
-                refused.push((OpenChannel { id, request: right.request.clone() }, refusal));
+            if let Some(why) = decided.filter(|_| was_live) {
+                let channel = OpenChannel { id, request: right.request.clone() };
+                closed.push(ClosedChannel { channel, why, took: begun.elapsed() });
             }
         }
-        refused
+        closed
     }
 
     /// All that there are, also those that have been taken back and are not closed yet.

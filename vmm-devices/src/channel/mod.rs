@@ -46,7 +46,7 @@ mod tests;
 
 pub use gate::{AllowAll, DenyAll, Gate, Refusal};
 pub use grant::{Grant, GrantId, Watch};
-pub use keeper::{Gatekeeper, OpenChannel};
+pub use keeper::{ClosedChannel, Gatekeeper, OpenChannel};
 pub use request::{
     Action, Channel, DoorbellRing, NetworkAttach, Object, Party, RegionMap, Request, VmIdentity,
     VsockConnect, VsockListen,

@@ -15,12 +15,12 @@ pub struct VmIdentity {
 
 impl VmIdentity {
     /// `uuid` as a number, most significant byte first; `incarnation` counts the lives and is never used twice.
-    pub fn new(uuid: u128, incarnation: u64) -> Self {
+    pub const fn new(uuid: u128, incarnation: u64) -> Self {
         Self { uuid, incarnation }
     }
 
     /// The identifier.
-    pub fn uuid(self) -> u128 {
+    pub const fn uuid(self) -> u128 {
         self.uuid
     }
 

@@ -186,7 +186,7 @@ impl Inner {
         }
         let (source, to) = (Key::new(vlan, source), Key::new(vlan, destination));
         let target = self.target(ingress, from, source, to, destination.is_multicast(), now_ns)?;
-        let mut sending = Sending { info, bytes, vlan, headers: None, hash: None };
+        let mut sending = Sending { info, bytes, vlan, now_ns, headers: None, hash: None };
         match target {
             Target::One(port) if Arc::ptr_eq(&port, from) => Err(DropReason::Local),
             Target::One(port) => {
@@ -275,17 +275,18 @@ struct Sending {
     /// Its bytes, without a tag.
     bytes: usize,
     vlan: VlanId,
+    now_ns: u64,
     /// For the judge, once for all receivers.
-    headers: Option<Box<Headers>>,
+    headers: Option<Headers>,
     hash: Option<u64>,
 }
 
 impl Sending {
     fn passes(&mut self, ingress: &Ingress, from: &Port, to: &Port, flooded: bool) -> bool {
         let Some(judge) = &ingress.topology.judge else { return true };
-        let headers = self.headers.get_or_insert_with(|| Box::new(Headers::parse(&ingress.head)));
-        let Self { vlan, bytes, .. } = *self;
-        let flow = Flow { from: &from.flow, to: &to.flow, vlan, len: bytes, flooded, headers };
+        let headers = self.headers.get_or_insert_with(|| Headers::parse(&ingress.head));
+        let (vlan, len, now_ns) = (self.vlan, self.bytes, self.now_ns);
+        let flow = Flow { from: &from.flow, to: &to.flow, vlan, len, flooded, now_ns, headers };
         judge.judge(&flow) == Verdict::Pass
     }
 

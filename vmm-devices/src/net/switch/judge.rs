@@ -63,6 +63,8 @@ pub struct Flow<'a> {
     pub len: usize,
     /// Whether it goes to others as well.
     pub flooded: bool,
+    /// What time it is, by the switch's clock, in nanoseconds.
+    pub now_ns: u64,
     /// What it says of itself.
     pub headers: &'a Headers,
 }

@@ -6,11 +6,12 @@
 //! | [`SwitchPort`] | a port, which is a [`NetBackend`](super::NetBackend) for a device of this process |
 //! | [`PortConfig`] | VLANs, a locked address, isolation, limits |
 //! | [`FlowJudge`] | a policy's look at each frame between two ports |
+//! | [`flows`] | a judge that asks a policy once for each flow |
 //!
 //! A frame is copied once from the sender's memory into a bounded queue of each receiver, and once from there into its memory. The thread
 //! that serves the sender's device does the first, and never waits for a receiver: where there is no room, the frame is
 //! dropped for that receiver alone. What senders leave to others to do (checksums, segmentation) stays left where the receiver's driver takes
-//! it, and is done here where not. Nothing is allocated for a frame, unless a judge looks at it.
+//! it, and is done here where not. Nothing is allocated for a frame.
 //!
 //! A port takes the [`Grant`] for it by value, and is gone when that is revoked: when the revocation
 //! returns, no frame of it is delivered any more, nor one to it, what was in its queues and was learned of it is forgotten, and its device sees the
@@ -45,6 +46,7 @@
 pub mod broker;
 mod config;
 mod error;
+pub mod flows;
 mod forward;
 mod head;
 mod judge;

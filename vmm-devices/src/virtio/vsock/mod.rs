@@ -17,7 +17,7 @@
 //! | the guest connects | the guest | the host, or the other guest | [`VsockConnect`] |
 //! | a program of the host connects | the host | the guest | [`VsockConnect`] |
 //! | another guest connects | the guest, to accept | the other guest | [`VsockListen`] |
-//! | the guest can be reached by the host, or by a switch, at all | the guest, to accept | the host, or nobody named | [`VsockListen`], which [`HostSockets::listen`] and [`Switch::join`] take |
+//! | the guest can be reached by the host, or by a switch, at all | the guest, to accept | the host, or nobody named | [`VsockListen`], which [`HostSockets::listen`] and [`Switch::join`] take; [`Switch::join_to_connect`] does without, for who is not to be reached |
 //!
 //! Who is refused gets a reset, as where nobody listens. When a grant is revoked the sockets are cut before
 //! [`Gatekeeper::revoke`] returns, and the guest gets its reset while it runs.

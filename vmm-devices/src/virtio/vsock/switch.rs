@@ -36,8 +36,8 @@ pub struct Switch {
 
 struct Member {
     party: Party,
-    /// For which port, or [`ANY_PORT`].
-    grant: Grant<VsockListen>,
+    /// For which port, or [`ANY_PORT`]; without one nobody connects to it.
+    grant: Option<Grant<VsockListen>>,
     inbox: Mutex<Inbox>,
     bell: OwnedFd,
 }
@@ -75,12 +75,24 @@ impl Switch {
     /// # Errors
     /// If the identifier is none of a guest's, or is taken.
     pub fn join(&self, cid: u32, grant: Grant<VsockListen>) -> Result<Seat, VsockError> {
+        let party = grant.request().asker().clone();
+        self.sit(cid, party, Some(grant))
+    }
+
+    /// A seat for a device whose guest connects to others, each time with a grant, and to which nobody connects.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join).
+    pub fn join_to_connect(&self, cid: u32, party: impl Into<Party>) -> Result<Seat, VsockError> {
+        self.sit(cid, party.into(), None)
+    }
+
+    fn sit(&self, cid: u32, party: Party, grant: Option<Grant<VsockListen>>) -> Result<Seat, VsockError> {
         if !is_guest_cid(cid) {
             return Err(VsockError::Cid { cid });
         }
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| VsockError::Host(error.into()))?;
-        let party = grant.request().asker().clone();
         let member = Arc::new(Member { party, grant, inbox: Mutex::default(), bell });
         let mut members = self.members();
         if members.get(&cid).is_some_and(|member| member.strong_count() > 0) {
@@ -102,7 +114,7 @@ impl Switch {
     }
 
     fn find(&self, cid: u32) -> Option<Arc<Member>> {
-        self.members().get(&cid).and_then(Weak::upgrade).filter(|member| member.grant.is_live())
+        self.members().get(&cid).and_then(Weak::upgrade).filter(|member| member.is_live())
     }
 }
 
@@ -120,6 +132,11 @@ impl Inbox {
 }
 
 impl Member {
+    /// Whether its right to be there has not been taken back.
+    fn is_live(&self) -> bool {
+        self.grant.as_ref().is_none_or(Grant::is_live)
+    }
+
     fn deliver(&self, delivery: Delivery, wanted: Weak<()>) -> bool {
         let mut inbox = lock(&self.inbox);
         // What is given up holds a socket all the same.
@@ -155,7 +172,7 @@ impl Fabric for Seat {
     }
 
     fn is_live(&self) -> bool {
-        self.member.grant.is_live()
+        self.member.is_live()
     }
 
     fn who(&self, cid: u32) -> Who {
@@ -174,8 +191,8 @@ impl Fabric for Seat {
     fn dial(&self, dial: Dial) -> bool {
         let Dial { tag, cid, port, from_port, kind, wanted } = dial;
         let Some(other) = self.switch.find(cid) else { return false };
-        let granted = other.grant.channel().port;
-        if granted != ANY_PORT && granted != port {
+        let granted = other.grant.as_ref().map(|grant| grant.channel().port);
+        if granted != Some(ANY_PORT) && granted != Some(port) {
             return false;
         }
         let Ok((ours, theirs)) = pair(Framing::Records) else { return false };

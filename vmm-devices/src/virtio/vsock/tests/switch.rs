@@ -254,3 +254,25 @@ fn bits_of_records_that_mean_nothing_are_not_told() {
     let (header, data) = guest.next().unwrap();
     assert_eq!((header.op, header.flags, &data[..]), (operation::RW, 3, &b"data"[..]));
 }
+
+/// It connects to others as any, and others to it as to nobody, though its own gate would let them.
+#[test]
+fn who_is_there_to_connect_alone_is_not_reached() {
+    let (switch, gatekeeper) = (Switch::new(), Gatekeeper::new(AllowAll));
+    let guest = |cid, seat| {
+        Guest::new(
+            Vsock::builder(cid, || 0).gatekeeper(vm(cid), gatekeeper.clone()).switch(seat).build().unwrap(),
+        )
+    };
+    let mut one = guest(3, switch.join_to_connect(3, vm(3)).unwrap());
+    let mut two = guest(4, switch.join(4, reachable(&gatekeeper, 4)).unwrap());
+    two.say(Ends { guest_port: 1, cid: 3, port: 80, kind: Kind::Stream }, operation::REQUEST);
+    assert_eq!(two.next_op(), Some(operation::RST));
+    one.poll();
+    one.no_more();
+    one.say(Ends { guest_port: 1, cid: 4, port: 80, kind: Kind::Stream }, operation::REQUEST);
+    assert_eq!(two.accept(), Ends { guest_port: 80, cid: 3, port: 1, kind: Kind::Stream });
+    one.poll();
+    assert_eq!(one.next_op(), Some(operation::RESPONSE));
+    assert!(matches!(switch.join_to_connect(4, vm(4)).unwrap_err(), VsockError::Taken { cid: 4 }));
+}

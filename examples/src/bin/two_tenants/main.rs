@@ -1,0 +1,272 @@
+//! Two tenants on one host, with a web server and a database each, and a gateway that both use: five virtual machines of this process with
+//! Debian's kernel, and a policy that says who may talk to whom.
+//!
+//! Guests try what is allowed and what is not, and the program shows, for each attempt, what the guest says of it, what the policy said and by
+//! which rule. Then the web server of one tenant has been broken into: another policy is put in force while all of them run, and its open connection
+//! and its mapped memory are gone, which it says itself; nobody else notices. That no way leads from one tenant to the other, by however many steps,
+//! is proven for both policies, and drawn.
+//!
+//! It ends with 0 if all went as the policies say.
+
+mod attempts;
+mod guest;
+mod host;
+mod machine;
+mod report;
+mod trail;
+
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use vmm_cpu::translate::TranslateHypervisor;
+use vmm_cpu::{Hypervisor, open_backend};
+use vmm_examples::confine::{Confinement, Engine, inherited_descriptors};
+use vmm_policy::Policy;
+
+use crate::attempts::{HTTPS, Policies, Try, attempt};
+use crate::guest::Image;
+use crate::host::{DATABASE, Host, ROLES};
+use crate::machine::Machine;
+use crate::report::Report;
+
+/// Two tenants on one host, a gateway, and a policy.
+#[derive(Parser)]
+struct Options {
+    /// Where the graph and the policies go.
+    #[arg(long, value_name = "DIRECTORY")]
+    out: PathBuf,
+    /// What runs the guests: kvm, translate, or auto, which takes hardware assistance where the processor has it.
+    #[arg(long, default_value = "auto")]
+    backend: String,
+}
+
+/// The policies, by the names of their files.
+const FILES: [(&str, &str); 3] = [
+    ("tenants.policy", include_str!("../../../policies/tenants.policy")),
+    ("two-tenants.policy", include_str!("../../../policies/two-tenants.policy")),
+    ("two-tenants-lockdown.policy", include_str!("../../../policies/two-tenants-lockdown.policy")),
+];
+
+/// How long what is cut may take to be heard of, from inside of a guest that has little of the processor. What the host takes is shown beside it.
+const HEARD: Duration = Duration::from_secs(5);
+
+/// How long one waits to see that nothing was cut.
+const QUIET: Duration = Duration::from_millis(300);
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("two_tenants: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all went as the policies say.
+fn run(options: &Options) -> Result<bool> {
+    let inherited = inherited_descriptors()?;
+    let mut report = Report::new();
+    let (open, lockdown) = write_policies(options)?;
+    let mut policies = Policies::new(FILES.map(|(name, text)| (name.to_owned(), text.to_owned())).into());
+    policies.push(open.clone());
+    prove(&mut report, &open)?;
+    std::fs::write(options.out.join("graph.svg"), open.graph()?.to_svg())?;
+
+    let hypervisor = choose(&options.backend)?;
+    let host = Host::new(open)?;
+    let image = Image::get()?;
+    let begun = Instant::now();
+    let mut machines = BTreeMap::new();
+    for role in ROLES {
+        machines.insert(role.name, host.machine(&*hypervisor, &image, role)?);
+    }
+    confine(&*hypervisor, &inherited)?;
+    for machine in machines.values() {
+        machine.start();
+    }
+    for machine in machines.values_mut() {
+        machine.answer().context("the boot")?.map_err(anyhow::Error::msg)?;
+    }
+    report.booted(hypervisor.name(), begun.elapsed());
+
+    serve(&mut machines)?;
+    report.title("Attempts, each from inside a guest");
+    for (who, tries, allowed) in ATTEMPTS {
+        report.row(&attempt(&host, &policies, &mut machines, who, *tries, *allowed)?);
+    }
+    cut(&mut report, &host, &mut policies, &mut machines, lockdown)?;
+    report.title("After the lockdown");
+    for (who, tries, allowed) in AFTER {
+        report.row(&attempt(&host, &policies, &mut machines, who, *tries, *allowed)?);
+    }
+    report.counts(host.trail.counts(), host.table.totals());
+    for machine in machines.into_values() {
+        machine.stop();
+    }
+    report.end(&options.out);
+    Ok(report.is_good())
+}
+
+/// Writes the policies where the user finds them, and reads them there.
+fn write_policies(options: &Options) -> Result<(Policy, Policy)> {
+    let directory = &options.out;
+    std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+    for (name, text) in FILES {
+        std::fs::write(directory.join(name), text)?;
+    }
+    let read = |name| Policy::from_file(&directory.join(name));
+    Ok((read("two-tenants.policy")?, read("two-tenants-lockdown.policy")?))
+}
+
+/// That no way leads from one tenant to the other.
+fn prove(report: &mut Report, policy: &Policy) -> Result<()> {
+    for (from, to) in ["web", "db"]
+        .iter()
+        .flat_map(|from| ["web", "db"].map(|to| (format!("{from}-red"), format!("{to}-blue"))))
+    {
+        for (from, to) in [(&from, &to), (&to, &from)] {
+            report.proof(from, to, policy.prove_no_path(from, to)?.as_ref());
+        }
+    }
+    // A proof that finds nothing anywhere proves nothing.
+    report.witness("db-red", "gateway", policy.prove_no_path("db-red", "gateway")?.as_ref());
+    Ok(())
+}
+
+/// The fastest backend that is there.
+fn choose(name: &str) -> Result<Box<dyn Hypervisor>> {
+    match name {
+        "auto" => Ok(match open_backend("kvm") {
+            Ok(kvm) if kvm.capabilities().hardware_assisted == Some(true) => kvm,
+            _ => Box::new(TranslateHypervisor::default()),
+        }),
+        name => Ok(open_backend(name)?),
+    }
+}
+
+/// Gives up what is not needed from here on, so that a guest which breaks out has no more of the host than this. The tenants are not kept apart by that: for
+/// hosts that run guests of people who do not trust each other, each machine is a process (`linux`, with the programs `net_switch`,
+/// `vsock_switch` and `ivshmem_server` between, whose gates are of the same kind).
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd]) -> Result<()> {
+    let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
+    let mut confinement = Confinement::new(engine).deny_descriptors(inherited).allow_duplicates();
+    // A connection between two guests is a pair of sockets.
+    confinement = confinement.allow_if(libc::SYS_socketpair, 0, u64::try_from(libc::AF_UNIX)?);
+    for call in [
+        libc::SYS_epoll_create1,
+        libc::SYS_getsockopt,
+        libc::SYS_sendmsg,
+        libc::SYS_setsockopt,
+        libc::SYS_shutdown,
+    ] {
+        confinement = confinement.allow(call);
+    }
+    confinement.enter()
+}
+
+/// Has everybody offer what there is to be reached, whether the policy lets it be or not: what is refused is not refused for want of somebody.
+fn serve(machines: &mut BTreeMap<&'static str, Machine>) -> Result<()> {
+    for machine in machines.values_mut() {
+        machine.must(&format!("listen {DATABASE}"))?;
+        machine.must(&format!("serve {HTTPS}"))?;
+        if let Some(tenant) = machine.name.strip_prefix("db-") {
+            machine.must(&format!("publish {tenant}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts the lockdown in force while guests run, and hears from them what that cuts.
+fn cut(
+    report: &mut Report,
+    host: &Host,
+    policies: &mut Policies,
+    machines: &mut BTreeMap<&'static str, Machine>,
+    lockdown: Policy,
+) -> Result<()> {
+    report.title("Another policy, while guests run");
+    for who in ["web-red", "web-blue"] {
+        let to = if who == "web-red" { "db-red" } else { "db-blue" };
+        report.row(&attempt(host, policies, machines, who, Try::Hold { to }, true)?);
+        machines.get_mut(who).context(who)?.must("watch")?;
+    }
+    prove(report, &lockdown)?;
+    policies.push(lockdown.clone());
+    let begun = Instant::now();
+    let cut = host.enforcement.reload(lockdown)?;
+    let took = begun.elapsed();
+    report.cut(&cut, took);
+    let red = machines.get_mut("web-red").context("web-red")?;
+    let mut heard = Vec::new();
+    while heard.len() < 2 {
+        let Some((when, line)) = red.event(HEARD)? else { break };
+        report.heard("web-red", &line, when.saturating_duration_since(begun));
+        heard.push(line);
+    }
+    heard.sort();
+    let is_ended = |line: &String| *line == "! vsock ended, sending: Err(BrokenPipe)";
+    report.check("web-red hears that its connection is no more", heard.iter().any(is_ended));
+    report
+        .check("web-red sees that its memory is gone", heard.iter().any(|line| line == "! region all ones"));
+
+    let blue = machines.get_mut("web-blue").context("web-blue")?;
+    blue.must("held")?;
+    let event = blue.event(HEARD)?.map(|(_, line)| line);
+    report.check("the other tenant's connection goes on", event.as_deref() == Some("! vsock heard"));
+    let event = blue.event(QUIET)?;
+    report.check("and its memory is there", event.is_none() && blue.must("region")? == "blue");
+    Ok(())
+}
+
+const fn vsock(to: &'static str) -> Try {
+    Try::Vsock { to, port: DATABASE }
+}
+
+const fn tcp(to: &'static str) -> Try {
+    Try::Tcp { to, port: HTTPS }
+}
+
+/// Who tries what, and whether it is allowed.
+const ATTEMPTS: &[(&str, Try, bool)] = &[
+    ("web-red", vsock("db-red"), true),
+    ("web-blue", vsock("db-blue"), true),
+    ("web-red", tcp("gateway"), true),
+    ("db-red", tcp("gateway"), true),
+    ("web-blue", tcp("gateway"), true),
+    ("db-blue", tcp("gateway"), true),
+    ("web-red", Try::Read { region: "frames-red", says: "red" }, true),
+    ("web-blue", Try::Read { region: "frames-blue", says: "blue" }, true),
+    // Across tenants.
+    ("web-red", vsock("db-blue"), false),
+    ("web-blue", vsock("db-red"), false),
+    ("db-red", vsock("db-blue"), false),
+    ("web-red", tcp("web-blue"), false),
+    ("web-blue", tcp("db-red"), false),
+    ("db-blue", Try::Ping { to: "db-red" }, false),
+    ("web-red", Try::Region { region: "frames-blue" }, false),
+    ("web-blue", Try::Region { region: "frames-red" }, false),
+    // Within a tenant and to the gateway, what no rule is about.
+    ("web-red", Try::Write { region: "frames-red" }, false),
+    ("web-red", Try::Vsock { to: "db-red", port: 22 }, false),
+    ("db-red", vsock("web-red"), false),
+    ("web-red", tcp("db-red"), false),
+    ("web-red", Try::Tcp { to: "gateway", port: 22 }, false),
+    ("gateway", tcp("web-red"), false),
+    ("gateway", vsock("db-blue"), false),
+];
+
+/// The same for the policy of the lockdown.
+const AFTER: &[(&str, Try, bool)] = &[
+    ("web-red", vsock("db-red"), false),
+    ("web-red", tcp("gateway"), true),
+    ("web-blue", vsock("db-blue"), true),
+    ("web-blue", Try::Read { region: "frames-blue", says: "blue" }, true),
+    ("web-blue", vsock("db-red"), false),
+];

@@ -1,0 +1,122 @@
+//! What the program prints, and whether all of it is as it is to be.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use vmm_devices::channel::Party;
+use vmm_devices::net::switch::flows::FlowTotals;
+use vmm_examples::policy::Cut;
+use vmm_policy::Path as Way;
+
+use crate::attempts::Row;
+use crate::host::ROLES;
+
+/// What the policy calls it.
+fn name(party: &Party) -> String {
+    let role = ROLES.into_iter().find(|role| Party::Vm(role.identity()) == *party);
+    role.map_or_else(|| party.to_string(), |role| role.name.to_owned())
+}
+
+pub(crate) struct Report {
+    begun: Instant,
+    checks: u32,
+    failed: u32,
+}
+
+impl Report {
+    pub(crate) fn new() -> Self {
+        Self { begun: Instant::now(), checks: 0, failed: 0 }
+    }
+
+    /// Whether everything went as it was to go.
+    pub(crate) fn is_good(&self) -> bool {
+        self.failed == 0 && self.checks > 0
+    }
+
+    fn note(&mut self, good: bool) -> &'static str {
+        self.checks += 1;
+        if good {
+            "ok"
+        } else {
+            self.failed += 1;
+            "WRONG"
+        }
+    }
+
+    pub(crate) fn title(&self, title: &str) {
+        println!("\n{title}");
+        println!(
+            "  {:<5}  {:<9} {:<41} {:<19} {:<16} by",
+            "", "who", "tries to", "guest says", "policy says"
+        );
+    }
+
+    pub(crate) fn row(&mut self, row: &Row) {
+        let Row { who, what, guest, verdict, rule, good } = row;
+        let mark = self.note(*good);
+        println!("  {mark:<5}  {who:<9} {what:<41} {guest:<19} {verdict:<16} {rule}");
+    }
+
+    pub(crate) fn check(&mut self, what: &str, good: bool) {
+        let mark = self.note(good);
+        println!("  {mark:<5}  {what}");
+    }
+
+    pub(crate) fn proof(&mut self, from: &str, to: &str, way: Option<&Way>) {
+        let mark = self.note(way.is_none());
+        match way {
+            None => println!("  {mark:<5}  proven: no path from {from} to {to}"),
+            Some(way) => println!("  {mark:<5}  from {from} to {to} there is a path: {way}"),
+        }
+    }
+
+    pub(crate) fn witness(&mut self, from: &str, to: &str, way: Option<&Way>) {
+        let mark = self.note(way.is_some());
+        match way {
+            None => println!("  {mark:<5}  no path from {from} to {to}, where there is to be one"),
+            Some(way) => println!("  {mark:<5}  and from {from} to {to} there is one: {way}"),
+        }
+    }
+
+    pub(crate) fn booted(&self, backend: &str, took: Duration) {
+        println!(
+            "\nfive guests with Debian's kernel have booted on {backend} in {:.1} s",
+            took.as_secs_f64()
+        );
+    }
+
+    pub(crate) fn cut(&mut self, cut: &Cut, took: Duration) {
+        println!(
+            "  the policy of the lockdown is in force after {:.3} ms; closed are",
+            took.as_secs_f64() * 1e3
+        );
+        for closed in &cut.closed {
+            let micros = closed.took.as_secs_f64() * 1e6;
+            let request = &closed.channel.request;
+            let (who, what) = (name(request.asker()), request.object());
+            let of = request.peer().map_or_else(String::new, |peer| format!(" of {}", name(peer)));
+            let why = closed.why.reason();
+            println!("         {who}: {} {what}{of}, in {micros:.0} us: {why}", request.action());
+        }
+        self.check("two channels are closed, and no others", cut.closed.len() == 2);
+    }
+
+    pub(crate) fn heard(&self, who: &str, line: &str, after: Duration) {
+        let line = line.trim_start_matches("! ");
+        println!("         {who} says {:.1} ms after that began: {line}", after.as_secs_f64() * 1e3);
+    }
+
+    pub(crate) fn counts(&self, (allowed, refused): (usize, usize), flows: FlowTotals) {
+        println!("\nthe policy was asked {} times: {allowed} allowed, {refused} refused", allowed + refused);
+        println!(
+            "the switch dropped {} frames that belonged to nothing, {} that were unclear, {} from others' addresses",
+            flows.stray, flows.unclear, flows.spoofed
+        );
+    }
+
+    pub(crate) fn end(&self, out: &Path) {
+        println!("policies and graph.svg are in {}", out.display());
+        let (good, seconds) = (self.checks - self.failed, self.begun.elapsed().as_secs_f64());
+        println!("{good} of {} checks are as they are to be, in {seconds:.1} s", self.checks);
+    }
+}
