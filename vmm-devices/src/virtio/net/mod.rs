@@ -249,6 +249,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
         let has = |bit: u64| features & bit != 0;
         let pairs = if has(feature::MQ) { self.pairs } else { 1 };
         let (transmit, receive) = (config::transmit(features), config::receive(features));
+        let mtu = self.mtu.filter(|_| has(feature::MTU));
         let agreed = Agreed { pairs, transmit, receive };
         let doorbells = Arc::clone(&activation.doorbells);
         let events = Events { shared: Arc::downgrade(&self.shared), doorbells: Some(Arc::clone(&doorbells)) };
@@ -274,7 +275,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
             };
             let shared = || Arc::clone(&self.shared);
             workers.push(Box::new(PairWorker {
-                receive: Receive::new(rx, shared(), has(feature::MRG_RXBUF), receive),
+                receive: Receive::new(rx, shared(), has(feature::MRG_RXBUF), receive, mtu),
                 transmit: Transmit::new(tx, shared(), transmit),
                 port,
             }));

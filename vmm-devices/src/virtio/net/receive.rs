@@ -15,7 +15,9 @@ use vmm_memory::vm_memory::{Permissions, VolatileSlice};
 use super::room::{Room, behind_header, fill, peek};
 use super::shared::{Shared, count};
 use crate::interrupt::lock;
-use crate::net::{ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, Received, RxFilter};
+use crate::net::{
+    ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, Received, RxFilter, is_tagged,
+};
 use crate::vectored::MOST_SLICES;
 use crate::virtio::device::{DeviceMemory, Progress};
 use crate::virtio::metrics::Activity;
@@ -30,6 +32,9 @@ const EFFORT: usize = 4096;
 
 /// Bytes of the longest frame that no segmentation is left to do of, unless the network is of a larger MTU: with room for tags.
 const ORDINARY: usize = 1514 + 8;
+
+/// Bytes of a tag, behind the addresses of a frame (IEEE 802.1Q).
+const TAG: usize = 4;
 
 /// Bytes of a frame that a filter looks at.
 const SEEN: usize = ETHERNET_HEADER + 2;
@@ -69,6 +74,8 @@ pub(super) struct Receive<M: DeviceMemory> {
     mergeable: bool,
     /// Bytes of buffers that are wanted before a frame is received.
     wanted: usize,
+    /// Bytes of a packet, without its Ethernet header, that the driver has been promised as the most (VIRTIO_NET_F_MTU).
+    mtu: Option<u16>,
     held: VecDeque<Held>,
     spill: Box<[u8]>,
     waiting: Option<Waiting>,
@@ -91,16 +98,23 @@ enum Next {
 }
 
 impl<M: DeviceMemory> Receive<M> {
-    pub(super) fn new(queue: Virtqueue<M>, shared: Arc<Shared>, mergeable: bool, agreed: Offloads) -> Self {
+    pub(super) fn new(
+        queue: Virtqueue<M>,
+        shared: Arc<Shared>,
+        mergeable: bool,
+        agreed: Offloads,
+        mtu: Option<u16>,
+    ) -> Self {
         let segmented = agreed != Offloads::NONE && agreed != Offloads::CSUM;
-        let mtu = shared.backend.mtu().map_or(0, |mtu| usize::from(mtu) + ETHERNET_HEADER + 8);
-        let wanted = HEADER + if segmented { MAX_FRAME } else { ORDINARY.max(mtu) };
+        let most = shared.backend.mtu().map_or(0, |mtu| usize::from(mtu) + ETHERNET_HEADER + 8);
+        let wanted = HEADER + if segmented { MAX_FRAME } else { ORDINARY.max(most) };
         let filter = Arc::new(RxFilter::everything(shared.mac));
         Self {
             queue,
             shared,
             mergeable,
             wanted,
+            mtu,
             held: VecDeque::new(),
             spill: vec![0; MAX_FRAME].into_boxed_slice(),
             waiting: None,
@@ -348,7 +362,14 @@ impl<M: DeviceMemory> Receive<M> {
     /// Whether the driver gets a frame that begins so; with what it is told of it.
     fn check(&self, received: Received, seen: &[u8], begun_ns: u64) -> Option<Received> {
         let Received { mut info, len } = received;
-        let fits = (ETHERNET_HEADER..=MAX_FRAME).contains(&len) && info.check(len, self.offloads).is_ok();
+        let most = match self.mtu {
+            // Of what is to be cut the pieces are no longer (5.1.4.1); nor is a tag part of the packet.
+            Some(mtu) if info.gso.is_none() => {
+                usize::from(mtu) + ETHERNET_HEADER + if is_tagged(seen) { TAG } else { 0 }
+            }
+            _ => MAX_FRAME,
+        };
+        let fits = (ETHERNET_HEADER..=most).contains(&len) && info.check(len, self.offloads).is_ok();
         if !fits {
             self.drop_frame(begun_ns);
             return None;
