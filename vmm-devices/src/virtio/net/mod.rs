@@ -259,6 +259,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
             return Err(std::io::Error::other(why).into());
         }
         let mut filter = RxFilter::everything(self.shared.mac);
+        self.shared.use_pairs(1);
         if has(feature::CTRL_VLAN) {
             // None, until the driver says which (5.1.6.5.3).
             filter.vlans = Some(Box::new([0; 64]));

@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 use vmm_memory::vm_memory::{Permissions, VolatileSlice};
 
 use super::room::{Room, behind_header, fill, peek};
-use super::shared::{Shared, count};
+use super::shared::{Shared, count, read};
 use crate::interrupt::lock;
 use crate::net::{
     ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, Received, RxFilter, is_tagged,
@@ -126,6 +126,10 @@ impl<M: DeviceMemory> Receive<M> {
 
     pub(super) fn queue(&self) -> u16 {
         self.queue.index()
+    }
+
+    fn pair(&self) -> u16 {
+        self.queue.index() / 2
     }
 
     pub(super) fn deadline(&self) -> Option<u64> {
@@ -262,7 +266,8 @@ impl<M: DeviceMemory> Receive<M> {
         self.find(memory, &mut room)?;
         let mut left = SHARE;
         while left > 0 {
-            let link = self.shared.link().up;
+            // A pair that the driver does not use is one without a cable.
+            let link = self.shared.link().up && self.pair() < *read(&self.shared.in_use);
             // While it is down frames lead nowhere, those that wait among them.
             if let Some(waiting) = self.waiting.take_if(|_| !link) {
                 self.drop_frame(waiting.begun_ns);
@@ -398,6 +403,14 @@ impl<M: DeviceMemory> Receive<M> {
 
     /// Gives the driver a frame that lies in the first buffers; how many slices these had.
     fn deliver(&mut self, received: Received, begun_ns: u64, memory: &M::M) -> Result<usize, QueueError> {
+        let shared = Arc::clone(&self.shared);
+        // Whoever takes the pair out of use waits for this one, and none follows it (5.1.6.5.6.2).
+        let in_use = read(&shared.in_use);
+        if self.pair() >= *in_use {
+            drop(in_use);
+            self.drop_frame(begun_ns);
+            return Ok(0);
+        }
         let mut left = HEADER + received.len;
         let mut used: SmallVec<[(u16, u32); 64]> = SmallVec::new();
         let mut first = None;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use super::config::{ANNOUNCE, LINK_UP};
 use crate::clock::Clock;
@@ -82,6 +82,10 @@ counters!(
     commands_refused
 );
 
+pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 pub(super) fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
@@ -99,6 +103,9 @@ pub(super) struct Shared {
     pub(super) wishes: Mutex<Wishes>,
     /// How often the wishes have changed.
     pub(super) wished: AtomicU32,
+    /// Pairs of queues that the driver uses, the first ones. Who gives it a frame by one reads this meanwhile, and calls nobody but
+    /// the sink of figures.
+    pub(super) in_use: RwLock<u16>,
     /// What the monitor says of the link.
     pub(super) plugged: AtomicBool,
     announce: AtomicBool,
@@ -125,6 +132,7 @@ impl Shared {
             mac,
             wishes: Mutex::new(wishes),
             wished: AtomicU32::new(0),
+            in_use: RwLock::new(1),
             plugged: AtomicBool::new(true),
             announce: AtomicBool::new(false),
             generation: AtomicU32::new(0),
@@ -158,6 +166,16 @@ impl Shared {
         if let Some((link, doorbells)) = active {
             link.config_changed();
             // What waits, on either side, is looked at again.
+            doorbells.ring_all();
+        }
+    }
+
+    /// The driver uses so many pairs: when this returns, no frame comes by another.
+    pub(super) fn use_pairs(&self, pairs: u16) {
+        *self.in_use.write().unwrap_or_else(PoisonError::into_inner) = pairs;
+        // What waits for one that was taken into use comes now, and what waits for another goes.
+        let doorbells = lock(&self.active).as_ref().map(|active| Arc::clone(&active.doorbells));
+        if let Some(doorbells) = doorbells {
             doorbells.ring_all();
         }
     }
