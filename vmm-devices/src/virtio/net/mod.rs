@@ -229,7 +229,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = Config {
-            mac: self.shared.mac,
+            // That of the driver's command, where it has given one (5.1.6.5.2).
+            mac: self.shared.mac(),
             status: self.shared.status(),
             pairs: self.pairs,
             mtu: self.mtu.unwrap_or(0),
@@ -248,8 +249,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
         let features = activation.features;
         let has = |bit: u64| features & bit != 0;
         let pairs = if has(feature::MQ) { self.pairs } else { 1 };
-        let (transmit, receive) = (config::transmit(features), config::receive(features));
         let mtu = self.mtu.filter(|_| has(feature::MTU));
+        let (transmit, receive) = (config::transmit(features), config::receive(features));
         let agreed = Agreed { pairs, transmit, receive };
         let doorbells = Arc::clone(&activation.doorbells);
         let events = Events { shared: Arc::downgrade(&self.shared), doorbells: Some(Arc::clone(&doorbells)) };
@@ -258,8 +259,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
             let why = format!("the network has {} ports for {pairs} pairs of queues", ports.len());
             return Err(std::io::Error::other(why).into());
         }
-        let mut filter = RxFilter::everything(self.shared.mac);
         self.shared.use_pairs(1);
+        let mut filter = RxFilter::everything(self.shared.mac);
         if has(feature::CTRL_VLAN) {
             // None, until the driver says which (5.1.6.5.3).
             filter.vlans = Some(Box::new([0; 64]));

@@ -197,12 +197,26 @@ impl Shared {
         }
     }
 
-    /// Changes what the driver wants of frames.
+    /// Changes what the driver wants of frames. The driver's commands, and its coming and going, are one after the other, so the backend
+    /// hears of them in their order; it is called without a lock, as it may look at the device.
     pub(super) fn wish(&self, change: impl FnOnce(&mut Wishes)) {
-        let mut wishes = lock(&self.wishes);
-        change(&mut wishes);
-        self.backend.set_filter(&wishes.filter);
-        self.wished.fetch_add(1, Ordering::SeqCst);
+        let filter = {
+            let mut wishes = lock(&self.wishes);
+            let mac = wishes.filter.mac;
+            change(&mut wishes);
+            if wishes.filter.mac != mac {
+                // The configuration tells it.
+                self.generation.fetch_add(1, Ordering::SeqCst);
+            }
+            self.wished.fetch_add(1, Ordering::SeqCst);
+            Arc::clone(&wishes.filter)
+        };
+        self.backend.set_filter(&filter);
+    }
+
+    /// The address as the driver has it now.
+    pub(super) fn mac(&self) -> MacAddr {
+        lock(&self.wishes).filter.mac
     }
 
     /// As it is before a driver says anything.
