@@ -131,7 +131,10 @@ impl Device {
     }
 
     fn with(path: &Path, config: ClientConfig, receive: Offloads) -> Self {
-        let client = SwitchClient::connect(grant(), path, config).unwrap();
+        Self::of(SwitchClient::connect(grant(), path, config).unwrap(), receive)
+    }
+
+    fn of(client: SwitchClient, receive: Offloads) -> Self {
         let ears = Arc::<Ears>::default();
         client.listen(Arc::<Ears>::clone(&ears));
         let agreed = Agreed { transmit: Offloads::ALL, receive, ..Agreed::new(1) };
