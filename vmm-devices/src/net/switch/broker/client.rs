@@ -264,6 +264,12 @@ impl SwitchClient {
             line: Mutex::new(line),
             mtu,
         });
+        let of_grant = Arc::downgrade(&shared);
+        shared.membership.grant().on_revoked(move || {
+            if let Some(shared) = of_grant.upgrade() {
+                shared.revoked();
+            }
+        });
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("net-switch".to_owned());
         let thread = thread.spawn(move || of_thread.keep(socket))?;
@@ -310,6 +316,12 @@ impl Shared {
                 events.ready(0);
             }
         }
+    }
+
+    /// The right is gone: so is the port, at the broker as well.
+    fn revoked(&self) {
+        self.membership.close();
+        self.end();
     }
 
     /// Has the thread end, and hangs up.
