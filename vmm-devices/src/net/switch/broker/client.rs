@@ -487,6 +487,10 @@ impl NetPort for ClientPort {
         })
     }
 
+    fn hush(&mut self) {
+        socket::hush(&self.bell);
+    }
+
     fn flush(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
             // A broker that is broken is seen at the next frame.
@@ -504,7 +508,6 @@ impl NetPort for ClientPort {
             loop {
                 let front = line.consumer.front();
                 let Some(front) = line.checked(front)? else {
-                    socket::hush(&self.bell);
                     let sleeps = line.consumer.sleep();
                     if line.checked(sleeps)? {
                         return Ok(None);

@@ -22,6 +22,9 @@ const DESCRIPTORS: usize = 2;
 /// who receives waits for that.
 const MOST_DESCRIPTORS: usize = 253;
 
+/// What is taken of a bell at once.
+const RINGS: u8 = 16;
+
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 64;
 
@@ -96,10 +99,12 @@ pub(super) fn ring(bell: impl AsFd) {
     let (Ok(_) | Err(_)) = rustix::net::send(bell, &[0], FLAGS);
 }
 
-/// Takes what a bell has rung.
+/// Takes what a bell has rung: more than who rings once for each sleep and each wait has rung since it was last taken. A peer that rings
+/// without end does not hold up who listens; it wakes it again.
 pub(super) fn hush(bell: impl AsFd) {
     let mut scrap = [0; 8];
-    while rustix::net::recv(&bell, &mut scrap[..], RecvFlags::DONTWAIT).is_ok() {}
+    let heard = |_: &u8| rustix::net::recv(&bell, &mut scrap[..], RecvFlags::DONTWAIT).is_ok();
+    (0..RINGS).take_while(heard).for_each(drop);
 }
 
 /// Whether it was sent; if not, there is no room for it.

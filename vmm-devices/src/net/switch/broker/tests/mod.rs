@@ -1,5 +1,7 @@
 //! A broker on a thread of its own, and clients good and bad.
 
+#[cfg(feature = "event-loop")]
+mod device;
 mod hostile;
 mod processes;
 mod service;
