@@ -333,18 +333,20 @@ impl Shared {
     /// Hears the broker until it is gone. False if this is to end.
     fn listen(&self, socket: &Arc<OwnedFd>) -> bool {
         loop {
-            match socket::receive(socket) {
-                Ok(Heard::Nothing) => {}
-                Ok(Heard::Message(Message::Link { up })) => {
-                    lock(&self.line).up = up;
-                    self.membership.tell_link();
-                    continue;
-                }
-                Ok(Heard::Message(_) | Heard::End) | Err(_) => return self.goes_on(),
-            }
+            // Before each message, so that one who sends them without end is left as well.
             match wait(socket, Some(&self.stop), None) {
                 Ok(true) => {}
                 Ok(false) | Err(_) => return self.goes_on(),
+            }
+            match socket::receive(socket) {
+                Ok(Heard::Nothing) => {}
+                Ok(Heard::Message(Message::Link { up })) => {
+                    let was_up = std::mem::replace(&mut lock(&self.line).up, up);
+                    if was_up != up {
+                        self.membership.tell_link();
+                    }
+                }
+                Ok(Heard::Message(_) | Heard::End) | Err(_) => return self.goes_on(),
             }
         }
     }
@@ -505,30 +507,33 @@ impl NetPort for ClientPort {
             if line.socket.is_none() {
                 return Ok(None);
             }
-            loop {
+            let front = loop {
                 let front = line.consumer.front();
-                let Some(front) = line.checked(front)? else {
-                    let sleeps = line.consumer.sleep();
-                    if line.checked(sleeps)? {
-                        return Ok(None);
-                    }
-                    continue;
-                };
-                let room: usize = buffers.iter().map(VolatileSlice::len).sum();
-                let info = PacketInfo::from_bytes(&front.info);
-                let info = info.and_then(|info| info.check(front.len, self.receives).map(|()| info));
-                if let Ok(info) = info
-                    && front.len <= room
-                {
+                if let Some(front) = line.checked(front)? {
+                    break front;
+                }
+                let sleeps = line.consumer.sleep();
+                if line.checked(sleeps)? {
+                    return Ok(None);
+                }
+                // There is one now, which does not go away again.
+            };
+            let room: usize = buffers.iter().map(VolatileSlice::len).sum();
+            let info = PacketInfo::from_bytes(&front.info);
+            let info = info.and_then(|info| info.check(front.len, self.receives).map(|()| info));
+            let frame = match info {
+                Ok(info) if front.len <= room => {
                     let copied = line.consumer.frame(&front).map(|frame| ring::copy(frame, buffers));
                     line.checked(copied)?;
-                    let popped = line.consumer.pop(&front);
-                    line.checked(popped)?;
-                    return Ok(Some(Received { info, len: front.len }));
+                    Ok(Received { info, len: front.len })
                 }
-                let popped = line.consumer.pop(&front);
-                line.checked(popped)?;
-            }
+                Ok(_) => Err(NetError::Frame { len: front.len }),
+                Err(error) => Err(error.into()),
+            };
+            let popped = line.consumer.pop(&front);
+            line.checked(popped)?;
+            // One that is none is the caller's to count, and to weigh: a broker may put them in as fast as they are taken out.
+            frame.map(Some)
         });
         match received {
             Err(NetError::Revoked) => Ok(None),

@@ -3,6 +3,7 @@
 #[cfg(feature = "event-loop")]
 mod device;
 mod hostile;
+mod lying;
 mod processes;
 mod service;
 
