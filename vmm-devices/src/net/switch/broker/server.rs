@@ -168,6 +168,7 @@ impl ServerBuilder {
     }
 
     /// Listens at `path`. Who may connect there is the path's permissions' to say; it is removed by whoever made it.
+    /// The threads that close what clients pass are started here: a process that then confines itself needs to make none.
     ///
     /// # Errors
     /// If it cannot be listened at, or the host refuses what else that takes.
