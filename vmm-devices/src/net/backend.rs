@@ -148,6 +148,10 @@ pub trait NetPort: Send + fmt::Debug {
     /// The frame is lost; others may do better.
     fn transmit(&mut self, info: &PacketInfo, frame: &[VolatileSlice<'_>]) -> Result<Sent, NetError>;
 
+    /// The device is about to look: it sends what it keeps, and receives while it has buffers. What [`NetPort::source`] has said so far is
+    /// heard by that; what it says from now on wakes the device again, so nothing else here takes it back.
+    fn hush(&mut self) {}
+
     /// No more frames are sent for now: those held back, or whose receivers were not told, are to go.
     fn flush(&mut self) {}
 

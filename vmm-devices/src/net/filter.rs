@@ -17,6 +17,11 @@ pub const VLANS: u16 = 4096;
 /// The type of a frame with a VLAN tag.
 const TAGGED: [u8; 2] = [0x81, 0x00];
 
+/// Whether a frame that begins so has a VLAN tag.
+pub(crate) fn is_tagged(frame: &[u8]) -> bool {
+    frame.first_chunk::<ETHERNET_HEADER>().is_some_and(|header| header.ends_with(&TAGGED))
+}
+
 /// Which frames a driver wants. The default is everything.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -68,10 +73,10 @@ impl RxFilter {
     /// Whether it is to have a frame that begins so: with [`ETHERNET_HEADER`] bytes, and two more where there is a tag. What is
     /// shorter is no frame.
     pub fn passes(&self, frame: &[u8]) -> bool {
-        let Some(&[a, b, c, d, e, f, .., t0, t1]) = frame.first_chunk::<ETHERNET_HEADER>() else {
+        let Some(&[a, b, c, d, e, f, ..]) = frame.first_chunk::<ETHERNET_HEADER>() else {
             return false;
         };
-        if [t0, t1] == TAGGED
+        if is_tagged(frame)
             && let Some(vlans) = &self.vlans
         {
             let Some(&[high, low]) = frame.get(ETHERNET_HEADER..).and_then(<[u8]>::first_chunk) else {

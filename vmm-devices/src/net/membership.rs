@@ -38,7 +38,8 @@ impl Membership {
         if membership.grant.is_live() { Ok(membership) } else { Err(NetError::Revoked) }
     }
 
-    fn close(&self) {
+    /// What follows when it is taken back, for who hears of that first ([`Grant::on_revoked`] has one listener).
+    pub(in crate::net) fn close(&self) {
         *self.open.write().unwrap_or_else(PoisonError::into_inner) = false;
         if let Some(events) = self.events.get() {
             events.link_changed();

@@ -27,6 +27,7 @@ mod tap;
 
 pub use backend::{Agreed, Link, NetBackend, NetEvents, NetPort, Received, Sent};
 pub use error::NetError;
+pub(crate) use filter::is_tagged;
 pub use filter::{MAX_MAC_ENTRIES, MacTable, RxFilter, VLANS};
 pub use mac::{MacAddr, MacAddrError};
 pub use membership::Membership;

@@ -195,8 +195,8 @@ impl NetPort for SocketPort {
             let mut header = [0; HEADER];
             let (len, cut) = vectored::receive_message(socket.fd.as_fd(), &mut header, buffers)?;
             if len == 0 && socket.has_end {
-                socket.close();
-                return Ok(None);
+                // Told of when the frame is over, which the device may wait for.
+                return Err(io::Error::from(io::ErrorKind::ConnectionReset).into());
             }
             let len = len.checked_sub(HEADER).filter(|_| !cut).ok_or(NetError::Frame { len })?;
             Ok(Some(Received { info: PacketInfo::from_bytes(&header)?, len }))

@@ -102,6 +102,13 @@ impl TestNetwork {
         Self(Arc::new(State { pairs: 1, offloads, mtu: Some(mtu), now: Mutex::default() }))
     }
 
+    /// The same, of packets of `mtu` bytes at most: a network of its own.
+    #[must_use]
+    pub fn of_mtu(self, mtu: u16) -> Self {
+        let State { pairs, offloads, .. } = &*self.0;
+        Self(Arc::new(State { pairs: *pairs, offloads: *offloads, mtu: Some(mtu), now: Mutex::default() }))
+    }
+
     /// Gives the device a frame, now or when it can take it.
     pub fn give(&self, frame: TestFrame) {
         let pair = frame.pair;

@@ -120,7 +120,8 @@ impl SwitchBuilder {
         self
     }
 
-    /// The largest packet that devices are told, without its Ethernet header, in bytes. It is advice: longer frames pass.
+    /// The largest packet that devices are told, without its Ethernet header, in bytes. The switch passes longer ones; a device drops those
+    /// that come to a driver which relies on it (VIRTIO_NET_F_MTU).
     #[must_use]
     pub fn mtu(mut self, bytes: u16) -> Self {
         self.mtu = Some(bytes);

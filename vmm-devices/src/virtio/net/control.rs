@@ -73,7 +73,9 @@ impl<M: DeviceMemory> ControlWorker<M> {
                 if !(1..=self.pairs).contains(&pairs) {
                     return None;
                 }
-                self.shared.backend.set_pairs(pairs).ok()
+                self.shared.backend.set_pairs(pairs).ok()?;
+                self.shared.use_pairs(pairs);
+                Some(())
             }
             (OFFLOADS, 0) if self.has(feature::CTRL_GUEST_OFFLOADS) => self.offloads(chain),
             _ => None,

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::shared::{NetCounters, Shared};
-use crate::interrupt::lock;
 use crate::net::{Link, MacAddr};
 use crate::virtio::rate::Limits;
 
@@ -34,7 +33,7 @@ impl NetHandle {
 
     /// The address as the driver has it now.
     pub fn mac(&self) -> MacAddr {
-        lock(&self.0.wishes).filter.mac
+        self.0.mac()
     }
 
     /// Other limits of frames to the driver, for all devices that share them; `false` if this one was built without.

@@ -229,7 +229,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = Config {
-            mac: self.shared.mac,
+            // That of the driver's command, where it has given one (5.1.6.5.2).
+            mac: self.shared.mac(),
             status: self.shared.status(),
             pairs: self.pairs,
             mtu: self.mtu.unwrap_or(0),
@@ -248,6 +249,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
         let features = activation.features;
         let has = |bit: u64| features & bit != 0;
         let pairs = if has(feature::MQ) { self.pairs } else { 1 };
+        let mtu = self.mtu.filter(|_| has(feature::MTU));
         let (transmit, receive) = (config::transmit(features), config::receive(features));
         let agreed = Agreed { pairs, transmit, receive };
         let doorbells = Arc::clone(&activation.doorbells);
@@ -257,6 +259,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
             let why = format!("the network has {} ports for {pairs} pairs of queues", ports.len());
             return Err(std::io::Error::other(why).into());
         }
+        self.shared.use_pairs(1);
         let mut filter = RxFilter::everything(self.shared.mac);
         if has(feature::CTRL_VLAN) {
             // None, until the driver says which (5.1.6.5.3).
@@ -274,7 +277,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
             };
             let shared = || Arc::clone(&self.shared);
             workers.push(Box::new(PairWorker {
-                receive: Receive::new(rx, shared(), has(feature::MRG_RXBUF), receive),
+                receive: Receive::new(rx, shared(), has(feature::MRG_RXBUF), receive, mtu),
                 transmit: Transmit::new(tx, shared(), transmit),
                 port,
             }));

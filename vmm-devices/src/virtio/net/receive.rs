@@ -13,9 +13,11 @@ use smallvec::SmallVec;
 use vmm_memory::vm_memory::{Permissions, VolatileSlice};
 
 use super::room::{Room, behind_header, fill, peek};
-use super::shared::{Shared, count};
+use super::shared::{Shared, count, read};
 use crate::interrupt::lock;
-use crate::net::{ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, Received, RxFilter};
+use crate::net::{
+    ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, Received, RxFilter, is_tagged,
+};
 use crate::vectored::MOST_SLICES;
 use crate::virtio::device::{DeviceMemory, Progress};
 use crate::virtio::metrics::Activity;
@@ -30,6 +32,9 @@ const EFFORT: usize = 4096;
 
 /// Bytes of the longest frame that no segmentation is left to do of, unless the network is of a larger MTU: with room for tags.
 const ORDINARY: usize = 1514 + 8;
+
+/// Bytes of a tag, behind the addresses of a frame (IEEE 802.1Q).
+const TAG: usize = 4;
 
 /// Bytes of a frame that a filter looks at.
 const SEEN: usize = ETHERNET_HEADER + 2;
@@ -69,6 +74,8 @@ pub(super) struct Receive<M: DeviceMemory> {
     mergeable: bool,
     /// Bytes of buffers that are wanted before a frame is received.
     wanted: usize,
+    /// Bytes of a packet, without its Ethernet header, that the driver has been promised as the most (VIRTIO_NET_F_MTU).
+    mtu: Option<u16>,
     held: VecDeque<Held>,
     spill: Box<[u8]>,
     waiting: Option<Waiting>,
@@ -91,16 +98,23 @@ enum Next {
 }
 
 impl<M: DeviceMemory> Receive<M> {
-    pub(super) fn new(queue: Virtqueue<M>, shared: Arc<Shared>, mergeable: bool, agreed: Offloads) -> Self {
+    pub(super) fn new(
+        queue: Virtqueue<M>,
+        shared: Arc<Shared>,
+        mergeable: bool,
+        agreed: Offloads,
+        mtu: Option<u16>,
+    ) -> Self {
         let segmented = agreed != Offloads::NONE && agreed != Offloads::CSUM;
-        let mtu = shared.backend.mtu().map_or(0, |mtu| usize::from(mtu) + ETHERNET_HEADER + 8);
-        let wanted = HEADER + if segmented { MAX_FRAME } else { ORDINARY.max(mtu) };
+        let most = shared.backend.mtu().map_or(0, |mtu| usize::from(mtu) + ETHERNET_HEADER + 8);
+        let wanted = HEADER + if segmented { MAX_FRAME } else { ORDINARY.max(most) };
         let filter = Arc::new(RxFilter::everything(shared.mac));
         Self {
             queue,
             shared,
             mergeable,
             wanted,
+            mtu,
             held: VecDeque::new(),
             spill: vec![0; MAX_FRAME].into_boxed_slice(),
             waiting: None,
@@ -112,6 +126,10 @@ impl<M: DeviceMemory> Receive<M> {
 
     pub(super) fn queue(&self) -> u16 {
         self.queue.index()
+    }
+
+    fn pair(&self) -> u16 {
+        self.queue.index() / 2
     }
 
     pub(super) fn deadline(&self) -> Option<u64> {
@@ -248,7 +266,8 @@ impl<M: DeviceMemory> Receive<M> {
         self.find(memory, &mut room)?;
         let mut left = SHARE;
         while left > 0 {
-            let link = self.shared.link().up;
+            // A pair that the driver does not use is one without a cable.
+            let link = self.shared.link().up && self.pair() < *read(&self.shared.in_use);
             // While it is down frames lead nowhere, those that wait among them.
             if let Some(waiting) = self.waiting.take_if(|_| !link) {
                 self.drop_frame(waiting.begun_ns);
@@ -348,7 +367,14 @@ impl<M: DeviceMemory> Receive<M> {
     /// Whether the driver gets a frame that begins so; with what it is told of it.
     fn check(&self, received: Received, seen: &[u8], begun_ns: u64) -> Option<Received> {
         let Received { mut info, len } = received;
-        let fits = (ETHERNET_HEADER..=MAX_FRAME).contains(&len) && info.check(len, self.offloads).is_ok();
+        let most = match self.mtu {
+            // Of what is to be cut the pieces are no longer (5.1.4.1); nor is a tag part of the packet.
+            Some(mtu) if info.gso.is_none() => {
+                usize::from(mtu) + ETHERNET_HEADER + if is_tagged(seen) { TAG } else { 0 }
+            }
+            _ => MAX_FRAME,
+        };
+        let fits = (ETHERNET_HEADER..=most).contains(&len) && info.check(len, self.offloads).is_ok();
         if !fits {
             self.drop_frame(begun_ns);
             return None;
@@ -377,6 +403,14 @@ impl<M: DeviceMemory> Receive<M> {
 
     /// Gives the driver a frame that lies in the first buffers; how many slices these had.
     fn deliver(&mut self, received: Received, begun_ns: u64, memory: &M::M) -> Result<usize, QueueError> {
+        let shared = Arc::clone(&self.shared);
+        // Whoever takes the pair out of use waits for this one, and none follows it (5.1.6.5.6.2).
+        let in_use = read(&shared.in_use);
+        if self.pair() >= *in_use {
+            drop(in_use);
+            self.drop_frame(begun_ns);
+            return Ok(0);
+        }
         let mut left = HEADER + received.len;
         let mut used: SmallVec<[(u16, u32); 64]> = SmallVec::new();
         let mut first = None;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use super::config::{ANNOUNCE, LINK_UP};
 use crate::clock::Clock;
@@ -82,6 +82,10 @@ counters!(
     commands_refused
 );
 
+pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 pub(super) fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
@@ -99,6 +103,9 @@ pub(super) struct Shared {
     pub(super) wishes: Mutex<Wishes>,
     /// How often the wishes have changed.
     pub(super) wished: AtomicU32,
+    /// Pairs of queues that the driver uses, the first ones. Who gives it a frame by one reads this meanwhile, and calls nobody but
+    /// the sink of figures.
+    pub(super) in_use: RwLock<u16>,
     /// What the monitor says of the link.
     pub(super) plugged: AtomicBool,
     announce: AtomicBool,
@@ -125,6 +132,7 @@ impl Shared {
             mac,
             wishes: Mutex::new(wishes),
             wished: AtomicU32::new(0),
+            in_use: RwLock::new(1),
             plugged: AtomicBool::new(true),
             announce: AtomicBool::new(false),
             generation: AtomicU32::new(0),
@@ -162,6 +170,16 @@ impl Shared {
         }
     }
 
+    /// The driver uses so many pairs: when this returns, no frame comes by another.
+    pub(super) fn use_pairs(&self, pairs: u16) {
+        *self.in_use.write().unwrap_or_else(PoisonError::into_inner) = pairs;
+        // What waits for one that was taken into use comes now, and what waits for another goes.
+        let doorbells = lock(&self.active).as_ref().map(|active| Arc::clone(&active.doorbells));
+        if let Some(doorbells) = doorbells {
+            doorbells.ring_all();
+        }
+    }
+
     /// Asks the driver to announce itself; whether there is one that does.
     pub(super) fn announce(&self) -> bool {
         let announces = lock(&self.active).as_ref().is_some_and(|active| active.announces);
@@ -179,12 +197,26 @@ impl Shared {
         }
     }
 
-    /// Changes what the driver wants of frames.
+    /// Changes what the driver wants of frames. The driver's commands, and its coming and going, are one after the other, so the backend
+    /// hears of them in their order; it is called without a lock, as it may look at the device.
     pub(super) fn wish(&self, change: impl FnOnce(&mut Wishes)) {
-        let mut wishes = lock(&self.wishes);
-        change(&mut wishes);
-        self.backend.set_filter(&wishes.filter);
-        self.wished.fetch_add(1, Ordering::SeqCst);
+        let filter = {
+            let mut wishes = lock(&self.wishes);
+            let mac = wishes.filter.mac;
+            change(&mut wishes);
+            if wishes.filter.mac != mac {
+                // The configuration tells it.
+                self.generation.fetch_add(1, Ordering::SeqCst);
+            }
+            self.wished.fetch_add(1, Ordering::SeqCst);
+            Arc::clone(&wishes.filter)
+        };
+        self.backend.set_filter(&filter);
+    }
+
+    /// The address as the driver has it now.
+    pub(super) fn mac(&self) -> MacAddr {
+        lock(&self.wishes).filter.mac
     }
 
     /// As it is before a driver says anything.

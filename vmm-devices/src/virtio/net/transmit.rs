@@ -173,8 +173,10 @@ fn look<T: Deref<Target: GuestMemory>>(chain: &Chain<T>, agreed: Offloads) -> Op
         return None;
     }
     let info = PacketInfo::from_bytes(&header).ok()?;
-    // That a checksum was found right is said of received frames alone.
-    let info = PacketInfo { data_valid: false, ..info };
+    // That a checksum was found right is said of received frames alone. How long the headers are is a hint, and may be more than there
+    // is (5.1.6.2).
+    let header_len = info.header_len.min(u16::try_from(len).unwrap_or(u16::MAX));
+    let info = PacketInfo { data_valid: false, header_len, ..info };
     info.check(len, agreed).ok()?;
     Some((info, len))
 }

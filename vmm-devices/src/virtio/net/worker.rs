@@ -20,6 +20,8 @@ impl<M: DeviceMemory> Worker for PairWorker<M> {
     }
 
     fn process(&mut self) -> Result<Progress, QueueError> {
+        // Before both: what wakes for one direction is not to be taken for the other's.
+        self.port.hush();
         let sent = self.transmit.process(&mut *self.port)?;
         let received = self.receive.process(&mut *self.port)?;
         let more = sent == Progress::More || received == Progress::More;

@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vmm_memory::vm_memory::{MmapRegion, VolatileSlice};
 
 use super::BrokerError;
+use super::closer::Closer;
 use super::memory::{self, Side};
 use super::message::{Hello, Message, TEXT};
 use super::socket::{self, Heard};
@@ -106,6 +107,8 @@ struct Shared {
     bell_fd: OwnedFd,
     /// Ends the thread.
     stop: OwnedFd,
+    /// Of connections to a broker that may be anybody.
+    closer: Closer,
     line: Mutex<Line>,
     mtu: Option<u16>,
 }
@@ -162,24 +165,41 @@ fn connect(
     hello: Hello,
     descriptors: &[&OwnedFd],
     stop: Option<&OwnedFd>,
+    closer: &Closer,
 ) -> Result<Connected, BrokerError> {
     let socket = socket::connect(path)?;
-    let said = socket::send_with(&socket, &Message::Hello(hello), descriptors);
+    match say_hello(&socket, hello, descriptors, stop) {
+        Ok((mtu, up)) => Ok(Connected { socket, mtu, up }),
+        Err(error) => {
+            closer.close(socket);
+            Err(error)
+        }
+    }
+}
+
+/// What the broker answers: the MTU, and whether the link is up.
+fn say_hello(
+    socket: &OwnedFd,
+    hello: Hello,
+    descriptors: &[&OwnedFd],
+    stop: Option<&OwnedFd>,
+) -> Result<(Option<u16>, bool), BrokerError> {
+    let said = socket::send_with(socket, &Message::Hello(hello), descriptors);
     if !matches!(&said, Err(BrokerError::Host(error)) if error.kind() == std::io::ErrorKind::BrokenPipe) {
         // Else it has refused before it was asked, and said why.
         said?;
     }
     let until = Instant::now() + ANSWER;
     loop {
-        match socket::receive(&socket)? {
-            Heard::Message(Message::Welcome { mtu, up }, _) => return Ok(Connected { socket, mtu, up }),
-            Heard::Message(Message::Refused { reason }, _) => return Err(BrokerError::Refused { reason }),
-            Heard::Message(..) => return Err(BrokerError::Protocol { what: "no answer to a hello" }),
+        match socket::receive(socket)? {
+            Heard::Message(Message::Welcome { mtu, up }) => return Ok((mtu, up)),
+            Heard::Message(Message::Refused { reason }) => return Err(BrokerError::Refused { reason }),
+            Heard::Message(_) => return Err(BrokerError::Protocol { what: "no answer to a hello" }),
             Heard::End => return Err(BrokerError::Protocol { what: "nothing, and closed the connection" }),
             Heard::Nothing => {}
         }
         let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() || !wait(&socket, stop, Some(left))? {
+        if left.is_zero() || !wait(socket, stop, Some(left))? {
             return Err(BrokerError::Protocol { what: "no answer in time" });
         }
     }
@@ -224,8 +244,9 @@ impl SwitchClient {
         let (bell, bell_fd) = socket::bell()?;
         let (producer, consumer) = memory::ends(&memory, config.ring, Side::Client)?;
         let path = path.as_ref().to_owned();
+        let closer = Closer::new(1, None)?;
         let hello = hello(&config, &network);
-        let Connected { socket, mtu, up } = connect(&path, hello, &[&memory_fd, &bell_fd], None)?;
+        let Connected { socket, mtu, up } = connect(&path, hello, &[&memory_fd, &bell_fd], None, &closer)?;
         let socket = Arc::new(socket);
         let line =
             Line { producer, consumer, socket: Some(Arc::clone(&socket)), up, driver: None, events: None };
@@ -239,8 +260,15 @@ impl SwitchClient {
             bell,
             bell_fd,
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            closer,
             line: Mutex::new(line),
             mtu,
+        });
+        let of_grant = Arc::downgrade(&shared);
+        shared.membership.grant().on_revoked(move || {
+            if let Some(shared) = of_grant.upgrade() {
+                shared.revoked();
+            }
         });
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("net-switch".to_owned());
@@ -262,15 +290,19 @@ fn hello(config: &ClientConfig, network: &str) -> Hello {
 }
 
 impl Shared {
-    /// What the thread does: hears the broker, and looks for it when it is gone.
+    /// What the thread does: hears the broker, and looks for it when it is gone. At the end it has hung up.
     fn keep(&self, mut socket: Arc<OwnedFd>) {
         loop {
-            if !self.listen(&socket) {
-                return;
-            }
+            let goes_on = self.listen(&socket);
             {
                 let mut line = lock(&self.line);
-                (line.socket, line.up) = (None, false);
+                line.hang_up();
+                line.up = false;
+            }
+            // Nobody else has it any more.
+            self.closer.close(socket);
+            if !goes_on {
+                return;
             }
             self.membership.tell_link();
             if !self.config.reconnect {
@@ -286,21 +318,35 @@ impl Shared {
         }
     }
 
+    /// The right is gone: so is the port, at the broker as well.
+    fn revoked(&self) {
+        self.membership.close();
+        self.end();
+    }
+
+    /// Has the thread end, and hangs up.
+    fn end(&self) {
+        let (Ok(_) | Err(_)) = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        lock(&self.line).hang_up();
+    }
+
     /// Hears the broker until it is gone. False if this is to end.
     fn listen(&self, socket: &Arc<OwnedFd>) -> bool {
         loop {
-            match socket::receive(socket) {
-                Ok(Heard::Nothing) => {}
-                Ok(Heard::Message(Message::Link { up }, _)) => {
-                    lock(&self.line).up = up;
-                    self.membership.tell_link();
-                    continue;
-                }
-                Ok(Heard::Message(..) | Heard::End) | Err(_) => return self.goes_on(),
-            }
+            // Before each message, so that one who sends them without end is left as well.
             match wait(socket, Some(&self.stop), None) {
                 Ok(true) => {}
                 Ok(false) | Err(_) => return self.goes_on(),
+            }
+            match socket::receive(socket) {
+                Ok(Heard::Nothing) => {}
+                Ok(Heard::Message(Message::Link { up })) => {
+                    let was_up = std::mem::replace(&mut lock(&self.line).up, up);
+                    if was_up != up {
+                        self.membership.tell_link();
+                    }
+                }
+                Ok(Heard::Message(_) | Heard::End) | Err(_) => return self.goes_on(),
             }
         }
     }
@@ -334,7 +380,8 @@ impl Shared {
         let (producer, consumer) = memory::ends(&self.memory, self.config.ring, Side::Client)?;
         let hello = hello(&self.config, &self.network);
         let descriptors = [&self.memory_fd, &self.bell_fd];
-        let Connected { socket, up, .. } = connect(&self.path, hello, &descriptors, Some(&self.stop))?;
+        let Connected { socket, up, .. } =
+            connect(&self.path, hello, &descriptors, Some(&self.stop), &self.closer)?;
         let socket = Arc::new(socket);
         let mut line = lock(&self.line);
         (line.producer, line.consumer) = (producer, consumer);
@@ -346,11 +393,10 @@ impl Shared {
 
 impl Drop for SwitchClient {
     fn drop(&mut self) {
-        let (Ok(_) | Err(_)) = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
+        self.shared.end();
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
         }
-        lock(&self.shared.line).hang_up();
     }
 }
 
@@ -443,6 +489,10 @@ impl NetPort for ClientPort {
         })
     }
 
+    fn hush(&mut self) {
+        socket::hush(&self.bell);
+    }
+
     fn flush(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
             // A broker that is broken is seen at the next frame.
@@ -457,31 +507,33 @@ impl NetPort for ClientPort {
             if line.socket.is_none() {
                 return Ok(None);
             }
-            loop {
+            let front = loop {
                 let front = line.consumer.front();
-                let Some(front) = line.checked(front)? else {
-                    socket::hush(&self.bell);
-                    let sleeps = line.consumer.sleep();
-                    if line.checked(sleeps)? {
-                        return Ok(None);
-                    }
-                    continue;
-                };
-                let room: usize = buffers.iter().map(VolatileSlice::len).sum();
-                let info = PacketInfo::from_bytes(&front.info);
-                let info = info.and_then(|info| info.check(front.len, self.receives).map(|()| info));
-                if let Ok(info) = info
-                    && front.len <= room
-                {
+                if let Some(front) = line.checked(front)? {
+                    break front;
+                }
+                let sleeps = line.consumer.sleep();
+                if line.checked(sleeps)? {
+                    return Ok(None);
+                }
+                // There is one now, which does not go away again.
+            };
+            let room: usize = buffers.iter().map(VolatileSlice::len).sum();
+            let info = PacketInfo::from_bytes(&front.info);
+            let info = info.and_then(|info| info.check(front.len, self.receives).map(|()| info));
+            let frame = match info {
+                Ok(info) if front.len <= room => {
                     let copied = line.consumer.frame(&front).map(|frame| ring::copy(frame, buffers));
                     line.checked(copied)?;
-                    let popped = line.consumer.pop(&front);
-                    line.checked(popped)?;
-                    return Ok(Some(Received { info, len: front.len }));
+                    Ok(Received { info, len: front.len })
                 }
-                let popped = line.consumer.pop(&front);
-                line.checked(popped)?;
-            }
+                Ok(_) => Err(NetError::Frame { len: front.len }),
+                Err(error) => Err(error.into()),
+            };
+            let popped = line.consumer.pop(&front);
+            line.checked(popped)?;
+            // One that is none is the caller's to count, and to weigh: a broker may put them in as fast as they are taken out.
+            frame.map(Some)
         });
         match received {
             Err(NetError::Revoked) => Ok(None),

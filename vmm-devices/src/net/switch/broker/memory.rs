@@ -1,7 +1,7 @@
 //! The memory that client and broker have in common: two rings, one behind the other, the client's first.
 
 use std::fs::File;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vmm_memory::SharedMemory;
@@ -39,15 +39,17 @@ pub(super) fn create(size: usize) -> Result<(OwnedFd, Arc<MmapRegion<()>>), Brok
     Ok((memory.try_clone_fd().map_err(wrong)?, map(fd, size)?))
 }
 
-/// Memory that the other side says it has made.
-pub(super) fn take(fd: OwnedFd, size: usize) -> Result<Arc<MmapRegion<()>>, BrokerError> {
+/// Memory that the other side says it has made. `fd` may be of anything.
+pub(super) fn take(fd: impl AsFd, size: usize) -> Result<Arc<MmapRegion<()>>, BrokerError> {
     check_size(size)?;
+    // Only memory has seals. Before that is known no file system is called, which may be one that answers when it likes.
+    rustix::fs::fcntl_get_seals(&fd).map_err(|_| wrong("it has no seals, as a memfd has"))?;
     // Huge pages that are not there end who touches them.
     let kind = rustix::fs::fstatfs(&fd)?.f_type;
     if u64::try_from(kind) != Ok(TMPFS) {
         return Err(wrong("it is no memfd of ordinary pages"));
     }
-    let memory = SharedMemory::from_fd(fd).map_err(wrong)?;
+    let memory = SharedMemory::from_fd(fd.as_fd().try_clone_to_owned()?).map_err(wrong)?;
     if memory.size() != bytes(size) {
         let (has, wanted) = (memory.size(), bytes(size));
         return Err(wrong(format!("it has {has} bytes, and two rings of {size} take {wanted}")));

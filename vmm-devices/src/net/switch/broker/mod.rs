@@ -17,9 +17,12 @@
 //! A client is hostile to the broker, and by that to others: it writes what it likes into its memory at any moment ([`RingError`](super::RingError)),
 //! passes descriptors of anything, sends any message at any time, or none. It may lose its own port, and cost the broker the time that
 //! its share of the frames takes. Who it is the kernel says (SO_PEERCRED); what it says beside that is for the gate to believe or not.
+//! What it passes is used when it is known to be a memfd, and a unix socket of datagrams; until then no call is made on it that could wait for whom
+//! it is of, and it is closed by a thread that nobody waits for.
 //! A client trusts the broker with its frames, and with nothing else: a broker that is dead, or lies, takes the link down. Clients do not know of each other.
 
 mod client;
+mod closer;
 mod memory;
 mod message;
 mod server;

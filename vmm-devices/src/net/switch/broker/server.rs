@@ -13,9 +13,10 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::net::sockopt;
 
 use super::BrokerError;
+use super::closer::Closer;
 use super::memory::{self, Side};
 use super::message::{Hello, Message};
-use super::socket::{self, Descriptors, Heard};
+use super::socket::{self, Heard};
 use crate::channel::{Gatekeeper, NetworkAttach, Party, Refusal};
 use crate::net::switch::metrics::DropReason;
 use crate::net::switch::port::flush;
@@ -32,6 +33,9 @@ const BYTES: usize = 1 << 20;
 
 /// Messages of one client that are read before others have their turn.
 const MESSAGES: usize = 16;
+
+/// Threads that close what clients have passed.
+const CLOSERS: usize = 8;
 
 /// Of all clients, that are looked at at once.
 const EVENTS: usize = 64;
@@ -164,6 +168,7 @@ impl ServerBuilder {
     }
 
     /// Listens at `path`. Who may connect there is the path's permissions' to say; it is removed by whoever made it.
+    /// The threads that close what clients pass are started here: a process that then confines itself needs to make none.
     ///
     /// # Errors
     /// If it cannot be listened at, or the host refuses what else that takes.
@@ -176,13 +181,16 @@ impl ServerBuilder {
         add(&listener, LISTENER)?;
         add(&waker, WAKER)?;
         let stop = Arc::default();
+        let closer = Arc::new(Closer::new(CLOSERS, Some(&waker))?);
         Ok(SwitchServer {
             config: self,
             path: path.as_ref().to_owned(),
             listener,
+            listens: true,
             poll,
             waker,
             stop,
+            closer,
             clients: BTreeMap::new(),
             next: FIRST,
         })
@@ -194,9 +202,12 @@ pub struct SwitchServer {
     config: ServerBuilder,
     path: PathBuf,
     listener: OwnedFd,
+    /// Who wants to connect is heard.
+    listens: bool,
     poll: OwnedFd,
     waker: Arc<OwnedFd>,
     stop: Arc<AtomicBool>,
+    closer: Arc<Closer>,
     clients: BTreeMap<u64, Client>,
     next: u64,
 }
@@ -264,13 +275,29 @@ struct Member {
 
 /// What wakes a client, and the server when a port changes.
 struct Line {
-    bell: OwnedFd,
+    /// `None` at the end.
+    bell: Option<OwnedFd>,
     waker: Arc<OwnedFd>,
+    closer: Arc<Closer>,
+}
+
+impl Line {
+    fn ring(&self) {
+        if let Some(bell) = &self.bell {
+            socket::ring(bell);
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.closer.close(self.bell.take());
+    }
 }
 
 impl NetEvents for Line {
     fn ready(&self, _: u16) {
-        socket::ring(&self.bell);
+        self.ring();
     }
 
     fn link_changed(&self) {
@@ -338,6 +365,7 @@ impl SwitchServer {
         }
         self.move_frames();
         self.expire();
+        self.listen()?;
         Ok(self.longest() == Some(Duration::ZERO))
     }
 
@@ -352,6 +380,17 @@ impl SwitchServer {
             State::Member(_) => None,
         });
         Some(until.min()?.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
+    }
+
+    /// Nobody else is let in while more is to be closed than can be.
+    fn listen(&mut self) -> Result<(), BrokerError> {
+        let listens = !self.closer.is_full();
+        if listens != self.listens {
+            let flags = if listens { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+            epoll::modify(&self.poll, &self.listener, epoll::EventData::new_u64(LISTENER), flags)?;
+            self.listens = listens;
+        }
+        Ok(())
     }
 
     fn accept(&mut self) {
@@ -370,14 +409,14 @@ impl SwitchServer {
         };
         let most = self.config.clients;
         if self.clients.len() >= most {
-            self.refuse(&accepted, None, format!("there are {most} clients, which is the most"));
+            self.refuse(accepted, None, format!("there are {most} clients, which is the most"));
             return;
         }
         let id = self.next;
         self.next += 1;
         let data = epoll::EventData::new_u64(id);
         if let Err(error) = epoll::add(&self.poll, &accepted, data, epoll::EventFlags::IN) {
-            self.refuse(&accepted, None, format!("it cannot be waited for: {error}"));
+            self.refuse(accepted, None, format!("it cannot be waited for: {error}"));
             return;
         }
         let state = State::New { until: Instant::now() + self.config.hello };
@@ -388,10 +427,17 @@ impl SwitchServer {
         (self.config.events)(event);
     }
 
-    fn refuse(&self, socket: &OwnedFd, peer: Option<Peer>, reason: String) {
-        // It may be gone.
-        drop(socket::send(socket, &Message::Refused { reason: reason.clone() }));
+    fn refuse(&self, socket: OwnedFd, peer: Option<Peer>, reason: String) {
+        self.hang_up(socket, &reason);
         self.tell(ServerEvent::Refused { peer, reason });
+    }
+
+    fn hang_up(&self, socket: OwnedFd, reason: &str) {
+        // It may be gone.
+        drop(socket::send(&socket, &Message::Refused { reason: reason.to_owned() }));
+        // Which it may not be part of.
+        let (Ok(()) | Err(_)) = epoll::delete(&self.poll, &socket);
+        self.closer.close(socket);
     }
 
     /// A port is another than before: it may be gone.
@@ -419,32 +465,53 @@ impl SwitchServer {
     /// A client has said something.
     fn hear(&mut self, id: u64) {
         for _ in 0..MESSAGES {
-            let Some(client) = self.clients.get_mut(&id) else { return };
-            let heard = match socket::receive(&client.socket) {
-                Ok(Heard::Nothing) => return,
-                Ok(Heard::End) => return self.end(id, "it has closed its connection"),
-                Ok(Heard::Message(message, descriptors)) => (message, descriptors),
-                Err(error) => return self.end(id, &error.to_string()),
+            let Some(client) = self.clients.get(&id) else { return };
+            let mut descriptors = Vec::new();
+            let heard = match &client.state {
+                State::New { .. } => socket::receive_with(&client.socket, &mut descriptors),
+                State::Member(_) => socket::receive(&client.socket),
             };
-            match (&mut client.state, heard) {
-                (State::New { .. }, (Message::Hello(hello), descriptors)) => {
-                    self.welcome(id, hello, descriptors)
+            let more = match heard {
+                Ok(Heard::Nothing) => false,
+                Ok(Heard::End) => {
+                    self.end(id, "it has closed its connection");
+                    false
                 }
-                (State::Member(member), (Message::Driver { present: true, receive }, _)) => {
-                    let line: Arc<dyn NetEvents> = Arc::<Line>::clone(&member.link);
-                    member.port.port.open(receive, line);
+                Ok(Heard::Message(message)) => {
+                    self.obey(id, message, &descriptors);
+                    true
                 }
-                (State::Member(member), (Message::Driver { present: false, .. }, _)) => {
-                    member.port.port.close();
+                Err(error) => {
+                    self.end(id, &error.to_string());
+                    false
                 }
-                (State::Member(member), (Message::Bell, _)) => member.awake = true,
-                _ => return self.end(id, "it has sent a message that is not its turn"),
+            };
+            if !descriptors.is_empty() {
+                // What was taken of them are copies.
+                self.closer.close(descriptors);
+            }
+            if !more {
+                return;
             }
         }
     }
 
+    fn obey(&mut self, id: u64, message: Message, descriptors: &[OwnedFd]) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        match (&mut client.state, message) {
+            (State::New { .. }, Message::Hello(hello)) => self.welcome(id, hello, descriptors),
+            (State::Member(member), Message::Driver { present: true, receive }) => {
+                let line: Arc<dyn NetEvents> = Arc::<Line>::clone(&member.link);
+                member.port.port.open(receive, line);
+            }
+            (State::Member(member), Message::Driver { present: false, .. }) => member.port.port.close(),
+            (State::Member(member), Message::Bell) => member.awake = true,
+            _ => self.end(id, "it has sent a message that is not its turn"),
+        }
+    }
+
     /// Who has said hello gets a port, or hears why not.
-    fn welcome(&mut self, id: u64, hello: Hello, descriptors: Descriptors) {
+    fn welcome(&mut self, id: u64, hello: Hello, descriptors: &[OwnedFd]) {
         let Some(client) = self.clients.get(&id) else { return };
         let peer = match sockopt::socket_peercred(&client.socket) {
             Ok(credentials) => Peer {
@@ -470,14 +537,14 @@ impl SwitchServer {
             }
             Err(reason) => {
                 if let Some(client) = self.clients.remove(&id) {
-                    self.refuse(&client.socket, Some(peer), reason);
+                    self.refuse(client.socket, Some(peer), reason);
                 }
             }
         }
     }
 
     /// What a client gets; nothing of it stays if that fails. The reason is for the client as well.
-    fn admit(&self, peer: &Peer, hello: &Hello, descriptors: Descriptors) -> Result<Member, String> {
+    fn admit(&self, peer: &Peer, hello: &Hello, descriptors: &[OwnedFd]) -> Result<Member, String> {
         let ServerBuilder { switch, gatekeeper, identify, configure, ring, .. } = &self.config;
         if hello.network != **switch.network() {
             return Err(format!("this is network {:?}", switch.network()));
@@ -492,15 +559,18 @@ impl SwitchServer {
         config.check().map_err(|error| text(&error))?;
         let channel = NetworkAttach { network: Arc::clone(switch.network()) };
         let grant = gatekeeper.open(party, None, channel).map_err(|refusal| text(&refusal))?;
-        let Ok([memory, bell]) = descriptors.into_inner() else {
+        let [memory, bell] = descriptors else {
             return Err("a hello has two descriptors".to_owned());
         };
+        socket::check_bell(bell).map_err(|error| text(&error))?;
         let memory = memory::take(memory, size).map_err(|error| text(&error))?;
         let (producer, consumer) = memory::ends(&memory, size, Side::Broker).map_err(|error| text(&error))?;
+        let bell = bell.try_clone().map_err(|error| text(&error))?;
         let config = config.queues(1);
         let lanes = std::iter::once((producer, None));
         let port = switch.attach_with(grant, config, lanes).map_err(|error| text(&error))?;
-        let link = Arc::new(Line { bell, waker: Arc::clone(&self.waker) });
+        let (bell, waker) = (Some(bell), Arc::clone(&self.waker));
+        let link = Arc::new(Line { bell, waker, closer: Arc::clone(&self.closer) });
         let line: Arc<dyn NetEvents> = Arc::<Line>::clone(&link);
         crate::net::NetBackend::listen(&port, line);
         let up = port.port.is_up();
@@ -510,10 +580,10 @@ impl SwitchServer {
     fn end(&mut self, id: u64, reason: &str) {
         let Some(Client { socket, state }) = self.clients.remove(&id) else { return };
         match state {
-            State::New { .. } => self.refuse(&socket, None, reason.to_owned()),
+            State::New { .. } => self.refuse(socket, None, reason.to_owned()),
             State::Member(member) => {
                 let Member { peer, port, .. } = *member;
-                drop(socket::send(&socket, &Message::Refused { reason: reason.to_owned() }));
+                self.hang_up(socket, reason);
                 let metrics = Box::new(port.metrics());
                 drop(port);
                 self.tell(ServerEvent::Left { peer, reason: reason.to_owned(), metrics });
@@ -547,6 +617,15 @@ impl SwitchServer {
     }
 }
 
+impl Drop for SwitchServer {
+    fn drop(&mut self) {
+        for (_, Client { socket, state }) in std::mem::take(&mut self.clients) {
+            drop(state);
+            self.closer.close(socket);
+        }
+    }
+}
+
 impl Member {
     fn move_frames(&mut self, switch: &Switch) -> Result<(), BrokerError> {
         let Self { port, consumer, link, transmit, .. } = self;
@@ -568,7 +647,7 @@ impl Member {
             }
         }
         if consumer.wakes()? {
-            socket::ring(&link.bell);
+            link.ring();
         }
         flush(port);
         if consumer.front()?.is_none() && consumer.sleep()? {

@@ -7,21 +7,26 @@ use std::path::Path;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
 use smallvec::SmallVec;
 
 use super::BrokerError;
 use super::message::{MOST, Message};
 
-/// Descriptors that a message may have; the kernel closes what is more.
+/// Descriptors of a message that is sent.
 const DESCRIPTORS: usize = 2;
+
+/// Those that a message can have at most (Linux, include/net/scm.h, SCM_MAX_FD). There is room for all: the kernel closes what finds none, and
+/// who receives waits for that.
+const MOST_DESCRIPTORS: usize = 253;
+
+/// What is taken of a bell at once.
+const RINGS: u8 = 16;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 64;
-
-pub(super) type Descriptors = SmallVec<[OwnedFd; DESCRIPTORS]>;
 
 fn failed(path: &Path, what: &'static str) -> impl FnOnce(Errno) -> BrokerError {
     move |error| BrokerError::Socket { path: path.to_owned(), what, source: error.into() }
@@ -78,6 +83,15 @@ pub(super) fn bell() -> Result<(OwnedFd, OwnedFd), BrokerError> {
     Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?)
 }
 
+/// Whether that can be rung without a wait: of other sockets, a send may wait for who else uses them, whatever its flags.
+pub(super) fn check_bell(bell: impl AsFd) -> Result<(), BrokerError> {
+    let kind = (sockopt::socket_domain(&bell), sockopt::socket_type(&bell));
+    if kind != (Ok(AddressFamily::UNIX), Ok(SocketType::DGRAM)) {
+        return Err(BrokerError::Protocol { what: "a bell that is no unix socket of datagrams" });
+    }
+    Ok(())
+}
+
 const FLAGS: SendFlags = SendFlags::DONTWAIT.union(SendFlags::NOSIGNAL);
 
 /// Rings a bell. Where that is not possible, it has been rung, or there is nobody.
@@ -85,10 +99,12 @@ pub(super) fn ring(bell: impl AsFd) {
     let (Ok(_) | Err(_)) = rustix::net::send(bell, &[0], FLAGS);
 }
 
-/// Takes what a bell has rung.
+/// Takes what a bell has rung: more than who rings once for each sleep and each wait has rung since it was last taken. A peer that rings
+/// without end does not hold up who listens; it wakes it again.
 pub(super) fn hush(bell: impl AsFd) {
     let mut scrap = [0; 8];
-    while rustix::net::recv(&bell, &mut scrap[..], RecvFlags::DONTWAIT).is_ok() {}
+    let heard = |_: &u8| rustix::net::recv(&bell, &mut scrap[..], RecvFlags::DONTWAIT).is_ok();
+    (0..RINGS).take_while(heard).for_each(drop);
 }
 
 /// Whether it was sent; if not, there is no room for it.
@@ -122,36 +138,60 @@ pub(super) enum Heard {
     Nothing,
     /// Nothing any more.
     End,
-    /// A message, and what came with it.
-    Message(Message, Descriptors),
+    /// A message.
+    Message(Message),
 }
 
+/// Receives a message, which carries no descriptors.
+///
+/// # Errors
+/// If it does. It stays in the socket, whose close is then that of the descriptors.
 pub(super) fn receive(socket: impl AsFd) -> Result<Heard, BrokerError> {
     let mut bytes = [0; MOST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let mut slices = [IoSliceMut::new(&mut bytes)];
-    let mut received = rustix::net::recvmsg(&socket, &mut slices, &mut control, flags);
-    if matches!(received, Err(Errno::CONNRESET)) {
-        // The other side has closed before it read everything. That is said once, before what it has sent.
-        received = rustix::net::recvmsg(&socket, &mut slices, &mut control, flags);
+    let peeked = again(|| {
+        let mut none = RecvAncillaryBuffer::new(&mut []);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut none, flags)
+    });
+    if peeked.is_ok_and(|peeked| peeked.flags.contains(ReturnFlags::CTRUNC)) {
+        return Err(BrokerError::Protocol { what: "descriptors out of turn" });
     }
-    let received = match received {
-        Ok(received) => received.bytes,
-        Err(Errno::AGAIN | Errno::INTR) => return Ok(Heard::Nothing),
-        Err(Errno::CONNRESET) => return Ok(Heard::End),
-        Err(error) => return Err(error.into()),
-    };
-    let mut descriptors = Descriptors::new();
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            descriptors.extend(rights);
+    let received = again(|| rustix::net::recv(&socket, &mut bytes[..], RecvFlags::DONTWAIT));
+    heard(received.map(|(received, _)| received), &bytes)
+}
+
+/// Receives a message that may carry descriptors, which are added to `descriptors` whatever comes of it.
+pub(super) fn receive_with(socket: impl AsFd, descriptors: &mut Vec<OwnedFd>) -> Result<Heard, BrokerError> {
+    let mut bytes = [0; MOST];
+    let received = again(|| {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received =
+            rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                descriptors.extend(rights);
+            }
         }
+        Ok(received.bytes)
+    });
+    heard(received, &bytes)
+}
+
+/// Calls that once more if the other side has closed before it read everything, which is said once, before what it has sent.
+fn again<T>(mut receive: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    match receive() {
+        Err(Errno::CONNRESET) => receive(),
+        received => received,
     }
-    if received == 0 {
-        return Ok(Heard::End);
+}
+
+fn heard(received: Result<usize, Errno>, bytes: &[u8]) -> Result<Heard, BrokerError> {
+    match received {
+        Ok(0) | Err(Errno::CONNRESET) => Ok(Heard::End),
+        Ok(received) => Ok(Heard::Message(Message::from_bytes(bytes.get(..received).unwrap_or_default())?)),
+        Err(Errno::AGAIN | Errno::INTR) => Ok(Heard::Nothing),
+        Err(error) => Err(error.into()),
     }
-    let message = Message::from_bytes(bytes.get(..received).unwrap_or_default())?;
-    Ok(Heard::Message(message, descriptors))
 }

@@ -162,6 +162,108 @@ fn each_pair_of_queues_has_a_port_of_its_own() {
     }
 }
 
+/// Once the driver has been told that it uses fewer pairs, nothing comes by others, whatever waits there (5.1.6.5.6.2).
+#[test]
+fn nothing_comes_by_pairs_that_are_not_used() {
+    let network = TestNetwork::new(2, Offloads::NONE, Offloads::NONE);
+    let two = NonZeroU16::new(2).unwrap();
+    let net = Net::builder(Arc::new(network.clone()), MAC).pairs(two).build().unwrap();
+    let (memory, handle) = (memory(), net.handle());
+    let transport = VirtioMmio::new(net, memory.clone(), LineRecorder::default()).unwrap();
+    let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
+    let mut queues: Vec<_> =
+        (0..5).map(|queue| DriverQueue::new(memory.clone(), 0x1000 + queue * 0x400, 16).unwrap()).collect();
+    let all: Vec<_> = (0..).zip(&queues).collect();
+    driver.start(feature::MQ | feature::CTRL_VQ | feature::MRG_RXBUF, &all).unwrap();
+    let use_pairs = |queues: &mut [DriverQueue<Memory>], pairs: u8| {
+        queues[4].put(COMMAND, &[4, 0, pairs, 0]).unwrap();
+        queues[4].chain().readable(COMMAND, 4).writable(ANSWER, 1).submit().unwrap();
+        driver.notify(4);
+        assert!(queues[4].take_used().unwrap().is_some() && queues[4].get(ANSWER, 1).unwrap() == [0]);
+    };
+    let offer = |queues: &mut [DriverQueue<Memory>]| {
+        queues[2].chain().writable(BUFFERS, BUFFER).submit().unwrap();
+        driver.notify(2);
+    };
+    let give = || network.give(TestFrame { pair: 1, ..TestFrame::new(frame(MAC, 100)) });
+    // None is used but the first, until the driver says so.
+    give();
+    offer(&mut queues);
+    assert_eq!(queues[2].take_used().unwrap(), None);
+    use_pairs(&mut queues, 2);
+    give();
+    assert_eq!(queues[2].take_used().unwrap().map(|(_, len)| len), Some(112));
+    // These find no buffers.
+    (0..3).for_each(|_| give());
+    assert_eq!(network.coming(), 3);
+    use_pairs(&mut queues, 1);
+    assert_eq!(network.coming(), 0, "they lead nowhere");
+    offer(&mut queues);
+    give();
+    assert_eq!(queues[2].take_used().unwrap(), None);
+    use_pairs(&mut queues, 2);
+    assert_eq!(queues[2].take_used().unwrap(), None);
+    give();
+    assert!(queues[2].take_used().unwrap().is_some());
+    assert_eq!((handle.counters().received, handle.counters().receive_dropped), (2, 5));
+}
+
+/// A backend that looks at the device when it hears what the driver wants.
+struct Curious {
+    network: TestNetwork,
+    handle: Arc<std::sync::OnceLock<NetHandle>>,
+    seen: Arc<Mutex<Vec<MacAddr>>>,
+}
+
+impl NetBackend for Curious {
+    fn attach(
+        &self,
+        agreed: &Agreed,
+        events: Arc<dyn crate::net::NetEvents>,
+    ) -> Result<Vec<Box<dyn crate::net::NetPort>>, NetError> {
+        self.network.attach(agreed, events)
+    }
+
+    fn set_receive_offloads(&self, offloads: Offloads) -> Result<(), NetError> {
+        self.network.set_receive_offloads(offloads)
+    }
+
+    fn set_filter(&self, filter: &RxFilter) {
+        let now = self.handle.get().map(NetHandle::mac);
+        assert!(now.is_none_or(|now| now == filter.mac));
+        lock(&self.seen).extend(now);
+    }
+}
+
+#[test]
+fn a_backend_that_hears_of_wishes_may_look_at_the_device() {
+    let (tell, told) = std::sync::mpsc::channel();
+    // If it waits for itself, so does this thread, for ever.
+    std::thread::spawn(move || {
+        let (handle, seen) = (Arc::<std::sync::OnceLock<NetHandle>>::default(), Arc::default());
+        let backend = Curious { network: everything(), handle: Arc::clone(&handle), seen: Arc::clone(&seen) };
+        let net = Net::builder(Arc::new(backend), MAC).build().unwrap();
+        handle.set(net.handle()).unwrap();
+        let memory = memory();
+        let transport = VirtioMmio::new(net, memory.clone(), LineRecorder::default()).unwrap();
+        let driver = MmioDriver::new(Arc::new(Mutex::new(transport)));
+        let [rx, tx, mut control] =
+            [0x1000, 0x3000, 0x5000].map(|at| DriverQueue::new(memory.clone(), at, 16).unwrap());
+        let features = feature::CTRL_VQ | feature::CTRL_MAC_ADDR;
+        driver.start(features, &[(0, &rx), (1, &tx), (2, &control)]).unwrap();
+        control.put(COMMAND, &[&[1, 1][..], &PEER.0].concat()).unwrap();
+        control.chain().readable(COMMAND, 8).writable(ANSWER, 1).submit().unwrap();
+        driver.notify(2);
+        assert!(control.take_used().unwrap().is_some());
+        driver.set_status(0);
+        let seen = lock(&seen).clone();
+        tell.send(seen).unwrap();
+    });
+    let seen = told.recv_timeout(std::time::Duration::from_secs(20)).unwrap();
+    assert_eq!(seen.iter().filter(|mac| **mac == PEER).count(), 1, "{seen:?}");
+    assert_eq!(seen.last(), Some(&MAC));
+}
+
 #[test]
 fn frames_and_commands_are_counted() {
     let metrics = Arc::new(DeviceMetrics::default());

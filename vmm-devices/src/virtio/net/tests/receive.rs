@@ -56,6 +56,41 @@ fn a_frame_that_finds_no_room_waits_for_it() {
     assert_eq!(rig.handle.counters().receive_dropped, 0);
 }
 
+/// A driver that has been promised the most that comes, and makes buffers for that (5.1.4.1).
+#[test]
+fn what_is_longer_than_the_mtu_does_not_come_to_a_driver_that_relies_on_it() {
+    let tagged = |len: usize| {
+        let mut bytes = frame(MAC, len);
+        bytes[12..14].copy_from_slice(&[0x81, 0]);
+        bytes
+    };
+    for (features, relies) in [(feature::MTU, true), (0, false)] {
+        let mut rig = Rig::with(TestNetwork::with_mtu(1500), features, |builder| builder);
+        (0..8).for_each(|_| rig.offer(2000));
+        for (bytes, fits) in [
+            (frame(MAC, 1514), true),
+            (frame(MAC, 1515), false),
+            (frame(MAC, 1600), false),
+            (tagged(1518), true),
+            (tagged(1519), false),
+        ] {
+            let before = rig.handle.counters().receive_dropped;
+            rig.network.give(TestFrame::new(bytes.clone()));
+            let passes = fits || !relies;
+            assert_eq!(rig.received().map(|frame| frame.bytes), passes.then_some(bytes));
+            assert_eq!(rig.handle.counters().receive_dropped - before, u64::from(!passes));
+        }
+    }
+    // What is to be cut is longer, and its pieces are not.
+    let network = TestNetwork::new(1, Offloads::ALL, Offloads::ALL).of_mtu(1500);
+    let mut rig = Rig::with(network, ALL | feature::MTU, |builder| builder);
+    (0..8).for_each(|_| rig.offer(BUFFER));
+    for (info, passes) in [(segmented(), true), (PacketInfo { gso: None, ..segmented() }, false)] {
+        rig.network.give(TestFrame::new(frame(MAC, 9000)).with_info(info));
+        assert_eq!(rig.received().is_some(), passes);
+    }
+}
+
 /// Where more buffers do not help it is dropped, and never given in part.
 #[test]
 fn a_frame_that_fits_nowhere_is_dropped_and_counted() {

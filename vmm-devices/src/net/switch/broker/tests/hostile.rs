@@ -37,7 +37,7 @@ impl Bad {
         let socket = socket::connect(path).unwrap();
         socket::send_with(&socket, &hello(RING), &[&fd, &theirs]).unwrap();
         let heard = wait_for("an answer", || match socket::receive(&socket).unwrap() {
-            socket::Heard::Message(message, _) => Some(message),
+            socket::Heard::Message(message) => Some(message),
             _ => None,
         });
         assert!(matches!(heard, Message::Welcome { .. }), "{heard:?}");
@@ -144,9 +144,9 @@ fn cve_2020_35517_descriptors_that_are_something_else_are_refused() {
         (short.as_fd().try_clone_to_owned().unwrap(), RING + 1, "powers of two"),
         (short, 1 << 30, "the most"),
         (read_only.into(), RING, "writ"),
-        (file.into(), RING, ""),
-        (bell, RING, "no memfd"),
-        (std::fs::File::open("/dev/zero").unwrap().into(), RING, ""),
+        (file.into(), RING, "seal"),
+        (bell, RING, "no seals"),
+        (std::fs::File::open("/dev/zero").unwrap().into(), RING, "no seals"),
     ];
     for (fd, ring, expected) in cases {
         let (_own, theirs) = socket::bell().unwrap();
@@ -166,25 +166,18 @@ fn cve_2020_35517_descriptors_that_are_something_else_are_refused() {
     assert_eq!(broker.gatekeeper.open_channels().len(), 2);
 }
 
-/// A bell that is full, blocking, or no socket: the broker does not wait for anybody.
+/// A bell that is full, or blocking: the broker does not wait for anybody.
 #[test]
 fn a_bell_that_nobody_hears_stalls_nobody() {
     let (_directory, path) = place();
     let broker = Broker::start(&path);
     let mut good = Good::new(&path);
-    for kind in 0..3 {
+    for full in [false, true] {
         let (memory_fd, _memory) = memory::create(RING).unwrap();
-        let (bell, theirs): (OwnedFd, OwnedFd) = if kind == 2 {
-            let eventfd = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
-            // One more would wait.
-            rustix::io::write(&eventfd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-            (eventfd.try_clone().unwrap(), eventfd)
-        } else {
-            socket::bell().unwrap()
-        };
+        let (bell, theirs) = socket::bell().unwrap();
         // It is the broker's as well: both have the same open file.
         rustix::fs::fcntl_setfl(&theirs, rustix::fs::OFlags::empty()).unwrap();
-        if kind == 1 {
+        if full {
             while rustix::net::send(&theirs, &[0], rustix::net::SendFlags::DONTWAIT).is_ok() {}
         }
         let socket = socket::connect(&path).unwrap();
@@ -199,6 +192,120 @@ fn a_bell_that_nobody_hears_stalls_nobody() {
         drop((socket, bell));
         wait_for("it to be gone", || (broker.ports().len() == 2).then_some(()));
     }
+}
+
+/// A send on what is no unix socket of datagrams may wait, whatever its flags say: none of that becomes a bell.
+#[test]
+fn a_bell_that_is_something_else_is_refused() {
+    let (_directory, path) = place();
+    let broker = Broker::start(&path);
+    let mut good = Good::new(&path);
+    let (memory, _memory) = memory::create(RING).unwrap();
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let connected = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (stream, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let eventfd = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+    let (pipe, _write) = std::io::pipe().unwrap();
+    let bells: [OwnedFd; 6] = [tcp.into(), connected.into(), udp.into(), stream.into(), eventfd, pipe.into()];
+    for bell in bells {
+        let socket = socket::connect(&path).unwrap();
+        socket::send_with(&socket, &hello(RING), &[&memory, &bell]).unwrap();
+        let reason = broker.reason();
+        assert!(reason.contains("a bell that is no unix socket"), "{reason}");
+    }
+    good.talk();
+    assert_eq!(broker.ports().len(), 2);
+}
+
+/// A TCP socket whose close waits until somebody reads, which nobody does.
+fn lingering() -> (OwnedFd, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut idle = 0;
+    while idle < 20 {
+        match rustix::net::send(&ours, &[0; 65536], rustix::net::SendFlags::DONTWAIT) {
+            Ok(_) => idle = 0,
+            Err(_) => {
+                idle += 1;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+    ours.set_nonblocking(false).unwrap();
+    rustix::net::sockopt::set_socket_linger(&ours, Some(Duration::from_secs(3600))).unwrap();
+    (ours.into(), theirs)
+}
+
+/// Descriptors whose close waits for the client, of which the broker has the last: in messages of each kind, and in such that are never
+/// read. The broker has no thread of its own, so that it is known what is under way.
+#[test]
+fn what_a_client_passes_is_closed_where_nobody_waits() {
+    let (tell, told) = std::sync::mpsc::channel();
+    // If it is held up, so is this thread, for ever.
+    std::thread::spawn(move || {
+        let (_directory, path) = place();
+        let switch = Switch::builder("lan", ManualClock::new(1)).build();
+        let builder = SwitchServer::builder(switch.clone(), Gatekeeper::new(AllowAll));
+        let mut server = builder.listen(&path).unwrap();
+        let mut turns = || {
+            for _ in 0..10 {
+                server.turn(Some(Duration::from_millis(2))).unwrap();
+            }
+        };
+        let mut peers = Vec::new();
+        for way in 0..4 {
+            let (slow, peer) = lingering();
+            peers.push(peer);
+            let (memory, _memory) = memory::create(RING).unwrap();
+            let (_bell, theirs) = socket::bell().unwrap();
+            let socket = socket::connect(&path).unwrap();
+            match way {
+                0 => socket::send_with(&socket, &Message::Bell, &[&slow]).unwrap(),
+                1 => socket::send_with(&socket, &hello(RING), &[&slow, &memory]).unwrap(),
+                2 => {
+                    socket::send(&socket, &Message::Bell).unwrap();
+                    socket::send_with(&socket, &Message::Bell, &[&slow]).unwrap();
+                }
+                _ => {
+                    socket::send_with(&socket, &hello(RING), &[&memory, &theirs]).unwrap();
+                    turns();
+                    assert_eq!(switch.ports().len(), 1);
+                    socket::send_with(&socket, &Message::Bell, &[&slow]).unwrap();
+                }
+            }
+            drop(slow);
+            turns();
+            assert_eq!(switch.ports().len(), 0);
+        }
+        drop(server);
+        tell.send(()).unwrap();
+        // Nobody has read, and nobody is held up.
+        drop(peers);
+    });
+    told.recv_timeout(LONGEST).unwrap();
+}
+
+/// The end of a pipe that is passed out of turn is closed when its message is, and never becomes the broker's.
+#[test]
+fn descriptors_out_of_turn_are_not_taken() {
+    let (_directory, path) = place();
+    let broker = Broker::start(&path);
+    let mut good = Good::new(&path);
+    for message in [Message::Bell, Message::Driver { present: true, receive: Offloads::ALL }, hello(RING)] {
+        let bad = Bad::new(&path);
+        let (read, write) = std::io::pipe().unwrap();
+        let read = OwnedFd::from(read);
+        socket::send_with(&bad.socket, &message, &[&read]).unwrap();
+        drop(read);
+        assert!(broker.reason().contains("descriptors out of turn"));
+        wait_for("it to be closed", || {
+            (rustix::io::write(&write, &[0]) == Err(rustix::io::Errno::PIPE)).then_some(())
+        });
+    }
+    good.talk();
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! A broker on a thread of its own, and clients good and bad.
 
+#[cfg(feature = "event-loop")]
+mod device;
 mod hostile;
+mod lying;
 mod processes;
 mod service;
 
@@ -131,7 +134,10 @@ impl Device {
     }
 
     fn with(path: &Path, config: ClientConfig, receive: Offloads) -> Self {
-        let client = SwitchClient::connect(grant(), path, config).unwrap();
+        Self::of(SwitchClient::connect(grant(), path, config).unwrap(), receive)
+    }
+
+    fn of(client: SwitchClient, receive: Offloads) -> Self {
         let ears = Arc::<Ears>::default();
         client.listen(Arc::<Ears>::clone(&ears));
         let agreed = Agreed { transmit: Offloads::ALL, receive, ..Agreed::new(1) };

@@ -189,6 +189,12 @@ fn a_grant_of_the_client_s_own_process_is_needed_too() {
     assert!(a.ports[0].transmit(&PacketInfo::default(), &[VolatileSlice::from(&mut bytes[..])]).is_err());
     b.send(&frame(1, 2, b"to nobody"));
     assert_eq!(a.try_receive(), None);
+    // The broker does not go on with it, and its name and address are free.
+    wait_for("its port to go", || (broker.ports() == ["b"]).then_some(()));
+    let config = ClientConfig::new("a").mac(mac(1));
+    let again = SwitchClient::connect(open(), &path, config).unwrap();
+    assert!(again.link().up && !a.up());
+    drop(again);
     let revoked = open();
     gatekeeper.revoke(revoked.id());
     let refused = SwitchClient::connect(revoked, &path, ClientConfig::new("c"));
