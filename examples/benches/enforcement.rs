@@ -167,17 +167,19 @@ fn switch(rounds: usize) {
 
 fn revocation(rounds: usize, busy: bool) {
     let (mut sockets, mut regions, mut all, mut seen) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut packets = 0;
     for _ in 0..rounds {
         let outcome = Channels::open().cut(busy);
         sockets.extend(outcome.sockets);
         regions.extend(outcome.regions);
         all.push(outcome.all);
         seen.extend(outcome.seen);
+        packets += outcome.packets;
     }
     let used = if busy { ", and guests that send by all of them" } else { "" };
     println!(
         "\n{CHANNELS} channels, {ALL_REGIONS} of them regions, with processors that load from them{used}; a reload takes half of them back, \
-         {rounds} times"
+         {rounds} times; {packets} packets before and meanwhile"
     );
     for (what, times, target) in [
         ("a socket", &mut sockets, Duration::from_millis(1)),

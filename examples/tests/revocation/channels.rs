@@ -117,9 +117,13 @@ impl Channels {
                     let (stop, packets) = (&stop, &packets);
                     scope.spawn(move || {
                         while !stop.load(Ordering::SeqCst) {
-                            for connection in &mut connections {
+                            for (turn, connection) in connections.iter_mut().enumerate() {
                                 guest.reaches_host(connection);
                                 packets.fetch_add(1, Ordering::Relaxed);
+                                // A guest that does not hear what it is told is not listened to after a while.
+                                if turn % 64 == 0 {
+                                    guest.resets();
+                                }
                             }
                         }
                         (guest, connections)
