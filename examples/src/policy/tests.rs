@@ -484,7 +484,9 @@ fn as_much_is_plugged_as_a_limit_says() {
     let unplugged = Arc::new(AtomicU64::new(0));
     for hold in [&two, &three] {
         let counts = Arc::clone(&unplugged);
-        hold.on_revoked(move || drop(counts.fetch_add(1, Ordering::SeqCst)));
+        hold.on_revoked(move || {
+            counts.fetch_add(1, Ordering::SeqCst);
+        });
     }
     enforcement.reload(Policy::parse("labels l").unwrap()).unwrap();
     assert_eq!(unplugged.load(Ordering::SeqCst), 2);
