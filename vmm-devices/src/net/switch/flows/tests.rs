@@ -304,16 +304,16 @@ fn no_bytes_whatever_pass_unasked_or_panic() {
     let mut seed = 1_u64;
     let mut random = || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        seed >> 33
+        usize::try_from(seed >> 33).unwrap()
     };
     let base = packet(Packet::Syn, ("a", 4000), ("b", 80));
     for _ in 0..20_000 {
         let mut frame = base.clone();
         for _ in 0..1 + random() % 8 {
-            let at = 12 + random() as usize % (frame.len() - 12);
-            frame[at] = random() as u8;
+            let at = 12 + random() % (frame.len() - 12);
+            frame[at] = u8::try_from(random() % 256).unwrap();
         }
-        frame.truncate(14 + random() as usize % (frame.len() - 13));
+        frame.truncate(14 + random() % (frame.len() - 13));
         assert!(!lan.passes("a", "b", &frame), "{frame:x?}");
     }
     assert!(lan.table.is_empty());
