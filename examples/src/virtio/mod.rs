@@ -142,13 +142,11 @@ impl VirtioDevices {
         match lock_image(&file, *read_only) {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 let (other, take) = if *read_only {
-                    ("writes to it", "end that one")
+                    ("it is written to by another program or disk", "end that one")
                 } else {
-                    ("has it open", "take it read-only (,ro)")
+                    ("another program or disk has it open", "take it read-only (,ro)")
                 };
-                bail!(
-                    "disk {shown}: another program {other}, and an image has one writer or readers alone; {take}"
-                );
+                bail!("disk {shown}: {other}, and an image has one writer or readers alone; {take}");
             }
             Err(error) => tracing::warn!(%shown, %error, "nobody is kept from writing to a disk, too"),
             Ok(()) => {}

@@ -87,8 +87,8 @@ fn a_disk_that_another_program_has_is_refused() {
     file.as_file().set_len(2 << 20).unwrap();
     let path = file.path().to_str().unwrap();
     for (read_only, lock, says) in [
-        (false, File::try_lock_shared as fn(&File) -> _, "another program has it open"),
-        (true, File::try_lock, "another program writes to it"),
+        (false, File::try_lock_shared as fn(&File) -> _, "another program or disk has it open"),
+        (true, File::try_lock, "it is written to by another program or disk"),
     ] {
         let Some(mut linux) = linux("disk of another", "mmio") else { return };
         lock(file.as_file()).unwrap();

@@ -16,7 +16,8 @@ fn devices_that_cannot_be_are_refused_with_a_way_out() {
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     let disk = path("disk");
     std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
-    let many = ["--disk", &disk].repeat(8);
+    let read_only = format!("{disk},ro");
+    let many = ["--disk", &read_only].repeat(8);
     let (port, same) = (format!("a,{}", path("a")), format!("a,{}", path("b")));
     let nowhere = format!("a,{}", path("no/where"));
     let deterministic = "leave --console virtio or --deterministic";
@@ -26,6 +27,7 @@ fn devices_that_cannot_be_are_refused_with_a_way_out() {
         (&["--deterministic", "--disk", &disk], "--disk goes with no deterministic run"),
         (&["--deterministic", "--balloon", "1"], "--balloon goes with no deterministic run"),
         (&many, "take --transport pci"),
+        (&["--disk", &disk, "--disk", &disk], "an image has one writer or readers alone"),
         (&["--balloon", "257"], "a balloon of 257 MiB is more than the 256 MiB of RAM"),
         // Pages of it would be counted from zero again.
         (&["--balloon", "72057594037927937"], "a balloon of 72057594037927937 MiB is more"),
