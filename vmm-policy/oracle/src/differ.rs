@@ -93,31 +93,33 @@ pub(crate) fn times(rules: usize) -> Result<f64> {
     let policy = monitor.policy();
     let cedar = Cedar::new(policy.document())?;
     let names: Vec<&str> = policy.parties().collect();
-    let state = |at: usize| State { lifecycle: Lifecycle::Running, attested: at % 2 == 0 };
+    let state = |at: u32| {
+        let (lifecycle, attested) = Workload::state(at as usize);
+        State { lifecycle, attested }
+    };
     let mut rng = fastrand::Rng::with_seed(1);
     let mut times = Vec::new();
+    let mut name = String::new();
     let begin = Instant::now();
     // Hundreds where that takes no longer than seconds.
     while times.len() < 2000 && (times.len() < 21 || begin.elapsed().as_secs() < 10) {
-        let asked = workload.request(&mut rng);
-        let peer = asked.peer.map(|peer| (names[peer], state(peer)));
-        let request = cedar.request(
-            (names[asked.asker], state(asked.asker)),
-            peer,
-            asked.action,
-            &asked.object,
-            &[],
-        )?;
+        let asked = workload.asked(&mut rng);
+        name.clear();
+        asked.write_name(&mut name);
+        let object = asked.object(&name);
+        let side = |at: u32| (names[at as usize], state(at));
+        let peer = asked.peer.map(side);
+        let request = cedar.request(side(asked.asker), peer, asked.action, &object, &[])?;
         let start = Instant::now();
         let theirs = black_box(cedar.allows(black_box(&request)));
         times.push(start.elapsed().as_nanos() as f64);
-        let ours = monitor.check(&asked.of(&ids)).permits();
+        let ours = monitor.check(&asked.of(&name, &ids)).permits();
         if ours != theirs {
             bail!(
-                "{} to {} {}: {ours} here, {theirs} by Cedar",
-                names[asked.asker],
+                "{} to {} {object} of {:?}: {ours} here, {theirs} by Cedar",
+                names[asked.asker as usize],
                 asked.action,
-                asked.object
+                peer.map(|(name, _)| name),
             );
         }
     }

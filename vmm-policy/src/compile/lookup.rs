@@ -1,10 +1,15 @@
 //! Decisions. As much work for ten rules as for a hundred thousand, and no allocation.
 
-use super::build::{ANY, Cell, Entry, Segment, Table, WIDE_FAMILIES, cell_key, related, slot};
+use super::cells::{ANY, cell_key, related};
 use super::classes::{Class, NOBODY};
 use super::conditions::Facts;
 use super::model::{Model, Strength};
+use super::ranges::{Entry, Parts};
+use super::table::Table;
 use crate::model::{Layer, Object, Op, RuleId, Value, Verdict};
+
+/// Families of which there are cells for all that have the same label, or different ones.
+pub(super) const WIDE_FAMILIES: usize = 4;
 
 /// How many cells there can be for one request: asker or any, by peer, any and nobody, and one for each family.
 pub(crate) const CELLS: usize = 6 + WIDE_FAMILIES;
@@ -15,18 +20,62 @@ pub(crate) struct Ruling {
     pub(crate) verdict: Verdict,
     pub(crate) layer: Layer,
     pub(crate) rule: Option<RuleId>,
-    /// The lists of limits that it falls under; 0 for none.
-    pub(crate) limits: [u32; CELLS],
+    /// The lists of limits that it falls under.
+    limits: [u32; CELLS],
+    limit_count: u8,
 }
 
 impl Ruling {
     pub(crate) fn denied(layer: Layer) -> Self {
-        Self { verdict: Verdict::Deny, layer, rule: None, limits: [0; CELLS] }
+        Self { verdict: Verdict::Deny, layer, rule: None, limits: [0; CELLS], limit_count: 0 }
+    }
+
+    /// The lists of limits that it falls under.
+    pub(crate) fn limits(&self) -> &[u32] {
+        self.limits.get(..usize::from(self.limit_count)).unwrap_or(&[])
+    }
+
+    fn add_limits(&mut self, list: u32) {
+        if list != 0
+            && let Some(place) = self.limits.get_mut(usize::from(self.limit_count))
+        {
+            *place = list;
+            self.limit_count += 1;
+        }
+    }
+}
+
+/// The strongest rule whose condition holds, and the strongest that would open it and whose condition does not.
+#[derive(Clone, Copy)]
+struct Best {
+    rule: Entry,
+    missed: u32,
+}
+
+/// Weaker than any.
+const NO_RANK: u32 = u32::MAX;
+
+impl Best {
+    /// Whether weaker ones of the same list count.
+    #[inline]
+    fn consider(&mut self, entry: Entry, model: &Model, facts: &Facts) -> bool {
+        if entry.rank >= self.rule.rank {
+            return false;
+        }
+        if entry.condition == 0 || model.conditions.holds(entry.condition, facts) {
+            self.rule = entry;
+            return false;
+        }
+        if entry.strength().opens() {
+            self.missed = self.missed.min(entry.rank);
+        }
+        true
     }
 }
 
 impl Table {
     /// The number that stands for an object, and the class that it has if it was declared.
+    #[inline]
     pub(crate) fn object(&self, model: &Model, object: &Object<'_>) -> (u64, u32) {
         match object.value() {
             Value::Number(number) => (number, NOBODY),
@@ -38,91 +87,42 @@ impl Table {
     }
 
     /// The class of a declared object.
+    #[inline]
     pub(crate) fn object_class(&self, kind: crate::Kind, atom: u64) -> u32 {
         let of_kind = self.object_classes.get(kind as usize);
         of_kind.and_then(|of_kind| of_kind.get(usize::try_from(atom).ok()?)).copied().unwrap_or(NOBODY)
     }
 
+    #[inline]
     pub(crate) fn class(&self, class: u32) -> Option<&Class> {
         self.classes.get(class as usize)
     }
 
     /// The keys of the cells that there may be for asker and peer.
     #[inline]
-    pub(super) fn cell_keys_of(&self, op: Op, asker: u32, peer: u32, mut each: impl FnMut(u64)) {
-        // `Op::COUNT` of them; keys count from 1, indices from 0.
+    pub(super) fn cell_keys_of(&self, op: Op, asker: &Class, peer: &Class, mut each: impl FnMut(u64)) {
+        // Bit by bit: the asker and the peer, any peer, nobody; whoever asks and the same; families.
         let shapes = self.shapes.get(op.index()).copied().unwrap_or(0);
-        if shapes & 1 != 0 && peer != NOBODY {
-            each(cell_key(op, asker, peer));
-        }
-        if shapes & 2 != 0 && peer != NOBODY {
-            each(cell_key(op, asker, ANY));
-        }
-        let about_nobody = shapes & 0b10_0100 != 0;
-        let unnamed =
-            about_nobody && (peer == NOBODY || self.class(peer).is_some_and(|class| class.is_object));
-        if shapes & 4 != 0 && unnamed {
-            each(cell_key(op, asker, NOBODY));
-        }
-        if shapes & 8 != 0 && peer != NOBODY {
-            each(cell_key(op, ANY, peer));
-        }
-        if shapes & 16 != 0 && peer != NOBODY {
-            each(cell_key(op, ANY, ANY));
-        }
-        if shapes & 32 != 0 && unnamed {
-            each(cell_key(op, ANY, NOBODY));
+        let named = if peer.id == NOBODY { 0 } else { 0b01_1011 };
+        let unnamed = if peer.id == NOBODY || peer.is_object { 0b10_0100 } else { 0 };
+        let mut wanted = shapes & (named | unnamed);
+        while wanted != 0 {
+            let shape = wanted.trailing_zeros();
+            wanted &= wanted - 1;
+            let (who, of) = if shape < 3 { (asker.id, shape) } else { (ANY, shape - 3) };
+            each(cell_key(op, who, [peer.id, ANY, NOBODY][of as usize % 3]));
         }
         if shapes >> 6 == 0 {
             return;
         }
-        let (Some(one), Some(other)) = (self.class(asker), self.class(peer)) else { return };
-        for (slot, (one, other)) in one.families.iter().zip(&other.families).enumerate() {
+        let families = |class: &Class| self.families.get(class.id as usize);
+        let (Some(one), Some(other)) = (families(asker), families(peer)) else { return };
+        for (slot, (one, other)) in one.iter().zip(other).enumerate() {
             let same = one == other;
             if *one != 0 && *other != 0 && shapes >> (6 + slot * 2 + usize::from(same)) & 1 == 1 {
                 each(cell_key(op, related(slot, same), ANY));
             }
         }
-    }
-
-    #[inline]
-    pub(super) fn cell(&self, key: u64) -> Option<&Cell> {
-        let places = self.cells.len();
-        let mut at = slot(key, places);
-        loop {
-            let cell = self.cells.get(at)?;
-            if cell.key == key {
-                return Some(cell);
-            }
-            if cell.key == 0 {
-                return None;
-            }
-            at = (at + 1) & (places - 1);
-        }
-    }
-
-    pub(super) fn segments_of_cell(&self, cell: &Cell) -> &[Segment] {
-        let first = cell.segments as usize;
-        self.segments.get(first..first + cell.segment_count as usize).unwrap_or(&[])
-    }
-
-    pub(super) fn entries_of_segment(&self, segment: &Segment) -> &[Entry] {
-        let first = segment.entries as usize;
-        self.entries.get(first..first + segment.entry_count as usize).unwrap_or(&[])
-    }
-
-    #[inline]
-    fn segment(&self, cell: &Cell, value: u64) -> Option<&Segment> {
-        let segments = self.segments_of_cell(cell);
-        let at =
-            if let [_] = segments { 1 } else { segments.partition_point(|segment| segment.first <= value) };
-        let segment = segments.get(at.checked_sub(1)?)?;
-        (segment.first <= value && value <= segment.last).then_some(segment)
-    }
-
-    /// Limits of a list.
-    pub(crate) fn limits(&self, list: u32) -> &[u32] {
-        self.limit_lists.get(list as usize).map_or(&[], |list| list)
     }
 
     /// Lattice and own walls of the two, and of a declared object that is asked for beside its peer.
@@ -132,19 +132,29 @@ impl Table {
         if !asker.permits(peer, flow) {
             return Some(Layer::Lattice);
         }
-        let both = asker.wall | peer.wall;
         let meets = asker.wall != 0 && peer.wall != 0 && (flow.reads() || flow.writes());
-        (meets && self.wall_is_hit(both)).then_some(Layer::Wall)
+        (meets && self.walls_meet(asker.wall, peer.wall)).then_some(Layer::Wall)
+    }
+
+    /// Whether two histories, neither of which has had to do with two labels of one wall, have together.
+    #[inline]
+    pub(crate) fn walls_meet(&self, one: u64, other: u64) -> bool {
+        let both = one | other;
+        // Where one of them has the other's labels, both are that one.
+        both != one && both != other && self.wall_is_hit(both)
     }
 
     /// Whether a history has had to do with two of the labels of one wall.
     #[inline]
     pub(crate) fn wall_is_hit(&self, history: u64) -> bool {
-        self.walls.iter().any(|wall| (history & wall).count_ones() > 1)
+        self.walls.iter().any(|wall| {
+            let labels = history & wall;
+            // More than the lowest bit is there.
+            labels & labels.wrapping_sub(1) != 0
+        })
     }
 
-    /// What the policy says, walls' histories and limits apart.
-    #[inline]
+    /// What the policy says between two classes, walls' histories and limits apart.
     pub(crate) fn decide(
         &self,
         model: &Model,
@@ -154,43 +164,51 @@ impl Table {
         value: u64,
         facts: &Facts,
     ) -> Ruling {
-        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else {
-            return Ruling::denied(Layer::Identity);
-        };
-        if let Some(layer) = self.barrier(op, asker_class, peer_class) {
+        match (self.class(asker), self.class(peer)) {
+            (Some(asker), Some(peer)) => self.judge(model, op, asker, peer, value, facts),
+            _ => Ruling::denied(Layer::Identity),
+        }
+    }
+
+    /// The same.
+    #[inline]
+    pub(crate) fn judge(
+        &self,
+        model: &Model,
+        op: Op,
+        asker: &Class,
+        peer: &Class,
+        value: u64,
+        facts: &Facts,
+    ) -> Ruling {
+        if let Some(layer) = self.barrier(op, asker, peer) {
             return Ruling::denied(layer);
         }
         let mut ruling = Ruling::denied(Layer::Type);
-        let mut best: Option<Entry> = None;
-        // What would have been allowed at another time.
-        let mut missed: Option<Entry> = None;
-        let mut lists = ruling.limits.iter_mut();
+        let mut best = Best { rule: Entry { rank: NO_RANK, condition: 0 }, missed: NO_RANK };
         self.cell_keys_of(op, asker, peer, |key| {
-            let Some(segment) = self.cell(key).and_then(|cell| self.segment(cell, value)) else { return };
-            if segment.limits != 0
-                && let Some(place) = lists.next()
-            {
-                *place = segment.limits;
-            }
-            for entry in self.entries_of_segment(segment) {
-                if best.is_some_and(|best| best.rank <= entry.rank) {
-                    break;
+            let Some(cell) = self.cells.get(key) else { return };
+            match self.ranges.said(cell, value).parts() {
+                Parts::Nothing => (),
+                Parts::One(entry) => {
+                    best.consider(entry, model, facts);
                 }
-                if entry.condition == 0 || model.conditions.holds(entry.condition, facts) {
-                    best = Some(*entry);
-                    break;
-                }
-                if entry.strength().opens() && missed.is_none_or(|missed| entry.rank < missed.rank) {
-                    missed = Some(*entry);
+                Parts::Listed(list) => {
+                    let (entries, limits) = self.ranges.listed(list);
+                    ruling.add_limits(limits);
+                    // Up to the first that holds.
+                    let _ = entries.iter().all(|entry| best.consider(*entry, model, facts));
                 }
             }
         });
-        let Some(entry) = best else {
-            if let Some(missed) = missed {
+        let entry = best.rule;
+        if entry.rank == NO_RANK {
+            if best.missed != NO_RANK {
+                let missed = Entry { rank: best.missed, condition: 0 };
                 (ruling.layer, ruling.rule) = (Layer::Attribute, Some(RuleId(missed.rule())));
             }
             return ruling;
-        };
+        }
         ruling.rule = Some(RuleId(entry.rule()));
         ruling.layer = if entry.condition == 0 { Layer::Type } else { Layer::Attribute };
         ruling.verdict = match entry.strength() {

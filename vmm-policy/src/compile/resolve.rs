@@ -534,7 +534,7 @@ impl<'r> Resolver<'r> {
         {
             if let Some(family) = wide(targets)
                 && !model.wide_families.contains(&family)
-                && model.wide_families.len() < super::build::WIDE_FAMILIES
+                && model.wide_families.len() < super::lookup::WIDE_FAMILIES
             {
                 model.wide_families.push(family);
             }

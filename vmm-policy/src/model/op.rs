@@ -178,7 +178,7 @@ impl Kind {
     }
 
     /// What can be done with objects of the kind, and which way information goes then.
-    pub fn actions(self) -> &'static [(Action, Flow)] {
+    pub const fn actions(self) -> &'static [(Action, Flow)] {
         use Action::*;
         match self {
             Self::Vsock => &[(Connect, Flow::Both), (Accept, Flow::Both)],
@@ -219,6 +219,26 @@ impl Kind {
     }
 }
 
+/// By kind and action, one more than the flow; 0 for what cannot be done. A decision begins with it.
+static FLOWS: [[u8; Action::ALL.len()]; Kind::ALL.len()] = flows();
+
+#[allow(clippy::indexing_slicing, reason = "it is computed when the crate is compiled")]
+const fn flows() -> [[u8; Action::ALL.len()]; Kind::ALL.len()] {
+    let mut flows = [[0; Action::ALL.len()]; Kind::ALL.len()];
+    let mut kind = 0;
+    while kind < Kind::ALL.len() {
+        let actions = Kind::ALL[kind].actions();
+        let mut at = 0;
+        while at < actions.len() {
+            let (action, flow) = actions[at];
+            flows[kind][action as usize] = flow as u8 + 1;
+            at += 1;
+        }
+        kind += 1;
+    }
+    flows
+}
+
 /// An action on a kind of object that knows it. There is no other way to have one than [`new`](Self::new), so that what
 /// makes no sense (to ring a disk) cannot be asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -234,8 +254,10 @@ impl Op {
 
     /// `action` on a `kind`, if that can be.
     pub fn new(kind: Kind, action: Action) -> Option<Self> {
-        let (_, flow) = kind.actions().iter().find(|(known, _)| *known == action)?;
-        Some(Self { kind, action, flow: *flow as u8 })
+        match FLOWS.get(kind as usize)?.get(action as usize)? {
+            0 => None,
+            flow => Some(Self { kind, action, flow: flow - 1 }),
+        }
     }
 
     /// All there are.
@@ -268,6 +290,7 @@ impl Op {
         }
     }
 
+    #[inline]
     pub(crate) fn index(self) -> usize {
         self.kind as usize * Action::ALL.len() + self.action as usize
     }

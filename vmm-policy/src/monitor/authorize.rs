@@ -6,7 +6,7 @@ use arc_swap::{ArcSwap, Cache};
 
 use super::Monitor;
 use super::meter::Charge;
-use super::view::{Resolved, Snapshot};
+use super::view::{Resolved, Snapshot, View};
 use crate::compile::Ruling;
 use crate::model::{Decision, Layer, Request, Verdict};
 
@@ -85,50 +85,47 @@ impl Monitor {
         let mut decision =
             Decision { verdict: ruling.verdict, layer: ruling.layer, rule: ruling.rule, epoch };
         let mut charges = Vec::new();
-        if ruling.limits != [0; crate::compile::CELLS] && mode != Mode::Look {
-            let refused = self.charge(
-                &resolved,
-                view.policy.model.rules.len(),
-                view,
-                request.bytes,
-                mode,
-                &mut charges,
-            );
-            if let Some(limit) = refused {
-                charges.iter().for_each(Charge::give_back);
-                charges.clear();
-                decision = Decision { verdict: Verdict::Deny, layer: Layer::Quota, rule: Some(limit), epoch };
-            } else {
-                // A rate is taken for good.
-                charges.retain(Charge::is_of_channels);
+        if !ruling.limits().is_empty() && mode != Mode::Look {
+            match self.charge(view, &resolved, request.bytes, mode) {
+                Ok(taken) => charges = taken,
+                Err(limit) => {
+                    let rule = Some(view.policy.model.limit_id(limit as usize));
+                    decision = Decision { verdict: Verdict::Deny, layer: Layer::Quota, rule, epoch };
+                }
             }
         }
         Decided { decision, charges }
     }
 
-    /// Takes what the request needs of all limits it falls under; the limit that has not enough.
+    /// Takes what the request needs of all limits that it falls under, or nothing and the limit that has not enough. What is
+    /// given back when the channel closes is returned; a rate is taken for good.
     fn charge(
         &self,
+        view: &View,
         resolved: &Resolved<'_>,
-        rules: usize,
-        view: &super::view::View,
         bytes: u64,
         mode: Mode,
-        charges: &mut Vec<Charge>,
-    ) -> Option<crate::RuleId> {
-        let now = self.shared.clock.monotonic();
-        let lists = resolved.ruling.limits.iter().take_while(|list| **list != 0);
-        for limit in lists.flat_map(|list| view.table.limits(*list)) {
-            let meter = resolved.asker.live.meters.get(*limit as usize).and_then(Option::as_ref);
-            let Some(meter) = meter.filter(|meter| mode == Mode::Open || !meter.is_of_channels()) else {
-                continue;
-            };
-            match meter.take(bytes, now) {
-                Some(charge) => charges.push(charge),
-                None => return Some(crate::RuleId((rules + *limit as usize) as u32)),
+    ) -> Result<Vec<Charge>, u32> {
+        let all = || {
+            let limits = resolved.ruling.limits().iter().flat_map(|list| view.table.limits(*list));
+            limits.filter_map(|limit| {
+                let meter = resolved.asker.meters().get(*limit as usize)?.as_ref()?;
+                (mode == Mode::Open || !meter.is_of_channels()).then_some((*limit, meter))
+            })
+        };
+        let mut now = None;
+        for (at, (limit, meter)) in all().enumerate() {
+            let now = *now.get_or_insert_with(|| self.shared.clock.monotonic());
+            if !meter.take(bytes, now) {
+                all().take(at).for_each(|(_, meter)| meter.give_back(bytes));
+                return Err(limit);
             }
         }
-        None
+        if mode != Mode::Open {
+            return Ok(Vec::new());
+        }
+        let of_channels = all().filter(|(_, meter)| meter.is_of_channels());
+        Ok(of_channels.map(|(_, meter)| Charge::new(meter, bytes)).collect())
     }
 }
 

@@ -90,13 +90,13 @@ impl Monitor {
         let mut view = View {
             policy: policy.clone(),
             table: Arc::clone(&policy.table),
-            places: vec![None; before.places.len()],
+            seats: vec![None; before.seats.len()],
             environment,
         };
         let mut forgotten = Vec::new();
         let mut known = Vec::new();
-        for place in before.subjects() {
-            let subject = &place.subject;
+        for seat in before.subjects() {
+            let subject = seat.subject();
             let (kept, lost): (Vec<String>, Vec<String>) = subject
                 .labels
                 .iter()
@@ -116,9 +116,9 @@ impl Monitor {
         let keys: Vec<_> = known.iter().map(|(_, key)| key.clone()).collect();
         view.table = policy.table_for(&keys)?;
         for (subject, key) in &known {
-            let place = self.place(&view, key, subject, &before.meters_of(subject.id))?;
-            if let Some(slot) = view.places.get_mut(subject.id.slot as usize) {
-                *slot = Some(place);
+            let seat = self.seat(&view, key, subject, &before.meters_of(subject.id))?;
+            if let Some(slot) = view.seats.get_mut(subject.id.slot as usize) {
+                *slot = Some(Arc::new(seat));
             }
         }
         Ok((view, forgotten))

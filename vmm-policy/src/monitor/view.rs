@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::clock::Clock;
 use super::meter::Meter;
-use crate::compile::{Facts, NOBODY, Ruling, Table, environment_bits, subject_facts};
+use crate::compile::{Class, Facts, NOBODY, Ruling, Table, environment_bits, subject_facts};
 use crate::model::{Layer, Lifecycle, Op, Principal, Request, SubjectId};
 use crate::policy::Policy;
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
@@ -26,23 +26,59 @@ pub(super) struct State {
     pub(super) attested: bool,
 }
 
-/// What a policy makes of a subject.
+/// What a policy makes of a subject: what a decision reads of it lies in one line of the processor's cache.
 #[derive(Debug)]
-pub(super) struct Live {
+#[repr(align(64))]
+pub(super) struct Seat {
+    /// The life of the subject's [`SubjectId`].
+    life: u64,
+    pub(super) class: Class,
     /// The bits that conditions ask for.
     pub(super) facts: AtomicU64,
     /// Its history at walls.
     pub(super) history: AtomicU64,
-    /// What it has used of each limit, by the limit's number; `None` where it falls under none of it.
-    pub(super) meters: Vec<Option<Arc<Meter>>>,
+    behind: Box<Behind>,
 }
 
-#[derive(Clone, Debug)]
-pub(super) struct Place {
-    pub(super) subject: Arc<Subject>,
-    pub(super) class: u32,
-    pub(super) guard: bool,
-    pub(super) live: Arc<Live>,
+const _: () = assert!(size_of::<Seat>() == 64, "a line of the cache");
+
+/// What most decisions do not need.
+#[derive(Debug)]
+struct Behind {
+    subject: Arc<Subject>,
+    /// What it has used of each limit, by the limit's number; `None` where it falls under none of it.
+    meters: Vec<Option<Arc<Meter>>>,
+}
+
+impl Seat {
+    pub(super) fn new(
+        subject: Arc<Subject>,
+        class: Class,
+        facts: u64,
+        history: u64,
+        meters: Vec<Option<Arc<Meter>>>,
+    ) -> Self {
+        Self {
+            life: subject.id.life,
+            class,
+            facts: AtomicU64::new(facts),
+            history: AtomicU64::new(history),
+            behind: Box::new(Behind { subject, meters }),
+        }
+    }
+
+    pub(super) fn subject(&self) -> &Arc<Subject> {
+        &self.behind.subject
+    }
+
+    pub(super) fn meters(&self) -> &[Option<Arc<Meter>>] {
+        &self.behind.meters
+    }
+
+    /// Whether levels and walls are not asked about it.
+    pub(super) fn guard(&self) -> bool {
+        self.class.exempt
+    }
 }
 
 /// A policy, and what it makes of who is there.
@@ -50,7 +86,7 @@ pub(super) struct View {
     pub(super) policy: Policy,
     pub(super) table: Arc<Table>,
     /// By [`SubjectId`]'s slot.
-    pub(super) places: Vec<Option<Place>>,
+    pub(super) seats: Vec<Option<Arc<Seat>>>,
     pub(super) environment: AtomicU64,
 }
 
@@ -65,11 +101,11 @@ pub(super) struct Snapshot {
 #[derive(Clone, Copy)]
 pub(super) struct Resolved<'s> {
     pub(super) op: Op,
-    pub(super) asker: &'s Place,
+    pub(super) asker: &'s Seat,
     /// If it is a subject.
-    pub(super) peer: Option<&'s Place>,
+    pub(super) peer: Option<&'s Seat>,
     /// Of the subject, or of the object that stands for itself.
-    pub(super) peer_class: u32,
+    pub(super) peer_class: &'s Class,
     pub(super) ruling: Ruling,
 }
 
@@ -77,19 +113,19 @@ impl Snapshot {
     pub(super) fn empty(policy: Policy, clock: &dyn Clock) -> Self {
         let table = Arc::clone(&policy.table);
         let environment = AtomicU64::new(environment_bits(&policy.model.conditions, clock.wall(), []));
-        Self { epoch: 0, main: View { policy, table, places: Vec::new(), environment }, shadow: None }
+        Self { epoch: 0, main: View { policy, table, seats: Vec::new(), environment }, shadow: None }
     }
 }
 
 impl View {
     #[inline]
-    pub(super) fn place(&self, id: SubjectId) -> Option<&Place> {
-        let place = self.places.get(id.slot as usize)?.as_ref()?;
-        (place.subject.id.life == id.life).then_some(place)
+    pub(super) fn seat(&self, id: SubjectId) -> Option<&Seat> {
+        let seat = self.seats.get(id.slot as usize)?.as_ref()?;
+        (seat.life == id.life).then_some(seat)
     }
 
-    pub(super) fn subjects(&self) -> impl Iterator<Item = &Place> {
-        self.places.iter().flatten()
+    pub(super) fn subjects(&self) -> impl Iterator<Item = &Seat> {
+        self.seats.iter().flatten().map(|seat| &**seat)
     }
 
     /// What the policy says to a request, histories and limits apart.
@@ -97,28 +133,28 @@ impl View {
     pub(super) fn rule(&self, request: &Request<'_>) -> Result<Resolved<'_>, Ruling> {
         let refused = || Ruling::denied(Layer::Identity);
         let op = request.op().ok_or_else(refused)?;
-        let asker = self.place(request.asker).ok_or_else(refused)?;
+        let asker = self.seat(request.asker).ok_or_else(refused)?;
         let peer = match request.peer {
-            Some(id) => Some(self.place(id).ok_or_else(refused)?),
+            Some(id) => Some(self.seat(id).ok_or_else(refused)?),
             None => None,
         };
         let model = &*self.policy.model;
         let (value, object_class) = self.table.object(model, &request.object);
-        let peer_class = peer.map_or(object_class, |peer| peer.class);
+        let object = self.table.class(object_class).ok_or_else(refused)?;
+        let peer_class = peer.map_or(object, |peer| &peer.class);
         let facts = Facts {
-            asker: asker.live.facts.load(Ordering::Relaxed),
-            peer: peer.map_or(0, |peer| peer.live.facts.load(Ordering::Relaxed)),
+            asker: asker.facts.load(Ordering::Relaxed),
+            peer: peer.map_or(0, |peer| peer.facts.load(Ordering::Relaxed)),
             environment: self.environment.load(Ordering::Relaxed),
         };
         // An object that is named beside its peer has levels of its own.
         if peer.is_some()
             && object_class != NOBODY
-            && let (Some(one), Some(object)) = (self.table.class(asker.class), self.table.class(object_class))
-            && let Some(layer) = self.table.barrier(op, one, object)
+            && let Some(layer) = self.table.barrier(op, &asker.class, object)
         {
             return Err(Ruling::denied(layer));
         }
-        let ruling = self.table.decide(model, op, asker.class, peer_class, value, &facts);
+        let ruling = self.table.judge(model, op, &asker.class, peer_class, value, &facts);
         Ok(Resolved { op, asker, peer, peer_class, ruling })
     }
 
@@ -144,7 +180,7 @@ impl View {
 
     /// The meters of a subject, by what their limits say.
     pub(super) fn meters_of(&self, id: SubjectId) -> Vec<(String, Arc<Meter>)> {
-        let meters = self.place(id).map_or(&[][..], |place| &place.live.meters);
+        let meters = self.seat(id).map_or(&[][..], Seat::meters);
         let named = |(at, meter): (usize, &Option<Arc<Meter>>)| {
             Some((limit_text(&self.policy, at), Arc::clone(meter.as_ref()?)))
         };

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::Monitor;
 use super::authorize::Mode;
-use super::view::{Resolved, Snapshot, View};
+use super::view::{Resolved, Seat, Snapshot, View};
 use crate::model::{Decision, Layer, SubjectId, Verdict};
 use crate::sync::{Ordering, lock};
 
@@ -18,14 +18,14 @@ impl Monitor {
     #[inline]
     pub(super) fn wall(&self, now: &Arc<Snapshot>, resolved: &Resolved<'_>, mode: Mode) -> Option<Decision> {
         let flow = resolved.op.flow();
-        if !(flow.reads() || flow.writes()) || resolved.asker.guard {
+        if !(flow.reads() || flow.writes()) || resolved.asker.guard() {
             return None;
         }
-        let asker = resolved.asker.live.history.load(Ordering::Acquire);
+        let asker = resolved.asker.history.load(Ordering::Acquire);
         let peer = match resolved.peer {
-            Some(peer) if peer.guard => return None,
-            Some(peer) => peer.live.history.load(Ordering::Acquire),
-            None => now.main.table.class(resolved.peer_class).map_or(0, |class| class.wall),
+            Some(peer) if peer.guard() => return None,
+            Some(peer) => peer.history.load(Ordering::Acquire),
+            None => resolved.peer_class.wall,
         };
         let both = asker | peer;
         // Neither has a history: the common case costs two loads.
@@ -33,7 +33,7 @@ impl Monitor {
             return None;
         }
         let refusal = Decision { verdict: Verdict::Deny, layer: Layer::Wall, rule: None, epoch: now.epoch };
-        if now.main.table.wall_is_hit(both) {
+        if now.main.table.walls_meet(asker, peer) {
             return Some(refusal);
         }
         let learns =
@@ -46,7 +46,7 @@ impl Monitor {
         // A policy that was put in force meanwhile has histories of its own, and asks again about what is open.
         let current = self.shared.now.load_full();
         let view = &current.main;
-        let (asker, peer) = (resolved.asker.subject.id, resolved.peer.map(|peer| peer.subject.id));
+        let (asker, peer) = (resolved.asker.subject().id, resolved.peer.map(|peer| peer.subject().id));
         let mut gained: BTreeMap<SubjectId, u64> = BTreeMap::new();
         if flow.reads() {
             gained.insert(asker, both);
@@ -65,7 +65,7 @@ impl Monitor {
         let open: Vec<_> = self.shared.registry.all().into_iter().filter(|right| right.is_live()).collect();
         let mut work: Vec<SubjectId> = gained.keys().copied().collect();
         let whole = |view: &View, gained: &BTreeMap<SubjectId, u64>, id: SubjectId| {
-            let own = view.place(id).map_or(0, |place| place.live.history.load(Ordering::Acquire));
+            let own = view.seat(id).map_or(0, |seat| seat.history.load(Ordering::Acquire));
             own | gained.get(&id).copied().unwrap_or(0)
         };
         // Each round adds a bit to somebody, and there are 64 of them.
@@ -82,10 +82,12 @@ impl Monitor {
                     asker if peer == id && right.flow.reads() => asker,
                     _ => continue,
                 };
-                let Some(place) = view.place(learner).filter(|place| !place.guard) else { continue };
+                if view.seat(learner).is_none_or(Seat::guard) {
+                    continue;
+                }
                 let before = whole(view, gained, learner);
                 if before | history != before {
-                    gained.insert(place.subject.id, before | history);
+                    gained.insert(learner, before | history);
                     work.push(learner);
                 }
             }
@@ -97,22 +99,22 @@ impl Monitor {
     fn keep(&self, view: &View, gained: &BTreeMap<SubjectId, u64>) -> bool {
         let model = &*view.policy.model;
         for (id, history) in gained {
-            let Some(place) = view.place(*id) else { continue };
-            let before = place.live.history.load(Ordering::Acquire);
+            let Some(seat) = view.seat(*id) else { continue };
+            let before = seat.history.load(Ordering::Acquire);
             for (bit, label) in model.wall_labels.iter().enumerate() {
                 if (history & !before) >> bit & 1 == 0 {
                     continue;
                 }
                 let Some(name) = model.labels.get(*label as usize) else { return false };
-                if self.shared.history.record(&place.subject.principal, name).is_err() {
+                if self.shared.history.record(&seat.subject().principal, name).is_err() {
                     return false;
                 }
             }
         }
         // All of it is kept; what is kept and not done does no harm.
         for (id, history) in gained {
-            if let Some(place) = view.place(*id) {
-                place.live.history.fetch_or(*history, Ordering::AcqRel);
+            if let Some(seat) = view.seat(*id) {
+                seat.history.fetch_or(*history, Ordering::AcqRel);
             }
         }
         true
