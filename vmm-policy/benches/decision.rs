@@ -51,7 +51,9 @@ fn main() {
         });
         println!("a load that depends on the one before takes {}", waits.join(", "));
     }
-    for rules in if quick { vec![10] } else { vec![10, 1000, 10_000, 100_000] } {
+    let only = std::env::args().filter_map(|argument| argument.parse().ok()).next();
+    let all: &[usize] = if quick { &[10] } else { &[10, 1000, 10_000, 100_000] };
+    for rules in only.map_or(all.to_vec(), |only| vec![only]) {
         let workload = Workload::new(rules);
         let begin = Instant::now();
         let (monitor, subjects) = workload.monitor().unwrap();
@@ -59,6 +61,11 @@ fn main() {
         let all = workload.distinct(if quick { 4096 } else { REQUESTS }, &mut fastrand::Rng::with_seed(1));
         let mut judge = monitor.judge();
         run(&mut judge, &all, &subjects, BATCHES[0]);
+        if std::env::var_os("LOOP").is_some() {
+            for _ in 0..30 {
+                run(&mut judge, &all, &subjects, BATCHES[0]);
+            }
+        }
         let times = BATCHES.map(|batch| run(&mut judge, &all, &subjects, batch));
         let at = |times: &[f64], part: f64| times[((times.len() - 1) as f64 * part) as usize];
         let (p50, p99) = (at(&times[0], 0.5), at(&times[0], 0.99));

@@ -65,16 +65,16 @@ impl Coverage {
         {
             ruling = crate::compile::Ruling::denied(layer);
         }
-        match ruling.rule.and_then(|rule| self.counts.get_mut(rule.0 as usize)) {
+        match ruling.rule().and_then(|rule| self.counts.get_mut(rule.0 as usize)) {
             Some(count) => *count += 1,
             None => self.denied_by_default += 1,
         }
-        let line = ruling.rule.and_then(|rule| self.policy.rule(rule)).map(|rule| rule.line);
+        let line = ruling.rule().and_then(|rule| self.policy.rule(rule)).map(|rule| rule.line);
         Ok(Entry {
             request: scene.shown,
-            verdict: ruling.verdict,
+            verdict: ruling.verdict(model),
             layer: ruling.layer,
-            rule: ruling.rule,
+            rule: ruling.rule(),
             line,
         })
     }

@@ -28,8 +28,7 @@ fn tried_edges(policy: &Policy, facts: &[Facts]) -> Vec<(usize, usize)> {
                 let class = peer.map_or(object, |peer| subjects[peer]);
                 let barred =
                     table.barrier(op, table.class(*asker).unwrap(), table.class(object).unwrap()).is_some();
-                let opens =
-                    |facts| table.decide(model, op, *asker, class, value, facts).verdict != Verdict::Deny;
+                let opens = |facts| !table.decide(model, op, *asker, class, value, facts).denies();
                 if barred || !facts.iter().any(opens) {
                     return;
                 }

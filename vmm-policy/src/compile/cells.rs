@@ -3,6 +3,8 @@
 //! It is a hash table of which each place has what a decision needs in most cases, in 16 bytes, and of which four lie together in a line of the
 //! processor's cache: a decision reads one line for each way in which rules may be about asker and peer, whether there is a cell or not.
 
+use std::hash::{BuildHasher, RandomState};
+
 use super::lookup::WIDE_FAMILIES;
 use crate::limits;
 use crate::model::Op;
@@ -13,8 +15,6 @@ pub(super) const ANY: u32 = (1 << CLASS_BITS) - 1;
 const CLASS_BITS: u32 = 17;
 const KEY_BITS: u32 = 43;
 const KEY: u64 = (1 << KEY_BITS) - 1;
-/// What a range's length is that has no end.
-const ENDLESS: u64 = u64::MAX >> KEY_BITS;
 
 const _: () = assert!(Op::COUNT + 1 < 1 << (KEY_BITS - 2 * CLASS_BITS), "an action has nine bits");
 const _: () = assert!(limits::CLASSES + 1 + 2 * WIDE_FAMILIES < 1 << CLASS_BITS, "a class has 17 bits");
@@ -42,16 +42,16 @@ pub(super) fn split_related(asker: u32) -> Option<(usize, bool)> {
 /// Where it stands what is said of the objects of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Body {
-    /// Of one range of objects, and of no others: its first, how many there are (`None`: all that follow), and what is said, of
-    /// [`Said`](super::ranges::Said).
-    Range { first: u32, length: Option<u32>, said: u32 },
+    /// Of one range of objects, and of no others: its first, how many there are ([`ENDLESS`](Self::ENDLESS): all that follow), and what is
+    /// said, of [`Said`](super::ranges::Said).
+    Range { first: u32, length: u32, said: u32 },
     /// So many edges from this one on, of 32 bits or of 64.
     Edges { from: u32, count: u32, wide: bool },
 }
 
 impl Body {
-    /// The most that [`Body::Range`] can be long.
-    pub(super) const LONGEST: u64 = ENDLESS - 1;
+    /// The length of a range that has no end; one that has is shorter.
+    pub(super) const ENDLESS: u32 = (u64::MAX >> KEY_BITS) as u32;
 }
 
 /// A key in the lower 43 bits of a word, 0 for no cell. Above it the length of the range, 0 where there are edges.
@@ -67,22 +67,41 @@ const WIDE: u32 = 1 << 31;
 impl Cell {
     pub(super) fn new(key: u64, body: Body) -> Self {
         let (length, first, said) = match body {
-            Body::Range { first, length, said } => (length.map_or(ENDLESS, u64::from), first, said),
+            Body::Range { first, length, said } => (u64::from(length), first, said),
             Body::Edges { from, count, wide } => (0, from, count | if wide { WIDE } else { 0 }),
         };
         Self { word: key | length << KEY_BITS, first, said }
     }
 
+    #[inline(always)]
     pub(super) fn key(&self) -> u64 {
         self.word & KEY
     }
 
-    #[inline]
+    /// Whether it is that of a key, and is about more than one range.
+    #[inline(always)]
+    pub(super) fn has_edges(&self, key: u64) -> bool {
+        // The length is 0, and nothing is left of the key.
+        self.word == key
+    }
+
+    /// The first, the length and what is said, if it has one range.
+    #[inline(always)]
+    pub(super) fn range(&self) -> (u64, u32, u32) {
+        (self.first.into(), (self.word >> KEY_BITS) as u32, self.said)
+    }
+
+    /// Where its edges are, and whether they have 64 bits, if it has some.
+    #[inline(always)]
+    pub(super) fn edges(&self) -> (std::ops::Range<usize>, bool) {
+        let from = self.first as usize;
+        (from..from + (self.said & !WIDE) as usize, self.said & WIDE != 0)
+    }
+
     pub(super) fn body(&self) -> Body {
         match self.word >> KEY_BITS {
             0 => Body::Edges { from: self.first, count: self.said & !WIDE, wide: self.said & WIDE != 0 },
-            ENDLESS => Body::Range { first: self.first, length: None, said: self.said },
-            length => Body::Range { first: self.first, length: Some(length as u32), said: self.said },
+            length => Body::Range { first: self.first, length: length as u32, said: self.said },
         }
     }
 }
@@ -94,12 +113,40 @@ const PLACES: usize = 4;
 #[repr(align(64))]
 struct Line([Cell; PLACES]);
 
+impl Line {
+    /// The cell of a key, or another one.
+    #[inline(always)]
+    fn find(&self, key: u64) -> Cell {
+        let Self(cells) = self;
+        let [_, two, three, four] = cells;
+        // Which of the four it is nobody can foresee, so that this is no branch.
+        let place = usize::from(two.key() == key)
+            + 2 * usize::from(three.key() == key)
+            + 3 * usize::from(four.key() == key);
+        cells.get(place % PLACES).copied().unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn is_full(&self) -> bool {
+        let Self([.., last]) = self;
+        last.word != 0
+    }
+}
+
 /// All of them. Cells are added and not removed.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Cells {
     lines: Vec<Line>,
+    /// Odd.
+    factor: u64,
     /// In ascending order.
     keys: Vec<u64>,
+}
+
+impl Default for Cells {
+    fn default() -> Self {
+        Self { lines: Vec::new(), factor: RandomState::new().hash_one(0) | 1, keys: Vec::new() }
+    }
 }
 
 impl Cells {
@@ -108,31 +155,34 @@ impl Cells {
         &self.keys
     }
 
+    #[inline(always)]
     fn line_of(&self, key: u64) -> usize {
-        let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        // The upper half, scaled to the number of lines, which is below 2^32.
-        ((mixed >> 32) * self.lines.len() as u64 >> 32) as usize
+        // The upper half of the product, scaled to the number of lines, which is below 2^32: multiply-shift hashing (Dietzfelbinger),
+        // by whose random factor no two keys are likely to lie together, whoever has chosen them.
+        ((key.wrapping_mul(self.factor) >> 32) * self.lines.len() as u64 >> 32) as usize
     }
 
-    #[inline]
-    pub(super) fn get(&self, key: u64) -> Option<&Cell> {
-        let mut at = self.line_of(key);
+    /// The cell of a key; where there is none, some cell, whose key is another one.
+    #[inline(always)]
+    pub(super) fn get(&self, key: u64) -> Cell {
+        let at = self.line_of(key);
+        let Some(line) = self.lines.get(at) else { return Cell::default() };
+        let found = line.find(key);
+        // Nine lines of ten have an empty place.
+        if line.is_full() { self.get_further(key, at, found) } else { found }
+    }
+
+    fn get_further(&self, key: u64, mut at: usize, mut found: Cell) -> Cell {
         // There are more places than cells, so that some line has an empty place.
-        loop {
-            let Line(cells) = self.lines.get(at)?;
-            let here = cells
-                .iter()
-                .zip(0..)
-                .fold(0, |hits, (cell, place)| hits | u32::from(cell.key() == key) << place);
-            if here != 0 {
-                return cells.get(here.trailing_zeros() as usize);
-            }
-            if cells.last().is_none_or(|last| last.word == 0) {
-                return None;
-            }
+        while found.key() != key {
             at = if at + 1 == self.lines.len() { 0 } else { at + 1 };
+            let Some(line) = self.lines.get(at) else { break };
+            found = line.find(key);
+            if !line.is_full() {
+                break;
+            }
         }
+        found
     }
 
     /// Adds cells that are not in it.
@@ -178,16 +228,16 @@ mod tests {
         let mut cells = Cells::default();
         let mut known = std::collections::BTreeMap::new();
         let ops: Vec<Op> = Op::all().collect();
-        assert!(cells.get(cell_key(ops[0], 1, 2)).is_none());
+        assert_ne!(cells.get(cell_key(ops[0], 1, 2)).key(), cell_key(ops[0], 1, 2));
         for _ in 0..40 {
             let mut fresh = Vec::new();
             for _ in 0..rng.usize(..200) {
                 let key = cell_key(ops[rng.usize(..ops.len())], rng.u32(..300), rng.u32(..300));
                 let body = match rng.u8(..3) {
-                    0 => Body::Range { first: rng.u32(..), length: None, said: rng.u32(..) },
+                    0 => Body::Range { first: rng.u32(..), length: Body::ENDLESS, said: rng.u32(..) },
                     1 => Body::Range {
                         first: rng.u32(..),
-                        length: Some(rng.u32(1..1 << 20)),
+                        length: rng.u32(1..Body::ENDLESS),
                         said: rng.u32(..),
                     },
                     _ => Body::Edges { from: rng.u32(..), count: rng.u32(..1 << 31), wide: rng.bool() },
@@ -195,24 +245,25 @@ mod tests {
                 if known.insert(key, body).is_none() {
                     fresh.push(Cell::new(key, body));
                 } else {
-                    known.insert(key, cells.get(key).map_or_else(|| fresh_body(&fresh, key), Cell::body));
+                    known.insert(key, fresh_body(&fresh, key).unwrap_or_else(|| cells.get(key).body()));
                 }
             }
             cells.extend(fresh);
             assert_eq!(cells.keys(), known.keys().copied().collect::<Vec<_>>());
             for (key, body) in &known {
-                assert_eq!(cells.get(*key).map(|cell| (cell.key(), cell.body())), Some((*key, *body)));
+                let cell = cells.get(*key);
+                assert_eq!((cell.key(), cell.body()), (*key, *body));
             }
             for _ in 0..1000 {
                 let key = cell_key(ops[rng.usize(..ops.len())], rng.u32(..300), rng.u32(..300));
-                assert_eq!(cells.get(key).is_some(), known.contains_key(&key));
+                assert_eq!(cells.get(key).key() == key, known.contains_key(&key));
             }
         }
         assert!(known.len() > 3000);
     }
 
-    fn fresh_body(fresh: &[Cell], key: u64) -> Body {
-        fresh.iter().find(|cell| cell.key() == key).unwrap().body()
+    fn fresh_body(fresh: &[Cell], key: u64) -> Option<Body> {
+        fresh.iter().find(|cell| cell.key() == key).map(Cell::body)
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub(crate) struct Class {
     pub(crate) categories: u64,
     pub(crate) wall: u64,
     pub(crate) id: u32,
+    /// Of [`Ways`](super::ways::Ways).
+    pub(super) level: u32,
     pub(crate) secrecy: u8,
     pub(crate) integrity: u8,
     /// Neither levels nor walls are asked about it: a guard, or nobody.
@@ -53,6 +55,7 @@ impl Class {
     pub(super) fn new(id: u32, key: &ClassKey) -> Self {
         Self {
             id,
+            level: 0,
             categories: key.categories,
             wall: if key.guard { 0 } else { key.wall },
             secrecy: key.secrecy,

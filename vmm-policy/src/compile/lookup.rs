@@ -4,9 +4,9 @@ use super::cells::{ANY, cell_key, related};
 use super::classes::{Class, NOBODY};
 use super::conditions::Facts;
 use super::model::{Model, Strength};
-use super::ranges::{Entry, Parts};
+use super::ranges::{Entry, Parts, Said};
 use super::table::Table;
-use crate::model::{Layer, Object, Op, RuleId, Value, Verdict};
+use crate::model::{Flow, Layer, Object, Op, RuleId, Value, Verdict};
 
 /// Families of which there are cells for all that have the same label, or different ones.
 pub(super) const WIDE_FAMILIES: usize = 4;
@@ -14,33 +14,64 @@ pub(super) const WIDE_FAMILIES: usize = 4;
 /// How many cells there can be for one request: asker or any, by peer, any and nobody, and one for each family.
 pub(crate) const CELLS: usize = 6 + WIDE_FAMILIES;
 
-/// What the table says.
+/// What the table says, in the words of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ruling {
-    pub(crate) verdict: Verdict,
+    pub(crate) strength: Strength,
     pub(crate) layer: Layer,
-    pub(crate) rule: Option<RuleId>,
-    /// The lists of limits that it falls under.
-    limits: [u32; CELLS],
-    limit_count: u8,
+    /// The highest number for none.
+    rule: u32,
 }
+
+const NO_RULE: u32 = u32::MAX;
 
 impl Ruling {
     pub(crate) fn denied(layer: Layer) -> Self {
-        Self { verdict: Verdict::Deny, layer, rule: None, limits: [0; CELLS], limit_count: 0 }
+        Self { strength: Strength::Deny, layer, rule: NO_RULE }
     }
 
-    /// The lists of limits that it falls under.
-    pub(crate) fn limits(&self) -> &[u32] {
-        self.limits.get(..usize::from(self.limit_count)).unwrap_or(&[])
+    pub(crate) fn denies(self) -> bool {
+        !self.strength.opens()
     }
 
-    fn add_limits(&mut self, list: u32) {
+    pub(crate) fn rule(self) -> Option<RuleId> {
+        (self.rule != NO_RULE).then_some(RuleId(self.rule))
+    }
+
+    #[inline]
+    pub(crate) fn verdict(self, model: &Model) -> Verdict {
+        match self.strength {
+            // What most requests are answered with, in the order of how many.
+            Strength::Deny => Verdict::Deny,
+            Strength::Allow => Verdict::Allow,
+            // It is in the rule, with its rate.
+            _ => model.rules.get(self.rule as usize).map_or(Verdict::Deny, |rule| rule.verdict),
+        }
+    }
+}
+
+/// The lists of limits that a request falls under.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    lists: [u32; CELLS],
+    count: usize,
+}
+
+impl Limits {
+    pub(crate) fn none() -> Self {
+        Self { lists: [0; CELLS], count: 0 }
+    }
+
+    pub(crate) fn lists(&self) -> &[u32] {
+        self.lists.get(..self.count).unwrap_or(&[])
+    }
+
+    fn add(&mut self, list: u32) {
         if list != 0
-            && let Some(place) = self.limits.get_mut(usize::from(self.limit_count))
+            && let Some(place) = self.lists.get_mut(self.count)
         {
             *place = list;
-            self.limit_count += 1;
+            self.count += 1;
         }
     }
 }
@@ -57,12 +88,12 @@ const NO_RANK: u32 = u32::MAX;
 
 impl Best {
     /// Whether weaker ones of the same list count.
-    #[inline]
-    fn consider(&mut self, entry: Entry, model: &Model, facts: &Facts) -> bool {
+    #[inline(always)]
+    fn consider(&mut self, entry: Entry, model: &Model, facts: &impl Fn() -> Facts) -> bool {
         if entry.rank >= self.rule.rank {
             return false;
         }
-        if entry.condition == 0 || model.conditions.holds(entry.condition, facts) {
+        if entry.condition == 0 || model.conditions.holds(entry.condition, &facts()) {
             self.rule = entry;
             return false;
         }
@@ -99,41 +130,59 @@ impl Table {
     }
 
     /// The keys of the cells that there may be for asker and peer.
-    #[inline]
+    #[inline(always)]
     pub(super) fn cell_keys_of(&self, op: Op, asker: &Class, peer: &Class, mut each: impl FnMut(u64)) {
         // Bit by bit: the asker and the peer, any peer, nobody; whoever asks and the same; families.
         let shapes = self.shapes.get(op.index()).copied().unwrap_or(0);
-        let named = if peer.id == NOBODY { 0 } else { 0b01_1011 };
-        let unnamed = if peer.id == NOBODY || peer.is_object { 0b10_0100 } else { 0 };
+        let nobody = peer.id == NOBODY;
+        let named = u16::from(nobody).wrapping_sub(1) & !0b10_0100;
+        let unnamed = u16::from(nobody | peer.is_object).wrapping_neg() & 0b10_0100;
         let mut wanted = shapes & (named | unnamed);
         while wanted != 0 {
             let shape = wanted.trailing_zeros();
             wanted &= wanted - 1;
-            let (who, of) = if shape < 3 { (asker.id, shape) } else { (ANY, shape - 3) };
-            each(cell_key(op, who, [peer.id, ANY, NOBODY][of as usize % 3]));
-        }
-        if shapes >> 6 == 0 {
-            return;
-        }
-        let families = |class: &Class| self.families.get(class.id as usize);
-        let (Some(one), Some(other)) = (families(asker), families(peer)) else { return };
-        for (slot, (one, other)) in one.iter().zip(other).enumerate() {
-            let same = one == other;
-            if *one != 0 && *other != 0 && shapes >> (6 + slot * 2 + usize::from(same)) & 1 == 1 {
-                each(cell_key(op, related(slot, same), ANY));
-            }
+            let key = if shape < 6 {
+                let who = if shape < 3 { asker.id } else { ANY };
+                cell_key(op, who, [peer.id, ANY, NOBODY, peer.id, ANY, NOBODY][shape as usize % 6])
+            } else if let Some(key) = self.family_key(op, asker, peer, shape - 6) {
+                key
+            } else {
+                continue;
+            };
+            each(key);
         }
     }
 
+    /// The key of the cell for those that have the same label of a family, or different ones, if they do.
+    fn family_key(&self, op: Op, asker: &Class, peer: &Class, shape: u32) -> Option<u64> {
+        let (slot, same) = (shape as usize / 2, shape % 2 == 1);
+        let label =
+            |class: &Class| self.families.get(class.id as usize)?.get(slot).filter(|label| **label != 0);
+        let (one, other) = (label(asker)?, label(peer)?);
+        ((one == other) == same).then(|| cell_key(op, related(slot, same), ANY))
+    }
+
     /// Lattice and own walls of the two, and of a declared object that is asked for beside its peer.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn barrier(&self, op: Op, asker: &Class, peer: &Class) -> Option<Layer> {
+        self.barrier_at(op, asker, asker.wall, peer, peer.wall)
+    }
+
+    /// The same, with histories at walls.
+    #[inline(always)]
+    pub(crate) fn barrier_at(
+        &self,
+        op: Op,
+        asker: &Class,
+        asker_history: u64,
+        peer: &Class,
+        peer_history: u64,
+    ) -> Option<Layer> {
         let flow = op.flow();
-        if !asker.permits(peer, flow) {
+        if !self.ways.permit(asker, peer, flow) {
             return Some(Layer::Lattice);
         }
-        let meets = asker.wall != 0 && peer.wall != 0 && (flow.reads() || flow.writes());
-        (meets && self.walls_meet(asker.wall, peer.wall)).then_some(Layer::Wall)
+        (flow != Flow::None && self.walls_meet(asker_history, peer_history)).then_some(Layer::Wall)
     }
 
     /// Whether two histories, neither of which has had to do with two labels of one wall, have together.
@@ -164,14 +213,18 @@ impl Table {
         value: u64,
         facts: &Facts,
     ) -> Ruling {
-        match (self.class(asker), self.class(peer)) {
-            (Some(asker), Some(peer)) => self.judge(model, op, asker, peer, value, facts),
-            _ => Ruling::denied(Layer::Identity),
+        let (Some(asker), Some(peer)) = (self.class(asker), self.class(peer)) else {
+            return Ruling::denied(Layer::Identity);
+        };
+        match self.barrier(op, asker, peer) {
+            Some(layer) => Ruling::denied(layer),
+            None => self.judge(model, op, asker, peer, value, || *facts, &mut Limits::none()),
         }
     }
 
-    /// The same.
-    #[inline]
+    /// What rules say, and which limits there are.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "what a request is takes so many")]
     pub(crate) fn judge(
         &self,
         model: &Model,
@@ -179,48 +232,47 @@ impl Table {
         asker: &Class,
         peer: &Class,
         value: u64,
-        facts: &Facts,
+        facts: impl Fn() -> Facts,
+        limits: &mut Limits,
     ) -> Ruling {
-        if let Some(layer) = self.barrier(op, asker, peer) {
-            return Ruling::denied(layer);
-        }
-        let mut ruling = Ruling::denied(Layer::Type);
         let mut best = Best { rule: Entry { rank: NO_RANK, condition: 0 }, missed: NO_RANK };
-        self.cell_keys_of(op, asker, peer, |key| {
-            let Some(cell) = self.cells.get(key) else { return };
-            match self.ranges.said(cell, value).parts() {
-                Parts::Nothing => (),
-                Parts::One(entry) => {
-                    best.consider(entry, model, facts);
-                }
-                Parts::Listed(list) => {
-                    let (entries, limits) = self.ranges.listed(list);
-                    ruling.add_limits(limits);
-                    // Up to the first that holds.
-                    let _ = entries.iter().all(|entry| best.consider(*entry, model, facts));
+        self.cell_keys_of(op, asker, peer, |key| match self.said(key, value).parts() {
+            Parts::Nothing => (),
+            Parts::One(entry) => {
+                best.consider(entry, model, &facts);
+            }
+            Parts::Listed(list) => {
+                let (entries, list) = self.ranges.listed(list);
+                limits.add(list);
+                // Up to the first that holds.
+                for entry in entries {
+                    if !best.consider(*entry, model, &facts) {
+                        break;
+                    }
                 }
             }
         });
         let entry = best.rule;
         if entry.rank == NO_RANK {
-            if best.missed != NO_RANK {
-                let missed = Entry { rank: best.missed, condition: 0 };
-                (ruling.layer, ruling.rule) = (Layer::Attribute, Some(RuleId(missed.rule())));
-            }
-            return ruling;
+            let missed = Entry { rank: best.missed, condition: 0 };
+            return if best.missed == NO_RANK {
+                Ruling::denied(Layer::Type)
+            } else {
+                Ruling { rule: missed.rule(), ..Ruling::denied(Layer::Attribute) }
+            };
         }
-        ruling.rule = Some(RuleId(entry.rule()));
-        ruling.layer = if entry.condition == 0 { Layer::Type } else { Layer::Attribute };
-        ruling.verdict = match entry.strength() {
-            Strength::Never | Strength::Deny => Verdict::Deny,
-            Strength::Quarantine => Verdict::Quarantine,
-            Strength::Ask => Verdict::Ask,
-            Strength::Redirect => Verdict::Redirect,
-            Strength::Allow => Verdict::Allow,
-            Strength::Throttle => {
-                model.rules.get(entry.rule() as usize).map_or(Verdict::Deny, |rule| rule.verdict)
-            }
-        };
-        ruling
+        let layer = if entry.condition == 0 { Layer::Type } else { Layer::Attribute };
+        Ruling { strength: entry.strength(), layer, rule: entry.rule() }
+    }
+
+    /// What is said of an object in the cell of a key, if there is one.
+    #[inline(always)]
+    fn said(&self, key: u64, value: u64) -> Said {
+        let cell = self.cells.get(key);
+        if cell.has_edges(key) {
+            return self.ranges.of_edges(cell, value);
+        }
+        // Whether it is there is asked together with whether the object is in its range.
+        self.ranges.of_range(cell, value).only_if(cell.key() == key)
     }
 }

@@ -21,12 +21,13 @@ mod resolve;
 mod table;
 #[cfg(test)]
 mod tests;
+mod ways;
 mod who;
 
 pub(crate) use check::check;
 pub(crate) use classes::{Class, ClassKey, ClassKind, NOBODY};
 pub(crate) use conditions::{Facts, environment_bits, subject_facts};
-pub(crate) use lookup::Ruling;
+pub(crate) use lookup::{Limits, Ruling};
 pub(crate) use model::{LimitDef, Model, PartyDef, RuleDef, Strength};
 pub(crate) use pairs::Steps;
 pub(crate) use resolve::resolve;

@@ -42,7 +42,10 @@ impl Table {
         let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
         let mut cells = Vec::new();
         self.cell_keys_of(op, asker_class, peer_class, |key| {
-            cells.extend(self.cells.get(key).map(|cell| self.ranges.of(cell).peekable()));
+            let cell = self.cells.get(key);
+            if cell.key() == key {
+                cells.push(self.ranges.of(&cell).peekable());
+            }
         });
         let mut entries: Vec<Entry> = Vec::new();
         let mut at = 0_u64;

@@ -62,7 +62,13 @@ impl Said {
         ))
     }
 
-    #[inline]
+    /// Nothing, unless that is so; without a branch.
+    #[inline(always)]
+    pub(super) fn only_if(self, so: bool) -> Self {
+        Self(self.0 & u32::from(so).wrapping_neg())
+    }
+
+    #[inline(always)]
     pub(super) fn parts(self) -> Parts {
         match self.0 {
             0 => Parts::Nothing,
@@ -136,30 +142,28 @@ impl Ranges {
         Self { limit_lists: vec![Vec::new()], ..Self::default() }
     }
 
-    /// What a cell says of an object.
-    #[inline]
-    pub(super) fn said(&self, cell: &Cell, value: u64) -> Said {
-        match cell.body() {
-            Body::Range { first, length, said } => {
-                let inside = value
-                    .checked_sub(first.into())
-                    .is_some_and(|at| length.is_none_or(|length| at < length.into()));
-                if inside { Said(said) } else { Said::NOTHING }
-            }
-            Body::Edges { from, count, wide: false } => {
-                let edges = self.edges.get(from as usize..(from + count) as usize).unwrap_or(&[]);
-                // No number of such a kind is above that.
-                last_edge(edges, u32::try_from(value).unwrap_or(u32::MAX))
-            }
-            Body::Edges { from, count, wide: true } => {
-                let edges = self.wide_edges.get(from as usize..(from + count) as usize).unwrap_or(&[]);
-                last_edge(edges, value)
-            }
+    /// What is said of an object in a cell that has one range; of one that has more, anything.
+    #[inline(always)]
+    pub(super) fn of_range(&self, cell: Cell, value: u64) -> Said {
+        let (first, length, said) = cell.range();
+        let inside =
+            (value >= first) & ((length == Body::ENDLESS) | (value.wrapping_sub(first) < length.into()));
+        Said(said).only_if(inside)
+    }
+
+    /// What is said of an object in a cell that has edges.
+    #[inline(always)]
+    pub(super) fn of_edges(&self, cell: Cell, value: u64) -> Said {
+        let (all, wide) = cell.edges();
+        if wide {
+            return last_edge(self.wide_edges.get(all).unwrap_or(&[]), value);
         }
+        // No number of such a kind is above that.
+        last_edge(self.edges.get(all).unwrap_or(&[]), u32::try_from(value).unwrap_or(u32::MAX))
     }
 
     /// The rules of a list, strongest first.
-    #[inline]
+    #[inline(always)]
     pub(super) fn listed(&self, list: u32) -> (&[Entry], u32) {
         let Some(list) = self.lists.get(list as usize) else { return (&[], 0) };
         let first = list.entries as usize;
@@ -177,12 +181,12 @@ impl Ranges {
     }
 
     /// The ranges of a cell of which something is said, in order.
-    pub(super) fn of(&self, cell: &Cell) -> impl Iterator<Item = Range> + '_ {
+    pub(super) fn of(&self, cell: &Cell) -> impl Iterator<Item = Range> + use<'_> {
         let (mut at, end, wide, single) = match cell.body() {
             Body::Edges { from, count, wide } => (from as usize, (from + count) as usize, wide, None),
             Body::Range { first, length, said } => {
                 let first = u64::from(first);
-                let last = length.map_or(u64::MAX, |length| first + u64::from(length) - 1);
+                let last = if length == Body::ENDLESS { u64::MAX } else { first + u64::from(length) - 1 };
                 (0, 0, false, Some(Range { first, last, said: Said(said) }))
             }
         };
@@ -360,11 +364,9 @@ fn last_edge<N: Copy + PartialOrd>(edges: &[Edge<N>], value: N) -> Said {
 /// A range that fits into its cell.
 fn single(range: &Range) -> Option<Body> {
     let first = u32::try_from(range.first).ok()?;
-    let length = if range.last == u64::MAX {
-        None
-    } else {
-        let length = range.last - range.first + 1;
-        Some(u32::try_from(length).ok().filter(|length| u64::from(*length) <= Body::LONGEST)?)
+    let length = match range.last {
+        u64::MAX => Body::ENDLESS,
+        last => u32::try_from(last - range.first + 1).ok().filter(|length| *length < Body::ENDLESS)?,
     };
     let Said(said) = range.said;
     Some(Body::Range { first, length, said })

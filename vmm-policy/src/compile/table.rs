@@ -8,6 +8,7 @@ use super::classes::{Class, ClassKey, ClassKind, NOBODY};
 use super::lookup::WIDE_FAMILIES;
 use super::model::Model;
 use super::ranges::Ranges;
+use super::ways::Ways;
 use crate::limits;
 use crate::model::{Kind, Op};
 use crate::syntax::PolicyError;
@@ -32,6 +33,7 @@ pub(crate) struct Table {
     pub(super) cells: Cells,
     pub(super) ranges: Ranges,
     pub(super) walls: Vec<u64>,
+    pub(super) ways: Ways,
 }
 
 impl Table {
@@ -50,6 +52,7 @@ impl Table {
             cells: Cells::default(),
             ranges: Ranges::new(),
             walls: model.walls.iter().map(|(_, mask)| *mask).collect(),
+            ways: Ways::new(),
         };
         table.intern(model, &ClassKey::default())?;
         for key in model.parties.iter().map(|party| &party.class).chain(more) {
@@ -135,7 +138,9 @@ impl Table {
         let class = self.classes.len() as u32;
         self.class_index.insert(key.clone(), class);
         self.keys.push(key.clone());
-        self.classes.push(Class::new(class, key));
+        let mut made = Class::new(class, key);
+        made.level = self.ways.level(&made);
+        self.classes.push(made);
         self.families.push(families_of(model, key));
         Ok(class)
     }

@@ -7,14 +7,8 @@ use arc_swap::{ArcSwap, Cache};
 use super::Monitor;
 use super::meter::Charge;
 use super::view::{Resolved, Snapshot, View};
-use crate::compile::Ruling;
-use crate::model::{Decision, Layer, Request, Verdict};
-
-/// A decision, and what it has taken of limits.
-pub(super) struct Decided {
-    pub(super) decision: Decision,
-    pub(super) charges: Vec<Charge>,
-}
+use crate::compile::Limits;
+use crate::model::{Decision, Layer, Request, RuleId, Verdict};
 
 /// What a decision may do beside deciding.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,7 +33,7 @@ impl Monitor {
 
     /// What [`authorize`](Self::authorize) would say, with nothing taken and nothing written down: limits are not looked at.
     pub fn check(&self, request: &Request<'_>) -> Decision {
-        self.decide(&self.shared.now.load(), request, Mode::Look).decision
+        self.decide(&self.shared.now.load(), request, Mode::Look, None)
     }
 
     /// For a thread that decides often: it looks whether the policy has changed with a load, and not with the two atomic
@@ -48,53 +42,70 @@ impl Monitor {
         Judge { monitor: self.clone(), cache: Cache::new(Arc::clone(&self.shared.now)) }
     }
 
+    #[inline]
     fn authorize_in(&self, now: &Arc<Snapshot>, request: &Request<'_>) -> Decision {
-        let Decided { decision, .. } = self.decide(now, request, Mode::Once);
+        let decision = self.decide(now, request, Mode::Once, None);
         self.told(now, request, &decision);
         decision
     }
 
     /// Tells those who listen.
+    #[inline(always)]
     pub(super) fn told(&self, now: &Snapshot, request: &Request<'_>, decision: &Decision) {
+        if self.shared.observer.is_some() || now.shadow.is_some() {
+            self.tell(now, request, decision);
+        }
+    }
+
+    #[cold]
+    fn tell(&self, now: &Snapshot, request: &Request<'_>, decision: &Decision) {
         self.observe(|observer| observer.decided(request, decision));
         if let Some(shadow) = &now.shadow {
             self.compare_shadow(shadow, request, decision);
         }
     }
 
+    /// The decision; what a channel takes for as long as it is open is added to `charges`.
     #[inline]
-    pub(super) fn decide(&self, now: &Arc<Snapshot>, request: &Request<'_>, mode: Mode) -> Decided {
-        let epoch = now.epoch;
-        let view = &now.main;
-        let resolved = match view.rule(request) {
-            Ok(resolved) => resolved,
-            Err(ruling) => return denied(&ruling, epoch),
+    pub(super) fn decide(
+        &self,
+        now: &Arc<Snapshot>,
+        request: &Request<'_>,
+        mode: Mode,
+        charges: Option<&mut Vec<Charge>>,
+    ) -> Decision {
+        let (epoch, view) = (now.epoch, &now.main);
+        let Some(resolved) = view.resolve(request) else {
+            return denied(Layer::Identity, None, epoch);
         };
-        let Resolved { ruling, .. } = resolved;
-        if ruling.verdict == Verdict::Deny {
-            return denied(&ruling, epoch);
+        let mut limits = Limits::none();
+        let ruling = view.judge(&resolved, resolved.histories(), &mut limits);
+        if ruling.denies() {
+            return denied(ruling.layer, ruling.rule(), epoch);
         }
-        if let Some(refused) = self.wall(now, &resolved, mode) {
+        // `reconsider` looks at what is open, whose histories are written.
+        if mode != Mode::Look && resolved.learns() && !self.learn(now, &resolved) {
             // Histories are those of the policy in force; once for each that was put in force meanwhile.
             let current = self.shared.now.load_full();
             if current.epoch != epoch {
-                return self.decide(&current, request, mode);
+                return self.decide(&current, request, mode, charges);
             }
-            return Decided { decision: refused, charges: Vec::new() };
+            return denied(Layer::Wall, None, epoch);
         }
-        let mut decision =
-            Decision { verdict: ruling.verdict, layer: ruling.layer, rule: ruling.rule, epoch };
-        let mut charges = Vec::new();
-        if !ruling.limits().is_empty() && mode != Mode::Look {
-            match self.charge(view, &resolved, request.bytes, mode) {
-                Ok(taken) => charges = taken,
+        if !limits.lists().is_empty() && mode != Mode::Look {
+            match self.charge(view, &resolved, &limits, request.bytes, mode) {
+                Ok(taken) => {
+                    if let Some(charges) = charges {
+                        charges.extend(taken);
+                    }
+                }
                 Err(limit) => {
-                    let rule = Some(view.policy.model.limit_id(limit as usize));
-                    decision = Decision { verdict: Verdict::Deny, layer: Layer::Quota, rule, epoch };
+                    return denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch);
                 }
             }
         }
-        Decided { decision, charges }
+        let verdict = ruling.verdict(&view.policy.model);
+        Decision { verdict, layer: ruling.layer, rule: ruling.rule(), epoch }
     }
 
     /// Takes what the request needs of all limits that it falls under, or nothing and the limit that has not enough. What is
@@ -103,11 +114,12 @@ impl Monitor {
         &self,
         view: &View,
         resolved: &Resolved<'_>,
+        limits: &Limits,
         bytes: u64,
         mode: Mode,
     ) -> Result<Vec<Charge>, u32> {
         let all = || {
-            let limits = resolved.ruling.limits().iter().flat_map(|list| view.table.limits(*list));
+            let limits = limits.lists().iter().flat_map(|list| view.table.limits(*list));
             limits.filter_map(|limit| {
                 let meter = resolved.asker.meters().get(*limit as usize)?.as_ref()?;
                 (mode == Mode::Open || !meter.is_of_channels()).then_some((*limit, meter))
@@ -129,9 +141,9 @@ impl Monitor {
     }
 }
 
-fn denied(ruling: &Ruling, epoch: u64) -> Decided {
-    let decision = Decision { verdict: Verdict::Deny, layer: ruling.layer, rule: ruling.rule, epoch };
-    Decided { decision, charges: Vec::new() }
+#[inline(always)]
+fn denied(layer: Layer, rule: Option<RuleId>, epoch: u64) -> Decision {
+    Decision { verdict: Verdict::Deny, layer, rule, epoch }
 }
 
 /// Decides for one thread; see [`Monitor::judge`]. What it says is that of the policy in force when it is asked.
@@ -152,7 +164,7 @@ impl Judge {
     #[inline]
     pub fn check(&mut self, request: &Request<'_>) -> Decision {
         let now = self.cache.load();
-        self.monitor.decide(now, request, Mode::Look).decision
+        self.monitor.decide(now, request, Mode::Look, None)
     }
 }
 

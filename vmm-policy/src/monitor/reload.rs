@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::subjects::class_key;
-use super::view::{Snapshot, Subject, View};
+use super::view::{Seat, Snapshot, Subject, View};
 use super::{Monitor, MonitorError};
 use crate::analysis::Change;
 use crate::compile::environment_bits;
@@ -70,7 +70,7 @@ impl Monitor {
         let mut closes = Vec::new();
         for right in self.shared.registry.all().iter().filter(|right| right.is_live()) {
             let Some(request) = right.request.get() else { continue };
-            let decision = self.decide(&after, &request, super::authorize::Mode::Look).decision;
+            let decision = self.decide(&after, &request, super::authorize::Mode::Look, None);
             if !right.honours.accepts(decision.verdict) {
                 closes.push((OpenChannel::new(right), decision));
             }
@@ -90,9 +90,12 @@ impl Monitor {
         let mut view = View {
             policy: policy.clone(),
             table: Arc::clone(&policy.table),
-            seats: vec![None; before.seats.len()],
+            seats: before.seats.iter().map(|_| None).collect(),
             environment,
         };
+        if let Some(first) = view.seats.first_mut() {
+            *first = Some(Seat::nobody());
+        }
         let mut forgotten = Vec::new();
         let mut known = Vec::new();
         for seat in before.subjects() {

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use super::clock::Clock;
 use super::meter::Meter;
-use crate::compile::{Class, Facts, NOBODY, Ruling, Table, environment_bits, subject_facts};
-use crate::model::{Layer, Lifecycle, Op, Principal, Request, SubjectId};
+use crate::compile::{
+    Class, ClassKey, Facts, Limits, NOBODY, Ruling, Table, environment_bits, subject_facts,
+};
+use crate::model::{Lifecycle, Op, Principal, Request, SubjectId};
 use crate::policy::Policy;
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
@@ -67,6 +69,18 @@ impl Seat {
         }
     }
 
+    /// Nobody's, which is asked for where a request leads to nobody.
+    pub(super) fn nobody() -> Arc<Self> {
+        let subject = Subject {
+            id: SubjectId::NOBODY,
+            principal: Principal::Host("".into()),
+            labels: None,
+            digest: None,
+            state: Mutex::new(State { lifecycle: Lifecycle::default(), attested: false }),
+        };
+        Arc::new(Self::new(Arc::new(subject), Class::from(&ClassKey::default()), 0, 0, Vec::new()))
+    }
+
     pub(super) fn subject(&self) -> &Arc<Subject> {
         &self.behind.subject
     }
@@ -75,7 +89,7 @@ impl Seat {
         &self.behind.meters
     }
 
-    /// Whether levels and walls are not asked about it.
+    /// Whether levels and walls are not asked about it: it has no history then.
     pub(super) fn guard(&self) -> bool {
         self.class.exempt
     }
@@ -85,7 +99,7 @@ impl Seat {
 pub(super) struct View {
     pub(super) policy: Policy,
     pub(super) table: Arc<Table>,
-    /// By [`SubjectId`]'s slot.
+    /// By [`SubjectId`]'s slot; in the first is nobody.
     pub(super) seats: Vec<Option<Arc<Seat>>>,
     pub(super) environment: AtomicU64,
 }
@@ -102,60 +116,97 @@ pub(super) struct Snapshot {
 pub(super) struct Resolved<'s> {
     pub(super) op: Op,
     pub(super) asker: &'s Seat,
-    /// If it is a subject.
-    pub(super) peer: Option<&'s Seat>,
-    /// Of the subject, or of the object that stands for itself.
-    pub(super) peer_class: &'s Class,
-    pub(super) ruling: Ruling,
+    /// A subject, or nobody.
+    pub(super) peer: &'s Seat,
+    /// The class that the object has if it was declared.
+    object: &'s Class,
+    /// The object's number.
+    value: u64,
+}
+
+impl<'s> Resolved<'s> {
+    /// The class of the subject, or of the object that stands for itself.
+    #[inline(always)]
+    pub(super) fn peer_class(&self) -> &'s Class {
+        // Which of them nobody can foresee: no branch.
+        let either = [self.object, &self.peer.class];
+        either.get(usize::from(self.is_of_subject())).copied().unwrap_or(self.object)
+    }
+
+    /// Whether it leads to a subject.
+    #[inline(always)]
+    pub(super) fn is_of_subject(&self) -> bool {
+        self.peer.class.id != NOBODY
+    }
+
+    /// The histories at walls of asker and peer.
+    #[inline(always)]
+    pub(super) fn histories(&self) -> (u64, u64) {
+        let of = |seat: &Seat| seat.history.load(Ordering::Acquire);
+        let of_object = self.object.wall & u64::from(self.is_of_subject()).wrapping_sub(1);
+        // Nobody has none.
+        (of(self.asker), of(self.peer) | of_object)
+    }
 }
 
 impl Snapshot {
     pub(super) fn empty(policy: Policy, clock: &dyn Clock) -> Self {
         let table = Arc::clone(&policy.table);
         let environment = AtomicU64::new(environment_bits(&policy.model.conditions, clock.wall(), []));
-        Self { epoch: 0, main: View { policy, table, seats: Vec::new(), environment }, shadow: None }
+        Self {
+            epoch: 0,
+            main: View { policy, table, seats: vec![Some(Seat::nobody())], environment },
+            shadow: None,
+        }
     }
 }
 
 impl View {
-    #[inline]
+    #[inline(always)]
     pub(super) fn seat(&self, id: SubjectId) -> Option<&Seat> {
         let seat = self.seats.get(id.slot as usize)?.as_ref()?;
         (seat.life == id.life).then_some(seat)
     }
 
     pub(super) fn subjects(&self) -> impl Iterator<Item = &Seat> {
-        self.seats.iter().flatten().map(|seat| &**seat)
+        self.seats.iter().skip(1).flatten().map(|seat| &**seat)
     }
 
-    /// What the policy says to a request, histories and limits apart.
-    #[inline]
-    pub(super) fn rule(&self, request: &Request<'_>) -> Result<Resolved<'_>, Ruling> {
-        let refused = || Ruling::denied(Layer::Identity);
-        let op = request.op().ok_or_else(refused)?;
-        let asker = self.seat(request.asker).ok_or_else(refused)?;
-        let peer = match request.peer {
-            Some(id) => Some(self.seat(id).ok_or_else(refused)?),
-            None => None,
-        };
-        let model = &*self.policy.model;
-        let (value, object_class) = self.table.object(model, &request.object);
-        let object = self.table.class(object_class).ok_or_else(refused)?;
-        let peer_class = peer.map_or(object, |peer| &peer.class);
-        let facts = Facts {
-            asker: asker.facts.load(Ordering::Relaxed),
-            peer: peer.map_or(0, |peer| peer.facts.load(Ordering::Relaxed)),
-            environment: self.environment.load(Ordering::Relaxed),
-        };
+    /// Who and what is meant; nothing if there is no such subject, or such an object knows no such action.
+    #[inline(always)]
+    pub(super) fn resolve(&self, request: &Request<'_>) -> Option<Resolved<'_>> {
+        let op = request.op()?;
+        let (asker, peer) =
+            (self.seat(request.asker)?, self.seat(request.peer.unwrap_or(SubjectId::NOBODY))?);
+        let (value, class) = self.table.object(&self.policy.model, &request.object);
+        Some(Resolved { op, asker, peer, object: self.table.class(class)?, value })
+    }
+
+    /// What the policy says where asker and peer have these histories at walls, and which limits it falls under.
+    #[inline(always)]
+    pub(super) fn judge(
+        &self,
+        resolved: &Resolved<'_>,
+        (of_asker, of_peer): (u64, u64),
+        limits: &mut Limits,
+    ) -> Ruling {
+        let Resolved { op, asker, peer, object, value } = *resolved;
         // An object that is named beside its peer has levels of its own.
-        if peer.is_some()
-            && object_class != NOBODY
+        if (object.id != NOBODY) & resolved.is_of_subject()
             && let Some(layer) = self.table.barrier(op, &asker.class, object)
         {
-            return Err(Ruling::denied(layer));
+            return Ruling::denied(layer);
         }
-        let ruling = self.table.judge(model, op, &asker.class, peer_class, value, &facts);
-        Ok(Resolved { op, asker, peer, peer_class, ruling })
+        let peer_class = resolved.peer_class();
+        if let Some(layer) = self.table.barrier_at(op, &asker.class, of_asker, peer_class, of_peer) {
+            return Ruling::denied(layer);
+        }
+        let facts = || Facts {
+            asker: asker.facts.load(Ordering::Relaxed),
+            peer: peer.facts.load(Ordering::Relaxed),
+            environment: self.environment.load(Ordering::Relaxed),
+        };
+        self.table.judge(&self.policy.model, op, &asker.class, peer_class, value, facts, limits)
     }
 
     /// The meters of a subject of `class`; those of `before` whose limits say the same go on.

@@ -8,56 +8,48 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::Monitor;
-use super::authorize::Mode;
 use super::view::{Resolved, Seat, Snapshot, View};
-use crate::model::{Decision, Layer, SubjectId, Verdict};
+use crate::model::SubjectId;
 use crate::sync::{Ordering, lock};
 
+impl Resolved<'_> {
+    /// Whether somebody's history grows, if this is allowed. That no wall is between the two has been seen to; guards have no history, and
+    /// learn none.
+    #[inline(always)]
+    pub(super) fn learns(&self) -> bool {
+        let (asker, peer) = self.histories();
+        // The common case: neither has a history, or both have the same.
+        asker != peer && self.learns_of(asker, peer)
+    }
+
+    fn learns_of(&self, asker: u64, peer: u64) -> bool {
+        let (both, flow) = (asker | peer, self.op.flow());
+        let reads = flow.reads() && both != asker;
+        let writes = flow.writes() && both != peer && self.is_of_subject();
+        (reads || writes) && !self.asker.guard() && !(self.is_of_subject() && self.peer.guard())
+    }
+}
+
 impl Monitor {
-    /// The refusal, if a wall is between the two. What is new in a history is kept before this says that it may be.
-    #[inline]
-    pub(super) fn wall(&self, now: &Arc<Snapshot>, resolved: &Resolved<'_>, mode: Mode) -> Option<Decision> {
+    /// Has both learn of each other as the request says, and all that are behind them; whether no wall is hit. What is new in a history
+    /// is kept before this says that it may be.
+    #[cold]
+    pub(super) fn learn(&self, now: &Arc<Snapshot>, resolved: &Resolved<'_>) -> bool {
         let flow = resolved.op.flow();
-        if !(flow.reads() || flow.writes()) || resolved.asker.guard() {
-            return None;
-        }
-        let asker = resolved.asker.history.load(Ordering::Acquire);
-        let peer = match resolved.peer {
-            Some(peer) if peer.guard() => return None,
-            Some(peer) => peer.history.load(Ordering::Acquire),
-            None => resolved.peer_class.wall,
-        };
-        let both = asker | peer;
-        // Neither has a history: the common case costs two loads.
-        if both == 0 {
-            return None;
-        }
-        let refusal = Decision { verdict: Verdict::Deny, layer: Layer::Wall, rule: None, epoch: now.epoch };
-        if now.main.table.walls_meet(asker, peer) {
-            return Some(refusal);
-        }
-        let learns =
-            (flow.reads() && both != asker) || (flow.writes() && resolved.peer.is_some() && both != peer);
-        // `reconsider` looks at what is open, whose histories are written.
-        if !learns || mode == Mode::Look {
-            return None;
-        }
         let _guard = lock(&self.shared.wall);
         // A policy that was put in force meanwhile has histories of its own, and asks again about what is open.
         let current = self.shared.now.load_full();
         let view = &current.main;
-        let (asker, peer) = (resolved.asker.subject().id, resolved.peer.map(|peer| peer.subject().id));
+        let (asker, peer) = resolved.histories();
+        let both = asker | peer;
         let mut gained: BTreeMap<SubjectId, u64> = BTreeMap::new();
         if flow.reads() {
-            gained.insert(asker, both);
+            gained.insert(resolved.asker.subject().id, both);
         }
-        if let Some(peer) = peer.filter(|_| flow.writes()) {
-            gained.insert(peer, both);
+        if flow.writes() && resolved.is_of_subject() {
+            gained.insert(resolved.peer.subject().id, both);
         }
-        if current.epoch != now.epoch || !self.spread(view, &mut gained) || !self.keep(view, &gained) {
-            return Some(refusal);
-        }
-        None
+        current.epoch == now.epoch && self.spread(view, &mut gained) && self.keep(view, &gained)
     }
 
     /// Adds to `gained` what others learn of it by the channels that are open; whether no wall is hit.
