@@ -43,7 +43,7 @@ pub(super) fn split_related(asker: u32) -> Option<(usize, bool)> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Body {
     /// Of one range of objects, and of no others: its first, how many there are ([`ENDLESS`](Self::ENDLESS): all that follow), and what is
-    /// said, of [`Said`](super::ranges::Said).
+    /// said, of [`Said`](super::said::Said).
     Range { first: u32, length: u32, said: u32 },
     /// So many edges from this one on, of 32 bits or of 64.
     Edges { from: u32, count: u32, wide: bool },
@@ -159,7 +159,7 @@ impl Cells {
     fn line_of(&self, key: u64) -> usize {
         // The upper half of the product, scaled to the number of lines, which is below 2^32: multiply-shift hashing (Dietzfelbinger),
         // by whose random factor no two keys are likely to lie together, whoever has chosen them.
-        ((key.wrapping_mul(self.factor) >> 32) * self.lines.len() as u64 >> 32) as usize
+        (((key.wrapping_mul(self.factor) >> 32) * self.lines.len() as u64) >> 32) as usize
     }
 
     /// The cell of a key; where there is none, some cell, whose key is another one.
@@ -168,7 +168,7 @@ impl Cells {
         let at = self.line_of(key);
         let Some(line) = self.lines.get(at) else { return Cell::default() };
         let found = line.find(key);
-        // Nine lines of ten have an empty place.
+        // Most lines have an empty place.
         if line.is_full() { self.get_further(key, at, found) } else { found }
     }
 
@@ -192,8 +192,8 @@ impl Cells {
         }
         self.keys.extend(fresh.iter().map(Cell::key));
         self.keys.sort_unstable();
-        // Two and a half cells a line: one in ten lines is full then.
-        let wanted = self.keys.len() * 2 / 5 + 1;
+        // Two cells a line: one in twenty lines is full then.
+        let wanted = self.keys.len() / 2 + 1;
         if wanted > self.lines.len() {
             let before = std::mem::take(&mut self.lines);
             fresh.extend(before.iter().flat_map(|Line(cells)| cells).filter(|cell| cell.word != 0));

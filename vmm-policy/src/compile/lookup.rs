@@ -4,9 +4,9 @@ use super::cells::{ANY, cell_key, related};
 use super::classes::{Class, NOBODY};
 use super::conditions::Facts;
 use super::model::{Model, Strength};
-use super::ranges::{Entry, Parts, Said};
+use super::said::Said;
 use super::table::Table;
-use crate::model::{Flow, Layer, Object, Op, RuleId, Value, Verdict};
+use crate::model::{Flow, Layer, Object, Op, Rate, RuleId, Value, Verdict};
 
 /// Families of which there are cells for all that have the same label, or different ones.
 pub(super) const WIDE_FAMILIES: usize = 4;
@@ -17,36 +17,54 @@ pub(crate) const CELLS: usize = 6 + WIDE_FAMILIES;
 /// What the table says, in the words of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ruling {
-    pub(crate) strength: Strength,
+    said: Said,
     pub(crate) layer: Layer,
-    /// The highest number for none.
-    rule: u32,
 }
-
-const NO_RULE: u32 = u32::MAX;
 
 impl Ruling {
     pub(crate) fn denied(layer: Layer) -> Self {
-        Self { strength: Strength::Deny, layer, rule: NO_RULE }
+        Self { said: Said::NOTHING, layer }
     }
 
+    pub(super) fn strength(self) -> Strength {
+        self.said.strength()
+    }
+
+    /// Whether it is a rule whose condition holds, and not the absence of one.
+    pub(super) fn is_by_rule(self, model: &Model) -> bool {
+        self.rule().is_some_and(|rule| {
+            self.strength().opens() || model.rule(rule).is_some_and(|rule| !rule.strength.opens())
+        })
+    }
+
+    #[inline(always)]
     pub(crate) fn denies(self) -> bool {
-        !self.strength.opens()
+        !self.said.strength().opens()
     }
 
+    #[inline(always)]
     pub(crate) fn rule(self) -> Option<RuleId> {
-        (self.rule != NO_RULE).then_some(RuleId(self.rule))
+        self.said.rule().map(RuleId)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn verdict(self, model: &Model) -> Verdict {
-        match self.strength {
-            // What most requests are answered with, in the order of how many.
-            Strength::Deny => Verdict::Deny,
-            Strength::Allow => Verdict::Allow,
-            // It is in the rule, with its rate.
-            _ => model.rules.get(self.rule as usize).map_or(Verdict::Deny, |rule| rule.verdict),
+        // Whether it is allowed nobody can foresee: that is no branch. What is throttled is in the rule, with its rate.
+        const NO_RATE: Rate = Rate { bytes: 0, seconds: 1 };
+        const ALL: [Verdict; 7] = [
+            Verdict::Deny,
+            Verdict::Deny,
+            Verdict::Quarantine,
+            Verdict::Ask,
+            Verdict::Redirect,
+            Verdict::Throttle(NO_RATE),
+            Verdict::Allow,
+        ];
+        let strength = self.said.strength();
+        if strength == Strength::Throttle {
+            return self.rule().and_then(|rule| model.rule(rule)).map_or(Verdict::Deny, |rule| rule.verdict);
         }
+        ALL.get(strength as usize).copied().unwrap_or(Verdict::Deny)
     }
 }
 
@@ -66,6 +84,11 @@ impl Limits {
         self.lists.get(..self.count).unwrap_or(&[])
     }
 
+    #[inline(always)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
     fn add(&mut self, list: u32) {
         if list != 0
             && let Some(place) = self.lists.get_mut(self.count)
@@ -79,26 +102,22 @@ impl Limits {
 /// The strongest rule whose condition holds, and the strongest that would open it and whose condition does not.
 #[derive(Clone, Copy)]
 struct Best {
-    rule: Entry,
-    missed: u32,
+    said: Said,
+    missed: Said,
 }
-
-/// Weaker than any.
-const NO_RANK: u32 = u32::MAX;
 
 impl Best {
     /// Whether weaker ones of the same list count.
-    #[inline(always)]
-    fn consider(&mut self, entry: Entry, model: &Model, facts: &impl Fn() -> Facts) -> bool {
-        if entry.rank >= self.rule.rank {
+    fn consider(&mut self, said: Said, condition: u32, model: &Model, facts: &Facts) -> bool {
+        if said >= self.said {
             return false;
         }
-        if entry.condition == 0 || model.conditions.holds(entry.condition, &facts()) {
-            self.rule = entry;
+        if condition == 0 || model.conditions.holds(condition, facts) {
+            self.said = said;
             return false;
         }
-        if entry.strength().opens() {
-            self.missed = self.missed.min(entry.rank);
+        if said.strength().opens() {
+            self.missed = self.missed.min(said);
         }
         true
     }
@@ -143,7 +162,8 @@ impl Table {
             wanted &= wanted - 1;
             let key = if shape < 6 {
                 let who = if shape < 3 { asker.id } else { ANY };
-                cell_key(op, who, [peer.id, ANY, NOBODY, peer.id, ANY, NOBODY][shape as usize % 6])
+                let of = [peer.id, ANY, NOBODY, peer.id, ANY, NOBODY];
+                cell_key(op, who, of.get(shape as usize).copied().unwrap_or(NOBODY))
             } else if let Some(key) = self.family_key(op, asker, peer, shape - 6) {
                 key
             } else {
@@ -235,34 +255,48 @@ impl Table {
         facts: impl Fn() -> Facts,
         limits: &mut Limits,
     ) -> Ruling {
-        let mut best = Best { rule: Entry { rank: NO_RANK, condition: 0 }, missed: NO_RANK };
-        self.cell_keys_of(op, asker, peer, |key| match self.said(key, value).parts() {
-            Parts::Nothing => (),
-            Parts::One(entry) => {
-                best.consider(entry, model, &facts);
-            }
-            Parts::Listed(list) => {
-                let (entries, list) = self.ranges.listed(list);
-                limits.add(list);
-                // Up to the first that holds.
-                for entry in entries {
-                    if !best.consider(*entry, model, &facts) {
-                        break;
-                    }
-                }
+        let mut best = Best { said: Said::NOTHING, missed: Said::NOTHING };
+        self.cell_keys_of(op, asker, peer, |key| {
+            let said = self.said(key, value);
+            // In most cases there is nothing more to it, and whether a rule is there or not is no branch.
+            if said.is_plain() {
+                best.said = best.said.min(said);
+            } else {
+                best = self.consider(said, best, model, &facts(), limits);
             }
         });
-        let entry = best.rule;
-        if entry.rank == NO_RANK {
-            let missed = Entry { rank: best.missed, condition: 0 };
-            return if best.missed == NO_RANK {
-                Ruling::denied(Layer::Type)
-            } else {
-                Ruling { rule: missed.rule(), ..Ruling::denied(Layer::Attribute) }
-            };
+        let said = best.said;
+        if (said == Said::NOTHING) & (best.missed != Said::NOTHING) {
+            let said = Said::missed(best.missed.rule().unwrap_or(0));
+            return Ruling { said, layer: Layer::Attribute };
         }
-        let layer = if entry.condition == 0 { Layer::Type } else { Layer::Attribute };
-        Ruling { strength: entry.strength(), layer, rule: entry.rule() }
+        let layer = if said.condition() == 0 { Layer::Type } else { Layer::Attribute };
+        Ruling { said, layer }
+    }
+
+    /// A rule with a condition, or rules and limits.
+    #[inline(never)]
+    fn consider(
+        &self,
+        said: Said,
+        mut best: Best,
+        model: &Model,
+        facts: &Facts,
+        limits: &mut Limits,
+    ) -> Best {
+        let Some(list) = said.listed() else {
+            best.consider(said, said.condition(), model, facts);
+            return best;
+        };
+        let (entries, list) = self.ranges.listed(list);
+        limits.add(list);
+        // Up to the first that holds.
+        for entry in entries {
+            if !best.consider(Said::of_list(*entry), entry.condition, model, facts) {
+                break;
+            }
+        }
+        best
     }
 
     /// What is said of an object in the cell of a key, if there is one.

@@ -6,7 +6,11 @@
 //!    strongest first; together the [`Table`]. Where a rule says `any`, there is one cell for it and not one for each class, so
 //!    that there are six cells to look at, however many rules there are.
 //! 4. [`check`]: what `never` says.
+//!
+//! Maps by what a policy chooses have the standard library's hash, whose seed nobody knows: a policy does not choose names that take
+//! quadratic time.
 
+mod beside;
 mod cells;
 mod check;
 mod classes;
@@ -18,12 +22,14 @@ mod names;
 mod pairs;
 mod ranges;
 mod resolve;
+mod said;
 mod table;
 #[cfg(test)]
 mod tests;
 mod ways;
 mod who;
 
+pub(crate) use beside::contradiction;
 pub(crate) use check::check;
 pub(crate) use classes::{Class, ClassKey, ClassKind, NOBODY};
 pub(crate) use conditions::{Facts, environment_bits, subject_facts};

@@ -3,7 +3,7 @@
 use super::cells::{ANY, split_key, split_related};
 use super::classes::NOBODY;
 use super::model::{Model, Strength};
-use super::ranges::Entry;
+use super::said::Entry;
 use super::table::Table;
 use crate::limits;
 use crate::model::Op;

@@ -1,94 +1,12 @@
 //! Ranges of objects, and which rules there are for each.
 
-use std::collections::BTreeMap;
-
-use rustc_hash::FxHashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::cells::{Body, Cell};
-use super::model::{Model, Strength};
+use super::model::Model;
+use super::said::{Entry, Said};
 use crate::limits;
 use crate::syntax::PolicyError;
-
-/// A rule of a range: its strength in the upper three bits and its number below, so that the least is what holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Entry {
-    pub(super) rank: u32,
-    pub(super) condition: u32,
-}
-
-impl Entry {
-    pub(super) fn strength(self) -> Strength {
-        match self.rank >> 29 {
-            0 => Strength::Never,
-            1 => Strength::Deny,
-            2 => Strength::Quarantine,
-            3 => Strength::Ask,
-            4 => Strength::Redirect,
-            5 => Strength::Throttle,
-            _ => Strength::Allow,
-        }
-    }
-
-    /// Whether what is weaker never counts. Of what is `never` to be, [`check`](super::check) looks at what would open it.
-    pub(super) fn is_last(self) -> bool {
-        self.condition == 0 && self.strength() != Strength::Never
-    }
-
-    pub(super) fn rule(self) -> u32 {
-        self.rank & 0x1fff_ffff
-    }
-}
-
-/// What is said of a range, in 32 bits: nothing; one rule, with its strength, its number and its condition; or, with the upper bit set, the
-/// number of a list of rules and limits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Said(u32);
-
-const LISTED: u32 = 1 << 31;
-const RULE_BITS: u32 = 18;
-const CONDITION_BITS: u32 = 10;
-
-const _: () = assert!(limits::STATEMENTS <= 1 << RULE_BITS, "a rule has 18 bits");
-
-impl Said {
-    pub(super) const NOTHING: Self = Self(0);
-
-    /// One rule, if it fits: it is not `never`, whose strength is 0, and has one of the first conditions.
-    fn one(entry: Entry) -> Option<Self> {
-        let strength = entry.rank >> 29;
-        let fits = strength != 0 && entry.rule() >> RULE_BITS == 0 && entry.condition >> CONDITION_BITS == 0;
-        fits.then_some(Self(
-            strength << (RULE_BITS + CONDITION_BITS) | entry.rule() << CONDITION_BITS | entry.condition,
-        ))
-    }
-
-    /// Nothing, unless that is so; without a branch.
-    #[inline(always)]
-    pub(super) fn only_if(self, so: bool) -> Self {
-        Self(self.0 & u32::from(so).wrapping_neg())
-    }
-
-    #[inline(always)]
-    pub(super) fn parts(self) -> Parts {
-        match self.0 {
-            0 => Parts::Nothing,
-            listed if listed & LISTED != 0 => Parts::Listed(listed & !LISTED),
-            one => Parts::One(Entry {
-                rank: one >> (RULE_BITS + CONDITION_BITS) << 29
-                    | one >> CONDITION_BITS & ((1 << RULE_BITS) - 1),
-                condition: one & ((1 << CONDITION_BITS) - 1),
-            }),
-        }
-    }
-}
-
-/// What a [`Said`] is.
-pub(super) enum Parts {
-    Nothing,
-    One(Entry),
-    /// Of [`Ranges::lists`].
-    Listed(u32),
-}
 
 /// Rules and limits of a range, where that is more than one rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,10 +46,10 @@ pub(super) struct Ranges {
 #[derive(Clone, Debug, Default)]
 struct Interned {
     /// The bodies of lists of rules and limits, of kinds of objects with wide numbers and of others.
-    bodies: FxHashMap<(bool, Vec<u32>), Body>,
-    entries: FxHashMap<Vec<Entry>, (u32, u32)>,
-    limits: FxHashMap<Vec<u32>, u32>,
-    lists: FxHashMap<List, u32>,
+    bodies: HashMap<(bool, Vec<u32>), Body>,
+    entries: HashMap<Vec<Entry>, (u32, u32)>,
+    limits: HashMap<Vec<u32>, u32>,
+    lists: HashMap<List, u32>,
 }
 
 /// Limits follow rules in lists of both.
@@ -148,7 +66,7 @@ impl Ranges {
         let (first, length, said) = cell.range();
         let inside =
             (value >= first) & ((length == Body::ENDLESS) | (value.wrapping_sub(first) < length.into()));
-        Said(said).only_if(inside)
+        Said::from_bits(said).only_if(inside)
     }
 
     /// What is said of an object in a cell that has edges.
@@ -172,12 +90,8 @@ impl Ranges {
 
     /// The rules that are said, strongest first.
     pub(super) fn entries(&self, said: Said) -> impl Iterator<Item = Entry> + '_ {
-        let (one, more) = match said.parts() {
-            Parts::Nothing => (None, &[][..]),
-            Parts::One(entry) => (Some(entry), &[][..]),
-            Parts::Listed(list) => (None, self.listed(list).0),
-        };
-        one.into_iter().chain(more.iter().copied())
+        let more = said.listed().map_or(&[][..], |list| self.listed(list).0);
+        said.entry().into_iter().chain(more.iter().copied())
     }
 
     /// The ranges of a cell of which something is said, in order.
@@ -187,7 +101,7 @@ impl Ranges {
             Body::Range { first, length, said } => {
                 let first = u64::from(first);
                 let last = if length == Body::ENDLESS { u64::MAX } else { first + u64::from(length) - 1 };
-                (0, 0, false, Some(Range { first, last, said: Said(said) }))
+                (0, 0, false, Some(Range { first, last, said: Said::from_bits(said) }))
             }
         };
         let edge = move |at: usize| -> Option<(u64, Said)> {
@@ -326,7 +240,7 @@ impl Ranges {
         if number == next {
             self.lists.push(list);
         }
-        Ok(Said(LISTED | number))
+        Ok(Said::list(number))
     }
 
     fn limits_of(&mut self, model: &Model, open: &BTreeMap<u32, u32>) -> Result<u32, PolicyError> {
@@ -368,7 +282,7 @@ fn single(range: &Range) -> Option<Body> {
         u64::MAX => Body::ENDLESS,
         last => u32::try_from(last - range.first + 1).ok().filter(|length| *length < Body::ENDLESS)?,
     };
-    let Said(said) = range.said;
+    let said = range.said.bits();
     Some(Body::Range { first, length, said })
 }
 

@@ -1,7 +1,7 @@
 //! What decisions read: classes, and cells with what is said of them.
 
 use fixedbitset::FixedBitSet;
-use rustc_hash::FxHashMap;
+use std::collections::HashMap;
 
 use super::cells::Cells;
 use super::classes::{Class, ClassKey, ClassKind, NOBODY};
@@ -20,14 +20,14 @@ pub(crate) struct Table {
     pub(crate) keys: Vec<ClassKey>,
     /// Of each class, one more than its label of each family of [`Model::wide_families`]; 0 for none.
     pub(super) families: Vec<[u32; WIDE_FAMILIES]>,
-    class_index: FxHashMap<ClassKey, u32>,
+    class_index: HashMap<ClassKey, u32>,
     /// Which classes each of [`Model::who`] is about.
     pub(super) members: Vec<FixedBitSet>,
     pub(super) objects: FixedBitSet,
     /// For each kind, the class of each atom.
     pub(super) object_classes: Vec<Vec<u32>>,
     /// The other way round, in order; of nobody, those that were not declared. No kind without names is in it.
-    object_atoms: FxHashMap<(Kind, u32), Vec<u64>>,
+    object_atoms: HashMap<(Kind, u32), Vec<u64>>,
     /// By action, the ways in which rules are about asker and peer.
     pub(super) shapes: Vec<u16>,
     pub(super) cells: Cells,
@@ -43,11 +43,11 @@ impl Table {
             classes: Vec::new(),
             keys: Vec::new(),
             families: Vec::new(),
-            class_index: FxHashMap::default(),
+            class_index: HashMap::default(),
             members: vec![FixedBitSet::new(); model.who.len()],
             objects: FixedBitSet::new(),
             object_classes: vec![Vec::new(); Kind::ALL.len()],
-            object_atoms: FxHashMap::default(),
+            object_atoms: HashMap::default(),
             shapes: vec![0; Op::COUNT],
             cells: Cells::default(),
             ranges: Ranges::new(),

@@ -260,10 +260,8 @@ impl Op {
     /// `action` on a `kind`, if that can be.
     #[inline(always)]
     pub fn new(kind: Kind, action: Action) -> Option<Self> {
-        match FLOWS.get(index(kind, action))? {
-            None => None,
-            Some(flow) => Some(Self { kind, action, flow: *flow }),
-        }
+        let flow = (*FLOWS.get(index(kind, action))?)?;
+        Some(Self { kind, action, flow })
     }
 
     /// All there are.

@@ -80,32 +80,45 @@ impl Monitor {
         };
         let mut limits = Limits::none();
         let ruling = view.judge(&resolved, resolved.histories(), &mut limits);
-        if ruling.denies() {
-            return denied(ruling.layer, ruling.rule(), epoch);
-        }
-        // `reconsider` looks at what is open, whose histories are written.
-        if mode != Mode::Look && resolved.learns() && !self.learn(now, &resolved) {
-            // Histories are those of the policy in force; once for each that was put in force meanwhile.
-            let current = self.shared.now.load_full();
-            if current.epoch != epoch {
-                return self.decide(&current, request, mode, charges);
-            }
-            return denied(Layer::Wall, None, epoch);
-        }
-        if !limits.lists().is_empty() && mode != Mode::Look {
-            match self.charge(view, &resolved, &limits, request.bytes, mode) {
-                Ok(taken) => {
-                    if let Some(charges) = charges {
-                        charges.extend(taken);
-                    }
-                }
-                Err(limit) => {
-                    return denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch);
-                }
-            }
+        // Whether it is allowed nobody can foresee; whether there is more to do than to say so, one can.
+        let more = resolved.learns() | !limits.is_empty();
+        if !ruling.denies() & more & (mode != Mode::Look)
+            && let Some(refused) = self.take(now, request, &resolved, &limits, mode, charges)
+        {
+            return refused;
         }
         let verdict = ruling.verdict(&view.policy.model);
         Decision { verdict, layer: ruling.layer, rule: ruling.rule(), epoch }
+    }
+
+    /// Histories grow and limits are taken; nothing, or what is said if that cannot be.
+    fn take(
+        &self,
+        now: &Arc<Snapshot>,
+        request: &Request<'_>,
+        resolved: &Resolved<'_>,
+        limits: &Limits,
+        mode: Mode,
+        charges: Option<&mut Vec<Charge>>,
+    ) -> Option<Decision> {
+        let (epoch, view) = (now.epoch, &now.main);
+        if resolved.learns() && !self.learn(now, resolved) {
+            // Histories are those of the policy in force; once for each that was put in force meanwhile.
+            let current = self.shared.now.load_full();
+            if current.epoch != epoch {
+                return Some(self.decide(&current, request, mode, charges));
+            }
+            return Some(denied(Layer::Wall, None, epoch));
+        }
+        match self.charge(view, resolved, limits, request.bytes, mode) {
+            Ok(taken) => {
+                if let Some(charges) = charges {
+                    charges.extend(taken);
+                }
+                None
+            }
+            Err(limit) => Some(denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch)),
+        }
     }
 
     /// Takes what the request needs of all limits that it falls under, or nothing and the limit that has not enough. What is

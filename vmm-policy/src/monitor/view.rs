@@ -7,7 +7,7 @@ use super::meter::Meter;
 use crate::compile::{
     Class, ClassKey, Facts, Limits, NOBODY, Ruling, Table, environment_bits, subject_facts,
 };
-use crate::model::{Lifecycle, Op, Principal, Request, SubjectId};
+use crate::model::{Flow, Layer, Lifecycle, Op, Principal, Request, SubjectId};
 use crate::policy::Policy;
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
@@ -139,13 +139,12 @@ impl<'s> Resolved<'s> {
         self.peer.class.id != NOBODY
     }
 
-    /// The histories at walls of asker and peer.
+    /// The histories at walls of the asker, and of the peer and the object together.
     #[inline(always)]
     pub(super) fn histories(&self) -> (u64, u64) {
         let of = |seat: &Seat| seat.history.load(Ordering::Acquire);
-        let of_object = self.object.wall & u64::from(self.is_of_subject()).wrapping_sub(1);
-        // Nobody has none.
-        (of(self.asker), of(self.peer) | of_object)
+        // Nobody has none, and what is not declared has none.
+        (of(self.asker), of(self.peer) | self.object.wall)
     }
 }
 
@@ -191,12 +190,6 @@ impl View {
         limits: &mut Limits,
     ) -> Ruling {
         let Resolved { op, asker, peer, object, value } = *resolved;
-        // An object that is named beside its peer has levels of its own.
-        if (object.id != NOBODY) & resolved.is_of_subject()
-            && let Some(layer) = self.table.barrier(op, &asker.class, object)
-        {
-            return Ruling::denied(layer);
-        }
         let peer_class = resolved.peer_class();
         if let Some(layer) = self.table.barrier_at(op, &asker.class, of_asker, peer_class, of_peer) {
             return Ruling::denied(layer);
@@ -206,7 +199,31 @@ impl View {
             peer: peer.facts.load(Ordering::Relaxed),
             environment: self.environment.load(Ordering::Relaxed),
         };
-        self.table.judge(&self.policy.model, op, &asker.class, peer_class, value, facts, limits)
+        let model = &self.policy.model;
+        let ruling = self.table.judge(model, op, &asker.class, peer_class, value, facts, limits);
+        if (object.id != NOBODY) & resolved.is_of_subject() {
+            return self.beside(resolved, &facts(), (of_asker, of_peer), ruling);
+        }
+        ruling
+    }
+
+    /// What is said of a declared object that is named beside its peer, if that is what is said of the peer.
+    #[inline(never)]
+    fn beside(
+        &self,
+        resolved: &Resolved<'_>,
+        facts: &Facts,
+        (of_asker, of_peer): (u64, u64),
+        ruling: Ruling,
+    ) -> Ruling {
+        let Resolved { op, asker, peer, object, value } = *resolved;
+        // The peer's is together with the object's.
+        let met = self.table.walls_meet(of_asker, object.wall) || self.table.wall_is_hit(of_peer);
+        if op.flow() != Flow::None && met {
+            return Ruling::denied(Layer::Wall);
+        }
+        let model = &self.policy.model;
+        self.table.decide_beside(model, op, &asker.class, &peer.class, object, value, facts, ruling)
     }
 
     /// The meters of a subject of `class`; those of `before` whose limits say the same go on.

@@ -17,16 +17,11 @@ impl Resolved<'_> {
     /// learn none.
     #[inline(always)]
     pub(super) fn learns(&self) -> bool {
-        let (asker, peer) = self.histories();
-        // The common case: neither has a history, or both have the same.
-        asker != peer && self.learns_of(asker, peer)
-    }
-
-    fn learns_of(&self, asker: u64, peer: u64) -> bool {
-        let (both, flow) = (asker | peer, self.op.flow());
-        let reads = flow.reads() && both != asker;
-        let writes = flow.writes() && both != peer && self.is_of_subject();
-        (reads || writes) && !self.asker.guard() && !(self.is_of_subject() && self.peer.guard())
+        let ((asker, peer), flow) = (self.histories(), self.op.flow());
+        let both = asker | peer;
+        let reads = flow.reads() & (both != asker);
+        let writes = flow.writes() & (both != peer) & self.is_of_subject();
+        (reads | writes) & !self.asker.guard() & !(self.is_of_subject() & self.peer.guard())
     }
 }
 
