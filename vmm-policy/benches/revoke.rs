@@ -1,7 +1,10 @@
-//! What taking a right back costs, with a thousand channels open: sockets, which are shut down, and memory, which is given up while threads
+//! What taking a right back costs, with a thousand channels open: sockets, which are shut down, and memory, which is unmapped while threads
 //! use it.
 //!
-//! `cargo bench -p vmm-policy --bench revoke`. The memory is the process's own: what unmapping it from a guest costs is the backend's.
+//! `cargo bench -p vmm-policy --bench revoke`. The holder's sockets are sockets, with somebody who waits at the other end of each, and its memory is
+//! mapped: `unmap` returns when the system has taken the pages away from all processors, and a thread that is reading them at the time is waited
+//! for. What it takes to unmap memory from a guest in addition is its backend's. A socket's time ends when the other end has seen that it is
+//! closed.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -12,13 +15,15 @@
     reason = "a benchmark"
 )]
 
+use std::io::Read;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use memmap2::MmapMut;
 use vmm_policy::channel::{Region, Vsock};
 use vmm_policy::{
     Action, Ends, Grant, Monitor, Object, Policy, Request, Revocation, SubjectId, SubjectSpec, Uuid,
@@ -38,15 +43,16 @@ impl Ends for Socket {
     }
 }
 
-struct Memory(Option<Arc<Vec<AtomicU64>>>, Arc<Mutex<Option<Arc<Vec<AtomicU64>>>>>);
+/// 64 KiB that the system maps for the holder; `None` when they are gone.
+type Pages = Arc<RwLock<Option<MmapMut>>>;
+
+const BYTES: usize = 64 << 10;
+
+struct Memory(Pages);
 
 impl Ends for Memory {
     fn unmap(&mut self) {
-        self.1.lock().unwrap().take();
-    }
-
-    fn close(&mut self) {
-        drop(self.0.take());
+        self.0.write().unwrap().take();
     }
 }
 
@@ -70,17 +76,19 @@ fn sockets(count: usize, monitor: &Monitor, a: SubjectId, b: SubjectId) -> Vec<(
 }
 
 /// A right, and the memory that it is to.
-type Mapped = (Arc<Grant<Region>>, Arc<Vec<AtomicU64>>);
+type Mapped = (Arc<Grant<Region>>, Pages);
 
 fn regions(count: usize, monitor: &Monitor, a: SubjectId, b: SubjectId) -> Vec<Mapped> {
     let names: Vec<String> = (0..count).map(|at| format!("r{at}")).collect();
     let open = |name: &String| {
-        let request = Request::new(a, Action::MapRw, Object::region(name)).of(b).bytes(64 << 10);
+        let request = Request::new(a, Action::MapRw, Object::region(name)).of(b).bytes(BYTES as u64);
         let grant = monitor.open::<Region>(&request).unwrap();
-        let memory: Arc<Vec<AtomicU64>> = Arc::new((0..(64 << 10) / 8).map(AtomicU64::new).collect());
-        let mapped = Arc::new(Mutex::new(Some(Arc::clone(&memory))));
-        grant.on_revoked(Memory(Some(Arc::clone(&memory)), mapped));
-        (Arc::new(grant), memory)
+        let mut memory = MmapMut::map_anon(BYTES).unwrap();
+        // Each page is there.
+        memory.fill(1);
+        let pages = Arc::new(RwLock::new(Some(memory)));
+        grant.on_revoked(Memory(Arc::clone(&pages)));
+        (Arc::new(grant), pages)
     };
     names.iter().map(open).collect()
 }
@@ -97,12 +105,25 @@ fn main() {
     let (monitor, a, b) = setup();
 
     let open = sockets(channels, &monitor, a, b);
-    let one_by_one = open.iter().map(|(grant, _)| {
+    let one_by_one = open.iter().map(|(grant, there)| {
         let begin = Instant::now();
         assert!(monitor.revoke(grant.id()).unwrap().is_closed());
+        // The end of what there is to read.
+        assert_eq!((&*there).read(&mut [0]).unwrap(), 0);
         begin.elapsed()
     });
     show(&format!("one socket of {channels} open"), one_by_one.collect(), None);
+    drop(open);
+
+    let open = regions(channels, &monitor, a, b);
+    let one_by_one = open.iter().map(|(grant, pages)| {
+        let begin = Instant::now();
+        assert!(monitor.revoke(grant.id()).unwrap().is_closed());
+        let took = begin.elapsed();
+        assert!(pages.read().unwrap().is_none());
+        took
+    });
+    show(&format!("one region of {channels} mapped"), one_by_one.collect(), None);
     drop(open);
 
     let _open = sockets(channels, &monitor, a, b);
@@ -114,10 +135,12 @@ fn main() {
             thread::spawn(move || {
                 let mut used = 0_u64;
                 while !done.load(Ordering::Relaxed) {
-                    for (grant, memory) in &maps {
+                    for (grant, pages) in &maps {
                         if let Some(_use) = grant.enter() {
-                            memory[used as usize % memory.len()].fetch_add(1, Ordering::Relaxed);
-                            used += 1;
+                            // Revoked since, it may be gone already, and is not read then.
+                            let pages = pages.read().unwrap();
+                            let Some(memory) = &*pages else { continue };
+                            used += u64::from(memory[used as usize * 4096 % BYTES]);
                         }
                     }
                     thread::yield_now();

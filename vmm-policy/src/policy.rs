@@ -83,9 +83,23 @@ impl Policy {
     /// Of a document that a program has made.
     ///
     /// # Errors
-    /// With all that is wrong with it, at the places that it has as text.
+    /// With all that is wrong with it, at the places that it has as text; if some of it would be read as something else.
     pub fn from_document(document: &Document) -> Result<Self, PolicyError> {
-        Self::parse(&document.to_string())
+        let policy = Self::parse(&document.to_string())?;
+        let (given, read) = (&document.statements, &policy.document().statements);
+        for (at, statement) in given.iter().enumerate().take(read.len()) {
+            let text = statement.item.to_string();
+            if read.get(at).is_none_or(|read| read.item.to_string() != text) {
+                return Err(PolicyError::Unlike { statement: at + 1, text });
+            }
+        }
+        if given.len() != read.len() {
+            let statement = given.len().min(read.len()) + 1;
+            let longer = if given.len() > read.len() { given } else { read };
+            let text = longer.get(statement - 1).map(|one| one.item.to_string());
+            return Err(PolicyError::Unlike { statement, text: text.unwrap_or_default() });
+        }
+        Ok(policy)
     }
 
     /// The empty policy, which allows nothing.

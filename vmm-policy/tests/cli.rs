@@ -102,3 +102,24 @@ fn differences_formats_and_logs() {
         "{out}"
     );
 }
+
+#[test]
+fn a_policy_is_a_document_for_programs() {
+    let (folder, file) = with("");
+    let (status, document, err) = run(&["fmt", "--json", &file]);
+    assert_eq!((status, err.as_str()), (0, ""));
+    let path = folder.path().join("p.json");
+    fs::write(&path, &document).unwrap();
+    let path = path.to_str().unwrap();
+    let digest = |file: &str| {
+        let (status, out, err) = run(&["check", "--json", file]);
+        assert_eq!((status, err.as_str()), (0, ""));
+        serde_json::from_str::<serde_json::Value>(&out).unwrap()["digest"].clone()
+    };
+    assert_eq!(digest(path), digest(&file));
+    assert_eq!(run(&["prove", path, "red", "blue"]), (0, "no path\n".into(), String::new()));
+    let (status, text, _) = run(&["fmt", path]);
+    assert_eq!((status, text), (0, fs::read_to_string(&file).unwrap()));
+    fs::write(folder.path().join("bad.json"), "{\"statements\": [{\"allow\": 1}]}").unwrap();
+    assert_eq!(run(&["check", folder.path().join("bad.json").to_str().unwrap()]).0, 2);
+}

@@ -32,6 +32,47 @@ fn a_million_rules_are_refused() {
     assert_eq!(found, "policy:1:1: the policy has more than 67108864 bytes");
 }
 
+/// The most memory that the process has had, in MiB; `None` where the system does not say.
+fn peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? >> 10)
+}
+
+#[test]
+fn as_many_rules_as_may_be_are_compiled_in_bounded_time_and_memory() {
+    let mut text = String::from("labels l\n");
+    for vm in 0..500 {
+        writeln!(text, "vm v{vm} {{ labels l }}").unwrap();
+    }
+    for at in 0..limits::STATEMENTS - 501 {
+        writeln!(text, "allow v{} to connect vsock {} of v{}", at % 500, at / 500, at / 500 % 500).unwrap();
+    }
+    let begin = Instant::now();
+    let policy = Policy::parse(&text).unwrap();
+    assert_eq!(policy.rules().count(), limits::STATEMENTS - 501);
+    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
+    match peak() {
+        Some(peak) => assert!(peak < 3072, "{peak} MiB"),
+        None => println!("skipped: the system does not say how much memory there was"),
+    }
+}
+
+#[test]
+fn depth_is_refused_before_it_costs() {
+    let deep = |open: &str, close: &str| format!("{}any{}", open.repeat(100_000), close.repeat(100_000));
+    for text in [
+        format!("allow {} to use balloon", deep("(", ")")),
+        format!("allow {} to use balloon", deep("not ", "")),
+        format!("allow any to use balloon when {}", deep("(", ")").replace("any", "running")),
+        format!("allow any to use balloon when {}", deep("not ", "").replace("any", "running")),
+        format!("never {} to reach any", deep("(not ", ")")),
+    ] {
+        let found = refusal(&text);
+        assert!(found.contains("inside each other"), "{found}");
+    }
+}
+
 #[test]
 fn rules_about_everybody_and_everybody_are_refused_where_they_are_too_wide() {
     let mut text = String::from("labels l\n");

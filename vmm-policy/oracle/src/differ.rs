@@ -1,9 +1,13 @@
 //! Both, asked the same.
 
 use std::hint::black_box;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use vmm_policy::{
     Lifecycle, Monitor, Object, Policy, Request, SubjectId, SubjectSpec, Uuid, Value, ValueKind,
 };
@@ -13,19 +17,65 @@ use crate::random::{FLAGS, KINDS, NAMES, policy};
 use crate::workload::Workload;
 
 /// What was compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Found {
     pub(crate) pairs: usize,
     pub(crate) policies: usize,
     pub(crate) allowed: usize,
 }
 
+impl std::ops::AddAssign for Found {
+    fn add_assign(&mut self, other: Self) {
+        self.pairs += other.pairs;
+        self.policies += other.policies;
+        self.allowed += other.allowed;
+    }
+}
+
 /// Requests of each policy.
 const EACH: usize = 100;
+/// Pairs that have a seed of their own: what is compared depends neither on how many threads there are nor on where a run begins.
+const PIECE: usize = 10_000;
 
-/// Asks both until `pairs` answers agree.
-pub(crate) fn differ(pairs: usize, seed: u64) -> Result<Found> {
+/// Asks both, on all processors, until `pairs` answers agree, from the piece of 10,000 on that is given. After each piece `progress` is told
+/// what there is so far.
+pub(crate) fn differ(
+    pairs: usize,
+    seed: u64,
+    first: usize,
+    progress: impl Fn(Found) + Sync,
+) -> Result<Found> {
+    let (next, sum) = (AtomicUsize::new(0), Mutex::new(Found::default()));
+    let work = || -> Result<()> {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let left = pairs.saturating_sub(at * PIECE);
+            if left == 0 {
+                return Ok(());
+            }
+            let number = (first + at) as u64;
+            let piece = self::piece(PIECE.min(left), seed.wrapping_mul(1 << 32).wrapping_add(number));
+            if piece.is_err() {
+                // The others end with the piece that they are at.
+                next.store(usize::MAX / PIECE / 2, Ordering::Relaxed);
+            }
+            let piece = piece.with_context(|| format!("piece {number} of seed {seed}"))?;
+            let mut sum = sum.lock().unwrap_or_else(PoisonError::into_inner);
+            *sum += piece;
+            progress(*sum);
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, NonZero::get);
+    thread::scope(|scope| {
+        let all: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        all.into_iter().try_for_each(|one| one.join().unwrap_or_else(|_| bail!("a thread has ended early")))
+    })?;
+    Ok(sum.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn piece(pairs: usize, seed: u64) -> Result<Found> {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let mut found = Found { pairs: 0, policies: 0, allowed: 0 };
+    let mut found = Found::default();
     while found.pairs < pairs {
         let (text, machines) = policy(&mut rng);
         // One that stands on both sides of a wall is no policy.
@@ -93,31 +143,33 @@ pub(crate) fn times(rules: usize) -> Result<f64> {
     let policy = monitor.policy();
     let cedar = Cedar::new(policy.document())?;
     let names: Vec<&str> = policy.parties().collect();
-    let state = |at: usize| State { lifecycle: Lifecycle::Running, attested: at % 2 == 0 };
+    let state = |at: u32| {
+        let (lifecycle, attested) = Workload::state(at as usize);
+        State { lifecycle, attested }
+    };
     let mut rng = fastrand::Rng::with_seed(1);
     let mut times = Vec::new();
+    let mut name = String::new();
     let begin = Instant::now();
     // Hundreds where that takes no longer than seconds.
     while times.len() < 2000 && (times.len() < 21 || begin.elapsed().as_secs() < 10) {
-        let asked = workload.request(&mut rng);
-        let peer = asked.peer.map(|peer| (names[peer], state(peer)));
-        let request = cedar.request(
-            (names[asked.asker], state(asked.asker)),
-            peer,
-            asked.action,
-            &asked.object,
-            &[],
-        )?;
+        let asked = workload.asked(&mut rng);
+        name.clear();
+        asked.write_name(&mut name);
+        let object = asked.object(&name);
+        let side = |at: u32| (names[at as usize], state(at));
+        let peer = asked.peer.map(side);
+        let request = cedar.request(side(asked.asker), peer, asked.action, &object, &[])?;
         let start = Instant::now();
         let theirs = black_box(cedar.allows(black_box(&request)));
         times.push(start.elapsed().as_nanos() as f64);
-        let ours = monitor.check(&asked.of(&ids)).permits();
+        let ours = monitor.check(&asked.of(&name, &ids)).permits();
         if ours != theirs {
             bail!(
-                "{} to {} {}: {ours} here, {theirs} by Cedar",
-                names[asked.asker],
+                "{} to {} {object} of {:?}: {ours} here, {theirs} by Cedar",
+                names[asked.asker as usize],
                 asked.action,
-                asked.object
+                peer.map(|(name, _)| name),
             );
         }
     }
@@ -131,14 +183,23 @@ mod tests {
 
     #[test]
     fn both_say_the_same() {
-        let found = differ(20_000, 2).unwrap();
+        let found = differ(20_000, 2, 0, |_| ()).unwrap();
+        assert_eq!(found.pairs, 20_000);
         assert!(found.allowed > 2000, "{} of {} allowed: that tests little", found.allowed, found.pairs);
     }
 
     #[test]
     #[ignore = "takes minutes"]
     fn both_say_the_same_a_million_times() {
-        let found = differ(1_000_000, 1).unwrap();
+        let found = differ(1_000_000, 1, 0, |_| ()).unwrap();
         assert_eq!(found.pairs, 1_000_000);
+    }
+
+    #[test]
+    fn a_run_in_parts_is_the_run() {
+        let part = |pairs, first| differ(pairs, 3, first, |_| ()).unwrap();
+        let mut parts = part(PIECE, 0);
+        parts += part(2000, 1);
+        assert_eq!(parts, part(PIECE + 2000, 0));
     }
 }

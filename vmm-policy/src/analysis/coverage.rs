@@ -60,21 +60,22 @@ impl Coverage {
         let asker = scene.asker_class(&self.policy);
         let mut ruling = table.decide(model, scene.op, asker, peer, scene.value, &scene.facts);
         if object != NOBODY
-            && let (Some(asker), Some(object)) = (table.class(asker), table.class(object))
-            && let Some(layer) = table.barrier(scene.op, asker, object)
+            && let (Some(asker), Some(peer), Some(object)) =
+                (table.class(asker), table.class(peer), table.class(object))
         {
-            ruling = crate::compile::Ruling::denied(layer);
+            let (op, facts) = (scene.op, &scene.facts);
+            ruling = table.decide_beside(model, op, asker, peer, object, scene.value, facts, ruling);
         }
-        match ruling.rule.and_then(|rule| self.counts.get_mut(rule.0 as usize)) {
+        match ruling.rule().and_then(|rule| self.counts.get_mut(rule.0 as usize)) {
             Some(count) => *count += 1,
             None => self.denied_by_default += 1,
         }
-        let line = ruling.rule.and_then(|rule| self.policy.rule(rule)).map(|rule| rule.line);
+        let line = ruling.rule().and_then(|rule| self.policy.rule(rule)).map(|rule| rule.line);
         Ok(Entry {
             request: scene.shown,
-            verdict: ruling.verdict,
+            verdict: ruling.verdict(model),
             layer: ruling.layer,
-            rule: ruling.rule,
+            rule: ruling.rule(),
             line,
         })
     }

@@ -6,7 +6,7 @@
 use std::fmt;
 
 use super::scene::Scene;
-use crate::compile::{Class, ClassKey, ClassKind, Facts, Model, NOBODY, RuleDef, Strength};
+use crate::compile::{Class, ClassKey, ClassKind, Facts, Model, NOBODY, RuleDef, Strength, contradiction};
 use crate::model::{Layer, Op, RuleId, Verdict};
 use crate::policy::Policy;
 use crate::syntax::PolicyError;
@@ -173,20 +173,46 @@ impl Policy {
         if object.is_some() {
             // The object that is named beside its peer has levels of its own.
             layers.extend([self.lattice(scene.op, asker, object), self.wall(scene.op, asker, object)]);
+            layers
+                .extend(peer.map(|peer| self.wall(scene.op, peer, object)).filter(|finding| !finding.passes));
         }
         layers.extend([self.lattice(scene.op, asker, peer), self.wall(scene.op, asker, peer)]);
-        let about =
-            rules_about(model, scene.op, Side { key: asker }, peer.map(|key| Side { key }), scene.value);
-        let rules: Vec<Finding> = about
-            .map(|(id, rule)| Finding {
-                id,
-                file: model.sources.name(rule.span).to_owned(),
-                line: model.sources.place(rule.span).0,
-                rule: model.sources.text(rule.span).split_whitespace().collect::<Vec<_>>().join(" "),
-                applies: model.conditions.holds(rule.condition, &scene.facts),
-            })
-            .collect();
+        if let (Some(peer), Some(object)) = (peer, object)
+            && let Some((one, other)) = contradiction(model, peer, object)
+        {
+            let label = |label: u32| model.labels.get(label as usize).map_or("", |label| label);
+            let reason =
+                format!("the peer is {:?} and the object {:?}: it is another's", label(one), label(other));
+            layers.push(LayerFinding { layer: Layer::Identity, passes: false, reason });
+        }
+        let finding = |(id, rule): (RuleId, &RuleDef), facts: &Facts| Finding {
+            id,
+            file: model.sources.name(rule.span).to_owned(),
+            line: model.sources.place(rule.span).0,
+            rule: model.sources.text(rule.span).split_whitespace().collect::<Vec<_>>().join(" "),
+            applies: model.conditions.holds(rule.condition, facts),
+        };
+        let about = |side: Option<&'_ ClassKey>| -> Vec<(RuleId, &RuleDef)> {
+            let side = side.map(|key| Side { key });
+            rules_about(model, scene.op, Side { key: asker }, side, scene.value).collect()
+        };
+        let mut rules: Vec<Finding> =
+            about(peer).into_iter().map(|rule| finding(rule, &scene.facts)).collect();
         let (mut verdict, mut layer, _) = evaluate_rules(model, &scene, asker, peer);
+        // What is said of the object itself, where it is stronger.
+        let of_object = object.into_iter().flat_map(|object| about(Some(object)));
+        let facts = Facts { peer: 0, ..scene.facts };
+        let of_object = of_object.map(|rule| (rule.1.strength, finding(rule, &facts)));
+        if let Some((strength, stronger)) = of_object.into_iter().find(|(_, finding)| finding.applies) {
+            let by_peer = rules.iter().find(|finding| finding.applies).and_then(|found| model.rule(found.id));
+            if strength < by_peer.map_or(Strength::Deny, |rule| rule.strength) {
+                let rule = model.rule(stronger.id);
+                verdict = rule.map_or(Verdict::Deny, |rule| rule.verdict);
+                let plain = rule.is_some_and(|rule| rule.condition == 0);
+                layer = if plain { Layer::Type } else { Layer::Attribute };
+                rules.insert(0, stronger);
+            }
+        }
         let by_rules = layer;
         let line = |id: RuleId| {
             self.rule(id).map_or(String::new(), |rule| format!("line {} of {}", rule.line, rule.file))

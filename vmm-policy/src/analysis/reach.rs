@@ -128,8 +128,17 @@ impl Reach {
             if party.is_some_and(|party| party.filtered) {
                 continue;
             }
-            if let (Some(asker_class), Some(object_class)) = (table.class(asker), table.class(object_class))
-                && table.barrier(op, asker_class, object_class).is_some()
+            if let (Some(asker_class), Some(object)) = (table.class(asker), table.class(object_class))
+                && table.barrier(op, asker_class, object).is_some()
+            {
+                continue;
+            }
+            // What is said of an object itself counts beside its peer, too.
+            if object_class != NOBODY
+                && !peer_is_object
+                && (table.is_contradiction(model, peer, object_class)
+                    || table.is_walled_off(peer, object_class)
+                    || table.is_denied(op, asker, object_class, atom))
             {
                 continue;
             }

@@ -5,7 +5,10 @@ use fixedbitset::FixedBitSet;
 use crate::compile::random_facts_for_tests as random_facts;
 use crate::compile::{ClassKind, Facts, NOBODY, random_policy_for_tests as random_policy};
 use crate::model::Op;
-use crate::{Coverage, Kind, Policy, Usage, ValueKind, Verdict};
+use crate::{
+    Action, Coverage, Kind, Monitor, Object, Policy, Request, SubjectSpec, Usage, Uuid, Value, ValueKind,
+    Verdict,
+};
 
 const TENANTS: &str = include_str!("../../policies/two-tenants.policy");
 
@@ -17,20 +20,42 @@ fn tenants() -> Policy {
 fn tried_edges(policy: &Policy, facts: &[Facts]) -> Vec<(usize, usize)> {
     let (model, table) = (&*policy.model, &*policy.table);
     let subjects = subject_classes(policy);
+    edges_by(subjects.len(), |asker, peer, op, value| {
+        let (value, object) = match value {
+            Value::Number(number) => (number, NOBODY),
+            Value::Name(name) => {
+                let atom = model.atom(op.kind(), name);
+                (atom, table.object_class(op.kind(), atom))
+            }
+        };
+        let class = peer.map_or(object, |peer| subjects[peer]);
+        let side = |class| table.class(class).unwrap();
+        facts.iter().any(|facts| {
+            let ruling = table.decide(model, op, subjects[asker], class, value, facts);
+            let ruling = if peer.is_some() && object != NOBODY {
+                let (asker, peer, object) = (side(subjects[asker]), side(class), side(object));
+                table.decide_beside(model, op, asker, peer, object, value, facts, ruling)
+            } else {
+                ruling
+            };
+            !ruling.denies()
+        })
+    })
+}
+
+/// The same, by what is asked.
+fn edges_by(
+    subjects: usize,
+    opens: impl Fn(usize, Option<usize>, Op, Value<'_>) -> bool,
+) -> Vec<(usize, usize)> {
     let names = ["d-0", "d-1", "d-12", "d-2", "r-0", "x", "y"];
-    let station = |kind: Kind, name: usize| subjects.len() + kind as usize * names.len() + name;
+    let station = |kind: Kind, name: usize| subjects + kind as usize * names.len() + name;
     let mut edges: Vec<(usize, usize)> = Vec::new();
-    for (a, asker) in subjects.iter().enumerate() {
+    for a in 0..subjects {
         for op in Op::all() {
             let flow = op.flow();
-            let mut try_one = |peer: Option<usize>, value: u64, name: Option<usize>| {
-                let object = if name.is_some() { table.object_class(op.kind(), value) } else { NOBODY };
-                let class = peer.map_or(object, |peer| subjects[peer]);
-                let barred =
-                    table.barrier(op, table.class(*asker).unwrap(), table.class(object).unwrap()).is_some();
-                let opens =
-                    |facts| table.decide(model, op, *asker, class, value, facts).verdict != Verdict::Deny;
-                if barred || !facts.iter().any(opens) {
+            let mut try_one = |peer: Option<usize>, value: Value<'_>, name: Option<usize>| {
+                if !opens(a, peer, op, value) {
                     return;
                 }
                 let mut add = |one, other| {
@@ -53,15 +78,15 @@ fn tried_edges(policy: &Policy, facts: &[Facts]) -> Vec<(usize, usize)> {
                     _ => (),
                 }
             };
-            let peers = std::iter::once(None).chain((0..subjects.len()).map(Some));
-            for peer in peers {
+            for peer in std::iter::once(None).chain((0..subjects).map(Some)) {
                 match op.kind().value_kind() {
-                    ValueKind::Number(_) => (0..24).for_each(|value| try_one(peer, value, None)),
-                    ValueKind::Name => {
-                        (0..names.len())
-                            .for_each(|name| try_one(peer, model.atom(op.kind(), names[name]), Some(name)));
+                    ValueKind::Number(_) => {
+                        (0..24).for_each(|value| try_one(peer, Value::Number(value), None));
                     }
-                    ValueKind::Nothing => try_one(peer, 0, None),
+                    ValueKind::Name => {
+                        (0..names.len()).for_each(|name| try_one(peer, Value::Name(names[name]), Some(name)));
+                    }
+                    ValueKind::Nothing => try_one(peer, Value::Number(0), None),
                 }
             }
         }
@@ -121,6 +146,92 @@ fn prove_and_try(seed: u64, policies: usize, conditional: bool) {
         }
     }
     assert!(together > policies && apart > policies, "{together} joined, {apart} apart: that tests little");
+}
+
+/// What a monitor allows those that a policy declares, by asking it for all there is.
+fn monitored_edges(policy: &Policy) -> Vec<(usize, usize)> {
+    let monitor = Monitor::new(policy.clone());
+    let mut ids = Vec::new();
+    for party in policy.model.parties.iter().filter(|party| party.object.is_none()) {
+        let uuid = policy.model.uuid_index.iter().find(|(_, at)| {
+            policy.model.parties.get(**at as usize).is_some_and(|other| other.name == party.name)
+        });
+        let spec = match uuid {
+            Some((uuid, _)) => SubjectSpec::vm(*uuid),
+            None => SubjectSpec::host(&party.name),
+        };
+        ids.push(monitor.register(spec).unwrap());
+    }
+    edges_by(ids.len(), |asker, peer, op, value| {
+        let object = Object::new(op.kind(), value).unwrap();
+        let mut request = Request::new(ids[asker], op.action(), object);
+        request.peer = peer.map(|peer| ids[peer]);
+        monitor.check(&request).verdict != Verdict::Deny
+    })
+}
+
+#[test]
+fn what_is_proven_is_what_a_monitor_allows() {
+    let mut rng = fastrand::Rng::with_seed(9);
+    let (mut together, mut apart) = (0, 0);
+    for _ in 0..120 {
+        let mut text = random_policy(&mut rng, 6, false);
+        for at in 0..8 {
+            let uuid = Uuid::from_u128(1 + at);
+            text = text.replace(&format!("vm v{at} {{"), &format!("vm v{at} {{ uuid {uuid}"));
+        }
+        let Ok(policy) = Policy::parse(&text) else { continue };
+        let edges = monitored_edges(&policy);
+        let names: Vec<&str> = policy.parties().filter(|name| name.starts_with('v')).collect();
+        for (from, one) in names.iter().enumerate() {
+            for (to, other) in names.iter().enumerate().filter(|(to, _)| *to != from) {
+                let path = policy.prove_no_path(one, other).unwrap();
+                let tried = joined(&policy, &edges, from, to);
+                assert_eq!(path.is_some(), tried, "{one} to {other}: {path:?}\n{text}");
+                if tried { together += 1 } else { apart += 1 }
+            }
+        }
+    }
+    assert!(together > 100 && apart > 100, "{together} joined, {apart} apart: that tests little");
+}
+
+#[test]
+fn who_names_another_owner_does_not_get_what_is_not_that_ones() {
+    let text = "family tenant: red, blue\nlabels db, payroll\n\
+         vm a { uuid 00000000-0000-0000-0000-000000000001 labels red, db }\n\
+         vm b { uuid 00000000-0000-0000-0000-000000000002 labels red }\n\
+         vm c { uuid 00000000-0000-0000-0000-000000000003 labels blue }\n\
+         disk red.img { labels red }\ndisk blue.img { labels blue }\ndisk pay.img { labels payroll }\ndisk any.img\n\
+         allow db to attach disk of any in same tenant\n\
+         deny any to attach disk of payroll\n";
+    let policy = Policy::parse(text).unwrap();
+    let monitor = Monitor::new(policy.clone());
+    let vm = |uuid| monitor.register(SubjectSpec::vm(Uuid::from_u128(uuid))).unwrap();
+    let (a, b, c) = (vm(1), vm(2), vm(3));
+    let ask = |disk, peer| monitor.check(&Request::new(a, Action::Attach, Object::disk(disk)).of(peer));
+    assert!(ask("red.img", b).permits() && ask("any.img", b).permits() && ask("elsewhere", b).permits());
+    let refused = ask("blue.img", b);
+    assert_eq!(
+        (refused.verdict, refused.layer),
+        (Verdict::Deny, crate::Layer::Identity),
+        "it is no red one's"
+    );
+    assert_eq!(ask("blue.img", c).layer, crate::Layer::Type, "no rule leads to another tenant");
+    let refused = ask("pay.img", b);
+    let rule = policy.rule(refused.rule.unwrap()).unwrap();
+    assert_eq!((refused.verdict, rule.text), (Verdict::Deny, "deny any to attach disk of payroll"));
+
+    // The prover and the explanation say the same.
+    for apart in ["blue.img", "c", "pay.img"] {
+        assert_eq!(policy.prove_no_path("a or b", apart).unwrap(), None, "{apart}");
+        assert_eq!(policy.prove_no_path(apart, "a or b").unwrap(), None, "{apart}");
+    }
+    assert!(policy.prove_no_path("a", "red.img").unwrap().is_some());
+    let explained = policy.explain("a to attach disk blue.img of b").unwrap();
+    assert_eq!((explained.verdict, explained.layer), (Verdict::Deny, crate::Layer::Identity), "{explained}");
+    let explained = policy.explain("a to attach disk pay.img of b").unwrap();
+    assert_eq!(explained.verdict, Verdict::Deny, "{explained}");
+    assert!(explained.to_string().contains("deny any to attach disk of payroll"), "{explained}");
 }
 
 #[test]

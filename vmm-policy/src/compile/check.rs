@@ -1,9 +1,9 @@
 //! What `never` says holds, or the policy is none.
 
-use super::build::Table;
 use super::classes::NOBODY;
 use super::model::{Model, Strength};
 use super::pairs::Steps;
+use super::table::Table;
 use crate::analysis::{Reach, describe_pair};
 use crate::syntax::{PolicyError, Report};
 

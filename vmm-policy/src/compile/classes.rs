@@ -30,34 +30,41 @@ pub(crate) struct ClassKey {
 }
 
 /// What a decision needs to know of a class.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Class {
     pub(crate) categories: u64,
     pub(crate) wall: u64,
+    pub(crate) id: u32,
+    /// Of [`Ways`](super::ways::Ways).
+    pub(super) level: u32,
     pub(crate) secrecy: u8,
     pub(crate) integrity: u8,
     /// Neither levels nor walls are asked about it: a guard, or nobody.
     pub(crate) exempt: bool,
     pub(crate) is_object: bool,
-    /// One more than its label of each family of [`Model::wide_families`](super::Model::wide_families); 0 for none.
-    pub(crate) families: [u32; 4],
 }
 
+/// What there is to ask of it without a table, in which it would have a number.
 impl From<&ClassKey> for Class {
     fn from(key: &ClassKey) -> Self {
+        Self::new(NOBODY, key)
+    }
+}
+
+impl Class {
+    pub(super) fn new(id: u32, key: &ClassKey) -> Self {
         Self {
+            id,
+            level: 0,
             categories: key.categories,
             wall: if key.guard { 0 } else { key.wall },
             secrecy: key.secrecy,
             integrity: key.integrity,
             exempt: key.guard || key.kind == ClassKind::Nobody,
             is_object: key.kind == ClassKind::Object,
-            families: [0; 4],
         }
     }
-}
 
-impl Class {
     /// Whether information may go from `self` to `to`: up in secrecy, with no category lost (Bell and LaPadula), and down in
     /// integrity (Biba).
     pub(crate) fn may_flow(&self, to: &Self) -> bool {

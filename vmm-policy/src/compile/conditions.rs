@@ -1,10 +1,9 @@
 //! Conditions as masks of bits.
 
-use rustc_hash::FxHashMap;
-
 use crate::limits;
 use crate::model::Lifecycle;
 use crate::syntax::{Clock, Condition, Fact, Weekdays};
+use std::collections::HashMap;
 
 /// What holds at the time of a request, a bit each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +67,7 @@ pub(crate) struct Conditions {
     clauses: Vec<Clause>,
     /// Where each condition's clauses are; the first is that which always holds.
     ranges: Vec<(u32, u32)>,
-    known: FxHashMap<Condition, u32>,
+    known: HashMap<Condition, u32>,
     texts: Vec<String>,
     digests: Vec<Vec<u8>>,
     windows: Vec<(Clock, Clock, Weekdays)>,

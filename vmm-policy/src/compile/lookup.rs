@@ -1,32 +1,131 @@
 //! Decisions. As much work for ten rules as for a hundred thousand, and no allocation.
 
-use super::build::{ANY, Cell, Entry, Segment, Table, WIDE_FAMILIES, cell_key, related, slot};
+use super::cells::{ANY, cell_key, related};
 use super::classes::{Class, NOBODY};
 use super::conditions::Facts;
 use super::model::{Model, Strength};
-use crate::model::{Layer, Object, Op, RuleId, Value, Verdict};
+use super::said::Said;
+use super::table::Table;
+use crate::model::{Flow, Layer, Object, Op, Rate, RuleId, Value, Verdict};
+
+/// Families of which there are cells for all that have the same label, or different ones.
+pub(super) const WIDE_FAMILIES: usize = 4;
 
 /// How many cells there can be for one request: asker or any, by peer, any and nobody, and one for each family.
 pub(crate) const CELLS: usize = 6 + WIDE_FAMILIES;
 
-/// What the table says.
+/// What the table says, in the words of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ruling {
-    pub(crate) verdict: Verdict,
+    said: Said,
     pub(crate) layer: Layer,
-    pub(crate) rule: Option<RuleId>,
-    /// The lists of limits that it falls under; 0 for none.
-    pub(crate) limits: [u32; CELLS],
 }
 
 impl Ruling {
     pub(crate) fn denied(layer: Layer) -> Self {
-        Self { verdict: Verdict::Deny, layer, rule: None, limits: [0; CELLS] }
+        Self { said: Said::NOTHING, layer }
+    }
+
+    pub(super) fn strength(self) -> Strength {
+        self.said.strength()
+    }
+
+    /// Whether it is a rule whose condition holds, and not the absence of one.
+    pub(super) fn is_by_rule(self, model: &Model) -> bool {
+        self.rule().is_some_and(|rule| {
+            self.strength().opens() || model.rule(rule).is_some_and(|rule| !rule.strength.opens())
+        })
+    }
+
+    #[inline(always)]
+    pub(crate) fn denies(self) -> bool {
+        !self.said.strength().opens()
+    }
+
+    #[inline(always)]
+    pub(crate) fn rule(self) -> Option<RuleId> {
+        self.said.rule().map(RuleId)
+    }
+
+    #[inline(always)]
+    pub(crate) fn verdict(self, model: &Model) -> Verdict {
+        // Whether it is allowed nobody can foresee: that is no branch. What is throttled is in the rule, with its rate.
+        const NO_RATE: Rate = Rate { bytes: 0, seconds: 1 };
+        const ALL: [Verdict; 7] = [
+            Verdict::Deny,
+            Verdict::Deny,
+            Verdict::Quarantine,
+            Verdict::Ask,
+            Verdict::Redirect,
+            Verdict::Throttle(NO_RATE),
+            Verdict::Allow,
+        ];
+        let strength = self.said.strength();
+        if strength == Strength::Throttle {
+            return self.rule().and_then(|rule| model.rule(rule)).map_or(Verdict::Deny, |rule| rule.verdict);
+        }
+        ALL.get(strength as usize).copied().unwrap_or(Verdict::Deny)
+    }
+}
+
+/// The lists of limits that a request falls under.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    lists: [u32; CELLS],
+    count: usize,
+}
+
+impl Limits {
+    pub(crate) fn none() -> Self {
+        Self { lists: [0; CELLS], count: 0 }
+    }
+
+    pub(crate) fn lists(&self) -> &[u32] {
+        self.lists.get(..self.count).unwrap_or(&[])
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    fn add(&mut self, list: u32) {
+        if list != 0
+            && let Some(place) = self.lists.get_mut(self.count)
+        {
+            *place = list;
+            self.count += 1;
+        }
+    }
+}
+
+/// The strongest rule whose condition holds, and the strongest that would open it and whose condition does not.
+#[derive(Clone, Copy)]
+struct Best {
+    said: Said,
+    missed: Said,
+}
+
+impl Best {
+    /// Whether weaker ones of the same list count.
+    fn consider(&mut self, said: Said, condition: u32, model: &Model, facts: &Facts) -> bool {
+        if said >= self.said {
+            return false;
+        }
+        if condition == 0 || model.conditions.holds(condition, facts) {
+            self.said = said;
+            return false;
+        }
+        if said.strength().opens() {
+            self.missed = self.missed.min(said);
+        }
+        true
     }
 }
 
 impl Table {
     /// The number that stands for an object, and the class that it has if it was declared.
+    #[inline]
     pub(crate) fn object(&self, model: &Model, object: &Object<'_>) -> (u64, u32) {
         match object.value() {
             Value::Number(number) => (number, NOBODY),
@@ -38,113 +137,93 @@ impl Table {
     }
 
     /// The class of a declared object.
+    #[inline]
     pub(crate) fn object_class(&self, kind: crate::Kind, atom: u64) -> u32 {
         let of_kind = self.object_classes.get(kind as usize);
         of_kind.and_then(|of_kind| of_kind.get(usize::try_from(atom).ok()?)).copied().unwrap_or(NOBODY)
     }
 
+    #[inline]
     pub(crate) fn class(&self, class: u32) -> Option<&Class> {
         self.classes.get(class as usize)
     }
 
     /// The keys of the cells that there may be for asker and peer.
-    #[inline]
-    pub(super) fn cell_keys_of(&self, op: Op, asker: u32, peer: u32, mut each: impl FnMut(u64)) {
-        // `Op::COUNT` of them; keys count from 1, indices from 0.
+    #[inline(always)]
+    pub(super) fn cell_keys_of(&self, op: Op, asker: &Class, peer: &Class, mut each: impl FnMut(u64)) {
+        // Bit by bit: the asker and the peer, any peer, nobody; whoever asks and the same; families.
         let shapes = self.shapes.get(op.index()).copied().unwrap_or(0);
-        if shapes & 1 != 0 && peer != NOBODY {
-            each(cell_key(op, asker, peer));
-        }
-        if shapes & 2 != 0 && peer != NOBODY {
-            each(cell_key(op, asker, ANY));
-        }
-        let about_nobody = shapes & 0b10_0100 != 0;
-        let unnamed =
-            about_nobody && (peer == NOBODY || self.class(peer).is_some_and(|class| class.is_object));
-        if shapes & 4 != 0 && unnamed {
-            each(cell_key(op, asker, NOBODY));
-        }
-        if shapes & 8 != 0 && peer != NOBODY {
-            each(cell_key(op, ANY, peer));
-        }
-        if shapes & 16 != 0 && peer != NOBODY {
-            each(cell_key(op, ANY, ANY));
-        }
-        if shapes & 32 != 0 && unnamed {
-            each(cell_key(op, ANY, NOBODY));
-        }
-        if shapes >> 6 == 0 {
-            return;
-        }
-        let (Some(one), Some(other)) = (self.class(asker), self.class(peer)) else { return };
-        for (slot, (one, other)) in one.families.iter().zip(&other.families).enumerate() {
-            let same = one == other;
-            if *one != 0 && *other != 0 && shapes >> (6 + slot * 2 + usize::from(same)) & 1 == 1 {
-                each(cell_key(op, related(slot, same), ANY));
-            }
+        let nobody = peer.id == NOBODY;
+        let named = u16::from(nobody).wrapping_sub(1) & !0b10_0100;
+        let unnamed = u16::from(nobody | peer.is_object).wrapping_neg() & 0b10_0100;
+        let mut wanted = shapes & (named | unnamed);
+        while wanted != 0 {
+            let shape = wanted.trailing_zeros();
+            wanted &= wanted - 1;
+            let key = if shape < 6 {
+                let who = if shape < 3 { asker.id } else { ANY };
+                let of = [peer.id, ANY, NOBODY, peer.id, ANY, NOBODY];
+                cell_key(op, who, of.get(shape as usize).copied().unwrap_or(NOBODY))
+            } else if let Some(key) = self.family_key(op, asker, peer, shape - 6) {
+                key
+            } else {
+                continue;
+            };
+            each(key);
         }
     }
 
-    #[inline]
-    pub(super) fn cell(&self, key: u64) -> Option<&Cell> {
-        let places = self.cells.len();
-        let mut at = slot(key, places);
-        loop {
-            let cell = self.cells.get(at)?;
-            if cell.key == key {
-                return Some(cell);
-            }
-            if cell.key == 0 {
-                return None;
-            }
-            at = (at + 1) & (places - 1);
-        }
-    }
-
-    pub(super) fn segments_of_cell(&self, cell: &Cell) -> &[Segment] {
-        let first = cell.segments as usize;
-        self.segments.get(first..first + cell.segment_count as usize).unwrap_or(&[])
-    }
-
-    pub(super) fn entries_of_segment(&self, segment: &Segment) -> &[Entry] {
-        let first = segment.entries as usize;
-        self.entries.get(first..first + segment.entry_count as usize).unwrap_or(&[])
-    }
-
-    #[inline]
-    fn segment(&self, cell: &Cell, value: u64) -> Option<&Segment> {
-        let segments = self.segments_of_cell(cell);
-        let at =
-            if let [_] = segments { 1 } else { segments.partition_point(|segment| segment.first <= value) };
-        let segment = segments.get(at.checked_sub(1)?)?;
-        (segment.first <= value && value <= segment.last).then_some(segment)
-    }
-
-    /// Limits of a list.
-    pub(crate) fn limits(&self, list: u32) -> &[u32] {
-        self.limit_lists.get(list as usize).map_or(&[], |list| list)
+    /// The key of the cell for those that have the same label of a family, or different ones, if they do.
+    fn family_key(&self, op: Op, asker: &Class, peer: &Class, shape: u32) -> Option<u64> {
+        let (slot, same) = (shape as usize / 2, shape % 2 == 1);
+        let label =
+            |class: &Class| self.families.get(class.id as usize)?.get(slot).filter(|label| **label != 0);
+        let (one, other) = (label(asker)?, label(peer)?);
+        ((one == other) == same).then(|| cell_key(op, related(slot, same), ANY))
     }
 
     /// Lattice and own walls of the two, and of a declared object that is asked for beside its peer.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn barrier(&self, op: Op, asker: &Class, peer: &Class) -> Option<Layer> {
+        self.barrier_at(op, asker, asker.wall, peer, peer.wall)
+    }
+
+    /// The same, with histories at walls.
+    #[inline(always)]
+    pub(crate) fn barrier_at(
+        &self,
+        op: Op,
+        asker: &Class,
+        asker_history: u64,
+        peer: &Class,
+        peer_history: u64,
+    ) -> Option<Layer> {
         let flow = op.flow();
-        if !asker.permits(peer, flow) {
+        if !self.ways.permit(asker, peer, flow) {
             return Some(Layer::Lattice);
         }
-        let both = asker.wall | peer.wall;
-        let meets = asker.wall != 0 && peer.wall != 0 && (flow.reads() || flow.writes());
-        (meets && self.wall_is_hit(both)).then_some(Layer::Wall)
+        (flow != Flow::None && self.walls_meet(asker_history, peer_history)).then_some(Layer::Wall)
+    }
+
+    /// Whether two histories, neither of which has had to do with two labels of one wall, have together.
+    #[inline]
+    pub(crate) fn walls_meet(&self, one: u64, other: u64) -> bool {
+        let both = one | other;
+        // Where one of them has the other's labels, both are that one.
+        both != one && both != other && self.wall_is_hit(both)
     }
 
     /// Whether a history has had to do with two of the labels of one wall.
     #[inline]
     pub(crate) fn wall_is_hit(&self, history: u64) -> bool {
-        self.walls.iter().any(|wall| (history & wall).count_ones() > 1)
+        self.walls.iter().any(|wall| {
+            let labels = history & wall;
+            // More than the lowest bit is there.
+            labels & labels.wrapping_sub(1) != 0
+        })
     }
 
-    /// What the policy says, walls' histories and limits apart.
-    #[inline]
+    /// What the policy says between two classes, walls' histories and limits apart.
     pub(crate) fn decide(
         &self,
         model: &Model,
@@ -154,55 +233,80 @@ impl Table {
         value: u64,
         facts: &Facts,
     ) -> Ruling {
-        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else {
+        let (Some(asker), Some(peer)) = (self.class(asker), self.class(peer)) else {
             return Ruling::denied(Layer::Identity);
         };
-        if let Some(layer) = self.barrier(op, asker_class, peer_class) {
-            return Ruling::denied(layer);
+        match self.barrier(op, asker, peer) {
+            Some(layer) => Ruling::denied(layer),
+            None => self.judge(model, op, asker, peer, value, || *facts, &mut Limits::none()),
         }
-        let mut ruling = Ruling::denied(Layer::Type);
-        let mut best: Option<Entry> = None;
-        // What would have been allowed at another time.
-        let mut missed: Option<Entry> = None;
-        let mut lists = ruling.limits.iter_mut();
+    }
+
+    /// What rules say, and which limits there are.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "what a request is takes so many")]
+    pub(crate) fn judge(
+        &self,
+        model: &Model,
+        op: Op,
+        asker: &Class,
+        peer: &Class,
+        value: u64,
+        facts: impl Fn() -> Facts,
+        limits: &mut Limits,
+    ) -> Ruling {
+        let mut best = Best { said: Said::NOTHING, missed: Said::NOTHING };
         self.cell_keys_of(op, asker, peer, |key| {
-            let Some(segment) = self.cell(key).and_then(|cell| self.segment(cell, value)) else { return };
-            if segment.limits != 0
-                && let Some(place) = lists.next()
-            {
-                *place = segment.limits;
-            }
-            for entry in self.entries_of_segment(segment) {
-                if best.is_some_and(|best| best.rank <= entry.rank) {
-                    break;
-                }
-                if entry.condition == 0 || model.conditions.holds(entry.condition, facts) {
-                    best = Some(*entry);
-                    break;
-                }
-                if entry.strength().opens() && missed.is_none_or(|missed| entry.rank < missed.rank) {
-                    missed = Some(*entry);
-                }
+            let said = self.said(key, value);
+            // In most cases there is nothing more to it, and whether a rule is there or not is no branch.
+            if said.is_plain() {
+                best.said = best.said.min(said);
+            } else {
+                best = self.consider(said, best, model, &facts(), limits);
             }
         });
-        let Some(entry) = best else {
-            if let Some(missed) = missed {
-                (ruling.layer, ruling.rule) = (Layer::Attribute, Some(RuleId(missed.rule())));
-            }
-            return ruling;
+        let said = best.said;
+        if (said == Said::NOTHING) & (best.missed != Said::NOTHING) {
+            let said = Said::missed(best.missed.rule().unwrap_or(0));
+            return Ruling { said, layer: Layer::Attribute };
+        }
+        let layer = if said.condition() == 0 { Layer::Type } else { Layer::Attribute };
+        Ruling { said, layer }
+    }
+
+    /// A rule with a condition, or rules and limits.
+    #[inline(never)]
+    fn consider(
+        &self,
+        said: Said,
+        mut best: Best,
+        model: &Model,
+        facts: &Facts,
+        limits: &mut Limits,
+    ) -> Best {
+        let Some(list) = said.listed() else {
+            best.consider(said, said.condition(), model, facts);
+            return best;
         };
-        ruling.rule = Some(RuleId(entry.rule()));
-        ruling.layer = if entry.condition == 0 { Layer::Type } else { Layer::Attribute };
-        ruling.verdict = match entry.strength() {
-            Strength::Never | Strength::Deny => Verdict::Deny,
-            Strength::Quarantine => Verdict::Quarantine,
-            Strength::Ask => Verdict::Ask,
-            Strength::Redirect => Verdict::Redirect,
-            Strength::Allow => Verdict::Allow,
-            Strength::Throttle => {
-                model.rules.get(entry.rule() as usize).map_or(Verdict::Deny, |rule| rule.verdict)
+        let (entries, list) = self.ranges.listed(list);
+        limits.add(list);
+        // Up to the first that holds.
+        for entry in entries {
+            if !best.consider(Said::of_list(*entry), entry.condition, model, facts) {
+                break;
             }
-        };
-        ruling
+        }
+        best
+    }
+
+    /// What is said of an object in the cell of a key, if there is one.
+    #[inline(always)]
+    fn said(&self, key: u64, value: u64) -> Said {
+        let cell = self.cells.get(key);
+        if cell.has_edges(key) {
+            return self.ranges.of_edges(cell, value);
+        }
+        // Whether it is there is asked together with whether the object is in its range.
+        self.ranges.of_range(cell, value).only_if(cell.key() == key)
     }
 }

@@ -1,8 +1,8 @@
 //! A policy whose names have become numbers.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use rustc_hash::FxHashMap;
 use uuid::Uuid;
 
 use super::classes::ClassKey;
@@ -108,7 +108,7 @@ pub(crate) struct Model {
     pub(crate) digest: [u8; 32],
 
     pub(crate) labels: Vec<Box<str>>,
-    pub(crate) label_index: FxHashMap<Box<str>, u32>,
+    pub(crate) label_index: HashMap<Box<str>, u32>,
     /// Which labels rules ask for: the others make no class.
     pub(crate) label_used: Vec<bool>,
     /// The family of each label.
@@ -120,15 +120,15 @@ pub(crate) struct Model {
     pub(crate) integrity: Vec<Box<str>>,
     pub(crate) categories: Vec<Box<str>>,
     /// Which bit of a history each label at a wall has.
-    pub(crate) wall_bit: FxHashMap<u32, u32>,
+    pub(crate) wall_bit: HashMap<u32, u32>,
     /// The label of each bit.
     pub(crate) wall_labels: Vec<u32>,
     /// The bits of each wall.
     pub(crate) walls: Vec<(Box<str>, u64)>,
 
     pub(crate) parties: Vec<PartyDef>,
-    pub(crate) party_index: FxHashMap<Box<str>, u32>,
-    pub(crate) uuid_index: FxHashMap<Uuid, u32>,
+    pub(crate) party_index: HashMap<Box<str>, u32>,
+    pub(crate) uuid_index: HashMap<Uuid, u32>,
     pub(crate) objects: Vec<ObjectDef>,
 
     pub(crate) who: Vec<Who>,

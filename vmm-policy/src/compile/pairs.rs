@@ -1,9 +1,10 @@
 //! What may happen between two classes, over all objects: for proofs, pictures and comparisons.
 
-use super::build::{ANY, Entry, Table, split_key, split_related};
+use super::cells::{ANY, split_key, split_related};
 use super::classes::NOBODY;
-use super::lookup::CELLS;
 use super::model::{Model, Strength};
+use super::said::Entry;
+use super::table::Table;
 use crate::limits;
 use crate::model::Op;
 use crate::syntax::PolicyError;
@@ -38,42 +39,36 @@ impl Table {
     /// range comes with its entries, strongest first, up to the first without a condition. Where an object is asked for itself, ranges
     /// without one of its class are left out.
     pub(super) fn ranges(&self, op: Op, asker: u32, peer: u32, mut each: impl FnMut(u64, u64, &[Entry])) {
-        let mut cells = [None; CELLS];
-        let mut places = cells.iter_mut();
-        self.cell_keys_of(op, asker, peer, |key| {
-            if let (Some(cell), Some(place)) = (self.cell(key), places.next()) {
-                *place = Some(self.segments_of_cell(cell));
+        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
+        let mut cells = Vec::new();
+        self.cell_keys_of(op, asker_class, peer_class, |key| {
+            let cell = self.cells.get(key);
+            if cell.key() == key {
+                cells.push(self.ranges.of(&cell).peekable());
             }
         });
-        let cells = cells.into_iter().flatten();
-        let mut cells: Vec<&[super::build::Segment]> = cells.collect();
         let mut entries: Vec<Entry> = Vec::new();
         let mut at = 0_u64;
         loop {
             // What has ended goes; the next edge is where something begins or ends.
             let mut end = u64::MAX;
             let mut begins: Option<u64> = None;
+            // Limits alone make ranges without entries.
+            let mut any_here = false;
             entries.clear();
             for cell in &mut cells {
-                while let [segment, rest @ ..] = *cell {
-                    if segment.last >= at {
-                        break;
-                    }
-                    *cell = rest;
-                }
-                let Some(segment) = cell.first() else { continue };
-                if segment.first <= at {
-                    end = end.min(segment.last);
-                    entries.extend_from_slice(self.entries_of_segment(segment));
+                while cell.next_if(|range| range.last < at).is_some() {}
+                let Some(range) = cell.peek() else { continue };
+                if range.first <= at {
+                    any_here = true;
+                    end = end.min(range.last);
+                    entries.extend(self.ranges.entries(range.said));
                 } else {
-                    end = end.min(segment.first - 1);
-                    begins = Some(begins.map_or(segment.first, |begins| begins.min(segment.first)));
+                    end = end.min(range.first - 1);
+                    begins = Some(begins.map_or(range.first, |begins| begins.min(range.first)));
                 }
             }
             if entries.is_empty() {
-                // Limits alone make ranges without entries.
-                let any_here =
-                    cells.iter().any(|cell| cell.first().is_some_and(|segment| segment.first <= at));
                 match begins {
                     Some(begins) if !any_here => {
                         at = begins;
@@ -113,12 +108,13 @@ impl Table {
 
     /// The pairs of classes for which there is a cell of `op`, each once.
     pub(crate) fn pairs(&self, op: Op, steps: &mut Steps) -> Result<Vec<(u32, u32)>, PolicyError> {
-        let begin = self.cell_keys.partition_point(|key| split_key(*key).0 < op.index());
-        let end = self.cell_keys.partition_point(|key| split_key(*key).0 <= op.index());
+        let keys = self.cells.keys();
+        let begin = keys.partition_point(|key| split_key(*key).0 < op.index());
+        let end = keys.partition_point(|key| split_key(*key).0 <= op.index());
         let subjects = || (1..self.class_count()).filter(|class| !self.objects.contains(*class as usize));
         let objects: Vec<u32> = self.object_classes_of(op.kind()).collect();
         let mut pairs = Vec::new();
-        for key in self.cell_keys.get(begin..end).unwrap_or(&[]) {
+        for key in keys.get(begin..end).unwrap_or(&[]) {
             let (_, asker, peer) = split_key(*key);
             let any_asker = asker == ANY || split_related(asker).is_some();
             let askers: Vec<u32> = if any_asker { subjects().collect() } else { vec![asker] };

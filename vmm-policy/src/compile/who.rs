@@ -1,9 +1,8 @@
 //! Whom a rule is about, as labels' numbers.
 
-use rustc_hash::FxHashMap;
-
 use super::classes::ClassKind;
 use crate::syntax::{Expr, Word};
+use std::collections::HashMap;
 
 /// [`Expr`] with numbers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -46,7 +45,7 @@ impl Who {
 /// `expr` with the numbers of `labels`; what is none goes to `unknown`.
 pub(crate) fn resolve_who(
     expr: &Expr,
-    labels: &FxHashMap<Box<str>, u32>,
+    labels: &HashMap<Box<str>, u32>,
     unknown: &mut impl FnMut(&Word),
 ) -> Who {
     let mut all = |exprs: &[Expr]| exprs.iter().map(|expr| resolve_who(expr, labels, unknown)).collect();

@@ -179,6 +179,7 @@ impl<'a> Request<'a> {
     }
 
     /// What is to be done, if that can be done with such an object.
+    #[inline(always)]
     pub fn op(&self) -> Option<Op> {
         Op::new(self.object.kind(), self.action)
     }

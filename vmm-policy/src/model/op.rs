@@ -14,27 +14,28 @@ pub enum ValueKind {
 }
 
 /// Which way information goes when something is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
 pub enum Flow {
     /// To and from nobody but the monitor.
-    None,
+    None = 0,
     /// From the peer or object to the asker.
-    In,
+    In = 1,
     /// From the asker to the peer or object.
-    Out,
+    Out = 2,
     /// Both ways.
-    Both,
+    Both = 3,
 }
 
 impl Flow {
     /// Whether the asker learns something.
     pub fn reads(self) -> bool {
-        matches!(self, Self::In | Self::Both)
+        self as u8 & Self::In as u8 != 0
     }
 
     /// Whether the peer or the object learns something.
     pub fn writes(self) -> bool {
-        matches!(self, Self::Out | Self::Both)
+        self as u8 & Self::Out as u8 != 0
     }
 }
 
@@ -178,7 +179,7 @@ impl Kind {
     }
 
     /// What can be done with objects of the kind, and which way information goes then.
-    pub fn actions(self) -> &'static [(Action, Flow)] {
+    pub const fn actions(self) -> &'static [(Action, Flow)] {
         use Action::*;
         match self {
             Self::Vsock => &[(Connect, Flow::Both), (Accept, Flow::Both)],
@@ -219,13 +220,37 @@ impl Kind {
     }
 }
 
+/// By [`index`], for what can be done. A decision begins with it.
+static FLOWS: [Option<Flow>; Op::COUNT] = flows();
+
+const fn index(kind: Kind, action: Action) -> usize {
+    kind as usize * Action::ALL.len() + action as usize
+}
+
+#[allow(clippy::indexing_slicing, reason = "it is computed when the crate is compiled")]
+const fn flows() -> [Option<Flow>; Op::COUNT] {
+    let mut flows = [None; Op::COUNT];
+    let mut kind = 0;
+    while kind < Kind::ALL.len() {
+        let actions = Kind::ALL[kind].actions();
+        let mut at = 0;
+        while at < actions.len() {
+            let (action, flow) = actions[at];
+            flows[index(Kind::ALL[kind], action)] = Some(flow);
+            at += 1;
+        }
+        kind += 1;
+    }
+    flows
+}
+
 /// An action on a kind of object that knows it. There is no other way to have one than [`new`](Self::new), so that what
 /// makes no sense (to ring a disk) cannot be asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Op {
     kind: Kind,
     action: Action,
-    flow: u8,
+    flow: Flow,
 }
 
 impl Op {
@@ -233,9 +258,10 @@ impl Op {
     pub(crate) const COUNT: usize = Kind::ALL.len() * Action::ALL.len();
 
     /// `action` on a `kind`, if that can be.
+    #[inline(always)]
     pub fn new(kind: Kind, action: Action) -> Option<Self> {
-        let (_, flow) = kind.actions().iter().find(|(known, _)| *known == action)?;
-        Some(Self { kind, action, flow: *flow as u8 })
+        let flow = (*FLOWS.get(index(kind, action))?)?;
+        Some(Self { kind, action, flow })
     }
 
     /// All there are.
@@ -245,7 +271,7 @@ impl Op {
 
     /// All of one kind.
     pub fn of(kind: Kind) -> impl Iterator<Item = Self> {
-        kind.actions().iter().map(move |(action, flow)| Self { kind, action: *action, flow: *flow as u8 })
+        kind.actions().iter().map(move |(action, flow)| Self { kind, action: *action, flow: *flow })
     }
 
     /// On what.
@@ -259,17 +285,14 @@ impl Op {
     }
 
     /// Which way information goes.
+    #[inline(always)]
     pub fn flow(self) -> Flow {
-        match self.flow {
-            0 => Flow::None,
-            1 => Flow::In,
-            2 => Flow::Out,
-            _ => Flow::Both,
-        }
+        self.flow
     }
 
+    #[inline(always)]
     pub(crate) fn index(self) -> usize {
-        self.kind as usize * Action::ALL.len() + self.action as usize
+        index(self.kind, self.action)
     }
 }
 

@@ -33,6 +33,9 @@ pub struct SubjectId {
 }
 
 impl SubjectId {
+    /// Whoever is meant by a request that leads to nobody. No subject has that slot or that life.
+    pub(crate) const NOBODY: Self = Self { slot: 0, life: 0 };
+
     /// Which life, counted over all subjects of the monitor; never used twice.
     pub fn life(self) -> u64 {
         self.life

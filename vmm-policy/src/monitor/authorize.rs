@@ -6,15 +6,9 @@ use arc_swap::{ArcSwap, Cache};
 
 use super::Monitor;
 use super::meter::Charge;
-use super::view::{Resolved, Snapshot};
-use crate::compile::Ruling;
-use crate::model::{Decision, Layer, Request, Verdict};
-
-/// A decision, and what it has taken of limits.
-pub(super) struct Decided {
-    pub(super) decision: Decision,
-    pub(super) charges: Vec<Charge>,
-}
+use super::view::{Resolved, Snapshot, View};
+use crate::compile::Limits;
+use crate::model::{Decision, Layer, Request, RuleId, Verdict};
 
 /// What a decision may do beside deciding.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,7 +33,7 @@ impl Monitor {
 
     /// What [`authorize`](Self::authorize) would say, with nothing taken and nothing written down: limits are not looked at.
     pub fn check(&self, request: &Request<'_>) -> Decision {
-        self.decide(&self.shared.now.load(), request, Mode::Look).decision
+        self.decide(&self.shared.now.load(), request, Mode::Look, None)
     }
 
     /// For a thread that decides often: it looks whether the policy has changed with a load, and not with the two atomic
@@ -48,93 +42,121 @@ impl Monitor {
         Judge { monitor: self.clone(), cache: Cache::new(Arc::clone(&self.shared.now)) }
     }
 
+    #[inline]
     fn authorize_in(&self, now: &Arc<Snapshot>, request: &Request<'_>) -> Decision {
-        let Decided { decision, .. } = self.decide(now, request, Mode::Once);
+        let decision = self.decide(now, request, Mode::Once, None);
         self.told(now, request, &decision);
         decision
     }
 
     /// Tells those who listen.
+    #[inline(always)]
     pub(super) fn told(&self, now: &Snapshot, request: &Request<'_>, decision: &Decision) {
+        if self.shared.observer.is_some() || now.shadow.is_some() {
+            self.tell(now, request, decision);
+        }
+    }
+
+    #[cold]
+    fn tell(&self, now: &Snapshot, request: &Request<'_>, decision: &Decision) {
         self.observe(|observer| observer.decided(request, decision));
         if let Some(shadow) = &now.shadow {
             self.compare_shadow(shadow, request, decision);
         }
     }
 
+    /// The decision; what a channel takes for as long as it is open is added to `charges`.
     #[inline]
-    pub(super) fn decide(&self, now: &Arc<Snapshot>, request: &Request<'_>, mode: Mode) -> Decided {
-        let epoch = now.epoch;
-        let view = &now.main;
-        let resolved = match view.rule(request) {
-            Ok(resolved) => resolved,
-            Err(ruling) => return denied(&ruling, epoch),
+    pub(super) fn decide(
+        &self,
+        now: &Arc<Snapshot>,
+        request: &Request<'_>,
+        mode: Mode,
+        charges: Option<&mut Vec<Charge>>,
+    ) -> Decision {
+        let (epoch, view) = (now.epoch, &now.main);
+        let Some(resolved) = view.resolve(request) else {
+            return denied(Layer::Identity, None, epoch);
         };
-        let Resolved { ruling, .. } = resolved;
-        if ruling.verdict == Verdict::Deny {
-            return denied(&ruling, epoch);
+        let mut limits = Limits::none();
+        let ruling = view.judge(&resolved, resolved.histories(), &mut limits);
+        // Whether it is allowed nobody can foresee; whether there is more to do than to say so, one can.
+        let more = resolved.learns() | !limits.is_empty();
+        if !ruling.denies() & more & (mode != Mode::Look)
+            && let Some(refused) = self.take(now, request, &resolved, &limits, mode, charges)
+        {
+            return refused;
         }
-        if let Some(refused) = self.wall(now, &resolved, mode) {
+        let verdict = ruling.verdict(&view.policy.model);
+        Decision { verdict, layer: ruling.layer, rule: ruling.rule(), epoch }
+    }
+
+    /// Histories grow and limits are taken; nothing, or what is said if that cannot be.
+    fn take(
+        &self,
+        now: &Arc<Snapshot>,
+        request: &Request<'_>,
+        resolved: &Resolved<'_>,
+        limits: &Limits,
+        mode: Mode,
+        charges: Option<&mut Vec<Charge>>,
+    ) -> Option<Decision> {
+        let (epoch, view) = (now.epoch, &now.main);
+        if resolved.learns() && !self.learn(now, resolved) {
             // Histories are those of the policy in force; once for each that was put in force meanwhile.
             let current = self.shared.now.load_full();
             if current.epoch != epoch {
-                return self.decide(&current, request, mode);
+                return Some(self.decide(&current, request, mode, charges));
             }
-            return Decided { decision: refused, charges: Vec::new() };
+            return Some(denied(Layer::Wall, None, epoch));
         }
-        let mut decision =
-            Decision { verdict: ruling.verdict, layer: ruling.layer, rule: ruling.rule, epoch };
-        let mut charges = Vec::new();
-        if ruling.limits != [0; crate::compile::CELLS] && mode != Mode::Look {
-            let refused = self.charge(
-                &resolved,
-                view.policy.model.rules.len(),
-                view,
-                request.bytes,
-                mode,
-                &mut charges,
-            );
-            if let Some(limit) = refused {
-                charges.iter().for_each(Charge::give_back);
-                charges.clear();
-                decision = Decision { verdict: Verdict::Deny, layer: Layer::Quota, rule: Some(limit), epoch };
-            } else {
-                // A rate is taken for good.
-                charges.retain(Charge::is_of_channels);
+        match self.charge(view, resolved, limits, request.bytes, mode) {
+            Ok(taken) => {
+                if let Some(charges) = charges {
+                    charges.extend(taken);
+                }
+                None
             }
+            Err(limit) => Some(denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch)),
         }
-        Decided { decision, charges }
     }
 
-    /// Takes what the request needs of all limits it falls under; the limit that has not enough.
+    /// Takes what the request needs of all limits that it falls under, or nothing and the limit that has not enough. What is
+    /// given back when the channel closes is returned; a rate is taken for good.
     fn charge(
         &self,
+        view: &View,
         resolved: &Resolved<'_>,
-        rules: usize,
-        view: &super::view::View,
+        limits: &Limits,
         bytes: u64,
         mode: Mode,
-        charges: &mut Vec<Charge>,
-    ) -> Option<crate::RuleId> {
-        let now = self.shared.clock.monotonic();
-        let lists = resolved.ruling.limits.iter().take_while(|list| **list != 0);
-        for limit in lists.flat_map(|list| view.table.limits(*list)) {
-            let meter = resolved.asker.live.meters.get(*limit as usize).and_then(Option::as_ref);
-            let Some(meter) = meter.filter(|meter| mode == Mode::Open || !meter.is_of_channels()) else {
-                continue;
-            };
-            match meter.take(bytes, now) {
-                Some(charge) => charges.push(charge),
-                None => return Some(crate::RuleId((rules + *limit as usize) as u32)),
+    ) -> Result<Vec<Charge>, u32> {
+        let all = || {
+            let limits = limits.lists().iter().flat_map(|list| view.table.limits(*list));
+            limits.filter_map(|limit| {
+                let meter = resolved.asker.meters().get(*limit as usize)?.as_ref()?;
+                (mode == Mode::Open || !meter.is_of_channels()).then_some((*limit, meter))
+            })
+        };
+        let mut now = None;
+        for (at, (limit, meter)) in all().enumerate() {
+            let now = *now.get_or_insert_with(|| self.shared.clock.monotonic());
+            if !meter.take(bytes, now) {
+                all().take(at).for_each(|(_, meter)| meter.give_back(bytes));
+                return Err(limit);
             }
         }
-        None
+        if mode != Mode::Open {
+            return Ok(Vec::new());
+        }
+        let of_channels = all().filter(|(_, meter)| meter.is_of_channels());
+        Ok(of_channels.map(|(_, meter)| Charge::new(meter, bytes)).collect())
     }
 }
 
-fn denied(ruling: &Ruling, epoch: u64) -> Decided {
-    let decision = Decision { verdict: Verdict::Deny, layer: ruling.layer, rule: ruling.rule, epoch };
-    Decided { decision, charges: Vec::new() }
+#[inline(always)]
+fn denied(layer: Layer, rule: Option<RuleId>, epoch: u64) -> Decision {
+    Decision { verdict: Verdict::Deny, layer, rule, epoch }
 }
 
 /// Decides for one thread; see [`Monitor::judge`]. What it says is that of the policy in force when it is asked.
@@ -155,7 +177,7 @@ impl Judge {
     #[inline]
     pub fn check(&mut self, request: &Request<'_>) -> Decision {
         let now = self.cache.load();
-        self.monitor.decide(now, request, Mode::Look).decision
+        self.monitor.decide(now, request, Mode::Look, None)
     }
 }
 

@@ -49,8 +49,8 @@ impl Meter {
         }
     }
 
-    /// Takes it, at a time in nanoseconds; `None` if that would be too much, or too fast.
-    pub(crate) fn take(self: &Arc<Self>, bytes: u64, now: u64) -> Option<Charge> {
+    /// Takes what a request for so many bytes needs, at a time in nanoseconds; whether that was not too much, nor too fast.
+    pub(crate) fn take(&self, bytes: u64, now: u64) -> bool {
         let cost = self.cost(bytes);
         let step = |level: u64| match self.quantity {
             Quantity::Open(most) | Quantity::Pages(most) => {
@@ -65,26 +65,31 @@ impl Meter {
                 (level - now <= most).then_some(level)
             }
         };
-        let taken = self.level.fetch_update(Ordering::AcqRel, Ordering::Acquire, step);
-        taken.ok().map(|_| Charge { meter: Arc::clone(self), cost })
+        self.level.fetch_update(Ordering::AcqRel, Ordering::Acquire, step).is_ok()
+    }
+
+    /// Gives back what was taken for so many bytes.
+    pub(crate) fn give_back(&self, bytes: u64) {
+        // It was taken, so it is there.
+        self.level.fetch_sub(self.cost(bytes), Ordering::AcqRel);
     }
 }
 
-/// What has been taken.
+/// What a channel has taken for as long as it is open.
 #[derive(Debug)]
 pub(crate) struct Charge {
     meter: Arc<Meter>,
-    cost: u64,
+    bytes: u64,
 }
 
 impl Charge {
-    pub(crate) fn give_back(&self) {
-        // It was taken, so it is there.
-        self.meter.level.fetch_sub(self.cost, Ordering::AcqRel);
+    /// Of what has been taken for so many bytes.
+    pub(super) fn new(meter: &Arc<Meter>, bytes: u64) -> Self {
+        Self { meter: Arc::clone(meter), bytes }
     }
 
-    pub(crate) fn is_of_channels(&self) -> bool {
-        self.meter.is_of_channels()
+    pub(crate) fn give_back(&self) {
+        self.meter.give_back(self.bytes);
     }
 }
 
@@ -96,43 +101,43 @@ mod tests {
 
     #[test]
     fn a_rate_lets_a_burst_through_and_then_its_pace() {
-        let meter = Arc::new(Meter::new(Quantity::Requests { count: 10, seconds: 1, burst: 3 }));
+        let meter = Meter::new(Quantity::Requests { count: 10, seconds: 1, burst: 3 });
         let now = 5 * SECOND;
-        assert!((0..3).all(|_| meter.take(0, now).is_some()));
-        assert!(meter.take(0, now).is_none());
-        assert!(meter.take(0, now + SECOND / 10 - 1).is_none());
-        assert!(meter.take(0, now + SECOND / 10).is_some());
-        assert!(meter.take(0, now + SECOND / 10).is_none());
-        let passed =
-            (0..100_000).filter(|at| meter.take(0, now + SECOND + at * SECOND / 10_000).is_some()).count();
+        assert!((0..3).all(|_| meter.take(0, now)));
+        assert!(!meter.take(0, now));
+        assert!(!meter.take(0, now + SECOND / 10 - 1));
+        assert!(meter.take(0, now + SECOND / 10));
+        assert!(!meter.take(0, now + SECOND / 10));
+        let passed = (0..100_000).filter(|at| meter.take(0, now + SECOND + at * SECOND / 10_000)).count();
         assert!((100..=103).contains(&passed), "{passed} in ten seconds");
     }
 
     #[test]
     fn bytes_count_whole_and_more_than_a_burst_never_passes() {
-        let meter = Arc::new(Meter::new(Quantity::Bytes { count: 1 << 40, seconds: 1, burst: 1 << 20 }));
-        assert!(meter.take(1 << 21, SECOND).is_none());
-        assert!(meter.take(1 << 20, SECOND).is_some());
-        assert!(meter.take(u64::MAX, u64::MAX).is_none());
+        let meter = Meter::new(Quantity::Bytes { count: 1 << 40, seconds: 1, burst: 1 << 20 });
+        assert!(!meter.take(1 << 21, SECOND));
+        assert!(meter.take(1 << 20, SECOND));
+        assert!(!meter.take(u64::MAX, u64::MAX));
     }
 
     #[test]
     fn what_is_open_is_counted_up_and_down() {
-        let meter = Arc::new(Meter::new(Quantity::Pages(10)));
-        let six = meter.take(6 * 4096 - 1, 0).unwrap();
-        assert!(meter.take(5 * 4096, 0).is_none());
-        six.give_back();
-        assert!(meter.take(10 * 4096, 0).is_some());
-        assert!(meter.take(1, 0).is_none());
-        assert!(meter.take(u64::MAX, 0).is_none());
+        let meter = Meter::new(Quantity::Pages(10));
+        assert!(meter.take(6 * 4096 - 1, 0));
+        assert!(!meter.take(5 * 4096, 0));
+        meter.give_back(6 * 4096 - 1);
+        assert!(meter.take(10 * 4096, 0));
+        assert!(!meter.take(1, 0));
+        assert!(!meter.take(u64::MAX, 0));
     }
 
     #[test]
     fn a_charge_that_is_given_back_was_never_there() {
-        let meter = Arc::new(Meter::new(Quantity::Requests { count: 1, seconds: 60, burst: 1 }));
+        let meter = Meter::new(Quantity::Requests { count: 1, seconds: 60, burst: 1 });
         for _ in 0..10 {
-            meter.take(0, SECOND).unwrap().give_back();
+            assert!(meter.take(0, SECOND));
+            meter.give_back(0);
         }
-        assert!(meter.take(0, SECOND).is_some() && meter.take(0, SECOND).is_none());
+        assert!(meter.take(0, SECOND) && !meter.take(0, SECOND));
     }
 }

@@ -5,7 +5,7 @@ use std::ops::BitOr;
 use std::sync::Arc;
 
 use super::Monitor;
-use super::authorize::{Decided, Mode};
+use super::authorize::Mode;
 use crate::grant::channel::Channel;
 use crate::grant::{Grant, GrantId, Hold, OpenChannel, OwnedRequest, Revocation, Right};
 use crate::model::{Decision, Flow, Request, Verdict};
@@ -104,7 +104,8 @@ impl Monitor {
         loop {
             let generation = self.shared.registry.generation();
             let now = self.shared.now.load_full();
-            let Decided { decision, charges } = self.decide(&now, request, Mode::Open);
+            let mut charges = Vec::new();
+            let decision = self.decide(&now, request, Mode::Open, Some(&mut charges));
             let right =
                 Arc::new(Right::new(id, OwnedRequest::new(request), flow, honours, decision, charges));
             if !honours.accepts(decision.verdict) {
@@ -167,7 +168,7 @@ impl Monitor {
         let mut revoked = Vec::new();
         for right in rights.iter().filter(|right| right.is_live() && which(right)) {
             let Some(request) = right.request.get() else { continue };
-            let Decided { decision, .. } = self.decide(&now, &request, Mode::Look);
+            let decision = self.decide(&now, &request, Mode::Look, None);
             if right.honours.accepts(decision.verdict) {
                 right.decide_anew(decision);
             } else {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::subjects::class_key;
-use super::view::{Snapshot, Subject, View};
+use super::view::{Seat, Snapshot, Subject, View};
 use super::{Monitor, MonitorError};
 use crate::analysis::Change;
 use crate::compile::environment_bits;
@@ -70,7 +70,7 @@ impl Monitor {
         let mut closes = Vec::new();
         for right in self.shared.registry.all().iter().filter(|right| right.is_live()) {
             let Some(request) = right.request.get() else { continue };
-            let decision = self.decide(&after, &request, super::authorize::Mode::Look).decision;
+            let decision = self.decide(&after, &request, super::authorize::Mode::Look, None);
             if !right.honours.accepts(decision.verdict) {
                 closes.push((OpenChannel::new(right), decision));
             }
@@ -90,13 +90,16 @@ impl Monitor {
         let mut view = View {
             policy: policy.clone(),
             table: Arc::clone(&policy.table),
-            places: vec![None; before.places.len()],
+            seats: before.seats.iter().map(|_| None).collect(),
             environment,
         };
+        if let Some(first) = view.seats.first_mut() {
+            *first = Some(Seat::nobody());
+        }
         let mut forgotten = Vec::new();
         let mut known = Vec::new();
-        for place in before.subjects() {
-            let subject = &place.subject;
+        for seat in before.subjects() {
+            let subject = seat.subject();
             let (kept, lost): (Vec<String>, Vec<String>) = subject
                 .labels
                 .iter()
@@ -116,9 +119,9 @@ impl Monitor {
         let keys: Vec<_> = known.iter().map(|(_, key)| key.clone()).collect();
         view.table = policy.table_for(&keys)?;
         for (subject, key) in &known {
-            let place = self.place(&view, key, subject, &before.meters_of(subject.id))?;
-            if let Some(slot) = view.places.get_mut(subject.id.slot as usize) {
-                *slot = Some(place);
+            let seat = self.seat(&view, key, subject, &before.meters_of(subject.id))?;
+            if let Some(slot) = view.seats.get_mut(subject.id.slot as usize) {
+                *slot = Some(Arc::new(seat));
             }
         }
         Ok((view, forgotten))

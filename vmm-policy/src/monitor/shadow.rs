@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::view::{Snapshot, View};
 use super::{Monitor, MonitorError};
+use crate::compile::{Limits, Ruling};
 use crate::model::{Decision, Layer, Request, RuleId, Verdict};
 use crate::policy::Policy;
 use crate::sync::{Ordering, lock};
@@ -49,18 +50,19 @@ impl Monitor {
     }
 
     pub(super) fn compare_shadow(&self, shadow: &View, request: &Request<'_>, decided: &Decision) {
-        let ruling = shadow.rule(request).map_or_else(|ruling| ruling, |resolved| resolved.ruling);
+        let resolved = shadow.resolve(request);
+        let ruling = resolved.map_or(Ruling::denied(Layer::Identity), |resolved| {
+            let walls = (resolved.asker.class.wall, resolved.peer_class().wall);
+            shadow.judge(&resolved, walls, &mut Limits::none())
+        });
+        let verdict = ruling.verdict(&shadow.policy.model);
         // What a limit or a history has refused would not have come to the rules.
-        if ruling.verdict == decided.verdict || matches!(decided.layer, Layer::Quota | Layer::Wall) {
+        if verdict == decided.verdict || matches!(decided.layer, Layer::Quota | Layer::Wall) {
             return;
         }
         self.shared.shadow_count.fetch_add(1, Ordering::Relaxed);
-        let difference = ShadowDifference {
-            decided: *decided,
-            verdict: ruling.verdict,
-            layer: ruling.layer,
-            rule: ruling.rule,
-        };
+        let difference =
+            ShadowDifference { decided: *decided, verdict, layer: ruling.layer, rule: ruling.rule() };
         self.observe(|observer| observer.shadow_differs(request, &difference));
     }
 }

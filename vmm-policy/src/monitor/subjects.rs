@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::view::{Live, Place, Snapshot, State, Subject, View};
+use super::view::{Seat, Snapshot, State, Subject, View};
 use super::{Monitor, MonitorError};
-use crate::compile::{ClassKey, ClassKind, Model, PartyDef};
+use crate::compile::{ClassKey, ClassKind, Model, NOBODY, PartyDef};
 use crate::grant::Revocation;
 use crate::model::{Lifecycle, Principal, SubjectId, SubjectSpec};
 use crate::policy::Policy;
@@ -23,7 +23,7 @@ impl Monitor {
         let _wall = lock(&self.shared.wall);
         let before = self.shared.now.load_full();
         let SubjectSpec { principal, labels, incarnation, digest, attested } = spec;
-        if before.main.subjects().any(|place| place.subject.principal == principal) {
+        if before.main.subjects().any(|seat| seat.subject().principal == principal) {
             return Err(MonitorError::Registered(principal));
         }
         if let Some(given) = incarnation {
@@ -32,8 +32,8 @@ impl Monitor {
                 return Err(MonitorError::Incarnation { principal, given, last });
             }
         }
-        let free = before.main.places.iter().position(Option::is_none);
-        let slot = free.unwrap_or(before.main.places.len());
+        let free = before.main.seats.iter().position(Option::is_none);
+        let slot = free.unwrap_or(before.main.seats.len());
         let id = SubjectId { slot: slot as u32, life: writer.lives + 1 };
         let declared = party(&before.main.policy.model, &principal);
         if let (Some(party), false) = (declared, labels.is_empty()) {
@@ -44,9 +44,9 @@ impl Monitor {
             if matches!(principal, Principal::Host(_)) { Lifecycle::Running } else { Lifecycle::default() };
         let state = Mutex::new(State { lifecycle, attested });
         let subject = Arc::new(Subject { id, principal, labels, digest, state });
-        let main = self.with_place(&before.main, slot, &subject)?;
+        let main = self.with_seat(&before.main, slot, &subject)?;
         let shadow =
-            before.shadow.as_ref().map(|shadow| self.with_place(shadow, slot, &subject)).transpose()?;
+            before.shadow.as_ref().map(|shadow| self.with_seat(shadow, slot, &subject)).transpose()?;
         writer.lives += 1;
         if let Some(given) = incarnation {
             writer.incarnations.insert(subject.principal.clone(), given);
@@ -63,11 +63,11 @@ impl Monitor {
         {
             let _writer = lock(&self.shared.writer);
             let before = self.shared.now.load_full();
-            before.main.place(id).ok_or(MonitorError::NoSubject(id))?;
+            before.main.seat(id).ok_or(MonitorError::NoSubject(id))?;
             let without = |view: &View| {
                 let mut view = view.clone_view();
-                if let Some(place) = view.places.get_mut(id.slot as usize) {
-                    *place = None;
+                if let Some(seat) = view.seats.get_mut(id.slot as usize) {
+                    *seat = None;
                 }
                 view
             };
@@ -88,8 +88,8 @@ impl Monitor {
             let _writer = lock(&self.shared.writer);
             let _wall = lock(&self.shared.wall);
             let before = self.shared.now.load_full();
-            let place = before.main.place(id).ok_or(MonitorError::NoSubject(id))?;
-            let old = &place.subject;
+            let seat = before.main.seat(id).ok_or(MonitorError::NoSubject(id))?;
+            let old = seat.subject();
             let subject = Arc::new(Subject {
                 id,
                 principal: old.principal.clone(),
@@ -98,9 +98,9 @@ impl Monitor {
                 state: Mutex::new(*lock(&old.state)),
             });
             let slot = id.slot as usize;
-            let main = self.with_place(&before.main, slot, &subject)?;
+            let main = self.with_seat(&before.main, slot, &subject)?;
             let shadow =
-                before.shadow.as_ref().map(|shadow| self.with_place(shadow, slot, &subject)).transpose()?;
+                before.shadow.as_ref().map(|shadow| self.with_seat(shadow, slot, &subject)).transpose()?;
             self.shared.now.store(Arc::new(Snapshot { epoch: before.epoch, main, shadow }));
         }
         Ok(self.reconsider_those(|right| right.request.is_about(id)))
@@ -134,11 +134,11 @@ impl Monitor {
         {
             let _writer = lock(&self.shared.writer);
             let now = self.shared.now.load_full();
-            let place = now.main.place(id).ok_or(MonitorError::NoSubject(id))?;
-            change(&mut lock(&place.subject.state));
+            let seat = now.main.seat(id).ok_or(MonitorError::NoSubject(id))?;
+            change(&mut lock(&seat.subject().state));
             for view in std::iter::once(&now.main).chain(&now.shadow) {
-                if let Some(place) = view.place(id) {
-                    place.live.facts.store(View::facts_of(&view.policy, &place.subject), Ordering::Release);
+                if let Some(seat) = view.seat(id) {
+                    seat.facts.store(View::facts_of(&view.policy, seat.subject()), Ordering::Release);
                 }
             }
         }
@@ -148,22 +148,22 @@ impl Monitor {
     /// Who is registered, in no order.
     pub fn subjects(&self) -> Vec<(SubjectId, Principal)> {
         let now = self.shared.now.load();
-        now.main.subjects().map(|place| (place.subject.id, place.subject.principal.clone())).collect()
+        now.main.subjects().map(|seat| (seat.subject().id, seat.subject().principal.clone())).collect()
     }
 
     /// The registered subject of that name: of a machine or host principal that the policy declares, or a host principal's own.
     pub fn subject(&self, name: &str) -> Option<SubjectId> {
         let now = self.shared.now.load();
         let model = &now.main.policy.model;
-        let named = |place: &&Place| match party(model, &place.subject.principal) {
+        let named = |subject: &&Arc<Subject>| match party(model, &subject.principal) {
             Some(party) => &*party.name == name,
-            None => matches!(&place.subject.principal, Principal::Host(host) if **host == *name),
+            None => matches!(&subject.principal, Principal::Host(host) if **host == *name),
         };
-        now.main.subjects().find(named).map(|place| place.subject.id)
+        now.main.subjects().map(Seat::subject).find(named).map(|subject| subject.id)
     }
 
     /// A view with one subject more, or with another one in its place. The wall's lock is held.
-    pub(super) fn with_place(
+    pub(super) fn with_seat(
         &self,
         view: &View,
         slot: usize,
@@ -173,24 +173,24 @@ impl Monitor {
         let table = view.policy.extended(&view.table, &key)?;
         let mut wider = view.clone_view();
         wider.table = table;
-        let place = self.place(&wider, &key, subject, &view.meters_of(subject.id))?;
-        wider.places.resize(wider.places.len().max(slot + 1), None);
-        if let Some(free) = wider.places.get_mut(slot) {
-            *free = Some(place);
+        let seat = self.seat(&wider, &key, subject, &view.meters_of(subject.id))?;
+        wider.seats.resize(wider.seats.len().max(slot + 1), None);
+        if let Some(free) = wider.seats.get_mut(slot) {
+            *free = Some(Arc::new(seat));
         }
         Ok(wider)
     }
 
     /// What a view's policy makes of a subject of a class that its table has.
-    pub(super) fn place(
+    pub(super) fn seat(
         &self,
         view: &View,
         key: &ClassKey,
         subject: &Arc<Subject>,
         meters: &[(String, Arc<super::meter::Meter>)],
-    ) -> Result<Place, MonitorError> {
+    ) -> Result<Seat, MonitorError> {
         let model = &*view.policy.model;
-        let class = view.table.class_of(key).unwrap_or(crate::compile::NOBODY);
+        let class = view.table.class_of(key).unwrap_or(NOBODY);
         let mut history = 0;
         if !key.guard {
             let kept = self.shared.history.load(&subject.principal)?;
@@ -201,12 +201,11 @@ impl Monitor {
         if let Some(wall) = model.wall_conflict(history) {
             return Err(MonitorError::Wall { principal: subject.principal.clone(), wall: wall.to_owned() });
         }
-        let live = Live {
-            facts: AtomicU64::new(View::facts_of(&view.policy, subject)),
-            history: AtomicU64::new(history),
-            meters: View::meters(&view.policy, &view.table, class, meters),
-        };
-        Ok(Place { subject: Arc::clone(subject), class, guard: key.guard, live: Arc::new(live) })
+        let facts = View::facts_of(&view.policy, subject);
+        let meters = View::meters(&view.policy, &view.table, class, meters);
+        // The table was extended by the key.
+        let class = view.table.class(class).copied().unwrap_or_default();
+        Ok(Seat::new(Arc::clone(subject), class, facts, history, meters))
     }
 }
 
@@ -215,7 +214,7 @@ impl View {
         Self {
             policy: self.policy.clone(),
             table: Arc::clone(&self.table),
-            places: self.places.clone(),
+            seats: self.seats.clone(),
             environment: AtomicU64::new(self.environment.load(Ordering::Acquire)),
         }
     }
@@ -282,7 +281,7 @@ impl Monitor {
     /// What is to be done if the subject misbehaves, by the first `escalate` that is about it.
     pub(crate) fn escalation(&self, id: SubjectId) -> Option<crate::syntax::Escalation> {
         let now = self.shared.now.load();
-        let class = now.main.place(id)?.class;
+        let class = now.main.seat(id)?.class.id;
         let escalations = &now.main.policy.model.escalations;
         let about = escalations.iter().find(|(who, ..)| now.main.table.is_member(*who, class));
         about.map(|(_, escalation, _)| escalation.clone())
@@ -293,7 +292,7 @@ impl Monitor {
     }
 
     pub(crate) fn is_registered(&self, id: SubjectId) -> bool {
-        self.shared.now.load().main.place(id).is_some()
+        self.shared.now.load().main.seat(id).is_some()
     }
 
     pub(crate) fn monotonic(&self) -> u64 {
@@ -312,8 +311,8 @@ impl Monitor {
             .rule
             .filter(|_| decision.epoch == now.epoch)
             .and_then(|rule| now.main.policy.model.rule(rule));
-        match (rule.and_then(|rule| rule.ask), now.main.place(id)) {
-            (Some((by, _)), Some(place)) => now.main.table.is_member(by, place.class),
+        match (rule.and_then(|rule| rule.ask), now.main.seat(id)) {
+            (Some((by, _)), Some(seat)) => now.main.table.is_member(by, seat.class.id),
             _ => false,
         }
     }

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use super::clock::Clock;
 use super::meter::Meter;
-use crate::compile::{Facts, NOBODY, Ruling, Table, environment_bits, subject_facts};
-use crate::model::{Layer, Lifecycle, Op, Principal, Request, SubjectId};
+use crate::compile::{
+    Class, ClassKey, Facts, Limits, NOBODY, Ruling, Table, environment_bits, subject_facts,
+};
+use crate::model::{Flow, Layer, Lifecycle, Op, Principal, Request, SubjectId};
 use crate::policy::Policy;
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
@@ -26,31 +28,79 @@ pub(super) struct State {
     pub(super) attested: bool,
 }
 
-/// What a policy makes of a subject.
+/// What a policy makes of a subject: what a decision reads of it lies in one line of the processor's cache.
 #[derive(Debug)]
-pub(super) struct Live {
+#[repr(align(64))]
+pub(super) struct Seat {
+    /// The life of the subject's [`SubjectId`].
+    life: u64,
+    pub(super) class: Class,
     /// The bits that conditions ask for.
     pub(super) facts: AtomicU64,
     /// Its history at walls.
     pub(super) history: AtomicU64,
-    /// What it has used of each limit, by the limit's number; `None` where it falls under none of it.
-    pub(super) meters: Vec<Option<Arc<Meter>>>,
+    behind: Box<Behind>,
 }
 
-#[derive(Clone, Debug)]
-pub(super) struct Place {
-    pub(super) subject: Arc<Subject>,
-    pub(super) class: u32,
-    pub(super) guard: bool,
-    pub(super) live: Arc<Live>,
+const _: () = assert!(size_of::<Seat>() == 64, "a line of the cache");
+
+/// What most decisions do not need.
+#[derive(Debug)]
+struct Behind {
+    subject: Arc<Subject>,
+    /// What it has used of each limit, by the limit's number; `None` where it falls under none of it.
+    meters: Vec<Option<Arc<Meter>>>,
+}
+
+impl Seat {
+    pub(super) fn new(
+        subject: Arc<Subject>,
+        class: Class,
+        facts: u64,
+        history: u64,
+        meters: Vec<Option<Arc<Meter>>>,
+    ) -> Self {
+        Self {
+            life: subject.id.life,
+            class,
+            facts: AtomicU64::new(facts),
+            history: AtomicU64::new(history),
+            behind: Box::new(Behind { subject, meters }),
+        }
+    }
+
+    /// Nobody's, which is asked for where a request leads to nobody.
+    pub(super) fn nobody() -> Arc<Self> {
+        let subject = Subject {
+            id: SubjectId::NOBODY,
+            principal: Principal::Host("".into()),
+            labels: None,
+            digest: None,
+            state: Mutex::new(State { lifecycle: Lifecycle::default(), attested: false }),
+        };
+        Arc::new(Self::new(Arc::new(subject), Class::from(&ClassKey::default()), 0, 0, Vec::new()))
+    }
+
+    pub(super) fn subject(&self) -> &Arc<Subject> {
+        &self.behind.subject
+    }
+
+    pub(super) fn meters(&self) -> &[Option<Arc<Meter>>] {
+        &self.behind.meters
+    }
+
+    /// Whether levels and walls are not asked about it: it has no history then.
+    pub(super) fn guard(&self) -> bool {
+        self.class.exempt
+    }
 }
 
 /// A policy, and what it makes of who is there.
 pub(super) struct View {
     pub(super) policy: Policy,
     pub(super) table: Arc<Table>,
-    /// By [`SubjectId`]'s slot.
-    pub(super) places: Vec<Option<Place>>,
+    /// By [`SubjectId`]'s slot; in the first is nobody.
+    pub(super) seats: Vec<Option<Arc<Seat>>>,
     pub(super) environment: AtomicU64,
 }
 
@@ -65,61 +115,115 @@ pub(super) struct Snapshot {
 #[derive(Clone, Copy)]
 pub(super) struct Resolved<'s> {
     pub(super) op: Op,
-    pub(super) asker: &'s Place,
-    /// If it is a subject.
-    pub(super) peer: Option<&'s Place>,
-    /// Of the subject, or of the object that stands for itself.
-    pub(super) peer_class: u32,
-    pub(super) ruling: Ruling,
+    pub(super) asker: &'s Seat,
+    /// A subject, or nobody.
+    pub(super) peer: &'s Seat,
+    /// The class that the object has if it was declared.
+    object: &'s Class,
+    /// The object's number.
+    value: u64,
+}
+
+impl<'s> Resolved<'s> {
+    /// The class of the subject, or of the object that stands for itself.
+    #[inline(always)]
+    pub(super) fn peer_class(&self) -> &'s Class {
+        // Which of them nobody can foresee: no branch.
+        let either = [self.object, &self.peer.class];
+        either.get(usize::from(self.is_of_subject())).copied().unwrap_or(self.object)
+    }
+
+    /// Whether it leads to a subject.
+    #[inline(always)]
+    pub(super) fn is_of_subject(&self) -> bool {
+        self.peer.class.id != NOBODY
+    }
+
+    /// The histories at walls of the asker, and of the peer and the object together.
+    #[inline(always)]
+    pub(super) fn histories(&self) -> (u64, u64) {
+        let of = |seat: &Seat| seat.history.load(Ordering::Acquire);
+        // Nobody has none, and what is not declared has none.
+        (of(self.asker), of(self.peer) | self.object.wall)
+    }
 }
 
 impl Snapshot {
     pub(super) fn empty(policy: Policy, clock: &dyn Clock) -> Self {
         let table = Arc::clone(&policy.table);
         let environment = AtomicU64::new(environment_bits(&policy.model.conditions, clock.wall(), []));
-        Self { epoch: 0, main: View { policy, table, places: Vec::new(), environment }, shadow: None }
+        Self {
+            epoch: 0,
+            main: View { policy, table, seats: vec![Some(Seat::nobody())], environment },
+            shadow: None,
+        }
     }
 }
 
 impl View {
-    #[inline]
-    pub(super) fn place(&self, id: SubjectId) -> Option<&Place> {
-        let place = self.places.get(id.slot as usize)?.as_ref()?;
-        (place.subject.id.life == id.life).then_some(place)
+    #[inline(always)]
+    pub(super) fn seat(&self, id: SubjectId) -> Option<&Seat> {
+        let seat = self.seats.get(id.slot as usize)?.as_ref()?;
+        (seat.life == id.life).then_some(seat)
     }
 
-    pub(super) fn subjects(&self) -> impl Iterator<Item = &Place> {
-        self.places.iter().flatten()
+    pub(super) fn subjects(&self) -> impl Iterator<Item = &Seat> {
+        self.seats.iter().skip(1).flatten().map(|seat| &**seat)
     }
 
-    /// What the policy says to a request, histories and limits apart.
-    #[inline]
-    pub(super) fn rule(&self, request: &Request<'_>) -> Result<Resolved<'_>, Ruling> {
-        let refused = || Ruling::denied(Layer::Identity);
-        let op = request.op().ok_or_else(refused)?;
-        let asker = self.place(request.asker).ok_or_else(refused)?;
-        let peer = match request.peer {
-            Some(id) => Some(self.place(id).ok_or_else(refused)?),
-            None => None,
-        };
-        let model = &*self.policy.model;
-        let (value, object_class) = self.table.object(model, &request.object);
-        let peer_class = peer.map_or(object_class, |peer| peer.class);
-        let facts = Facts {
-            asker: asker.live.facts.load(Ordering::Relaxed),
-            peer: peer.map_or(0, |peer| peer.live.facts.load(Ordering::Relaxed)),
+    /// Who and what is meant; nothing if there is no such subject, or such an object knows no such action.
+    #[inline(always)]
+    pub(super) fn resolve(&self, request: &Request<'_>) -> Option<Resolved<'_>> {
+        let op = request.op()?;
+        let (asker, peer) =
+            (self.seat(request.asker)?, self.seat(request.peer.unwrap_or(SubjectId::NOBODY))?);
+        let (value, class) = self.table.object(&self.policy.model, &request.object);
+        Some(Resolved { op, asker, peer, object: self.table.class(class)?, value })
+    }
+
+    /// What the policy says where asker and peer have these histories at walls, and which limits it falls under.
+    #[inline(always)]
+    pub(super) fn judge(
+        &self,
+        resolved: &Resolved<'_>,
+        (of_asker, of_peer): (u64, u64),
+        limits: &mut Limits,
+    ) -> Ruling {
+        let Resolved { op, asker, peer, object, value } = *resolved;
+        let peer_class = resolved.peer_class();
+        if let Some(layer) = self.table.barrier_at(op, &asker.class, of_asker, peer_class, of_peer) {
+            return Ruling::denied(layer);
+        }
+        let facts = || Facts {
+            asker: asker.facts.load(Ordering::Relaxed),
+            peer: peer.facts.load(Ordering::Relaxed),
             environment: self.environment.load(Ordering::Relaxed),
         };
-        // An object that is named beside its peer has levels of its own.
-        if peer.is_some()
-            && object_class != NOBODY
-            && let (Some(one), Some(object)) = (self.table.class(asker.class), self.table.class(object_class))
-            && let Some(layer) = self.table.barrier(op, one, object)
-        {
-            return Err(Ruling::denied(layer));
+        let model = &self.policy.model;
+        let ruling = self.table.judge(model, op, &asker.class, peer_class, value, facts, limits);
+        if (object.id != NOBODY) & resolved.is_of_subject() {
+            return self.beside(resolved, &facts(), (of_asker, of_peer), ruling);
         }
-        let ruling = self.table.decide(model, op, asker.class, peer_class, value, &facts);
-        Ok(Resolved { op, asker, peer, peer_class, ruling })
+        ruling
+    }
+
+    /// What is said of a declared object that is named beside its peer, if that is what is said of the peer.
+    #[inline(never)]
+    fn beside(
+        &self,
+        resolved: &Resolved<'_>,
+        facts: &Facts,
+        (of_asker, of_peer): (u64, u64),
+        ruling: Ruling,
+    ) -> Ruling {
+        let Resolved { op, asker, peer, object, value } = *resolved;
+        // The peer's is together with the object's.
+        let met = self.table.walls_meet(of_asker, object.wall) || self.table.wall_is_hit(of_peer);
+        if op.flow() != Flow::None && met {
+            return Ruling::denied(Layer::Wall);
+        }
+        let model = &self.policy.model;
+        self.table.decide_beside(model, op, &asker.class, &peer.class, object, value, facts, ruling)
     }
 
     /// The meters of a subject of `class`; those of `before` whose limits say the same go on.
@@ -144,7 +248,7 @@ impl View {
 
     /// The meters of a subject, by what their limits say.
     pub(super) fn meters_of(&self, id: SubjectId) -> Vec<(String, Arc<Meter>)> {
-        let meters = self.place(id).map_or(&[][..], |place| &place.live.meters);
+        let meters = self.seat(id).map_or(&[][..], Seat::meters);
         let named = |(at, meter): (usize, &Option<Arc<Meter>>)| {
             Some((limit_text(&self.policy, at), Arc::clone(meter.as_ref()?)))
         };

@@ -8,56 +8,43 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::Monitor;
-use super::authorize::Mode;
-use super::view::{Resolved, Snapshot, View};
-use crate::model::{Decision, Layer, SubjectId, Verdict};
+use super::view::{Resolved, Seat, Snapshot, View};
+use crate::model::SubjectId;
 use crate::sync::{Ordering, lock};
 
-impl Monitor {
-    /// The refusal, if a wall is between the two. What is new in a history is kept before this says that it may be.
-    #[inline]
-    pub(super) fn wall(&self, now: &Arc<Snapshot>, resolved: &Resolved<'_>, mode: Mode) -> Option<Decision> {
-        let flow = resolved.op.flow();
-        if !(flow.reads() || flow.writes()) || resolved.asker.guard {
-            return None;
-        }
-        let asker = resolved.asker.live.history.load(Ordering::Acquire);
-        let peer = match resolved.peer {
-            Some(peer) if peer.guard => return None,
-            Some(peer) => peer.live.history.load(Ordering::Acquire),
-            None => now.main.table.class(resolved.peer_class).map_or(0, |class| class.wall),
-        };
+impl Resolved<'_> {
+    /// Whether somebody's history grows, if this is allowed. That no wall is between the two has been seen to; guards have no history, and
+    /// learn none.
+    #[inline(always)]
+    pub(super) fn learns(&self) -> bool {
+        let ((asker, peer), flow) = (self.histories(), self.op.flow());
         let both = asker | peer;
-        // Neither has a history: the common case costs two loads.
-        if both == 0 {
-            return None;
-        }
-        let refusal = Decision { verdict: Verdict::Deny, layer: Layer::Wall, rule: None, epoch: now.epoch };
-        if now.main.table.wall_is_hit(both) {
-            return Some(refusal);
-        }
-        let learns =
-            (flow.reads() && both != asker) || (flow.writes() && resolved.peer.is_some() && both != peer);
-        // `reconsider` looks at what is open, whose histories are written.
-        if !learns || mode == Mode::Look {
-            return None;
-        }
+        let reads = flow.reads() & (both != asker);
+        let writes = flow.writes() & (both != peer) & self.is_of_subject();
+        (reads | writes) & !self.asker.guard() & !(self.is_of_subject() & self.peer.guard())
+    }
+}
+
+impl Monitor {
+    /// Has both learn of each other as the request says, and all that are behind them; whether no wall is hit. What is new in a history
+    /// is kept before this says that it may be.
+    #[cold]
+    pub(super) fn learn(&self, now: &Arc<Snapshot>, resolved: &Resolved<'_>) -> bool {
+        let flow = resolved.op.flow();
         let _guard = lock(&self.shared.wall);
         // A policy that was put in force meanwhile has histories of its own, and asks again about what is open.
         let current = self.shared.now.load_full();
         let view = &current.main;
-        let (asker, peer) = (resolved.asker.subject.id, resolved.peer.map(|peer| peer.subject.id));
+        let (asker, peer) = resolved.histories();
+        let both = asker | peer;
         let mut gained: BTreeMap<SubjectId, u64> = BTreeMap::new();
         if flow.reads() {
-            gained.insert(asker, both);
+            gained.insert(resolved.asker.subject().id, both);
         }
-        if let Some(peer) = peer.filter(|_| flow.writes()) {
-            gained.insert(peer, both);
+        if flow.writes() && resolved.is_of_subject() {
+            gained.insert(resolved.peer.subject().id, both);
         }
-        if current.epoch != now.epoch || !self.spread(view, &mut gained) || !self.keep(view, &gained) {
-            return Some(refusal);
-        }
-        None
+        current.epoch == now.epoch && self.spread(view, &mut gained) && self.keep(view, &gained)
     }
 
     /// Adds to `gained` what others learn of it by the channels that are open; whether no wall is hit.
@@ -65,7 +52,7 @@ impl Monitor {
         let open: Vec<_> = self.shared.registry.all().into_iter().filter(|right| right.is_live()).collect();
         let mut work: Vec<SubjectId> = gained.keys().copied().collect();
         let whole = |view: &View, gained: &BTreeMap<SubjectId, u64>, id: SubjectId| {
-            let own = view.place(id).map_or(0, |place| place.live.history.load(Ordering::Acquire));
+            let own = view.seat(id).map_or(0, |seat| seat.history.load(Ordering::Acquire));
             own | gained.get(&id).copied().unwrap_or(0)
         };
         // Each round adds a bit to somebody, and there are 64 of them.
@@ -82,10 +69,12 @@ impl Monitor {
                     asker if peer == id && right.flow.reads() => asker,
                     _ => continue,
                 };
-                let Some(place) = view.place(learner).filter(|place| !place.guard) else { continue };
+                if view.seat(learner).is_none_or(Seat::guard) {
+                    continue;
+                }
                 let before = whole(view, gained, learner);
                 if before | history != before {
-                    gained.insert(place.subject.id, before | history);
+                    gained.insert(learner, before | history);
                     work.push(learner);
                 }
             }
@@ -97,22 +86,22 @@ impl Monitor {
     fn keep(&self, view: &View, gained: &BTreeMap<SubjectId, u64>) -> bool {
         let model = &*view.policy.model;
         for (id, history) in gained {
-            let Some(place) = view.place(*id) else { continue };
-            let before = place.live.history.load(Ordering::Acquire);
+            let Some(seat) = view.seat(*id) else { continue };
+            let before = seat.history.load(Ordering::Acquire);
             for (bit, label) in model.wall_labels.iter().enumerate() {
                 if (history & !before) >> bit & 1 == 0 {
                     continue;
                 }
                 let Some(name) = model.labels.get(*label as usize) else { return false };
-                if self.shared.history.record(&place.subject.principal, name).is_err() {
+                if self.shared.history.record(&seat.subject().principal, name).is_err() {
                     return false;
                 }
             }
         }
         // All of it is kept; what is kept and not done does no harm.
         for (id, history) in gained {
-            if let Some(place) = view.place(*id) {
-                place.live.history.fetch_or(*history, Ordering::AcqRel);
+            if let Some(seat) = view.seat(*id) {
+                seat.history.fetch_or(*history, Ordering::AcqRel);
             }
         }
         true

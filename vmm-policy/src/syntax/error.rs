@@ -32,6 +32,14 @@ pub enum PolicyError {
         /// The rule that was one too many.
         hint: String,
     },
+    /// A document has something in it that is read as something else.
+    #[error("statement {statement} of the document is read otherwise than it was meant: {text}")]
+    Unlike {
+        /// Which, from 1.
+        statement: usize,
+        /// What it is as text.
+        text: String,
+    },
     /// It says nothing of a label that a registered subject was to have.
     #[error("no label is called {label:?}{hint}")]
     UnknownLabel {

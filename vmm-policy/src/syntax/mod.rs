@@ -8,6 +8,7 @@ mod condition;
 mod cursor;
 mod error;
 mod expr;
+mod facts;
 mod format;
 mod parse;
 mod rule;

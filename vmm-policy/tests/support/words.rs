@@ -1,6 +1,8 @@
 //! Bytes to a policy that mostly means something, and what is asked of it: for the fuzz target `policy_evaluator`, and a test that runs
 //! the same on bytes at random.
 
+#![allow(dead_code, reason = "a target and two tests, of which each uses a part")]
+
 use vmm_policy::{Coverage, Policy, PolicyError};
 
 /// Takes bytes as choices; zeros when there are none left.
@@ -119,6 +121,24 @@ fn statement(choices: &mut Choices<'_>) -> String {
 /// proof, a picture and a comparison end. Returns whether the policy was one.
 pub(crate) fn exercise(bytes: &[u8]) -> bool {
     let mut choices = Choices(bytes);
+    let text = text(&mut choices);
+    let policy = match Policy::parse(&text) {
+        Ok(policy) => policy,
+        Err(PolicyError::Invalid(problems)) => {
+            assert!(problems.iter().all(|problem| problem.line >= 1), "{problems}");
+            return false;
+        }
+        Err(_) => return false,
+    };
+    ask(&policy, &text, &mut choices)
+}
+
+/// The text of a policy.
+pub(crate) fn policy(bytes: &[u8]) -> String {
+    text(&mut Choices(bytes))
+}
+
+fn text(choices: &mut Choices<'_>) -> String {
     let mut text = String::from("family t: red, blue\nlabels l0, l1\nsecrecy low < high\n");
     if choices.next() % 2 == 0 {
         text.push_str("wall w: red, blue\n");
@@ -141,17 +161,13 @@ pub(crate) fn exercise(bytes: &[u8]) -> bool {
         "network d { filtered }\n",
     ]));
     for _ in 0..choices.next() % 12 {
-        text.push_str(&statement(&mut choices));
+        text.push_str(&statement(choices));
     }
-    let policy = match Policy::parse(&text) {
-        Ok(policy) => policy,
-        Err(PolicyError::Invalid(problems)) => {
-            assert!(problems.iter().all(|problem| problem.line >= 1), "{problems}");
-            return false;
-        }
-        Err(_) => return false,
-    };
-    let mut coverage = Coverage::new(&policy);
+    text
+}
+
+fn ask(policy: &Policy, text: &str, choices: &mut Choices<'_>) -> bool {
+    let mut coverage = Coverage::new(policy);
     for _ in 0..40 {
         let what = choices.of(&[
             "connect vsock 7",
@@ -201,7 +217,7 @@ pub(crate) fn exercise(bytes: &[u8]) -> bool {
             );
         }
     }
-    let changed = policy.diff(&policy);
+    let changed = policy.diff(policy);
     assert!(changed.is_ok_and(|changes| changes.is_empty()), "a policy differs from itself\n{text}");
     assert!(policy.usage().is_ok());
     if let Ok(graph) = policy.graph() {

@@ -1,15 +1,25 @@
 //! The commands: each returns whether all was well.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use vmm_policy::{Coverage, Policy, RuleReport, Usage};
+use vmm_policy::{Coverage, Document, Policy, RuleReport, Usage, limits};
 
+/// As text, or as the document that `fmt --json` writes.
 fn read(path: &Path) -> Result<Policy> {
-    Ok(Policy::from_file(path)?)
+    if path.extension().is_none_or(|extension| extension != "json") {
+        return Ok(Policy::from_file(path)?);
+    }
+    let name = || path.display().to_string();
+    let mut bytes = Vec::new();
+    let most = limits::POLICY_BYTES as u64 * 4;
+    fs::File::open(path).with_context(name)?.take(most + 1).read_to_end(&mut bytes).with_context(name)?;
+    ensure!(bytes.len() as u64 <= most, "{} has more than {most} bytes", path.display());
+    let document: Document = serde_json::from_slice(&bytes).with_context(name)?;
+    Ok(Policy::from_document(&document)?)
 }
 
 fn json(value: &impl Serialize) -> Result<()> {
@@ -107,9 +117,17 @@ pub(crate) fn diff(before: &Path, after: &Path, as_json: bool) -> Result<bool> {
     Ok(changes.is_empty())
 }
 
-pub(crate) fn fmt(files: &[std::path::PathBuf], check: bool) -> Result<bool> {
+pub(crate) fn fmt(files: &[std::path::PathBuf], check: bool, as_json: bool) -> Result<bool> {
     let mut good = true;
     for path in files {
+        if as_json {
+            json(read(path)?.document())?;
+            continue;
+        }
+        if path.extension().is_some_and(|extension| extension == "json") {
+            print!("{}", read(path)?.document());
+            continue;
+        }
         let before = fs::read_to_string(path).with_context(|| path.display().to_string())?;
         // Names that mean nothing are no matter of looks.
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();

@@ -77,7 +77,7 @@ enum Command {
         /// The policy after.
         after: PathBuf,
     },
-    /// Writes policies as they should look.
+    /// Writes policies as they should look. With `--json`, prints their documents; of a document, prints the text.
     Fmt {
         /// The policies.
         #[arg(required = true)]
@@ -115,7 +115,7 @@ fn main() -> ExitCode {
             commands::graph(&file, svg, output.as_deref(), json)
         }
         Command::Diff { before, after } => commands::diff(&before, &after, json),
-        Command::Fmt { files, check } => commands::fmt(&files, check),
+        Command::Fmt { files, check } => commands::fmt(&files, check, json),
         Command::Simulate { file, log, cover } => commands::simulate(&file, &log, cover, json),
     };
     match result {
