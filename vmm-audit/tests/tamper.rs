@@ -34,6 +34,8 @@ fn an_untouched_log_is_intact() {
     let result = check(&storage, &key);
     assert!(result.intact && result.findings.is_empty(), "{:?}", result.findings);
     assert!(result.closed);
+    let chain_only = VerifyOptions::new(key.clone()).tree(false);
+    assert!(verify(&storage, &chain_only, &mut |_, _| ()).unwrap().intact);
     assert_eq!((result.segments, result.epoch, result.first_entry), (3, 2, 0));
     assert_eq!(result.size, 12 * 3 + 2);
     // keys/0, keys/1, checkpoint, three segments, partial tiles.
@@ -55,6 +57,11 @@ fn every_flipped_byte_of_every_file_is_seen_and_located() {
             assert!(!result.intact, "{path} byte {at}");
             let named = result.findings.iter().any(|finding| finding.file == *path);
             assert!(named, "{path} byte {at}: {:?}", result.findings);
+            if !path.starts_with("tile/") {
+                let chain_only = VerifyOptions::new(key.clone()).tree(false);
+                let result = verify(&copy, &chain_only, &mut |_, _| ()).unwrap();
+                assert!(!result.intact, "{path} byte {at}, by the chain alone");
+            }
             if path.starts_with("segments/") && at >= HEADER {
                 // The frame that has the byte is where the damage begins.
                 let frame =
@@ -239,9 +246,13 @@ fn a_log_that_was_written_again_with_its_own_key_does_not_continue_what_was_kept
     let key = write(&storage, &keys, [1, 2]);
     write(&other, &other_keys, [2, 1]);
     let kept = check(&storage, &key).checkpoint.unwrap();
-    let result = verify(&other, &VerifyOptions::new(key).since(kept.into_bytes()), &mut |_, _| ()).unwrap();
-    assert!(!result.intact);
-    assert!(result.findings.iter().any(|f| f.what.contains("another root")), "{:?}", result.findings);
+    for tree in [true, false] {
+        let options = VerifyOptions::new(key.clone()).since(kept.clone().into_bytes()).tree(tree);
+        let result = verify(&other, &options, &mut |_, _| ()).unwrap();
+        assert!(!result.intact);
+        assert!(result.findings.iter().any(|f| f.what.contains("another root")), "{:?}", result.findings);
+        assert!(verify(&storage, &options, &mut |_, _| ()).unwrap().intact);
+    }
 }
 
 /// Whoever takes over the host has the present key, and no earlier one.

@@ -7,6 +7,7 @@ mod decode;
 pub mod entry;
 mod error;
 mod eventfd;
+mod events;
 mod exact;
 #[cfg(feature = "gdb")]
 pub mod gdb;
@@ -34,6 +35,7 @@ pub use coalesced::{CoalescedWrites, CoalescedZone};
 pub use cpuid::{CpuModel, CpuidTable};
 pub use debug::{DebugReason, DebugRequest, DebugStop, DebugStops, HardwareStop, HardwareStopKind};
 pub use error::{Error, Result};
+pub use events::VcpuEvents;
 pub use exact::{ExactStop, ExactStops};
 pub use hypervisor::{Capabilities, ClockConfig, ClockSource, Hypervisor, InterruptMode, VmConfig};
 pub use private_memory::{GuestMemfdKind, GuestMemfds, MemoryFault, PrivateMemory};

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::events::VcpuEvents;
 use crate::vcpu::{Halt, Vcpu, VcpuHandle, VcpuIo};
 use crate::vm::Notifier;
 
@@ -42,6 +43,7 @@ struct Control {
     exits: VecDeque<VcpuExit>,
     /// Signalled when [`VcpuThreads::wait`] has something to tell.
     notifier: Option<Notifier>,
+    observer: Option<Arc<dyn VcpuEvents>>,
 }
 
 impl Control {
@@ -177,6 +179,7 @@ impl VcpuThreads {
                 parked: Vec::new(),
                 exits: VecDeque::new(),
                 notifier: None,
+                observer: None,
             }),
             changed: Condvar::new(),
             handles: vcpus.iter().map(|(vcpu, _)| (vcpu.index(), vcpu.handle())).collect(),
@@ -236,6 +239,12 @@ impl VcpuThreads {
         let mut control = self.shared.lock();
         control.notifier = Some(notifier);
         control.notify();
+    }
+
+    /// Tells `observer` from now on of each vCPU that stops by itself, before [`VcpuThreads::wait`] does. It replaces the one from
+    /// before.
+    pub fn observe(&self, observer: Arc<dyn VcpuEvents>) {
+        self.shared.lock().observer = Some(observer);
     }
 
     /// Stops all vCPUs between two instructions and returns when the last one stands still. A callback
@@ -397,10 +406,15 @@ fn thread_main(index: u32, shared: &Shared, vcpu: &SharedVcpu, io: &mut (dyn Vcp
             continue;
         }
         tracing::debug!(vcpu = index, ?result, "vCPU stopped by itself");
+        let exit = VcpuExit { index, reason: result };
+        let observer = shared.lock().observer.clone();
+        if let Some(observer) = observer {
+            observer.stopped(&exit);
+        }
         let mut control = shared.lock();
         // That of now: a resume during the run does not count.
         stopped_in = Some(control.generation);
-        control.exits.push_back(VcpuExit { index, reason: result });
+        control.exits.push_back(exit);
         shared.changed.notify_all();
         control.notify();
     }

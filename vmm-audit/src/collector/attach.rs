@@ -63,7 +63,7 @@ struct Shared {
 }
 
 impl Transport for Shared {
-    fn push(&self, critical: bool, _: u32, event: EventBytes, wait: bool) -> Result<Option<Wait>, Full> {
+    fn push(&self, critical: bool, _: u64, event: EventBytes, wait: bool) -> Result<Option<Wait>, Full> {
         if !self.ring.fits(&event) || self.ring.state() == 2 {
             return Err(Full);
         }

@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use super::wire::{Reader, Value, Writer};
+use super::wire::{Reader, Value, Writer, put_varint};
 use super::{
     Action, Event, EventError, Kind, MAX_ATTRIBUTES, Measured, Object, ObjectClass, Outcome, Party, Text,
     Verdict,
@@ -275,10 +275,8 @@ pub struct Entry<'a> {
 impl<'a> Entry<'a> {
     /// Appends its bytes to `to`.
     pub fn encode(&self, to: &mut Vec<u8>) {
-        let mut head = EventBytes::new();
-        head.push(ENTRY_VERSION);
-        Writer(&mut head).raw_varint(self.source.into());
-        to.extend_from_slice(&head);
+        to.push(ENTRY_VERSION);
+        put_varint(self.source.into(), |byte| to.push(byte));
         to.extend_from_slice(self.event);
     }
 

@@ -7,35 +7,38 @@ pub(crate) const VARINT: u64 = 0;
 pub(crate) const FIXED64: u64 = 1;
 pub(crate) const BYTES: u64 = 2;
 
+/// Appends a varint, byte by byte.
+#[inline]
+pub(crate) fn put_varint(mut value: u64, mut put: impl FnMut(u8)) {
+    while value > 0x7f {
+        put((value & 0x7f) as u8 | 0x80);
+        value >>= 7;
+    }
+    put((value & 0x7f) as u8);
+}
+
 /// Appends fields to a buffer.
 pub(crate) struct Writer<'a>(pub(crate) &'a mut EventBytes);
 
 impl Writer<'_> {
-    pub(crate) fn raw_varint(&mut self, mut value: u64) {
-        let mut bytes = [0u8; 10];
-        let mut used = 0;
-        for byte in &mut bytes {
-            used += 1;
-            let low = (value & 0x7f) as u8;
-            value >>= 7;
-            *byte = if value == 0 { low } else { low | 0x80 };
-            if value == 0 {
-                break;
-            }
-        }
-        self.0.extend_from_slice(bytes.get(..used).unwrap_or_default());
+    #[inline]
+    fn raw_varint(&mut self, value: u64) {
+        put_varint(value, |byte| self.0.push(byte));
     }
 
+    #[inline]
     pub(crate) fn varint(&mut self, field: u32, value: u64) {
         self.raw_varint(u64::from(field) << 3 | VARINT);
         self.raw_varint(value);
     }
 
+    #[inline]
     pub(crate) fn fixed(&mut self, field: u32, value: u64) {
         self.raw_varint(u64::from(field) << 3 | FIXED64);
         self.0.extend_from_slice(&value.to_le_bytes());
     }
 
+    #[inline]
     pub(crate) fn bytes(&mut self, field: u32, value: &[u8]) {
         self.raw_varint(u64::from(field) << 3 | BYTES);
         self.raw_varint(value.len() as u64);
@@ -43,10 +46,22 @@ impl Writer<'_> {
     }
 
     /// A message in the message.
+    #[inline]
     pub(crate) fn message(&mut self, field: u32, fill: impl FnOnce(&mut Writer<'_>)) {
-        let mut inner = EventBytes::new();
-        fill(&mut Writer(&mut inner));
-        self.bytes(field, &inner);
+        self.raw_varint(u64::from(field) << 3 | BYTES);
+        let start = self.0.len();
+        // Nearly always its length is one byte.
+        self.0.push(0);
+        fill(&mut Writer(self.0));
+        let length = (self.0.len() - start - 1) as u64;
+        let mut place = start;
+        put_varint(length, |byte| {
+            match self.0.get_mut(start).filter(|_| place == start) {
+                Some(first) => *first = byte,
+                None => self.0.insert(place, byte),
+            }
+            place += 1;
+        });
     }
 }
 

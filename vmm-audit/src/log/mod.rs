@@ -10,20 +10,24 @@
 //! | `lock` | held by the writer |
 
 mod append;
+mod batch;
 mod options;
 mod publish;
 mod recover;
+mod retire;
+mod rotate;
 pub mod segment;
 #[cfg(test)]
 mod tests;
 
 use std::io;
 
-pub(crate) use append::carried_over;
 pub use append::{Batch, LogWriter};
+pub(crate) use batch::{Writing, Written};
 pub use options::LogOptions;
 pub use recover::Recovered;
 pub(crate) use recover::boot_id;
+pub(crate) use rotate::carried_over;
 
 use crate::event::EventError;
 use crate::keys::KeyError;

@@ -9,13 +9,18 @@ use crate::merkle::tiles::{TILE_WIDTH, TileId};
 const WAITING: usize = 4096;
 
 impl LogWriter {
+    /// Whether so many tiles wait that the next batch has to.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.tiles.len() >= WAITING
+    }
+
     pub(super) fn publish_if_due(&mut self) -> Result<(), LogError> {
         let due =
             self.published.0 < self.acknowledged && self.published.1.elapsed() >= self.options.publish_every;
         let written = if due { self.publish() } else { self.write_full_tiles() };
         match written {
             // What was acknowledged is in the segments, and tiles are made of them: this can wait.
-            Err(error) if self.tiles.len() < WAITING => {
+            Err(error) if !self.is_behind() => {
                 tracing::warn!(error = %error, "the tiles of the audit log cannot be written yet");
                 Ok(())
             }
@@ -74,17 +79,13 @@ impl LogWriter {
     /// If that does not work. The log itself is as it was.
     pub(super) fn publish(&mut self) -> Result<(), LogError> {
         self.write_full_tiles()?;
-        // What waits for a commit is in the tree too; then the tiles are those of a later checkpoint.
-        if self.tree.size() != self.acknowledged {
-            return Ok(());
-        }
-        for (id, bytes) in self.tree.partial() {
+        for (id, bytes) in &self.edge.tiles {
             let failed = |source| LogError::Write { path: id.path(), source };
             self.storage.replace(&id.path(), bytes, false).map_err(failed)?;
         }
         let failed = |source| LogError::Write { path: "checkpoint".to_owned(), source };
         self.storage.replace("checkpoint", self.note.as_bytes(), true).map_err(failed)?;
-        self.published = (self.acknowledged, Instant::now());
+        self.published = (self.edge.size, Instant::now());
         Ok(())
     }
 }

@@ -5,12 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use sha2::{Digest as _, Sha256};
 
-use super::append::{Rotation, carried_over, create_segment};
+use super::batch::{Edge, Running};
+use super::rotate::{Rotation, carried_over, create_segment};
 use super::segment::{Damage, FrameKind, HEADER, Header, Scanned, Scanner, parse_name, path};
 use super::{LogError, LogOptions, LogWriter};
 use crate::checkpoint::Checkpoint;
@@ -244,6 +245,11 @@ impl LogWriter {
             chain: chain_value,
             carry,
             pending: Vec::new(),
+            spare: Vec::new(),
+            running: Running::default(),
+            ahead: None,
+            held: Vec::new(),
+            edge: Edge::default(),
             acknowledged: size,
             note,
             changed_rings: state.scan.rings.keys().copied().collect(),
@@ -260,7 +266,7 @@ impl LogWriter {
             keys,
             options,
             _lock: lock,
-            file,
+            file: Arc::new(Mutex::new(file)),
         };
         writer.tiles = writer.tree.take_full();
         if is_empty {
@@ -306,6 +312,11 @@ impl LogWriter {
             chain: Digest::default(),
             carry: header.encode().to_vec(),
             pending: Vec::new(),
+            spare: Vec::new(),
+            running: Running::default(),
+            ahead: None,
+            held: Vec::new(),
+            edge: Edge::default(),
             tree: Tree::new(),
             acknowledged: 0,
             note: String::new(),

@@ -32,7 +32,8 @@
 use std::io;
 
 use crate::digest::Digest;
-use crate::event::MAX_ENTRY;
+use crate::event::{Entry, MAX_ENTRY};
+use crate::merkle::leaf_hash;
 use crate::note::MAX_NOTE;
 use crate::storage::StorageFile;
 
@@ -173,15 +174,31 @@ pub enum FrameKind {
 
 /// Appends a frame to `to`. The payload has at most 65,535 bytes.
 pub(crate) fn put_frame(to: &mut Vec<u8>, kind: FrameKind, number: u64, payload: &[u8]) {
+    frame(to, kind, number, |to| to.extend_from_slice(payload));
+}
+
+/// Appends the frame of an entry to `to`, and returns the entry's hash.
+pub(crate) fn put_entry(to: &mut Vec<u8>, seq: u64, source: u32, event: &[u8]) -> Digest {
+    let at = frame(to, FrameKind::Entry, seq, |to| Entry { source, event }.encode(to));
+    leaf_hash(to.get(at..).unwrap_or_default())
+}
+
+/// Appends a frame with what `fill` appends to `to`, in its place. Where that begins.
+fn frame(to: &mut Vec<u8>, kind: FrameKind, number: u64, fill: impl FnOnce(&mut Vec<u8>)) -> usize {
     let start = to.len();
-    let length = u16::try_from(payload.len()).unwrap_or(u16::MAX);
-    to.extend_from_slice(&[MARK, if kind == FrameKind::Entry { 1 } else { 2 }]);
-    to.extend_from_slice(&length.to_le_bytes());
+    to.extend_from_slice(&[0; FRAME]);
+    fill(to);
+    let Some((place, payload)) = to.get_mut(start..).and_then(<[u8]>::split_first_chunk_mut::<FRAME>) else {
+        return start;
+    };
+    let [l0, l1] = u16::try_from(payload.len()).unwrap_or(u16::MAX).to_le_bytes();
     #[expect(clippy::cast_possible_truncation, reason = "the low half")]
-    to.extend_from_slice(&(number as u32).to_le_bytes());
-    let crc = crc32c::crc32c_append(crc32c::crc32c(to.get(start..).unwrap_or_default()), payload);
-    to.extend_from_slice(&crc.to_le_bytes());
-    to.extend_from_slice(payload);
+    let [n0, n1, n2, n3] = (number as u32).to_le_bytes();
+    let kind = if kind == FrameKind::Entry { 1 } else { 2 };
+    let head = [MARK, kind, l0, l1, n0, n1, n2, n3];
+    let [c0, c1, c2, c3] = crc32c::crc32c_append(crc32c::crc32c(&head), payload).to_le_bytes();
+    *place = [MARK, kind, l0, l1, n0, n1, n2, n3, c0, c1, c2, c3];
+    start + FRAME
 }
 
 /// A frame as it was found.

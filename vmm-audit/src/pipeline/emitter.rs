@@ -51,8 +51,9 @@ pub(crate) struct Full;
 
 /// What an emitter hands events to.
 pub(crate) trait Transport: Send + Sync {
-    /// Puts an event into a ring. What is returned, if it was asked for, is told when the event is on the disk.
-    fn push(&self, critical: bool, source: u32, event: EventBytes, wait: bool) -> Result<Option<Wait>, Full>;
+    /// Puts an event, the `seq`th of its source, into a ring. What is returned, if it was asked for, is told when the event is on
+    /// the disk.
+    fn push(&self, critical: bool, seq: u64, event: EventBytes, wait: bool) -> Result<Option<Wait>, Full>;
 
     /// Why nothing may be admitted, if so.
     fn refuses(&self, deadline: Duration) -> Option<Refused>;
@@ -168,7 +169,7 @@ impl Emitter {
         self.cells.total()
     }
 
-    fn encode(&self, event: &Event) -> Result<EventBytes, EventError> {
+    fn encode(&self, event: &Event) -> Result<(u64, EventBytes), EventError> {
         let seq = self.cells.number();
         let mut bytes = EventBytes::new();
         let times = (monotonic_clock(), wall_clock());
@@ -178,7 +179,7 @@ impl Emitter {
             self.cells.add(cell(event), event.bytes);
             return Err(error);
         }
-        Ok(bytes)
+        Ok((seq, bytes))
     }
 
     /// Writes down what has happened. It never waits: without room, the event is counted.
@@ -186,9 +187,9 @@ impl Emitter {
     /// # Errors
     /// If the event has more attributes than allowed, or is too long. It is counted then.
     pub fn emit(&self, event: &Event) -> Result<Emitted, EventError> {
-        let bytes = self.encode(event)?;
+        let (seq, bytes) = self.encode(event)?;
         let critical = event.is_critical();
-        let pushed = self.transport.push(critical, self.source, bytes, false);
+        let pushed = self.transport.push(critical, seq, bytes, false);
         if critical {
             self.transport.was_full(pushed.is_err());
         }
@@ -205,8 +206,8 @@ impl Emitter {
     /// # Errors
     /// If the log cannot be relied on. The caller refuses then what it was asked for; that is counted, as a `deny`.
     pub fn admit(&self, event: &Event) -> Result<Receipt, Refused> {
-        let bytes = self.encode(event)?;
-        match self.queue(bytes) {
+        let (seq, bytes) = self.encode(event)?;
+        match self.queue(seq, &bytes) {
             Ok(receipt) => Ok(receipt),
             Err(refused) => {
                 self.cells.add(cell(&event.clone().verdict(Verdict::Deny)), event.bytes);
@@ -215,14 +216,14 @@ impl Emitter {
         }
     }
 
-    fn queue(&self, bytes: EventBytes) -> Result<Receipt, Refused> {
+    fn queue(&self, seq: u64, bytes: &EventBytes) -> Result<Receipt, Refused> {
         let mut pause = Duration::from_micros(20);
         let begun = Instant::now();
         loop {
             if let Some(refused) = self.transport.refuses(self.deadline) {
                 return Err(refused);
             }
-            if let Ok(wait) = self.transport.push(true, self.source, bytes.clone(), true) {
+            if let Ok(wait) = self.transport.push(true, seq, bytes.clone(), true) {
                 self.transport.was_full(false);
                 return wait.map(Receipt).ok_or_else(|| Refused::Closed("no acknowledgement".to_owned()));
             }

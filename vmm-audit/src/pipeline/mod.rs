@@ -1,7 +1,8 @@
 //! From those who emit events to the log, without making them wait for the disk.
 //!
-//! An [`Emitter`] puts an event into one of two bounded rings without a lock. A thread takes what is there, appends it to the
-//! log, and commits it all at once; while the disk is busy, the next batch gathers.
+//! An [`Emitter`] puts an event into one of two bounded rings of its source, without a lock. A thread takes what is there, appends it to
+//! the log, and commits it all at once; while the disk is busy, it gathers and hashes the next batch. Events of one source and ring stay in
+//! their order; among sources, times tell the order within a batch.
 //!
 //! # Back-pressure
 //! Never losing, never waiting and bounded memory cannot all be had. This is what is given:
@@ -12,7 +13,7 @@
 //! | critical ([`Emitter::emit`]): what was refused, revoked, done | queued in the reserved ring | counted | counted |
 //! | critical, before it is done ([`Emitter::admit`]): opens, management | queued in the reserved ring | waits until the deadline | refused: what cannot be written down does not happen |
 //!
-//! Bulk events never take the place of critical ones. What is counted and not written one by one is in `coalesced` events: for each
+//! Bulk events never take the place of critical ones, and no source that of another. What is counted and not written one by one is in `coalesced` events: for each
 //! source, kind, action and verdict the number so far and their bytes, exact, and signed like everything else. Every event of a
 //! source has a number, those that are counted too, so that `vmm-audit gaps` sees that numbers and counters add up.
 //!
@@ -52,9 +53,9 @@ use local::Local;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct PipelineOptions {
-    /// Events that the reserved ring holds, at least 1. 4096 if nothing is said.
+    /// Events that the reserved ring of a source holds, at least 1. 1024 if nothing is said.
     pub critical_events: usize,
-    /// Events that the other ring holds, at least 1. 32768 if nothing is said: 10 MiB.
+    /// Events that its other ring holds, at least 1. 8192 if nothing is said; both together take 3 MiB then.
     pub bulk_events: usize,
     /// How long the log may stand still before nothing is admitted any more. 2 seconds if nothing is said.
     pub deadline: Duration,
@@ -69,8 +70,8 @@ pub struct PipelineOptions {
 impl Default for PipelineOptions {
     fn default() -> Self {
         Self {
-            critical_events: 4096,
-            bulk_events: 32768,
+            critical_events: 1024,
+            bulk_events: 8192,
             deadline: Duration::from_secs(2),
             batch: 8192,
             heartbeat: Duration::from_secs(60),
@@ -184,8 +185,10 @@ impl AuditLog {
         let verifier = writer.verifier().clone();
         let local = Arc::new(Local::new(options, writer.acknowledged(), writer.checkpoint().to_owned()));
         let shared = Arc::clone(&local);
+        let disk = run::Disk::start().map_err(LogError::io("a thread"))?;
         let builder = std::thread::Builder::new().name("vmm-audit".to_owned());
-        let thread = builder.spawn(move || run::run(&shared, writer)).map_err(LogError::io("a thread"))?;
+        let thread =
+            builder.spawn(move || run::run(&shared, writer, disk)).map_err(LogError::io("a thread"))?;
         local.set_thread(thread.thread().clone());
         Ok((Self { local, thread: Some(thread), verifier }, recovered))
     }
@@ -193,8 +196,8 @@ impl AuditLog {
     /// One who emits events: a virtual machine, a device, the management. It is a source of its own, which the log says, with `who`. Its
     /// clones are the same source.
     pub fn emitter(&self, who: Party) -> Emitter {
-        let (source, cells) = self.local.register();
-        let emitter = Emitter::new(Arc::clone(&self.local) as _, cells, source, self.local.options.deadline);
+        let (source, channel, cells) = self.local.register();
+        let emitter = Emitter::new(channel, cells, source, self.local.options.deadline);
         let mut event = Event::new(crate::event::Kind::EmitterAttached).subject(who);
         event.boot = crate::log::boot_id();
         // If the ring is full, it is counted like any other.

@@ -52,6 +52,10 @@ impl Pass<'_> {
 
     /// What is left: tiles at the right edge, from before the first segment, or from nowhere.
     pub(super) fn finish_tiles(&mut self) -> Result<(), VerifyError> {
+        if !self.options.tree {
+            self.note("tile", "the tree and the tiles were not looked at".to_owned());
+            return Ok(());
+        }
         let Some(tree) = self.tree.take() else {
             if !self.tiles.is_empty() {
                 self.note("tile", "the tiles were not all compared, since entries are damaged".to_owned());

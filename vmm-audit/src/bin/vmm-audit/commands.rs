@@ -43,7 +43,8 @@ fn read(path: &Path) -> Result<Vec<u8>, Box<dyn Error>> {
 
 pub(crate) fn verify(command: &Verify) -> Done {
     let storage = storage(&command.dir)?;
-    let mut options = VerifyOptions::new(command.trust.verifier()?).live(command.live);
+    let mut options =
+        VerifyOptions::new(command.trust.verifier()?).live(command.live).tree(!command.chain_only);
     for path in &command.since {
         options = options.since(read(path)?);
     }
