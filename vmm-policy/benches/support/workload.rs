@@ -128,7 +128,7 @@ impl Workload {
             9 => Lifecycle::Migrating,
             _ => Lifecycle::Running,
         };
-        (lifecycle, at % 2 == 0)
+        (lifecycle, at.is_multiple_of(2))
     }
 
     /// A monitor with all machines registered, in their states.
