@@ -140,7 +140,7 @@ pub(crate) fn policy(bytes: &[u8]) -> String {
 
 fn text(choices: &mut Choices<'_>) -> String {
     let mut text = String::from("family t: red, blue\nlabels l0, l1\nsecrecy low < high\n");
-    if choices.next() % 2 == 0 {
+    if choices.next().is_multiple_of(2) {
         text.push_str("wall w: red, blue\n");
     }
     for name in NAMES {
