@@ -1,7 +1,7 @@
 //! The form for programs: what it says is what the text says, and nothing else gets in by it.
 
 #![cfg(feature = "serde")]
-#![allow(clippy::indexing_slicing, clippy::unwrap_used, missing_docs, reason = "a test")]
+#![allow(clippy::indexing_slicing, clippy::panic, clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use proptest::prelude::*;
 use vmm_policy::Policy;
