@@ -17,6 +17,7 @@ use super::words;
 ///
 /// A flow that is throttled gets a second's worth of bytes at once, and then so many a second, together with the others of the same
 /// two under the same rule. Flows are requests that are over when they are decided: limits on how many are open do not count them.
+/// What is refused is not kept, so an [`Observer`](vmm_policy::Observer) hears of each frame that would begin what may not be, as fast as a guest sends.
 #[derive(Clone)]
 pub struct PolicyFlows {
     gate: Arc<PolicyGate>,
