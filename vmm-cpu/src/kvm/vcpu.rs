@@ -14,6 +14,7 @@ use vmm_memory::PAGE_SIZE;
 use vmm_memory::vm_memory::GuestAddress;
 
 use super::exits::{ExitCounts, internal_error_reason};
+#[cfg(feature = "translate")]
 use super::finish::Finisher;
 use super::handle::{INTR, KICK, KvmVcpuHandle, NMI, Shared};
 use super::sys::RunPage;
@@ -54,6 +55,7 @@ pub(super) struct KvmVcpu {
     /// Meanwhile interrupts wait. KVM sees to those of its own.
     pub(super) holds_interrupts: bool,
     pub(super) counts: ExitCounts,
+    #[cfg(feature = "translate")]
     pub(super) finisher: Finisher,
 }
 
@@ -108,6 +110,7 @@ impl KvmVcpu {
             single_step: false,
             holds_interrupts: false,
             counts: ExitCounts::default(),
+            #[cfg(feature = "translate")]
             finisher: Finisher::default(),
         }
     }

@@ -15,9 +15,6 @@ use crate::vm::{Doorbell, GuestAccess, Notifier};
 #[derive(Debug)]
 pub(super) enum Finish {}
 
-#[derive(Debug, Default)]
-pub(super) struct Finisher;
-
 impl Finish {
     pub(super) fn map_memory(&self, _: &Arc<GuestRegion>, _: GuestAccess, _: bool) {
         match *self {}
