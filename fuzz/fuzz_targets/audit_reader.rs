@@ -55,7 +55,7 @@ fuzz_target!(|input: Input| {
                 last = Some(found.seq);
             }
         }
-        drop(last);
+        let _ = last;
     }
     drop(gaps(Arc::clone(&shared)).expect("memory can be read"));
     drop(collect(&shared).expect("memory can be read"));

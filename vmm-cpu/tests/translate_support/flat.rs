@@ -139,7 +139,7 @@ impl Flat {
     }
 
     pub fn run_with(&mut self, io: &mut dyn VcpuIo) -> Halt {
-        for _ in 0..20_000 {
+        for _ in 0..200_000 {
             match self.run_once(io) {
                 Halt::Interrupted => {}
                 halt => return halt,
