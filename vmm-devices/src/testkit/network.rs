@@ -98,8 +98,7 @@ impl TestNetwork {
 
     /// One of packets of `mtu` bytes at most.
     pub fn with_mtu(mtu: u16) -> Self {
-        let offloads = [Offloads::NONE; 2];
-        Self(Arc::new(State { pairs: 1, offloads, mtu: Some(mtu), now: Mutex::default() }))
+        Self::new(1, Offloads::NONE, Offloads::NONE).of_mtu(mtu)
     }
 
     /// The same, of packets of `mtu` bytes at most: a network of its own.

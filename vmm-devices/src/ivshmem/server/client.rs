@@ -146,7 +146,8 @@ impl Client {
         let (position, memory) = match greet(&socket, &mut receiver, &mut dialogue, config.patience) {
             Ok(greeted) => greeted,
             Err(source) => {
-                retire((receiver, dialogue));
+                // And what waits in the socket unread.
+                retire((receiver, dialogue, socket));
                 return Err(IvshmemError::Protocol { region, source });
             }
         };
@@ -154,7 +155,7 @@ impl Client {
             PeerMemory::from_unsealed_fd(memory)?
         } else if let Err(error) = rustix::fs::fcntl_get_seals(&memory) {
             // Whose file it is, is not asked before it is known to be the kernel's.
-            retire(memory);
+            retire((memory, receiver, socket));
             return Err(MemoryError::NotMemfd { source: error.into() }.into());
         } else {
             PeerMemory::from_fd(memory)?

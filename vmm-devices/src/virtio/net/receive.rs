@@ -403,9 +403,8 @@ impl<M: DeviceMemory> Receive<M> {
 
     /// Gives the driver a frame that lies in the first buffers; how many slices these had.
     fn deliver(&mut self, received: Received, begun_ns: u64, memory: &M::M) -> Result<usize, QueueError> {
-        let shared = Arc::clone(&self.shared);
         // Whoever takes the pair out of use waits for this one, and none follows it (5.1.6.5.6.2).
-        let in_use = read(&shared.in_use);
+        let in_use = read(&self.shared.in_use);
         if self.pair() >= *in_use {
             drop(in_use);
             self.drop_frame(begun_ns);

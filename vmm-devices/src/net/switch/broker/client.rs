@@ -14,6 +14,7 @@ use super::BrokerError;
 use super::closer::Closer;
 use super::memory::{self, Side};
 use super::message::{Hello, Message, TEXT};
+use super::server::wake;
 use super::socket::{self, Heard};
 use crate::channel::{Grant, NetworkAttach};
 use crate::interrupt::lock;
@@ -326,7 +327,7 @@ impl Shared {
 
     /// Has the thread end, and hangs up.
     fn end(&self) {
-        let (Ok(_) | Err(_)) = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        wake(&self.stop);
         lock(&self.line).hang_up();
     }
 

@@ -243,7 +243,7 @@ impl ServerStopper {
     }
 }
 
-fn wake(waker: &OwnedFd) {
+pub(super) fn wake(waker: &OwnedFd) {
     // Where there is no room for it, it has been woken.
     let (Ok(_) | Err(_)) = rustix::io::write(waker, &1_u64.to_ne_bytes());
 }

@@ -153,8 +153,12 @@ pub(super) fn receive(socket: impl AsFd) -> Result<Heard, BrokerError> {
         let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
         rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut none, flags)
     });
-    if peeked.is_ok_and(|peeked| peeked.flags.contains(ReturnFlags::CTRUNC)) {
-        return Err(BrokerError::Protocol { what: "descriptors out of turn" });
+    match peeked {
+        Ok(peeked) if peeked.flags.contains(ReturnFlags::CTRUNC) => {
+            return Err(BrokerError::Protocol { what: "descriptors out of turn" });
+        }
+        Ok(_) => {}
+        Err(error) => return heard(Err(error), &bytes),
     }
     let received = again(|| rustix::net::recv(&socket, &mut bytes[..], RecvFlags::DONTWAIT));
     heard(received.map(|(received, _)| received), &bytes)

@@ -46,7 +46,7 @@ impl<P: FlowPolicy> FlowTableBuilder<P> {
     /// The table, with nothing in it.
     pub fn build(self) -> FlowTable<P> {
         let Self { policy, flows, pairs } = self;
-        let totals = Arc::default();
+        let totals = Totals::default();
         FlowTable { policy, flows, max_pairs: pairs, pairs: RwLock::default(), totals }
     }
 }
@@ -92,7 +92,7 @@ pub struct FlowTable<P> {
     flows: usize,
     max_pairs: usize,
     pairs: RwLock<HashMap<Ends, Arc<Pair>>>,
-    totals: Arc<Totals>,
+    totals: Totals,
 }
 
 struct Pair {
@@ -128,7 +128,7 @@ impl<P> fmt::Debug for FlowTable<P> {
 impl<P> FlowTable<P> {
     /// What was counted.
     pub fn totals(&self) -> FlowTotals {
-        let Totals { allowed, refused, stray, unclear, spoofed, throttled } = &*self.totals;
+        let Totals { allowed, refused, stray, unclear, spoofed, throttled } = &self.totals;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         FlowTotals {
             allowed: read(allowed),
@@ -178,9 +178,6 @@ impl<P: FlowPolicy> FlowTable<P> {
     }
 
     fn pair(&self, ends: Ends, now_ns: u64) -> Arc<Pair> {
-        if let Some(pair) = self.read().get(&ends) {
-            return Arc::clone(pair);
-        }
         let mut pairs = self.pairs.write().unwrap_or_else(PoisonError::into_inner);
         if pairs.len() >= self.max_pairs && !pairs.contains_key(&ends) {
             let silent = pairs.iter().min_by_key(|(_, pair)| pair.last_ns.load(Ordering::Relaxed));
@@ -228,7 +225,7 @@ impl<P: FlowPolicy> FlowTable<P> {
         let known = known.filter(|entry| entry.is_fresh(now_ns));
         if let Some(entry) = known.filter(|_| seen.begins != Begins::Always) {
             // By who began it, whoever sends this.
-            let turned = Flow { from: flow.to, to: flow.from, headers: flow.headers, ..*flow };
+            let turned = Flow { from: flow.to, to: flow.from, ..*flow };
             let back = seen.turned();
             let (asked, about) = if entry.begun_by == from { (flow, seen) } else { (&turned, &back) };
             if let Some(limit) = self.ask(asked, about, entry.kind, true) {
@@ -312,19 +309,17 @@ impl<P: FlowPolicy> FlowTable<P> {
         let epoch = self.policy.epoch();
         pair.last_ns.store(now_ns, Ordering::Relaxed);
         let mut flows = lock(&pair.flows);
+        let goes_on =
+            |entry: &Entry| seen.begins != Begins::Always && entry.epoch == epoch && entry.is_fresh(now_ns);
         // The most of them: what was allowed, and goes on.
-        if seen.begins != Begins::Always
-            && let Some(entry) = flows.recent.get_mut(&key)
-            && entry.epoch == epoch
-            && entry.is_fresh(now_ns)
+        if let Some(entry) = flows.recent.get_mut(&key)
+            && goes_on(entry)
         {
             entry.last_ns = now_ns;
             let entry = *entry;
             return self.end(flows.affords(&entry, flow.len));
         }
         let known = flows.get(&key);
-        let goes_on =
-            |entry: &Entry| seen.begins != Begins::Always && entry.epoch == epoch && entry.is_fresh(now_ns);
         let entry = match known.filter(goes_on) {
             Some(entry) => Some(Entry { last_ns: now_ns, ..entry }),
             None => self.decide(flow, seen, from, known, now_ns),
