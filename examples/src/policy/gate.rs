@@ -161,6 +161,9 @@ impl Enforcement {
         let mut addresses = self.gate.addresses.write().unwrap_or_else(PoisonError::into_inner);
         addresses.owners.insert(address, id);
         addresses.bound.insert((id, address.is_ipv4()));
+        drop(addresses);
+        // Flows that are open are asked about again.
+        self.gate.changes.fetch_add(1, Ordering::AcqRel);
         true
     }
 
@@ -170,8 +173,7 @@ impl Enforcement {
     /// # Errors
     /// If the policy refuses, or nobody such is registered.
     pub fn plug(&self, vm: VmIdentity, what: &str) -> Result<Hold, Refusal> {
-        let unknown = || Refusal::new(format!("deny (identity): vm {vm} is not registered"));
-        let subject = self.subject(vm).ok_or_else(unknown)?;
+        let subject = self.gate.known(&vm.into())?;
         let request = vmm_policy::Request::new(subject, Action::Attach, Object::hotplug(what));
         let hold = self.gate.monitor.hold(&request, Honours::NONE);
         hold.map_err(|refused| Refusal::new(refused.to_string()))
@@ -212,6 +214,10 @@ impl PolicyGate {
         self.parties.read().unwrap_or_else(PoisonError::into_inner).get(party).copied()
     }
 
+    fn known(&self, party: &Party) -> Result<SubjectId, Refusal> {
+        self.subject(party).ok_or_else(|| Refusal::new(format!("deny (identity): {party} is not registered")))
+    }
+
     /// Who holds a grant.
     pub(super) fn holder(&self, grant: GrantId) -> Option<SubjectId> {
         locked(&self.held).get(&grant).map(|held| held.asker)
@@ -241,12 +247,8 @@ impl PolicyGate {
         request: &Request,
         ask: impl FnOnce(&vmm_policy::Request<'_>) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
-        let known = |party: &Party| {
-            let unknown = || Refusal::new(format!("deny (identity): {party} is not registered"));
-            self.subject(party).ok_or_else(unknown)
-        };
-        let asker = known(request.asker())?;
-        let peer = request.peer().map(known).transpose()?;
+        let asker = self.known(request.asker())?;
+        let peer = request.peer().map(|peer| self.known(peer)).transpose()?;
         let (action, object) = words::asked(request)
             .ok_or_else(|| Refusal::new(format!("deny (identity): no policy knows {request}")))?;
         let asked = vmm_policy::Request { asker, peer, action, object, bytes: self.bytes(request) };

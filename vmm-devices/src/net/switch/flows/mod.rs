@@ -51,14 +51,14 @@ use crate::virtio::rate::Rate;
 /// Decides about flows. [`FlowTable`] calls it on the thread that serves the sender's queue, with that port and the pair of ports locked: it is
 /// to be quick, and to call neither the switch nor the table.
 pub trait FlowPolicy: Send + Sync {
-    /// Another number whenever what [`decide`](Self::decide) says may be another: what is kept is then asked about again. It is read for
+    /// Another number whenever what [`decide`](Self::decide) or [`owns`](Self::owns) says may be another: what is kept is then asked about again. It is read for
     /// each frame.
     fn epoch(&self) -> u64;
 
     /// Whether the flow may be, or go on being.
     fn decide(&self, flow: &NewFlow<'_>) -> FlowVerdict;
 
-    /// Whether a port may send from an address of IP. Asked where a flow begins, and for each ARP.
+    /// Whether a port may send from an address of IP. Asked where a flow of IP or ARP begins, and again when the epoch is another.
     fn owns(&self, port: &FlowPort, address: IpAddr) -> bool {
         let (_, _) = (port, address);
         true
@@ -106,7 +106,7 @@ pub enum FlowVerdict {
     /// Its frames pass.
     Pass,
     /// They pass as long as there are tokens, one a byte, both ways together; the others are dropped. All flows that one port begins to another
-    /// with the same `rule` share them.
+    /// with the same `rule` share them. Of two ports, 64 limits are kept at a time: the oldest makes room for another one, and begins anew.
     Limited {
         /// How fast.
         rate: Rate,

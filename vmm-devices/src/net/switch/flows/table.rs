@@ -9,7 +9,7 @@ use super::kind::{Begins, FlowKind, Key, Seen, Side};
 use super::{FlowPolicy, FlowVerdict, NewFlow};
 use crate::channel::GrantId;
 use crate::interrupt::lock;
-use crate::net::switch::judge::{Flow, FlowJudge, Verdict};
+use crate::net::switch::judge::{Flow, FlowJudge, FlowPort, Verdict};
 use crate::virtio::rate::{Rate, TokenBucket};
 
 /// Limits that the flows of one pair are under at most.
@@ -211,6 +211,15 @@ impl<P: FlowPolicy> FlowTable<P> {
         Some(limit)
     }
 
+    /// Whether the address that it comes from is one of the port's.
+    fn is_owned(&self, from: &FlowPort, seen: &Seen) -> bool {
+        let owned = seen.source.is_none_or(|source| self.policy.owns(from, source));
+        if !owned {
+            count(&self.totals.spoofed);
+        }
+        owned
+    }
+
     /// What the frame goes with now: a flow that is known and may go on, or a new one. `None` if it does not pass.
     fn decide(
         &self,
@@ -228,7 +237,9 @@ impl<P: FlowPolicy> FlowTable<P> {
             let turned = Flow { from: flow.to, to: flow.from, ..*flow };
             let back = seen.turned();
             let (asked, about) = if entry.begun_by == from { (flow, seen) } else { (&turned, &back) };
-            if let Some(limit) = self.ask(asked, about, entry.kind, true) {
+            if self.is_owned(asked.from, about)
+                && let Some(limit) = self.ask(asked, about, entry.kind, true)
+            {
                 return Some(Entry { epoch, limit, last_ns: now_ns, ..entry });
             }
             if entry.begun_by == from {
@@ -239,8 +250,7 @@ impl<P: FlowPolicy> FlowTable<P> {
             count(&self.totals.stray);
             return None;
         }
-        if seen.source.is_some_and(|source| !self.policy.owns(flow.from, source)) {
-            count(&self.totals.spoofed);
+        if !self.is_owned(flow.from, seen) {
             return None;
         }
         let limit = self.ask(flow, seen, seen.kind, false)?;
@@ -283,7 +293,7 @@ impl Flows {
         let known = self.limits.iter().position(|(side, of, ..)| (*side, *of) == (entry.begun_by, rule));
         let at = known.unwrap_or_else(|| {
             if self.limits.len() >= MAX_LIMITS {
-                // Rules of policies that are not in force any more; a full bucket is what is lost.
+                // Mostly that of a policy which is not in force any more; a full bucket is what is lost.
                 self.limits.remove(0);
             }
             self.limits.push((entry.begun_by, rule, rate, TokenBucket::new(rate, now_ns)));

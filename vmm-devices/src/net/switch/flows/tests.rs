@@ -254,6 +254,12 @@ fn addresses_that_are_anothers_are_not_sent_from() {
     assert!(!lan.passes("c", "b", &arp("c", "b", ("a", "c"), 2)), "the MAC of another's");
     assert!(!lan.passes("c", "b", &arp("c", "b", ("c", "c"), 3)), "reverse ARP");
     assert!(!lan.passes("b", "a", &arp("b", "a", ("b", "b"), 2)), "an answer is asked about as well");
+    // The address becomes another's while its flow goes on, both ways.
+    *lan.rules.owner.lock().unwrap() = Some(("c".to_owned(), address("a").into()));
+    lan.rules.epoch.fetch_add(1, Ordering::SeqCst);
+    assert!(!lan.passes("b", "a", &packet(Packet::Udp, ("b", 53), ("a", 1))), "an answer to what is no more");
+    assert!(!lan.passes("a", "b", &packet(Packet::Udp, ("a", 1), ("b", 53))));
+    assert!(lan.passes("c", "b", &packet(Packet::Udp, ("a", 1), ("b", 53))));
 }
 
 /// CVE-2021-27853, CVE-2021-27854, CVE-2021-27862: what is behind tags, lengths and fragments is not what it was judged as.
