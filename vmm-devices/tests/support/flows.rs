@@ -46,6 +46,14 @@ struct Bits {
     epoch: AtomicU64,
 }
 
+impl Bits {
+    /// Puts another one in force.
+    fn change(&self, bits: u64) {
+        self.bits.store(bits, Ordering::SeqCst);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
 /// Which bit of a policy is about that: 3 senders, 3 receivers, 7 kinds.
 fn allows(bits: u64, from: u8, kind: FlowKind, to: u8) -> bool {
     let kind = match kind {
@@ -230,8 +238,7 @@ pub(crate) fn exercise(actions: &[Action]) {
     for action in actions {
         match action {
             Action::Reload { bits } => {
-                policy.bits.store(*bits, Ordering::SeqCst);
-                policy.epoch.fetch_add(1, Ordering::SeqCst);
+                policy.change(*bits);
                 (model.bits, model.epoch) = (*bits, model.epoch + 1);
             }
             Action::Advance { seconds } => {
@@ -247,6 +254,9 @@ pub(crate) fn exercise(actions: &[Action]) {
             }
             Action::Broken { from, to, packet, changes, len } => {
                 let (from, to) = (from % GUESTS, to % GUESTS);
+                if from == to {
+                    continue;
+                }
                 let mut bytes = frame(from, to, few(*packet));
                 for (at, value) in changes {
                     // The type and what is behind it.
@@ -254,16 +264,15 @@ pub(crate) fn exercise(actions: &[Action]) {
                     bytes[at] = *value;
                 }
                 bytes.truncate(usize::from(*len).max(14));
-                if from == to || model.bits != 0 {
-                    continue;
-                }
-                // Nothing is allowed, and what is known has been asked about again.
+                // Nothing is allowed meanwhile, and what is known is asked about again.
+                policy.change(0);
                 assert!(!through(&mut guests, from, to, bytes.clone()), "{bytes:x?}");
                 // It may have been a frame that ended a flow.
                 model.flows.clear();
-                policy.epoch.fetch_add(1, Ordering::SeqCst);
-                model.epoch += 1;
+                policy.change(0);
                 drain_flows(&mut guests);
+                policy.change(model.bits);
+                model.epoch += 1;
             }
         }
     }
