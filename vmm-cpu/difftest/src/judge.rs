@@ -362,7 +362,11 @@ fn is_other_string(case: &Case, native: &Outcome, ours: &Outcome) -> bool {
         Ending::Exception { vector: 14, address, .. } => {
             string.as_ref().is_some_and(|string| string.contains(&address))
         }
-        Ending::Exception { vector: 12 | 13, error_code: 0, .. } => true,
+        // At an address that there cannot be.
+        Ending::Exception { vector: 12 | 13, error_code: 0, .. } => string.as_ref().is_some_and(|string| {
+            let is_user = |address: u64| address < NOT_USER;
+            case.mode == Mode::Long && !(is_user(string.start) && is_user(string.end - 1))
+        }),
         _ => false,
     };
     let [at_rsi, at_rdi] = &strings;
