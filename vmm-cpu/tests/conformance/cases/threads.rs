@@ -1,6 +1,6 @@
 //! vCPU threads: run, pause all, look inside, resume, stop.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,9 @@ use iced_x86::code_asm::{al, ptr, rax, rbx};
 use vmm_cpu::state::rflags;
 use vmm_cpu::vmm_memory::GuestRam;
 use vmm_cpu::vmm_memory::vm_memory::{Bytes, GuestAddress};
-use vmm_cpu::{EmptyBus, Error, Halt, InterruptMode, Notifier, Vcpu, VcpuExit, VcpuIo, VcpuThreads, Vm};
+use vmm_cpu::{
+    EmptyBus, Error, Halt, InterruptMode, Notifier, Vcpu, VcpuEvents, VcpuExit, VcpuIo, VcpuThreads, Vm,
+};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, Stop, cases};
@@ -23,6 +25,7 @@ cases![
     vcpu_can_be_looked_into_only_while_paused,
     shutdown_of_one_leaves_the_others_running,
     panic_in_a_callback_is_an_error,
+    observer_hears_of_a_stop_before_it_is_told,
     halted_vcpu_wakes_by_an_interrupt,
     pausing_halted_vcpus,
     stop_gives_the_vcpus_back,
@@ -244,6 +247,47 @@ fn panic_in_a_callback_is_an_error(backend: &Backend) -> Outcome {
     // The vCPU stands behind or at the instruction, and can still be looked at and saved.
     threads.with_vcpu(1, |vcpu| vcpu.save().map(drop))??;
     assert_eq!(threads.stop().len(), 2);
+    Ok(())
+}
+
+/// Writes down what it hears, and uses the threads meanwhile.
+#[derive(Debug, Default)]
+struct Observer {
+    threads: OnceLock<Weak<VcpuThreads>>,
+    heard: Mutex<Vec<String>>,
+}
+
+impl VcpuEvents for Observer {
+    fn stopped(&self, exit: &VcpuExit) {
+        if let Some(threads) = self.threads.get().and_then(Weak::upgrade) {
+            // It would wait for ever for a lock that its caller holds.
+            assert!(threads.is_running());
+        }
+        // Whoever is told first by the other way would look before this.
+        thread::sleep(Duration::from_millis(20));
+        self.heard.lock().unwrap().push(format!("{}: {:?}", exit.index, exit.reason));
+    }
+}
+
+fn observer_hears_of_a_stop_before_it_is_told(backend: &Backend) -> Outcome {
+    let mut p = Program::new()?;
+    p.ud2()?;
+    let dying = p.assemble_at(layout::CODE + 0x1000)?;
+    let (vcpus, _guest) =
+        two_vcpus(backend, [&counting()?, &dying], [Box::new(EmptyBus), Box::new(EmptyBus)])?;
+    let threads = Arc::new(VcpuThreads::spawn(vcpus)?);
+    let [replaced, observer] = [(); 2].map(|()| Arc::new(Observer::default()));
+    observer.threads.set(Arc::downgrade(&threads)).expect("it is new");
+    threads.observe(Arc::clone(&replaced) as _);
+    threads.observe(Arc::clone(&observer) as _);
+    threads.resume();
+    match threads.wait(Some(DEADLINE)) {
+        Some(VcpuExit { index: 1, reason: Ok(Halt::Shutdown) }) => {}
+        other => return Err(Stop::failed(format!("{other:?}"))),
+    }
+    assert_eq!(*observer.heard.lock().unwrap(), ["1: Ok(Shutdown)"]);
+    assert!(replaced.heard.lock().unwrap().is_empty());
+    threads.pause();
     Ok(())
 }
 
