@@ -65,7 +65,8 @@ fn change(bytes: &mut Vec<u8>, change: Change) {
 fuzz_target!(|changes: Vec<(u8, Change)>| {
     let (storage, keys, key, size) = good();
     let storage = storage.copy();
-    let mut files = storage.files();
+    let whole = storage.files();
+    let mut files = whole.clone();
     let names: Vec<_> = files.keys().cloned().collect();
     for (file, what) in changes.into_iter().take(8) {
         let name = &names[file as usize % names.len()];
@@ -74,25 +75,23 @@ fuzz_target!(|changes: Vec<(u8, Change)>| {
             storage.put(name, bytes.clone());
         }
     }
-    let before = storage.files();
     let opened = LogWriter::open(Arc::new(storage.clone()), Box::new(keys.copy()), "fuzz", LogOptions::new());
     let segments = |files: std::collections::BTreeMap<String, Vec<u8>>| -> Vec<_> {
         files.into_iter().filter(|(name, _)| name.starts_with("segments/")).collect()
     };
     let Ok((mut log, recovered)) = opened else {
-        assert_eq!(segments(storage.files()), segments(before), "a log that is refused is left as it is");
+        assert_eq!(segments(storage.files()), segments(files), "a log that is refused is left as it is");
         return;
     };
     // A published checkpoint that was damaged says nothing about how much there was.
-    let checkpoint_is_good = before.get("checkpoint") == good().0.files().get("checkpoint");
+    let checkpoint_is_good = files.get("checkpoint") == whole.get("checkpoint");
     assert!(recovered.entries <= *size);
     assert!(!checkpoint_is_good || recovered.entries > 0);
     log.append(1, &Event::new(Kind::Reset).encode().expect("an event")).expect("memory");
     log.close().expect("memory");
     // The segment before the last, tiles and key files are the verifier's to check; the last segment was recovery's.
-    let last_only = before
-        .iter()
-        .all(|(name, bytes)| name == "segments/0000000001" || good().0.files().get(name) == Some(bytes));
+    let last_only =
+        files.iter().all(|(name, bytes)| name == "segments/0000000001" || whole.get(name) == Some(bytes));
     let result =
         verify(&storage, &VerifyOptions::new(key.clone()), &mut |_, _| ()).expect("memory can be read");
     assert!(!last_only || result.intact, "{:?}", result.findings);
