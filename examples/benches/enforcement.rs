@@ -27,6 +27,7 @@ use vmm_devices::net::switch::flows::FlowTable;
 use vmm_devices::net::switch::{PortConfig, Switch, SwitchPort};
 use vmm_devices::net::{Agreed, MAX_FRAME, MacAddr, NetBackend as _, NetEvents, NetPort, PacketInfo};
 use vmm_examples::policy::Enforcement;
+use vmm_examples::race::Spread;
 use vmm_memory::vm_memory::VolatileSlice;
 use vmm_policy::{Monitor, Policy};
 
@@ -132,11 +133,6 @@ fn frame(len: usize, port: u16, flags: u8) -> Vec<u8> {
     frame
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn switch(rounds: usize) {
     println!("{:>6} {:>6}  {:>12} {:>12} {:>6}", "bytes", "rules", "without, ns", "with, ns", "ratio");
     for len in [64, 1514] {
@@ -157,9 +153,9 @@ fn switch(rounds: usize) {
             }
             println!(
                 "{len:>6} {rules:>6}  {:>12.0} {:>12.0} {:>6.2}",
-                median(&mut without),
-                median(&mut with),
-                median(&mut ratios)
+                Spread::of(without).median,
+                Spread::of(with).median,
+                Spread::of(ratios).median
             );
         }
     }

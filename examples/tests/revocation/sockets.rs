@@ -117,17 +117,15 @@ impl Guest {
         matches!(connection.stream.read(&mut [0; 8]), Ok(1))
     }
 
-    /// How many resets the guest hears of now, and whether anything else.
-    pub(crate) fn resets(&mut self) -> (usize, usize) {
-        let (mut resets, mut others) = (0, 0);
+    /// How many resets the guest hears of now.
+    pub(crate) fn resets(&mut self) -> usize {
+        let mut resets = 0;
         while let Some(header) = self.hear() {
             if header.op == operation::RST {
                 resets += 1;
-            } else {
-                others += 1;
             }
         }
-        (resets, others)
+        resets
     }
 
     /// Connections that the device has.

@@ -80,9 +80,10 @@ impl Try {
             Self::Hold { to } => (Action::Connect, format!("vsock {DATABASE}"), Some(to)),
             Self::Tcp { to, port } => (Action::Connect, format!("tcp {port}"), Some(to)),
             Self::Ping { to } => (Action::Send, "icmp 8".to_owned(), Some(to)),
-            Self::Read { region, .. } => (Action::MapRo, format!("region {region:?}"), None),
+            Self::Read { region, .. } | Self::Region { region } => {
+                (Action::MapRo, format!("region {region:?}"), None)
+            }
             Self::Write { region } => (Action::MapRw, format!("region {region:?}"), None),
-            Self::Region { region } => (Action::MapRo, format!("region {region:?}"), None),
         }
     }
 }
