@@ -53,9 +53,8 @@ impl Bar {
         let size = file.metadata().map_err(wrong)?.len() as usize;
         // A BAR that is smaller than a page is a page to mmap.
         // SAFETY: new pages wherever the kernel likes.
-        let base = unsafe {
-            mmap(std::ptr::null_mut(), size.max(4096), READ | WRITE, SHARED, file.as_raw_fd(), 0)
-        };
+        let base =
+            unsafe { mmap(std::ptr::null_mut(), size.max(4096), READ | WRITE, SHARED, file.as_raw_fd(), 0) };
         if base.addr() == usize::MAX {
             return Err(wrong(std::io::Error::last_os_error()));
         }
@@ -231,7 +230,9 @@ impl<'a> Interrupts<'a> {
             let status = self.device.take_status();
             let mut command = [0; 4];
             let (Ok(()) | Err(_)) = self.config.read_exact_at(&mut command, 4);
-            return Err(format!("no interrupt within {milliseconds} ms; Interrupt Status {status}, command and status {command:x?}"));
+            return Err(format!(
+                "no interrupt within {milliseconds} ms; Interrupt Status {status}, command and status {command:x?}"
+            ));
         }
         let mut count = [0; 4];
         self.uio.read_exact(&mut count).map_err(|error| format!("uio: {error}"))?;

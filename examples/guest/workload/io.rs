@@ -101,8 +101,12 @@ fn many(operations: u64, write: bool) -> Duration {
                     next.push(slot);
                 }
             }
-            let mut refs: Vec<&mut IoControl> =
-                controls.iter_mut().enumerate().filter(|(slot, _)| next.contains(slot)).map(|(_, c)| c).collect();
+            let mut refs: Vec<&mut IoControl> = controls
+                .iter_mut()
+                .enumerate()
+                .filter(|(slot, _)| next.contains(slot))
+                .map(|(_, c)| c)
+                .collect();
             if !refs.is_empty() {
                 begun += system::io_submit(context, &mut refs);
             }
