@@ -301,19 +301,21 @@ impl Monitor {
 
     /// Who may say yes to what was decided so, and within how many seconds.
     pub(crate) fn asked(&self, decision: &crate::Decision) -> Option<(u32, u32)> {
-        self.policy().model.rule(decision.rule?)?.ask
+        ask_of(&self.shared.now.load(), decision)
     }
 
     /// Whether a subject may say yes to what was decided so.
     pub(crate) fn may_confirm(&self, decision: &crate::Decision, id: SubjectId) -> bool {
         let now = self.shared.now.load();
-        let rule = decision
-            .rule
-            .filter(|_| decision.epoch == now.epoch)
-            .and_then(|rule| now.main.policy.model.rule(rule));
-        match (rule.and_then(|rule| rule.ask), now.main.seat(id)) {
+        match (ask_of(&now, decision), now.main.seat(id)) {
             (Some((by, _)), Some(seat)) => now.main.table.is_member(by, seat.class.id),
             _ => false,
         }
     }
+}
+
+/// What the rule of a decision asks for; nothing where it was decided under another policy, whose rules have other numbers.
+fn ask_of(now: &Snapshot, decision: &crate::Decision) -> Option<(u32, u32)> {
+    let rule = decision.rule.filter(|_| decision.epoch == now.epoch)?;
+    now.main.policy.model.rule(rule)?.ask
 }
