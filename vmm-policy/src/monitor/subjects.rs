@@ -295,6 +295,10 @@ impl Monitor {
         self.shared.now.load().main.seat(id).is_some()
     }
 
+    pub(crate) fn principal(&self, id: SubjectId) -> Option<Principal> {
+        self.shared.now.load().main.seat(id).map(|seat| seat.subject().principal.clone())
+    }
+
     pub(crate) fn monotonic(&self) -> u64 {
         self.shared.clock.monotonic()
     }
