@@ -17,8 +17,6 @@ mod recover;
 mod retire;
 mod rotate;
 pub mod segment;
-#[cfg(test)]
-mod tests;
 
 use std::io;
 
