@@ -331,8 +331,7 @@ impl Collector {
 
 /// Appends what is in one ring.
 fn take(client: &mut Client, class: Class, batch: u64, log: &mut LogWriter) -> Result<u64, LogError> {
-    let place = if class == Class::Critical { 0 } else { 1 };
-    let Some(next) = client.next.get_mut(place) else { return Ok(0) };
+    let Some(next) = client.next.get_mut(class.place()) else { return Ok(0) };
     let begun = *next;
     for _ in 0..batch.min(client.ring.capacity(class)) {
         let event = match client.ring.read(class, *next) {
