@@ -100,11 +100,7 @@ pub(crate) fn rules_about<'m>(
             (Some(_), None) => false,
             (Some(who), Some(side)) => matches(who, side),
         };
-        let family = |side: &Side<'_>, family: u32| {
-            let of_family =
-                |label: &&u32| model.family_of.get(**label as usize).copied().flatten() == Some(family);
-            side.key.labels.iter().find(of_family).copied()
-        };
+        let family = |side: &Side<'_>, of| model.label_of(&side.key.labels, of);
         let related = targets.relation.is_none_or(|(same, of)| {
             match (family(&asker, of), peer.as_ref().and_then(|peer| family(peer, of))) {
                 (Some(one), Some(other)) => (one == other) == same,

@@ -253,7 +253,7 @@ pub(super) fn class_key(policy: &Policy, subject: &Subject) -> Result<ClassKey, 
                 .map_or(String::new(), |hint| format!("; {hint}"));
             PolicyError::UnknownLabel { label: name.clone(), hint }
         })?;
-        if let Some(family) = model.family_of.get(label as usize).copied().flatten()
+        if let Some(family) = model.family(label)
             && let Some(first) = families.insert(family, name)
             && first != name
         {
