@@ -178,7 +178,7 @@ impl Policy {
             id,
             file: model.sources.name(rule.span).to_owned(),
             line: model.sources.place(rule.span).0,
-            rule: model.sources.text(rule.span).split_whitespace().collect::<Vec<_>>().join(" "),
+            rule: model.sources.one_line(rule.span),
             applies: model.conditions.holds(rule.condition, facts),
         };
         let about = |peer: Option<&ClassKey>| -> Vec<(RuleId, &RuleDef)> {

@@ -247,7 +247,7 @@ impl Reach {
                 by: describe_op(model, way.op, way.value),
                 file: model.sources.name(span).to_owned(),
                 line: model.sources.place(span).0,
-                rule: model.sources.text(span).split_whitespace().collect::<Vec<_>>().join(" "),
+                rule: model.sources.one_line(span),
             }
         };
         Some(Path { steps: ways.iter().map(step).collect() })
