@@ -131,10 +131,7 @@ impl Signer {
     /// A new one, of the system's randomness.
     ///
     /// # Errors
-    /// If the name cannot be one.
-    ///
-    /// # Panics
-    /// Never: without randomness it is an error of form.
+    /// If the name cannot be one, or the system gives no randomness.
     pub fn generate(name: &str) -> Result<Self, NoteError> {
         let mut seed = Zeroizing::new([0u8; 32]);
         getrandom::fill(seed.as_mut_slice())

@@ -4,7 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use crate::event::{Entry, Event, EventError};
-use crate::log::segment::{Damage, FrameKind, HEADER, Header, Scanned, Scanner, parse_name, path};
+use crate::log::read_header;
+use crate::log::segment::{Damage, FrameKind, HEADER, Scanned, Scanner, parse_name, path};
 use crate::storage::Storage;
 
 /// Where in the files something is.
@@ -79,18 +80,12 @@ pub struct Entries {
     live: bool,
 }
 
-fn segments(storage: &dyn Storage) -> io::Result<Vec<u64>> {
+/// The numbers of the segments that there are, in order.
+pub(crate) fn segments(storage: &dyn Storage) -> io::Result<Vec<u64>> {
     let mut numbers: Vec<u64> =
         storage.list("segments")?.iter().filter_map(|l| parse_name(&l.name)).collect();
     numbers.sort_unstable();
     Ok(numbers)
-}
-
-fn header(storage: &dyn Storage, number: u64) -> io::Result<Result<Header, Damage>> {
-    let file = storage.open_to_read(&path(number))?;
-    let mut bytes = [0; HEADER];
-    let read = file.read_at(0, &mut bytes)?;
-    Ok(Header::decode(bytes.get(..read).unwrap_or_default()))
 }
 
 impl Entries {
@@ -106,7 +101,7 @@ impl Entries {
     pub fn near(storage: Arc<dyn Storage>, seq: u64) -> io::Result<Self> {
         let mut number = None;
         for candidate in segments(&*storage)? {
-            match header(&*storage, candidate)? {
+            match read_header(&*storage.open_to_read(&path(candidate))?)? {
                 Ok(header) if header.base <= seq => number = Some(candidate),
                 _ => {}
             }
@@ -146,7 +141,7 @@ impl Entries {
                 why,
             });
         };
-        match header(&*self.storage, number)? {
+        match read_header(&*file)? {
             Ok(header) => {
                 if self.number.is_some_and(|wanted| wanted != number) {
                     damage(format!("segments {} to {} are absent", wanted.unwrap_or(0), number - 1));

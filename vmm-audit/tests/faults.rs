@@ -12,8 +12,9 @@ use support::{ORIGIN, append, check, small_log};
 use vmm_audit::event::Kind;
 use vmm_audit::keys::MemoryKeys;
 use vmm_audit::log::{LogError, LogOptions, LogWriter};
+use vmm_audit::note::Verifier;
 use vmm_audit::storage::MemoryStorage;
-use vmm_audit::storage::faulty::FaultyStorage;
+use vmm_audit::storage::faulty::{Faults, FaultyStorage};
 use vmm_audit::{Entries, Item};
 
 fn open(storage: &MemoryStorage, keys: &MemoryKeys) -> Result<LogWriter, LogError> {
@@ -34,8 +35,16 @@ fn requests(storage: &MemoryStorage) -> Vec<vmm_audit::Digest> {
     found
 }
 
-#[test]
-fn a_full_disk_loses_nothing_and_is_tried_again() {
+/// A log with one decision in it that is acknowledged, on a disk that fails as it is told.
+struct Begun {
+    memory: MemoryStorage,
+    keys: MemoryKeys,
+    faults: Faults,
+    log: LogWriter,
+    key: Verifier,
+}
+
+fn begun() -> Begun {
     let (memory, keys) = (MemoryStorage::new(), MemoryKeys::new());
     let (faulty, faults) = FaultyStorage::new(memory.clone());
     let (mut log, _) =
@@ -43,6 +52,12 @@ fn a_full_disk_loses_nothing_and_is_tried_again() {
     let key = log.verifier().clone();
     append(&mut log, 0);
     log.commit().unwrap();
+    Begun { memory, keys, faults, log, key }
+}
+
+#[test]
+fn a_full_disk_loses_nothing_and_is_tried_again() {
+    let Begun { memory, faults, mut log, key, .. } = begun();
     // However many bytes still fit: nothing of the batch may be taken for a batch.
     for room in [0, 1, 11, 12, 13, 100, 400] {
         faults.disk_has_room_for(Some(room));
@@ -62,13 +77,7 @@ fn a_full_disk_loses_nothing_and_is_tried_again() {
 
 #[test]
 fn a_failed_synchronisation_closes_the_log_and_keeps_what_was_acknowledged() {
-    let (memory, keys) = (MemoryStorage::new(), MemoryKeys::new());
-    let (faulty, faults) = FaultyStorage::new(memory.clone());
-    let (mut log, _) =
-        LogWriter::open(Arc::new(faulty), Box::new(keys.clone()), ORIGIN, LogOptions::new()).unwrap();
-    let key = log.verifier().clone();
-    append(&mut log, 0);
-    log.commit().unwrap();
+    let Begun { memory, keys, faults, mut log, key } = begun();
     let acknowledged = log.acknowledged();
     faults.sync_fails(true);
     append(&mut log, 1);

@@ -30,7 +30,7 @@ pub const CATEGORIES: usize = 64;
 pub const WALL_LABELS: usize = 64;
 /// Limits.
 pub const LIMITS: usize = 4096;
-/// Limits that one request falls under, by each of the four ways to name asker and peer.
+/// Limits that one request falls under, by each of the ten ways to name asker and peer.
 pub const LIMITS_AT_ONCE: usize = 16;
 /// Flags that the monitor sets, and spans of time.
 pub const ENVIRONMENT: usize = 32;
@@ -38,7 +38,7 @@ pub const ENVIRONMENT: usize = 32;
 pub const DIGESTS: usize = 32;
 /// Ways in which one condition can hold.
 pub const CLAUSES: usize = 16;
-/// Rules with conditions that one request falls under, by each of the four ways to name asker and peer.
+/// Rules with conditions that one request falls under, by each of the ten ways to name asker and peer.
 pub const CONDITIONS_AT_ONCE: usize = 64;
 /// Pairs of a rule and of who it is about, all rules together.
 pub const CELL_RULES: usize = 1 << 23;

@@ -16,7 +16,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use super::ring::{Class, Ring, RingError, RingOptions};
 use crate::event::{EventBytes, Party};
 use crate::log::monotonic_clock;
-use crate::pipeline::{Cells, Emitter, Full, Refused, Transport, Wait};
+use crate::pipeline::{Cells, Emitter, Full, Refused, Transport, Wait, full_for};
 
 /// How often a collector is looked for that is not there.
 const RETRY: Duration = Duration::from_millis(100);
@@ -93,13 +93,7 @@ impl Transport for Shared {
     }
 
     fn was_full(&self, full: bool) -> Duration {
-        if !full {
-            self.full_since.store(0, Ordering::Relaxed);
-            return Duration::ZERO;
-        }
-        let now = monotonic_clock();
-        let began = self.full_since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
-        Duration::from_nanos(now.saturating_sub(began.err().unwrap_or(now)))
+        full_for(&self.full_since, full)
     }
 }
 

@@ -120,7 +120,7 @@ pub(super) enum Class {
 impl Class {
     pub(super) const BOTH: [Self; 2] = [Self::Critical, Self::Bulk];
 
-    fn place(self) -> usize {
+    pub(super) fn place(self) -> usize {
         match self {
             Self::Critical => 0,
             Self::Bulk => 1,

@@ -192,28 +192,24 @@ impl Collector {
         }
     }
 
+    /// Lets in those who have connected, up to the first who is turned away: whoever connects without end does not keep the
+    /// collector from the rings.
     fn accept(&mut self) -> Result<(), CollectorError> {
-        loop {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(_) => return Ok(()),
-            };
+        while let Ok((stream, _)) = self.listener.accept() {
             if self.clients.len() >= self.options.emitters {
-                let event = Event::new(Kind::Malformed).reason("too many emitters: one was turned away");
-                self.log.append_own(&event)?;
-                self.commit()?;
-                continue;
+                return self.turn_away("too many emitters: one was turned away");
             }
             match receive(&stream) {
                 Ok((ring, who)) => self.attached(stream, ring, &who)?,
-                Err(why) => {
-                    let event =
-                        Event::new(Kind::Malformed).reason(format!("an emitter was turned away: {why}"));
-                    self.log.append_own(&event)?;
-                    self.commit()?;
-                }
+                Err(why) => return self.turn_away(format!("an emitter was turned away: {why}")),
             }
         }
+        Ok(())
+    }
+
+    fn turn_away(&mut self, why: impl Into<Text>) -> Result<(), CollectorError> {
+        self.log.append_own(&Event::new(Kind::Malformed).reason(why))?;
+        Ok(self.commit()?)
     }
 
     fn attached(&mut self, stream: UnixStream, ring: Ring, who: &str) -> Result<(), CollectorError> {
@@ -335,8 +331,7 @@ impl Collector {
 
 /// Appends what is in one ring.
 fn take(client: &mut Client, class: Class, batch: u64, log: &mut LogWriter) -> Result<u64, LogError> {
-    let place = if class == Class::Critical { 0 } else { 1 };
-    let Some(next) = client.next.get_mut(place) else { return Ok(0) };
+    let Some(next) = client.next.get_mut(class.place()) else { return Ok(0) };
     let begun = *next;
     for _ in 0..batch.min(client.ring.capacity(class)) {
         let event = match client.ring.read(class, *next) {

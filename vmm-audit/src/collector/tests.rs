@@ -121,6 +121,18 @@ impl Running {
     }
 }
 
+/// What the entries of a log are about, where they are events.
+fn kinds(storage: &MemoryStorage) -> Vec<Kind> {
+    let mut entries = crate::Entries::new(Arc::new(storage.clone()));
+    let mut kinds = Vec::new();
+    while let Some(item) = entries.next().unwrap() {
+        if let crate::Item::Entry(found) = item {
+            kinds.extend(found.event.ok().map(|event| event.kind));
+        }
+    }
+    kinds
+}
+
 #[test]
 fn events_of_another_side_of_a_socket_are_in_the_log() {
     let mut running = Running::new();
@@ -183,6 +195,22 @@ fn a_ring_without_a_collector_refuses_after_the_deadline() {
     assert_eq!(bulk, 4);
 }
 
+#[test]
+fn silent_connections_without_end_keep_nobody_from_the_log() {
+    let mut running = Running::new();
+    let good = attach(running.socket(), &Party::vm(1, 1), RingOptions::default(), LONG).unwrap();
+    good.emitter().admit(&Event::new(Kind::Opened)).unwrap().wait(LONG).unwrap();
+    // Each is waited for: all of them take longer than anything else here.
+    let silent: Vec<_> = (0..100).map(|_| UnixStream::connect(running.socket()).unwrap()).collect();
+    good.emitter().admit(&Event::new(Kind::Closed)).unwrap().wait(LONG).unwrap();
+    running.stop();
+    running.check();
+    let kinds = kinds(&running.storage);
+    let count = |kind: Kind| kinds.iter().filter(|found| **found == kind).count();
+    assert_eq!((count(Kind::Opened), count(Kind::Closed)), (1, 1));
+    assert!(count(Kind::Malformed) < silent.len(), "it was written after all of them were turned away");
+}
+
 /// An emitter that writes into the ring what it likes spoils nothing but its own events.
 #[test]
 fn a_hostile_emitter_is_written_down() {
@@ -204,12 +232,6 @@ fn a_hostile_emitter_is_written_down() {
     drop(good);
     running.stop();
     running.check();
-    let mut entries = crate::Entries::new(Arc::new(running.storage.clone()));
-    let mut malformed = 0;
-    while let Some(item) = entries.next().unwrap() {
-        if let crate::Item::Entry(found) = item {
-            malformed += usize::from(found.event.is_ok_and(|event| event.kind == Kind::Malformed));
-        }
-    }
+    let malformed = kinds(&running.storage).into_iter().filter(|kind| *kind == Kind::Malformed).count();
     assert!(malformed >= 4, "{malformed}");
 }

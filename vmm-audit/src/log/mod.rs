@@ -17,8 +17,6 @@ mod recover;
 mod retire;
 mod rotate;
 pub mod segment;
-#[cfg(test)]
-mod tests;
 
 use std::io;
 
@@ -26,7 +24,7 @@ pub use append::{Batch, LogWriter};
 pub(crate) use batch::{Writing, Written};
 pub use options::LogOptions;
 pub use recover::Recovered;
-pub(crate) use recover::boot_id;
+pub(crate) use recover::{boot_id, read_header};
 pub(crate) use rotate::carried_over;
 
 use crate::event::EventError;

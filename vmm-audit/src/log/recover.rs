@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::batch::{Edge, Running};
 use super::rotate::{Rotation, carried_over, create_segment};
-use super::segment::{Damage, FrameKind, HEADER, Header, Scanned, Scanner, parse_name, path};
+use super::segment::{Damage, FrameKind, HEADER, Header, Scanned, Scanner, path};
 use super::{LogError, LogOptions, LogWriter};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
@@ -20,6 +20,7 @@ use crate::event::{Event, Kind, Object, ObjectClass, parse_uuid};
 use crate::keys::{KeyChain, KeyError, KeyStore, Keys};
 use crate::merkle::{Tree, leaf_hash};
 use crate::note::MAX_NOTE;
+use crate::read::segments;
 use crate::storage::{Storage, StorageFile};
 
 /// What was found when a log was opened.
@@ -57,7 +58,8 @@ struct Last {
     end: u64,
 }
 
-pub(super) fn read_header(file: &dyn StorageFile) -> io::Result<Result<Header, Damage>> {
+/// The header of a segment, or what is wrong with it.
+pub(crate) fn read_header(file: &dyn StorageFile) -> io::Result<Result<Header, Damage>> {
     let mut bytes = [0; HEADER];
     let read = file.read_at(0, &mut bytes)?;
     Ok(Header::decode(bytes.get(..read).unwrap_or_default()))
@@ -154,14 +156,6 @@ fn scan(
     Ok(scan)
 }
 
-/// The segments that there are, which must follow one another.
-pub(crate) fn segments(storage: &dyn Storage) -> Result<Vec<u64>, LogError> {
-    let listed = storage.list("segments").map_err(LogError::io("segments"))?;
-    let mut numbers: Vec<u64> = listed.iter().filter_map(|listed| parse_name(&listed.name)).collect();
-    numbers.sort_unstable();
-    Ok(numbers)
-}
-
 /// The state in which writing goes on.
 struct State {
     number: u64,
@@ -186,7 +180,7 @@ impl LogWriter {
     ) -> Result<(Self, Recovered), LogError> {
         options.check()?;
         let lock = storage.lock().map_err(LogError::io("lock"))?.ok_or(LogError::Locked)?;
-        let numbers = segments(&*storage)?;
+        let numbers = segments(&*storage).map_err(LogError::io("segments"))?;
         let keys = match store.load()? {
             Some(keys) if keys.root.name() != origin => {
                 let (found, expected) = (keys.root.name().to_owned(), origin.to_owned());

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::batch::{Running, SharedFile};
-use super::segment::{Header, path};
+use super::segment::{HEADER, Header, path};
 use super::{LogError, LogWriter};
 use crate::digest::Digest;
 use crate::keys::succession_path;
@@ -40,12 +40,13 @@ impl LogWriter {
         self.commit().map(drop)
     }
 
-    /// Goes on with the rotation that was interrupted, if there is one.
+    /// Has the segment end, unless it is being ended already.
     pub(super) fn begin_rotation(&mut self) {
         let first = if self.options.evolve_keys { Rotation::NextKey } else { Rotation::Succession };
         self.rotation.get_or_insert(first);
     }
 
+    /// Does what is left of a rotation, if there is one.
     pub(super) fn finish_rotation(&mut self) -> Result<(), LogError> {
         while let Some(step) = self.rotation {
             self.rotation = self.rotation_step(step)?;
@@ -113,7 +114,7 @@ impl LogWriter {
         (self.chain, self.running) = (header.chain, Running::default());
         self.carry = header.encode().to_vec();
         self.number = number;
-        self.length = header.encode().len() as u64;
+        self.length = HEADER as u64;
         self.begun = Instant::now();
         // The first checkpoint of a segment has all rings, so that recovery need not look further back.
         self.changed_rings = self.rings.keys().copied().collect();

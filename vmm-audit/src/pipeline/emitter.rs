@@ -1,5 +1,6 @@
 //! Emitting.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -60,6 +61,19 @@ pub(crate) trait Transport: Send + Sync {
 
     /// Says that the reserved ring had room, or had none; for how long it has had none.
     fn was_full(&self, full: bool) -> Duration;
+}
+
+/// What [`Transport::was_full`] answers, where `since` is when a ring was first found full; 0 if it had room the last time.
+pub(crate) fn full_for(since: &AtomicU64, full: bool) -> Duration {
+    if !full {
+        if since.load(Ordering::Relaxed) != 0 {
+            since.store(0, Ordering::Relaxed);
+        }
+        return Duration::ZERO;
+    }
+    let now = monotonic_clock();
+    let began = since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+    Duration::from_nanos(now.saturating_sub(began.err().unwrap_or(now)))
 }
 
 /// Waits for one event to be on the disk.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam_queue::ArrayQueue;
 
 use super::counters::{Cells, LocalCells};
-use super::emitter::{Full, NotDurable, Refused, Transport, Wait, Waiter};
+use super::emitter::{Full, NotDurable, Refused, Transport, Wait, Waiter, full_for};
 use super::{PipelineOptions, Status};
 use crate::event::EventBytes;
 use crate::log::monotonic_clock;
@@ -214,14 +214,6 @@ impl Transport for Channel {
     }
 
     fn was_full(&self, full: bool) -> Duration {
-        if !full {
-            if self.full_since.load(Ordering::Relaxed) != 0 {
-                self.full_since.store(0, Ordering::Relaxed);
-            }
-            return Duration::ZERO;
-        }
-        let now = monotonic_clock();
-        let began = self.full_since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
-        Duration::from_nanos(now.saturating_sub(began.err().unwrap_or(now)))
+        full_for(&self.full_since, full)
     }
 }

@@ -40,7 +40,7 @@ pub use emitter::{Emitted, Emitter, NotDurable, Receipt, Refused};
 #[cfg(feature = "collector")]
 pub(crate) use counters::{CELLS, Cells, coalesced_events};
 #[cfg(feature = "collector")]
-pub(crate) use emitter::{Full, Transport, Wait};
+pub(crate) use emitter::{Full, Transport, Wait, full_for};
 
 use crate::event::{Event, Party};
 use crate::keys::KeyStore;

@@ -13,7 +13,7 @@ use super::counters::{Cells as _, coalesced_events};
 use super::emitter::Waiter;
 use super::local::{Local, Record, Rings};
 use crate::event::{Event, Kind, Outcome};
-use crate::log::{Batch, LogError, LogWriter, Writing, Written, monotonic_clock};
+use crate::log::{LogError, LogWriter, Writing, Written, monotonic_clock};
 
 /// How long the thread sleeps if nobody wakes it: the longest that a bulk event waits for it.
 const NAP: Duration = Duration::from_millis(5);
@@ -337,15 +337,9 @@ impl Run<'_> {
 
     /// Goes over to the next segment, which writes what was gathered too.
     fn rotate(&mut self, asked: bool, closing: bool) -> Result<(), LogError> {
-        let done = |log: &mut LogWriter| -> Result<Batch, LogError> {
-            let batch = log.commit()?;
-            if asked {
-                log.rotate()?;
-            }
-            Ok(batch)
-        };
-        match done(&mut self.log) {
-            Ok(_) => {
+        let committed = self.log.commit();
+        match committed.and_then(|_| if asked { self.log.rotate() } else { Ok(()) }) {
+            Ok(()) => {
                 let gathered = std::mem::take(&mut self.gathered);
                 self.acknowledge(gathered)
             }

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 
 use super::{Delivery, Sink, SinkError, describe, severity};
 
@@ -40,10 +41,7 @@ impl Journald {
 
     fn send_bytes(&self, bytes: &[u8]) -> io::Result<()> {
         match self.socket.send_to(bytes, &self.path) {
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::MSGSIZE.raw_os_error()) => {
-                self.send_memory(bytes)
-            }
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
+            Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::MSGSIZE | Errno::NOBUFS)) => {
                 self.send_memory(bytes)
             }
             sent => sent.map(drop),

@@ -8,8 +8,8 @@ use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
 use crate::event::{Entry, Event, Kind};
 use crate::keys::succession_path;
-use crate::log::carried_over;
 use crate::log::segment::{Frame, FrameKind, HEADER, Header, Scanned, Scanner, path};
+use crate::log::{carried_over, read_header};
 use crate::merkle::{Tree, leaf_hash};
 use crate::note::MAX_NOTE;
 
@@ -26,10 +26,7 @@ impl Pass<'_> {
             self.lose(file, offset, what);
         }
         let file = self.storage.open_to_read(&name).map_err(io(&name))?;
-        let mut bytes = [0; HEADER];
-        let read = file.read_at(0, &mut bytes).map_err(io(&name))?;
-        let header = Header::decode(bytes.get(..read).unwrap_or_default());
-        match header {
+        match read_header(&*file).map_err(io(&name))? {
             Ok(header) => self.header(&name, number, &header),
             Err(damage) => self.lose(name.clone(), 0, damage.to_string()),
         }

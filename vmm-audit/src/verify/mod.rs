@@ -11,8 +11,6 @@
 mod entries;
 mod finish;
 mod pass;
-#[cfg(test)]
-mod tests;
 mod tiles;
 
 use serde::Serialize;

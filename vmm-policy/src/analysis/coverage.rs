@@ -66,23 +66,25 @@ impl Coverage {
             let (op, facts) = (scene.op, &scene.facts);
             ruling = table.decide_beside(model, op, asker, peer, object, scene.value, facts, ruling);
         }
-        match ruling.rule().and_then(|rule| self.counts.get_mut(rule.0 as usize)) {
-            Some(count) => *count += 1,
-            None => self.denied_by_default += 1,
-        }
         let line = ruling.rule().and_then(|rule| self.policy.rule(rule)).map(|rule| rule.line);
-        Ok(Entry {
+        let entry = Entry {
             request: scene.shown,
             verdict: ruling.verdict(model),
             layer: ruling.layer,
             rule: ruling.rule(),
             line,
-        })
+        };
+        self.tally(entry.rule);
+        Ok(entry)
     }
 
     /// Counts a decision that a [`Monitor`](crate::Monitor) with the same policy made.
     pub fn count(&mut self, decision: &crate::Decision) {
-        match decision.rule.and_then(|rule| self.counts.get_mut(rule.0 as usize)) {
+        self.tally(decision.rule);
+    }
+
+    fn tally(&mut self, rule: Option<RuleId>) {
+        match rule.and_then(|rule| self.counts.get_mut(rule.0 as usize)) {
             Some(count) => *count += 1,
             None => self.denied_by_default += 1,
         }

@@ -138,10 +138,7 @@ impl<'a> View<'a> {
                 verdict = rule.verdict;
             }
             let (line, _) = model.sources.place(rule.span);
-            lines.push(format!(
-                "line {line}: {}",
-                model.sources.text(rule.span).split_whitespace().collect::<Vec<_>>().join(" ")
-            ));
+            lines.push(format!("line {line}: {}", model.sources.one_line(rule.span)));
         }
         Side { verdict, rules: lines }
     }

@@ -74,46 +74,36 @@ impl fmt::Display for Explanation {
     }
 }
 
-/// A member of a request as the rules see it.
-#[derive(Clone, Copy)]
-pub(crate) struct Side<'a> {
-    pub(crate) key: &'a ClassKey,
-}
-
 /// What holds of a request by the rules alone: the first that applies, and the first that would have opened it.
 pub(crate) fn rules_about<'m>(
     model: &'m Model,
     op: Op,
-    asker: Side<'_>,
-    peer: Option<Side<'_>>,
+    asker: &ClassKey,
+    peer: Option<&ClassKey>,
     value: u64,
 ) -> impl Iterator<Item = (RuleId, &'m RuleDef)> {
     let about = move |rule: &RuleDef| {
         let targets = &rule.targets;
-        let matches = |who: u32, side: &Side<'_>| {
-            model.who.get(who as usize).is_some_and(|who| who.matches(side.key.kind, &side.key.labels))
+        let matches = |who: u32, key: &ClassKey| {
+            model.who.get(who as usize).is_some_and(|who| who.matches(key.kind, &key.labels))
         };
-        let of_peer = match (targets.peer, &peer) {
+        let of_peer = match (targets.peer, peer) {
             // A rule about nobody is about an object that stands for itself.
             (None, None) => true,
-            (None, Some(side)) => side.key.kind == ClassKind::Object,
+            (None, Some(key)) => key.kind == ClassKind::Object,
             (Some(_), None) => false,
-            (Some(who), Some(side)) => matches(who, side),
+            (Some(who), Some(key)) => matches(who, key),
         };
-        let family = |side: &Side<'_>, family: u32| {
-            let of_family =
-                |label: &&u32| model.family_of.get(**label as usize).copied().flatten() == Some(family);
-            side.key.labels.iter().find(of_family).copied()
-        };
+        let family = |key: &ClassKey, of| model.label_of(&key.labels, of);
         let related = targets.relation.is_none_or(|(same, of)| {
-            match (family(&asker, of), peer.as_ref().and_then(|peer| family(peer, of))) {
+            match (family(asker, of), peer.and_then(|peer| family(peer, of))) {
                 (Some(one), Some(other)) => (one == other) == same,
                 _ => false,
             }
         });
         let of_value = targets.ranges.is_empty()
             || targets.ranges.iter().any(|(first, last)| (*first..=*last).contains(&value));
-        targets.ops.contains(&op) && of_peer && related && of_value && matches(targets.asker, &asker)
+        targets.ops.contains(&op) && of_peer && related && of_value && matches(targets.asker, asker)
     };
     model.rules.iter().zip(0..).filter(move |(rule, _)| about(rule)).map(|(rule, at)| (RuleId(at), rule))
 }
@@ -138,9 +128,8 @@ pub(crate) fn evaluate(
     if meet && model.wall_conflict(both).is_some() {
         return (Verdict::Deny, Layer::Wall, None);
     }
-    let peer = peer.map(|key| Side { key });
     let mut missed = None;
-    for (id, rule) in rules_about(model, op, Side { key: asker }, peer, value) {
+    for (id, rule) in rules_about(model, op, asker, peer, value) {
         if model.conditions.holds(rule.condition, facts) {
             let layer = if rule.condition == 0 { Layer::Type } else { Layer::Attribute };
             return (rule.verdict, layer, Some(id));
@@ -189,12 +178,11 @@ impl Policy {
             id,
             file: model.sources.name(rule.span).to_owned(),
             line: model.sources.place(rule.span).0,
-            rule: model.sources.text(rule.span).split_whitespace().collect::<Vec<_>>().join(" "),
+            rule: model.sources.one_line(rule.span),
             applies: model.conditions.holds(rule.condition, facts),
         };
-        let about = |side: Option<&'_ ClassKey>| -> Vec<(RuleId, &RuleDef)> {
-            let side = side.map(|key| Side { key });
-            rules_about(model, scene.op, Side { key: asker }, side, scene.value).collect()
+        let about = |peer: Option<&ClassKey>| -> Vec<(RuleId, &RuleDef)> {
+            rules_about(model, scene.op, asker, peer, scene.value).collect()
         };
         let mut rules: Vec<Finding> =
             about(peer).into_iter().map(|rule| finding(rule, &scene.facts)).collect();

@@ -100,7 +100,7 @@ impl Policy {
     /// The labels of the first family that somebody has.
     fn groups(&self) -> Vec<String> {
         let model = &*self.model;
-        let of_first = |label: &&u32| model.family_of.get(**label as usize).copied().flatten() == Some(0);
+        let of_first = |label: &&u32| model.family(**label) == Some(0);
         let mut labels: Vec<u32> =
             model.parties.iter().flat_map(|party| party.labels.iter().filter(of_first)).copied().collect();
         labels.sort_unstable();

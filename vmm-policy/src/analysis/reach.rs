@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use fixedbitset::FixedBitSet;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::scene::party_set;
 use crate::compile::{Model, NOBODY, Steps, Table};
@@ -41,7 +41,7 @@ impl Reach {
         (0..table.class_count()).for_each(|class| {
             reach.place(Place::Class(class));
         });
-        let mut known = FxHashMap::default();
+        let mut known = FxHashSet::default();
         let mut steps = Steps::default();
         for op in Op::all().filter(|op| op.flow().reads() || op.flow().writes()) {
             for (asker, peer) in table.pairs(op, &mut steps)? {
@@ -70,8 +70,8 @@ impl Reach {
         })
     }
 
-    fn way(&mut self, from: u32, way: Way, known: &mut FxHashMap<(u32, u32), ()>) {
-        if known.insert((from, way.to), ()).is_none()
+    fn way(&mut self, from: u32, way: Way, known: &mut FxHashSet<(u32, u32)>) {
+        if known.insert((from, way.to))
             && let Some(ways) = self.ways.get_mut(from as usize)
         {
             ways.push(way);
@@ -88,13 +88,13 @@ impl Reach {
         peer: u32,
         (first, last): (u64, u64),
         rule: u32,
-        known: &mut FxHashMap<(u32, u32), ()>,
+        known: &mut FxHashSet<(u32, u32)>,
         steps: &mut Steps,
     ) -> Result<(), PolicyError> {
         let flow = op.flow();
         let peer_is_object = table.class(peer).is_some_and(|class| class.is_object);
         let both = |reach: &mut Self,
-                    known: &mut FxHashMap<(u32, u32), ()>,
+                    known: &mut FxHashSet<(u32, u32)>,
                     one: u32,
                     other: u32,
                     value: u64,
@@ -247,7 +247,7 @@ impl Reach {
                 by: describe_op(model, way.op, way.value),
                 file: model.sources.name(span).to_owned(),
                 line: model.sources.place(span).0,
-                rule: model.sources.text(span).split_whitespace().collect::<Vec<_>>().join(" "),
+                rule: model.sources.one_line(span),
             }
         };
         Some(Path { steps: ways.iter().map(step).collect() })

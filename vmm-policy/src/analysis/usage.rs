@@ -113,7 +113,7 @@ impl Policy {
             id,
             file: model.sources.name(span).to_owned(),
             line: model.sources.place(span).0,
-            rule: model.sources.text(span).split_whitespace().collect::<Vec<_>>().join(" "),
+            rule: model.sources.one_line(span),
             usage,
         };
         Ok(reports.into_iter().map(report).collect())

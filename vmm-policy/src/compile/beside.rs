@@ -14,11 +14,9 @@ use crate::model::{Flow, Layer, Op};
 
 /// A family of which the two have different labels: the label of the one, and of the other.
 pub(crate) fn contradiction(model: &Model, one: &ClassKey, other: &ClassKey) -> Option<(u32, u32)> {
-    let family = |label: u32| model.family_of.get(label as usize).copied().flatten();
     one.labels.iter().find_map(|label| {
-        let of = family(*label)?;
-        let same_family = |other: &&u32| family(**other) == Some(of);
-        other.labels.iter().find(same_family).filter(|other| *other != label).map(|other| (*label, *other))
+        let of_other = model.label_of(&other.labels, model.family(*label)?)?;
+        (of_other != *label).then_some((*label, of_other))
     })
 }
 

@@ -89,8 +89,7 @@ fn is_object(table: &Table, class: u32) -> bool {
 impl Table {
     /// The rules that open something between two classes, `never` apart.
     fn opened_despite(&self, op: crate::Op, asker: u32, peer: u32, mut each: impl FnMut(u32, u64, u64)) {
-        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
-        if self.barrier(op, asker_class, peer_class).is_some() {
+        if self.is_barred(op, asker, peer) {
             return;
         }
         self.ranges(op, asker, peer, |first, last, entries| {

@@ -4,7 +4,7 @@
 //! 2. [`classes`]: subjects and objects that no rule tells apart are one class.
 //! 3. [`fill`]: for each action, class that asks and class that is asked a [cell](cells), with the [ranges] of objects and the rules for each,
 //!    strongest first; together the [`Table`]. Where a rule says `any`, there is one cell for it and not one for each class, so
-//!    that there are six cells to look at, however many rules there are.
+//!    that there are at most ten cells to look at, however many rules there are.
 //! 4. [`check`]: what `never` says.
 //!
 //! Maps by what a policy chooses have the standard library's hash, whose seed nobody knows: a policy does not choose names that take

@@ -169,6 +169,16 @@ impl Model {
         self.names.get(kind as usize).map_or_else(|| "*".to_owned(), |names| names.shown(atom))
     }
 
+    /// The family of a label.
+    pub(crate) fn family(&self, label: u32) -> Option<u32> {
+        self.family_of.get(label as usize).copied().flatten()
+    }
+
+    /// The first of the labels that is of a family.
+    pub(crate) fn label_of(&self, labels: &[u32], family: u32) -> Option<u32> {
+        labels.iter().copied().find(|label| self.family(*label) == Some(family))
+    }
+
     /// The history that labels begin with.
     pub(crate) fn wall_mask(&self, labels: &[u32]) -> u64 {
         labels.iter().filter_map(|label| self.wall_bit.get(label)).fold(0, |mask, bit| mask | 1 << bit)

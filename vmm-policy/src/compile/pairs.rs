@@ -92,10 +92,15 @@ impl Table {
         }
     }
 
+    /// Whether levels or walls keep two classes apart, or there is no such class.
+    pub(super) fn is_barred(&self, op: Op, asker: u32, peer: u32) -> bool {
+        let both = self.class(asker).zip(self.class(peer));
+        both.is_none_or(|(asker, peer)| self.barrier(op, asker, peer).is_some())
+    }
+
     /// What may happen between two classes, levels and walls included.
     pub(crate) fn outcomes(&self, op: Op, asker: u32, peer: u32, mut each: impl FnMut(Outcome)) {
-        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
-        if self.barrier(op, asker_class, peer_class).is_some() {
+        if self.is_barred(op, asker, peer) {
             return;
         }
         self.ranges(op, asker, peer, |first, last, entries| {
@@ -136,7 +141,7 @@ impl Table {
         Ok(pairs)
     }
 
-    /// The ranges of `op` in which the rules that are given in `touched` have a say.
+    /// The rules that have a say about `op` between two classes, in some range each, and whether levels and walls let them.
     pub(crate) fn winners(
         &self,
         model: &Model,
@@ -145,8 +150,7 @@ impl Table {
         peer: u32,
         mut each: impl FnMut(u32, bool),
     ) {
-        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
-        let barred = self.barrier(op, asker_class, peer_class).is_some();
+        let barred = self.is_barred(op, asker, peer);
         self.ranges(op, asker, peer, |_, _, entries| {
             for entry in entries {
                 let opens =
@@ -179,8 +183,7 @@ impl Table {
         peer: u32,
         mut each: impl FnMut(u64, u64, &[(u32, u32)]),
     ) {
-        let (Some(asker_class), Some(peer_class)) = (self.class(asker), self.class(peer)) else { return };
-        if self.barrier(op, asker_class, peer_class).is_some() {
+        if self.is_barred(op, asker, peer) {
             return;
         }
         let mut pairs = Vec::new();

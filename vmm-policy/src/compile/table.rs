@@ -178,9 +178,7 @@ impl Table {
 
     /// The family's label that a class has.
     pub(crate) fn family_label(&self, model: &Model, class: u32, family: u32) -> Option<u32> {
-        let labels = &self.keys.get(class as usize)?.labels;
-        let of_family = |label: &u32| model.family_of.get(*label as usize).copied().flatten() == Some(family);
-        labels.iter().copied().find(of_family)
+        model.label_of(&self.keys.get(class as usize)?.labels, family)
     }
 
     /// Whether asker and peer have to do with each other what a rule wants.
@@ -208,9 +206,7 @@ impl Table {
 fn families_of(model: &Model, key: &ClassKey) -> [u32; WIDE_FAMILIES] {
     let mut slots = [0; WIDE_FAMILIES];
     for (slot, family) in slots.iter_mut().zip(&model.wide_families) {
-        let of_family =
-            |label: &&u32| model.family_of.get(**label as usize).copied().flatten() == Some(*family);
-        *slot = key.labels.iter().find(of_family).map_or(0, |label| label + 1);
+        *slot = model.label_of(&key.labels, *family).map_or(0, |label| label + 1);
     }
     slots
 }

@@ -122,7 +122,8 @@ impl Monitor {
         }
     }
 
-    pub(crate) fn refused(&self, decision: Decision) -> Refused {
+    /// A decision as a refusal, with the rule's place and text, or what there is instead: for who asks and does not open.
+    pub fn refused(&self, decision: Decision) -> Refused {
         let policy = self.policy();
         let text = decision.rule.and_then(|rule| policy.rule(rule)).map(|rule| rule.to_string());
         let reason = text.unwrap_or_else(|| {

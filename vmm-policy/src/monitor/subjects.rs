@@ -253,7 +253,7 @@ pub(super) fn class_key(policy: &Policy, subject: &Subject) -> Result<ClassKey, 
                 .map_or(String::new(), |hint| format!("; {hint}"));
             PolicyError::UnknownLabel { label: name.clone(), hint }
         })?;
-        if let Some(family) = model.family_of.get(label as usize).copied().flatten()
+        if let Some(family) = model.family(label)
             && let Some(first) = families.insert(family, name)
             && first != name
         {
@@ -295,25 +295,31 @@ impl Monitor {
         self.shared.now.load().main.seat(id).is_some()
     }
 
+    pub(crate) fn principal(&self, id: SubjectId) -> Option<Principal> {
+        self.shared.now.load().main.seat(id).map(|seat| seat.subject().principal.clone())
+    }
+
     pub(crate) fn monotonic(&self) -> u64 {
         self.shared.clock.monotonic()
     }
 
     /// Who may say yes to what was decided so, and within how many seconds.
     pub(crate) fn asked(&self, decision: &crate::Decision) -> Option<(u32, u32)> {
-        self.policy().model.rule(decision.rule?)?.ask
+        ask_of(&self.shared.now.load(), decision)
     }
 
     /// Whether a subject may say yes to what was decided so.
     pub(crate) fn may_confirm(&self, decision: &crate::Decision, id: SubjectId) -> bool {
         let now = self.shared.now.load();
-        let rule = decision
-            .rule
-            .filter(|_| decision.epoch == now.epoch)
-            .and_then(|rule| now.main.policy.model.rule(rule));
-        match (rule.and_then(|rule| rule.ask), now.main.seat(id)) {
+        match (ask_of(&now, decision), now.main.seat(id)) {
             (Some((by, _)), Some(seat)) => now.main.table.is_member(by, seat.class.id),
             _ => false,
         }
     }
+}
+
+/// What the rule of a decision asks for; nothing where it was decided under another policy, whose rules have other numbers.
+fn ask_of(now: &Snapshot, decision: &crate::Decision) -> Option<(u32, u32)> {
+    let rule = decision.rule.filter(|_| decision.epoch == now.epoch)?;
+    now.main.policy.model.rule(rule)?.ask
 }

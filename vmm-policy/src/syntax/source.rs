@@ -72,6 +72,11 @@ impl Sources {
         self.file(span).and_then(|file| file.text.get(span.start as usize..span.end as usize)).unwrap_or("")
     }
 
+    /// The same, its words with one space between.
+    pub(crate) fn one_line(&self, span: Span) -> String {
+        self.text(span).split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+
     /// The line in which it begins, and its file from there on, for pictures of it.
     pub fn line(&self, span: Span) -> &str {
         let Some(file) = self.file(span) else { return "" };

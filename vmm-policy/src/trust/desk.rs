@@ -166,12 +166,7 @@ impl Desk {
     }
 
     fn principal(&self, id: SubjectId) -> Result<Principal, DeskError> {
-        let subjects = self.monitor.subjects();
-        subjects
-            .into_iter()
-            .find(|(known, _)| *known == id)
-            .map(|(_, principal)| principal)
-            .ok_or(DeskError::NoSubject(id))
+        self.monitor.principal(id).ok_or(DeskError::NoSubject(id))
     }
 }
 

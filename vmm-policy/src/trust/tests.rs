@@ -112,6 +112,20 @@ const DESK: &str = "labels l, operator\nhost alice { labels operator }\nhost bob
      deny operator to administer destroy of any vm when flag freeze";
 
 #[test]
+fn what_another_policy_decided_asks_nobody() {
+    let (monitor, _) = monitor(DESK);
+    let guest = vm(&monitor, 1);
+    let alice = monitor.register(SubjectSpec::host("alice")).unwrap();
+    let destroy =
+        || monitor.check(&Request::new(alice, Action::Administer, Object::verb("destroy")).of(guest));
+    let before = destroy();
+    assert_eq!(monitor.asked(&before).map(|(_, seconds)| seconds), Some(600));
+    monitor.reload(Policy::parse(&DESK.replace("10 minutes", "20 minutes")).unwrap()).unwrap();
+    assert_eq!(monitor.asked(&before), None);
+    assert_eq!(monitor.asked(&destroy()).map(|(_, seconds)| seconds), Some(1200));
+}
+
+#[test]
 fn destruction_takes_two() {
     let (monitor, hand) = monitor(DESK);
     let guest = vm(&monitor, 1);

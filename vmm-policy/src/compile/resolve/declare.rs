@@ -139,7 +139,7 @@ impl Resolver<'_> {
                 );
                 self.report.add(word.span, message, None);
             }
-            if let Some(family) = self.model.family_of.get(label as usize).copied().flatten()
+            if let Some(family) = self.model.family(label)
                 && let Some(before) = families.insert(family, word)
             {
                 let family = self.model.families.get(family as usize).cloned().unwrap_or_default();

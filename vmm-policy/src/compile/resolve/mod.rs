@@ -148,12 +148,10 @@ impl<'r> Resolver<'r> {
             (Some((_, family)), Some(peer)) if any(targets.asker) && any(peer) => Some(family),
             _ => None,
         };
-        for targets in model
-            .rules
-            .iter()
-            .map(|rule| &rule.targets)
-            .chain(model.limits.iter().map(|limit| &limit.targets))
-        {
+        let of_rules = model.rules.iter().map(|rule| &rule.targets);
+        let mut families: HashSet<u32> = HashSet::new();
+        for targets in of_rules.chain(model.limits.iter().map(|limit| &limit.targets)) {
+            families.extend(targets.relation.map(|(_, family)| family));
             if let Some(family) = wide(targets)
                 && !model.wide_families.contains(&family)
                 && model.wide_families.len() < super::lookup::WIDE_FAMILIES
@@ -161,13 +159,6 @@ impl<'r> Resolver<'r> {
                 model.wide_families.push(family);
             }
         }
-        let targets = model
-            .rules
-            .iter()
-            .map(|rule| &rule.targets)
-            .chain(model.limits.iter().map(|limit| &limit.targets));
-        let mut families: HashSet<u32> =
-            targets.filter_map(|targets| targets.relation.map(|(_, family)| family)).collect();
         // A peer of another label of a family than an object's is not whose the object is.
         let objects = model.parties.iter().filter(|party| party.object.is_some());
         families.extend(
