@@ -11,7 +11,8 @@
 //!   less there is in a batch to even it out. Whatever else runs on the processor is in the tail, too.
 //! * The requests of a batch are made just before it, untimed: who asks has just decoded what it asks for, so that it is in the cache.
 //! * Beside it stands what a load costs that depends on the one before, over as much memory as 256 KiB to 32 MiB at random: what
-//!   a decision would wait for at least if that much was read at random.
+//!   a decision would wait for at least if that much was read at random; and what a branch costs that is foreseen every other time. Of those a
+//!   decision about random requests has several: number or name, one range of objects or more, allowed by a level, a wall, a condition or not.
 //!
 //! Cedar is asked by the package in `oracle`, a workspace of its own that is built and run for that: as a dependency of this package it would
 //! be built, which takes minutes, for whoever runs a test. It decides the same policy without the limit and with walls as they are before
@@ -50,6 +51,7 @@ fn main() {
             format!("{:.1} ns in {kib} KiB", load(kib << 10, &mut fastrand::Rng::with_seed(3)))
         });
         println!("a load that depends on the one before takes {}", waits.join(", "));
+        println!("a branch that is not foreseen takes {:.1} ns", branch(&mut fastrand::Rng::with_seed(4)));
     }
     let only = std::env::args().filter_map(|argument| argument.parse().ok()).next();
     let all: &[usize] = if quick { &[10] } else { &[10, 1000, 10_000, 100_000] };
@@ -61,11 +63,6 @@ fn main() {
         let all = workload.distinct(if quick { 4096 } else { REQUESTS }, &mut fastrand::Rng::with_seed(1));
         let mut judge = monitor.judge();
         run(&mut judge, &all, &subjects, BATCHES[0]);
-        if std::env::var_os("LOOP").is_some() {
-            for _ in 0..30 {
-                run(&mut judge, &all, &subjects, BATCHES[0]);
-            }
-        }
         let times = BATCHES.map(|batch| run(&mut judge, &all, &subjects, batch));
         let at = |times: &[f64], part: f64| times[((times.len() - 1) as f64 * part) as usize];
         let (p50, p99) = (at(&times[0], 0.5), at(&times[0], 0.99));
@@ -126,6 +123,24 @@ fn shares(judge: &mut Judge, all: &[Asked], subjects: &[SubjectId]) -> String {
         format!("{:.1} % {what}", 100.0 * *count as f64 / all.len() as f64)
     };
     counts.iter().map(share).collect::<Vec<_>>().join(", ")
+}
+
+/// What a branch takes that is not foreseen, in nanoseconds: the same branches in an order that is foreseen take that much less.
+fn branch(rng: &mut fastrand::Rng) -> f64 {
+    let mut ways: Vec<bool> = (0..1 << 20).map(|_| rng.bool()).collect();
+    let mut sum = 0_u64;
+    let mut time = |ways: &[bool]| {
+        let begin = Instant::now();
+        for way in ways {
+            // What is opaque is not turned into a choice without a branch.
+            sum = if *way { black_box(sum + 1) } else { black_box(sum ^ 3) };
+        }
+        begin.elapsed().as_nanos() as f64
+    };
+    let random = time(&ways);
+    let wrong = ways.len() as f64 / 2.0;
+    ways.sort_unstable();
+    (random - time(&ways)) / wrong
 }
 
 /// What a load takes whose address is what the one before has read, in nanoseconds.

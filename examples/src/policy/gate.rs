@@ -265,9 +265,10 @@ impl Gate for PolicyGate {
             Some(false) => Err(self
                 .ask(request, |asked| {
                     let decision = self.monitor.check(asked);
-                    let permits = decision.permits();
-                    let reason = words::reason(&self.monitor.policy(), &decision);
-                    Ok(Refusal::new(if permits { "revoked by hand".to_owned() } else { reason }))
+                    if decision.permits() {
+                        return Ok(Refusal::new("revoked by hand".to_owned()));
+                    }
+                    Ok(Refusal::new(self.monitor.refused(decision).to_string()))
                 })
                 .unwrap_or_else(|refusal| refusal)),
             None => {

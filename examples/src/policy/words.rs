@@ -2,7 +2,7 @@
 
 use vmm_devices::channel::{self, Request};
 use vmm_devices::net::switch::flows::FlowKind;
-use vmm_policy::{Action, Decision, Object, Policy};
+use vmm_policy::{Action, Object};
 
 /// What a device asks for. `None` for what this adapter does not know, which is refused.
 pub(super) fn asked(request: &Request) -> Option<(Action, Object<'_>)> {
@@ -35,11 +35,4 @@ pub(super) fn flow(kind: FlowKind) -> Option<(Action, Object<'static>)> {
         FlowKind::Ethernet { ether_type } => (Action::Send, Object::ethernet(ether_type)),
         _ => return None,
     })
-}
-
-/// Why something was decided so: layer, rule, file and line. As [`vmm_policy::Refused`] says it.
-pub(super) fn reason(policy: &Policy, decision: &Decision) -> String {
-    let rule = decision.rule.and_then(|rule| policy.rule(rule)).map(|rule| rule.to_string());
-    let why = rule.unwrap_or_else(|| "no rule allows it".to_owned());
-    format!("{} ({}): {why}", decision.verdict, decision.layer)
 }
