@@ -54,7 +54,7 @@ fn main() -> Result<()> {
             let begin = Instant::now();
             let progress = |so_far: Found| {
                 // A line every hundred thousand.
-                if so_far.pairs % 100_000 == 0 || so_far.pairs == pairs {
+                if so_far.pairs.is_multiple_of(100_000) || so_far.pairs == pairs {
                     let Found { pairs, policies, allowed } = so_far;
                     eprintln!(
                         "{pairs} pairs of {policies} policies agree, {allowed} allowed, after {:.0?}",

@@ -61,8 +61,10 @@ pub(crate) fn policy(rng: &mut fastrand::Rng) -> (String, usize) {
 
 fn labels(rng: &mut fastrand::Rng) -> String {
     let choices: [&[&str]; 3] = [&["red", "blue", "green"], &["east", "west"], &["l0", "l1", "l2"]];
-    let some: Vec<&str> =
-        choices.iter().filter_map(|all| (rng.u8(0..3) > 0).then(|| all[rng.usize(..all.len())])).collect();
+    let some: Vec<&str> = choices
+        .iter()
+        .filter_map(|all| if rng.u8(0..3) == 0 { None } else { Some(all[rng.usize(..all.len())]) })
+        .collect();
     some.join(", ")
 }
 
