@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmm_devices::channel::{ClosedChannel, Gate, Gatekeeper, GrantId, Party, Refusal, Request, VmIdentity};
+use vmm_memory::Access;
 use vmm_policy::{
     Action, Hold, Honours, Monitor, MonitorError, Object, Policy, Revocation, SubjectId, SubjectSpec, Uuid,
 };
@@ -173,8 +174,25 @@ impl Enforcement {
     /// # Errors
     /// If the policy refuses, or nobody such is registered.
     pub fn plug(&self, vm: VmIdentity, what: &str) -> Result<Hold, Refusal> {
+        self.hold(vm, Action::Attach, Object::hotplug(what))
+    }
+
+    /// Asks whether a virtual machine may have a folder of the host's, for whoever serves it (no device of this workspace does). The right is kept
+    /// for as long as it is served; [`Hold::on_revoked`] says when to end that.
+    ///
+    /// # Errors
+    /// As [`plug`](Self::plug).
+    pub fn share(&self, vm: VmIdentity, name: &str, access: Access) -> Result<Hold, Refusal> {
+        let action = match access {
+            Access::ReadOnly => Action::AttachRo,
+            Access::ReadWrite => Action::Attach,
+        };
+        self.hold(vm, action, Object::share(name))
+    }
+
+    fn hold(&self, vm: VmIdentity, action: Action, object: Object<'_>) -> Result<Hold, Refusal> {
         let subject = self.gate.known(&vm.into())?;
-        let request = vmm_policy::Request::new(subject, Action::Attach, Object::hotplug(what));
+        let request = vmm_policy::Request::new(subject, action, object);
         let hold = self.gate.monitor.hold(&request, Honours::NONE);
         hold.map_err(|refused| Refusal::new(refused.to_string()))
     }

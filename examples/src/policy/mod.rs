@@ -8,6 +8,7 @@
 //! | [`Disks`], [`PolicedDisk`] | a block device: one writer or several readers, and who may at all |
 //! | [`PolicedBalloon`] | a balloon, whose pages are counted |
 //! | [`Enforcement::plug`] | who plugs processors, memory and devices while a guest runs |
+//! | [`Enforcement::share`] | who serves a folder of the host's |
 //! | [`XenGate`] | the paravirtual backend, for event channels and grants to other domains |
 //!
 //! # How it is put in front of devices

@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_cpu::xen_pv::Gate as _;
 use vmm_devices::channel::{
-    ClosedChannel, DoorbellRing, NetworkAttach, Party, RegionMap, VmIdentity, VsockConnect, VsockListen,
+    ClosedChannel, DoorbellRing, NetworkAttach, Party, Refusal, RegionMap, VmIdentity, VsockConnect,
+    VsockListen,
 };
 use vmm_devices::ivshmem::{Hub, Region};
 use vmm_devices::virtio::balloon::MemoryRelease;
@@ -258,6 +259,28 @@ fn as_much_is_plugged_as_a_limit_says() {
     }
     enforcement.reload(Policy::parse("labels l").unwrap()).unwrap();
     assert_eq!(unplugged.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn a_folder_is_shared_as_the_policy_says_until_it_says_otherwise() {
+    let text = "labels one, two\nallow one to attach share docs\nallow two to attach-ro share docs";
+    let (enforcement, vms) = of(text, &[(1, "one"), (2, "two")]);
+    let why = |refused: Result<_, Refusal>| refused.unwrap_err().reason().to_owned();
+    let hold = enforcement.share(vms[0], "docs", Access::ReadWrite).unwrap();
+    let reads = enforcement.share(vms[1], "docs", Access::ReadOnly).unwrap();
+    assert!(why(enforcement.share(vms[1], "docs", Access::ReadWrite)).contains("no rule allows it"));
+    assert!(why(enforcement.share(vms[0], "other", Access::ReadOnly)).contains("no rule allows it"));
+    assert!(
+        why(enforcement.share(VmIdentity::new(9, 1), "docs", Access::ReadOnly)).contains("not registered")
+    );
+    let ended = Arc::new(AtomicU64::new(0));
+    let counts = Arc::clone(&ended);
+    hold.on_revoked(move || {
+        counts.fetch_add(1, Ordering::SeqCst);
+    });
+    enforcement.reload(Policy::parse("labels one, two\nallow two to attach-ro share docs").unwrap()).unwrap();
+    assert_eq!(ended.load(Ordering::SeqCst), 1);
+    assert!(!hold.is_live() && reads.is_live());
 }
 
 #[test]
