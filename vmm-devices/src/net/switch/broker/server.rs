@@ -13,11 +13,11 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::net::sockopt;
 
 use super::BrokerError;
-use super::closer::Closer;
 use super::memory::{self, Side};
 use super::message::{Hello, Message};
 use super::socket::{self, Heard};
 use crate::channel::{Gatekeeper, NetworkAttach, Party, Refusal};
+use crate::closer::Closer;
 use crate::net::switch::metrics::DropReason;
 use crate::net::switch::port::flush;
 use crate::net::switch::ring::Consumer;
@@ -181,7 +181,7 @@ impl ServerBuilder {
         add(&listener, LISTENER)?;
         add(&waker, WAKER)?;
         let stop = Arc::default();
-        let closer = Arc::new(Closer::new(CLOSERS, Some(&waker))?);
+        let closer = Arc::new(Closer::new("net-close", CLOSERS, Some(&waker))?);
         Ok(SwitchServer {
             config: self,
             path: path.as_ref().to_owned(),

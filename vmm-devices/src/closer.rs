@@ -16,16 +16,16 @@ use std::sync::{Arc, Mutex};
 use crate::interrupt::lock;
 
 /// What waits at most before nobody else is let in.
-const MOST: usize = 64;
+pub(crate) const MOST: usize = 64;
 
-pub(super) struct Closer {
+pub(crate) struct Closer {
     sender: Sender<Box<dyn Send>>,
     left: Arc<AtomicUsize>,
 }
 
 impl Closer {
-    /// By so many threads; `waker` is woken when there is room again.
-    pub(super) fn new(threads: usize, waker: Option<&Arc<OwnedFd>>) -> io::Result<Self> {
+    /// By so many threads of that name; `waker` is woken when there is room again.
+    pub(crate) fn new(name: &str, threads: usize, waker: Option<&Arc<OwnedFd>>) -> io::Result<Self> {
         let (sender, receiver) = channel::<Box<dyn Send>>();
         let receiver = Arc::new(Mutex::new(receiver));
         let left = Arc::<AtomicUsize>::default();
@@ -42,13 +42,13 @@ impl Closer {
                     }
                 }
             };
-            std::thread::Builder::new().name("net-close".to_owned()).spawn(serve)?;
+            std::thread::Builder::new().name(name.to_owned()).spawn(serve)?;
         }
         Ok(Self { sender, left })
     }
 
     /// Closes that, some time.
-    pub(super) fn close(&self, what: impl Send + 'static) {
+    pub(crate) fn close(&self, what: impl Send + 'static) {
         self.left.fetch_add(1, Ordering::SeqCst);
         if let Err(kept) = self.sender.send(Box::new(what)) {
             // The threads are there as long as this is.
@@ -57,7 +57,41 @@ impl Closer {
     }
 
     /// Whether nobody else is to be let in.
-    pub(super) fn is_full(&self) -> bool {
-        self.left.load(Ordering::SeqCst) >= MOST
+    pub(crate) fn is_full(&self) -> bool {
+        self.left() >= MOST
+    }
+
+    /// How much is to be closed.
+    pub(crate) fn left(&self) -> usize {
+        self.left.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::io::Write as _;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+    use std::time::Duration;
+
+    /// A descriptor whose close waits for a minute, and what ends that when it is dropped: as of a file whose server is hostile (FUSE).
+    /// Send it, and drop it.
+    pub(crate) fn stubborn() -> (OwnedFd, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut stubborn = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (other, _) = listener.accept().unwrap();
+        stubborn.set_nonblocking(true).unwrap();
+        while stubborn.write(&[0; 1 << 16]).is_ok() {}
+        rustix::net::sockopt::set_socket_linger(&stubborn, Some(Duration::from_secs(60))).unwrap();
+        // Lingering is for sockets that wait.
+        stubborn.set_nonblocking(false).unwrap();
+        (stubborn.into(), other)
+    }
+
+    /// What `f` makes, which it does not take long for.
+    pub(crate) fn soon<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || tell.send(f()));
+        told.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("it waits: {what}"))
     }
 }
