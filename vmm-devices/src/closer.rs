@@ -10,8 +10,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use rustix::net::{Shutdown, shutdown};
 
 use crate::interrupt::lock;
 
@@ -56,6 +58,13 @@ impl Closer {
     /// The same, when nothing else of the same one's is under way.
     pub(crate) fn close_of(&self, whose: u32, what: impl Send + 'static) {
         self.put(Some(whose), Box::new(what));
+    }
+
+    /// Closes a socket that is listened at, where nobody gets in from now on. Who has, and was not accepted, may have sent something.
+    pub(crate) fn close_listener(&self, listener: impl AsFd + Send + 'static) {
+        // Who comes next to its path sees by that that nobody is there any more.
+        let (Ok(()) | Err(_)) = shutdown(&listener, Shutdown::Both);
+        self.close(listener);
     }
 
     fn put(&self, whose: Option<u32>, what: Box<dyn Send>) {

@@ -482,7 +482,12 @@ impl ServerBuilder {
         let theirs = Arc::clone(&shared);
         let thread = thread::Builder::new()
             .name("ivshmem-server".to_owned())
-            .spawn(move || theirs.run(listener.as_ref()))
+            .spawn(move || {
+                theirs.run(listener.as_ref());
+                if let Some(listener) = listener {
+                    theirs.closer.close_listener(listener);
+                }
+            })
             .map_err(IvshmemError::host("a thread for the server"))?;
         Ok(Server { shared, thread: Some(thread), path: None })
     }

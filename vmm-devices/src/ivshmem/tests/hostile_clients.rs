@@ -289,6 +289,30 @@ fn what_a_client_passes_does_not_hold_up_who_takes_its_right_back() {
     }
 }
 
+/// With those who have connected and were not let in, more than are at once.
+#[test]
+fn what_waits_at_the_door_does_not_hold_up_the_end() {
+    let busy = Busy::new();
+    let hold = Arc::clone(&busy.hold);
+    let holding = lock(&hold);
+    let first = busy.keep();
+    let others: Vec<_> = (0..20).map(|_| busy.connect().unwrap()).collect();
+    let last = Liar(busy.connect().unwrap());
+    let (stubborn, ends) = stubborn();
+    last.say(0, &[stubborn.as_fd()]).unwrap();
+    drop(stubborn);
+    let Busy { directory, server, .. } = busy;
+    let server = Arc::into_inner(server).unwrap();
+    let ending = thread::spawn(move || soon("the end", move || drop(server)));
+    // It has been told that it is over, and then goes on.
+    thread::sleep(Duration::from_millis(200));
+    drop(holding);
+    ending.join().unwrap();
+    let late = UnixStream::connect(directory.path().join("socket")).unwrap_err();
+    assert_eq!(late.kind(), std::io::ErrorKind::ConnectionRefused);
+    drop((first, others, last, ends));
+}
+
 /// Nobody else is let in while more is to be closed than may be, and those who are in go on.
 #[test]
 fn connections_that_cannot_be_closed_are_bounded() {

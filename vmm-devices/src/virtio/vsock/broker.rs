@@ -103,7 +103,8 @@ type Identify = Box<dyn Fn(&Credentials, u32, VmIdentity) -> Option<VmIdentity> 
 
 /// See the module.
 pub struct Broker {
-    listener: OwnedFd,
+    /// `None` at the end.
+    listener: Option<OwnedFd>,
     poll: Poll,
     control: Arc<Control>,
     closer: Arc<Closer>,
@@ -250,7 +251,7 @@ impl Broker {
         poll.add(kick.as_fd(), KICK)?;
         let control = Control { kick, stopped: AtomicBool::new(false), revoked: Mutex::default() };
         Ok(Self {
-            listener,
+            listener: Some(listener),
             poll,
             control: Arc::new(control),
             closer: Arc::new(Closer::new("vsock-close", CLOSERS, None)?),
@@ -345,6 +346,7 @@ impl Broker {
     }
 
     fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         loop {
             // Nobody else is let in while more is to be closed than can be, and nobody tells when there is less.
@@ -352,7 +354,7 @@ impl Broker {
             if self.knocked {
                 return;
             }
-            let socket = match again(|| accept_with(&self.listener, flags)) {
+            let socket = match again(|| accept_with(listener, flags)) {
                 Ok(socket) => socket,
                 Err(Errno::CONNABORTED) => continue,
                 Err(Errno::AGAIN) => return,
@@ -572,6 +574,9 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            self.closer.close_listener(listener);
+        }
         std::mem::take(&mut self.peers).into_values().for_each(|peer| peer.end(&self.closer));
         // They go on, for those who have them.
         let open = std::mem::take(&mut self.open).into_values();

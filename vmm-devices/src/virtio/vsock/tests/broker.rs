@@ -508,6 +508,23 @@ fn what_one_passes_does_not_keep_that_of_others() {
     assert_eq!(soon("the close of the last end", move || read.read(&mut [0]).unwrap()), 0);
 }
 
+#[test]
+fn what_waits_at_the_door_does_not_hold_up_the_end() {
+    let told = Told::new();
+    let path = told.path();
+    let socket = raw(path.clone());
+    let (stubborn, ends) = stubborn();
+    assert_eq!(joins(3).send(&socket, Some(stubborn.as_fd())), Ok(true));
+    drop(stubborn);
+    let Told { directory, broker, .. } = told;
+    soon("the end", move || drop(broker));
+    // Nobody is let in there any more, and another may take its place.
+    let late = socket_of_messages();
+    assert_eq!(connect(&late, &SocketAddrUnix::new(&path).unwrap()), Err(rustix::io::Errno::CONNREFUSED));
+    Broker::listen(&path, Gatekeeper::new(AllowAll)).unwrap();
+    drop((ends, directory));
+}
+
 /// Nobody else is let in while more is to be closed than may be, and those who are in go on.
 #[test]
 fn members_that_cannot_be_closed_are_bounded() {

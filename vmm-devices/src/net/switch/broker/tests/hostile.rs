@@ -7,7 +7,7 @@ use rustix::fs::MemfdFlags;
 use vmm_memory::vm_memory::{MmapRegion, VolatileMemory as _};
 
 use super::*;
-use crate::closer::tests::stubborn;
+use crate::closer::tests::{soon, stubborn};
 use crate::net::switch::broker::message::{Hello, Message};
 use crate::net::switch::ring::CONTROL;
 
@@ -266,6 +266,23 @@ fn what_a_client_passes_is_closed_where_nobody_waits() {
         drop(peers);
     });
     told.recv_timeout(LONGEST).unwrap();
+}
+
+/// With those who have connected and were not let in.
+#[test]
+fn what_waits_at_the_door_does_not_hold_up_the_end() {
+    let (_directory, path) = place();
+    let switch = Switch::builder("lan", ManualClock::new(1)).build();
+    let server = SwitchServer::builder(switch, Gatekeeper::new(AllowAll)).listen(&path).unwrap();
+    let client = socket::connect(&path).unwrap();
+    let (slow, ends) = stubborn();
+    socket::send_with(&client, &Message::Bell, &[&slow]).unwrap();
+    drop(slow);
+    soon("the end", move || drop(server));
+    // Nobody is let in there any more, and another may take its place.
+    assert!(matches!(socket::connect(&path), Err(BrokerError::Socket { what: "nobody listens there", .. })));
+    socket::listen(&path).unwrap();
+    drop(ends);
 }
 
 /// The end of a pipe that is passed out of turn is closed when its message is, and never becomes the broker's.
