@@ -4,12 +4,15 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket,
+    socketpair,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::super::broker::BrokerHandle;
 use super::super::fabric::{Delivery, Dial, Fabric as _};
-use super::super::wire::{Message, VERSION, what};
+use super::super::wire::{Message, Received, VERSION, receive, what};
 use super::*;
 use crate::channel::{Refusal, Request};
 use crate::closer::tests::{soon, stubborn};
@@ -197,7 +200,7 @@ fn raw(path: PathBuf) -> OwnedFd {
 fn is_ended(socket: &OwnedFd) -> bool {
     let begun = Instant::now();
     loop {
-        let flags = rustix::net::RecvFlags::DONTWAIT;
+        let flags = RecvFlags::DONTWAIT;
         match rustix::net::recv(socket, &mut [0; 100], flags) {
             Ok((_, 0)) | Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::PIPE) => return true,
             Ok(_) => {}
@@ -541,7 +544,7 @@ fn members_that_cannot_be_closed_are_bounded() {
     }
     let (socket, _) = kept.last().unwrap();
     told.broker.run_once(Duration::from_millis(100));
-    let waits = rustix::net::recv(socket, &mut [0; 1], rustix::net::RecvFlags::DONTWAIT);
+    let waits = rustix::net::recv(socket, &mut [0; 1], RecvFlags::DONTWAIT);
     assert_eq!(waits, Err(rustix::io::Errno::AGAIN));
     assert!(dial(&caller, 1, 4));
     assert!(matches!(told.next(&caller), Delivery::Dialed { tag: 1, socket: Some(_) }));
@@ -616,4 +619,41 @@ fn who_comes_when_there_are_no_descriptors_is_let_in_later() {
     assert!(begun.elapsed() < Duration::from_secs(10));
     told.work();
     assert!(is_ended(&socket), "it is heard, and let go as what it says is nonsense");
+}
+
+/// The kernel has too many descriptors of the broker's user on their way (ETOOMANYREFS), as others do not read theirs: connections are
+/// refused, whichever side cannot be given its end, and nobody loses its place.
+#[test]
+fn connections_that_cannot_be_handed_over_are_refused() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: a user that nobody else is takes root");
+        return;
+    }
+    if !alone("connections_that_cannot_be_handed_over_are_refused") {
+        return;
+    }
+    let mut told = Told::new();
+    let [caller, called] = [3, 4].map(|cid| told.join(cid));
+    let (one, other) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::empty(), None).unwrap();
+    rustix::net::sockopt::set_socket_send_buffer_size(&one, 1 << 20).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(256), ..before }).unwrap();
+    rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(1_000_000 + std::process::id())).unwrap();
+    let (passed, _) = std::io::pipe().unwrap();
+    let flood = || (0..1000).find_map(|_| Message::default().send(&one, Some(passed.as_fd())).err());
+    assert_eq!(flood(), Some(rustix::io::Errno::TOOMANYREFS));
+    // For the called one, and then none for the caller.
+    assert!(matches!(receive(&other, RecvFlags::DONTWAIT), Received::Message(_, Some(_))));
+    assert!(!told.reaches(&caller, called.cid()));
+    let Delivery::Arrived { socket, .. } = told.next(&called) else { panic!() };
+    assert!(is_ended(&socket));
+    assert_eq!(told.broker.connections(), 0);
+    // Nor for the called one.
+    assert_eq!(flood(), Some(rustix::io::Errno::TOOMANYREFS));
+    assert!(!told.reaches(&caller, called.cid()));
+    assert!(called.next().is_none());
+    assert_eq!(told.broker.cids(), [3, 4]);
+    drop((one, other));
+    assert!(told.reaches(&caller, called.cid()));
 }
