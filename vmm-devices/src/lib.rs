@@ -6,6 +6,7 @@ pub mod acpi;
 pub mod bus;
 pub mod channel;
 pub mod clock;
+mod closer;
 mod error;
 pub mod interrupt;
 pub mod ivshmem;

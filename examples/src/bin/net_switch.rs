@@ -156,9 +156,14 @@ fn run(options: Options) -> Result<()> {
 /// Clients, and the memory that they bring.
 fn confine(inherited: &[i32]) -> Result<()> {
     let mut confinement = Confinement::new(Engine::Interpreter).deny_descriptors(inherited);
-    for call in
-        [libc::SYS_accept4, libc::SYS_getsockopt, libc::SYS_fstatfs, libc::SYS_geteuid, libc::SYS_getuid]
-    {
+    for call in [
+        libc::SYS_accept4,
+        libc::SYS_getsockopt,
+        libc::SYS_fstatfs,
+        libc::SYS_geteuid,
+        libc::SYS_getuid,
+        libc::SYS_shutdown,
+    ] {
         confinement = confinement.allow(call);
     }
     for control in [libc::F_GET_SEALS, libc::F_GETFL, libc::F_DUPFD_CLOEXEC] {

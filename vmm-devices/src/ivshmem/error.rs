@@ -66,6 +66,16 @@ pub enum IvshmemError {
         /// How many it takes.
         max: usize,
     },
+    /// Peers that are gone have passed what takes long to close.
+    #[error("region {region:?} takes nobody while {left} connections are being closed; {max} may be")]
+    Closing {
+        /// The region.
+        region: Arc<str>,
+        /// How many are.
+        left: usize,
+        /// How many may be before nobody is taken.
+        max: usize,
+    },
     /// A server that does not keep to the protocol, or is gone.
     #[error("the server of region {region:?}")]
     Protocol {

@@ -2,15 +2,23 @@
 //!
 //! Each message is a frame behind the header of Virtio 1.3, 5.1.6 ([`HEADER`] bytes, the number of buffers 0). Both sides agree by other
 //! means upon what the headers may ask for.
+//!
+//! # Threat model
+//! The peer is hostile: frames are checked, and what it sends beside one (descriptors, which could take as long to close as it likes) is not
+//! taken. It stays in the socket, of which nothing more is heard then, and goes with it, on a thread that nobody waits for.
 
 use std::fmt;
 use std::io;
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::epoll;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SocketFlags, SocketType, recvmsg, socketpair,
+    sockopt,
+};
 use vmm_memory::vm_memory::VolatileSlice;
 
 use super::backend::{Agreed, Link, NetBackend, NetEvents, NetPort, Received, Sent};
@@ -18,6 +26,7 @@ use super::error::NetError;
 use super::membership::Membership;
 use super::packet::{HEADER, Offloads, PacketInfo};
 use crate::channel::{Grant, NetworkAttach};
+use crate::closer::Closer;
 use crate::vectored;
 
 /// Bytes that may be under way, as far as the host allows: 32 of the longest frames.
@@ -33,8 +42,10 @@ pub struct FrameSocket {
 }
 
 struct Socket {
-    fd: OwnedFd,
-    /// The peer is gone.
+    /// `None` at the end.
+    fd: Option<OwnedFd>,
+    closer: Closer,
+    /// The peer is gone, or speaks another language.
     closed: AtomicBool,
     /// Whose end can be seen.
     has_end: bool,
@@ -48,10 +59,11 @@ impl fmt::Debug for FrameSocket {
 }
 
 impl FrameSocket {
-    /// Takes one end of a connected socket. `offloads` is what both sides can do.
+    /// Takes one end of a connected socket. `offloads` is what both sides can do. The thread that closes the socket in the end is started
+    /// here.
     ///
     /// # Errors
-    /// If it keeps no messages apart, or its kind is not known.
+    /// If it keeps no messages apart, or its kind is not known, or the host has no thread.
     pub fn new(grant: Grant<NetworkAttach>, fd: OwnedFd, offloads: Offloads) -> Result<Self, NetError> {
         let kind = sockopt::socket_type(&fd).map_err(io::Error::from)?;
         if ![SocketType::SEQPACKET, SocketType::DGRAM].contains(&kind) {
@@ -60,9 +72,13 @@ impl FrameSocket {
         }
         // Less will do, at more waits.
         let (Ok(()) | Err(_)) = sockopt::set_socket_send_buffer_size(&fd, ROOM);
+        // What the kernel adds to a message would be taken for what the peer does. Only unix sockets have that.
+        let (Ok(()) | Err(_)) = sockopt::set_socket_passcred(&fd, false);
         let (closed, has_end) = (AtomicBool::new(false), kind == SocketType::SEQPACKET);
         let membership = Membership::new(grant)?;
-        Ok(Self { socket: Arc::new(Socket { fd, closed, has_end, membership }), offloads })
+        let closer = Closer::new("net-close", 1, None)?;
+        let socket = Socket { fd: Some(fd), closer, closed, has_end, membership };
+        Ok(Self { socket: Arc::new(socket), offloads })
     }
 
     /// Two connected ends, for [`FrameSocket::new`] and whoever is the peer.
@@ -80,6 +96,30 @@ impl Socket {
         if !self.closed.swap(true, Ordering::SeqCst) {
             self.membership.tell_link();
         }
+    }
+
+    /// Receives a message; how many bytes, and whether some of it found no room.
+    fn receive(&self, head: &mut [u8], buffers: &[VolatileSlice<'_>]) -> io::Result<(usize, bool)> {
+        let mut none = RecvAncillaryBuffer::default();
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        let peeked = recvmsg(self, &mut [IoSliceMut::new(&mut [])], &mut none, flags)?;
+        if peeked.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        vectored::receive_message(self.as_fd(), head, buffers)
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // No socket, where there is none any more.
+        self.fd.as_ref().map_or(rustix::fs::CWD, AsFd::as_fd)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.closer.close(self.fd.take());
     }
 }
 
@@ -137,7 +177,7 @@ impl SocketPort {
     fn new(socket: Arc<Socket>) -> Result<Self, NetError> {
         let ready = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
         let data = epoll::EventData::new_u64(0);
-        epoll::add(&ready, &socket.fd, data, READABLE).map_err(io::Error::from)?;
+        epoll::add(&ready, &*socket, data, READABLE).map_err(io::Error::from)?;
         Ok(Self { socket, ready, waits: false })
     }
 
@@ -146,7 +186,7 @@ impl SocketPort {
         if waits || self.waits {
             let flags = if waits { READABLE | epoll::EventFlags::OUT } else { READABLE };
             let data = epoll::EventData::new_u64(0);
-            epoll::modify(&self.ready, &self.socket.fd, data, flags).map_err(io::Error::from)?;
+            epoll::modify(&self.ready, &*self.socket, data, flags).map_err(io::Error::from)?;
             self.waits = waits;
         }
         Ok(())
@@ -156,7 +196,7 @@ impl SocketPort {
     fn forget(&mut self) {
         let mut scrap = [0; HEADER];
         for _ in 0..STALE {
-            match vectored::receive_message(self.socket.fd.as_fd(), &mut scrap, &[]) {
+            match self.socket.receive(&mut scrap, &[]) {
                 Ok((0, _)) | Err(_) => break,
                 Ok(_) => {}
             }
@@ -167,9 +207,8 @@ impl SocketPort {
 impl NetPort for SocketPort {
     fn transmit(&mut self, info: &PacketInfo, frame: &[VolatileSlice<'_>]) -> Result<Sent, NetError> {
         let socket = Arc::clone(&self.socket);
-        let sent = socket
-            .membership
-            .frame(|| Ok(vectored::send_message(socket.fd.as_fd(), &info.to_bytes(0), frame)?));
+        let sent =
+            socket.membership.frame(|| Ok(vectored::send_message(socket.as_fd(), &info.to_bytes(0), frame)?));
         match sent {
             Ok(_) => {
                 self.wait(false)?;
@@ -193,7 +232,7 @@ impl NetPort for SocketPort {
         let socket = &self.socket;
         let received = socket.membership.frame(|| {
             let mut header = [0; HEADER];
-            let (len, cut) = vectored::receive_message(socket.fd.as_fd(), &mut header, buffers)?;
+            let (len, cut) = socket.receive(&mut header, buffers)?;
             if len == 0 && socket.has_end {
                 // Told of when the frame is over, which the device may wait for.
                 return Err(io::Error::from(io::ErrorKind::ConnectionReset).into());
@@ -214,5 +253,84 @@ impl NetPort for SocketPort {
 
     fn source(&self) -> Option<BorrowedFd<'_>> {
         Some(self.ready.as_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::mem::MaybeUninit;
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+    use super::*;
+    use crate::channel::{AllowAll, Gatekeeper, Party};
+    use crate::closer::tests::{soon, stubborn};
+
+    struct Deaf;
+
+    impl NetEvents for Deaf {
+        fn ready(&self, _: u16) {}
+
+        fn link_changed(&self) {}
+    }
+
+    fn grant(gatekeeper: &Gatekeeper) -> Grant<NetworkAttach> {
+        let channel = NetworkAttach { network: "lan".into() };
+        gatekeeper.open(Party::Host("peer".into()), None, channel).unwrap()
+    }
+
+    #[test]
+    fn what_the_kernel_says_of_the_peer_is_not_the_peers() {
+        let (ours, theirs) = FrameSocket::pair().unwrap();
+        sockopt::set_socket_passcred(&ours, true).unwrap();
+        let socket = FrameSocket::new(grant(&Gatekeeper::new(AllowAll)), ours, Offloads::NONE).unwrap();
+        let mut ports = socket.attach(&Agreed::new(1), Arc::new(Deaf)).unwrap();
+        rustix::io::write(&theirs, &[0; HEADER + 60]).unwrap();
+        let mut room = [0; 100];
+        let received = ports[0].receive(&[VolatileSlice::from(&mut room[..])]).unwrap();
+        assert_eq!(received.map(|received| received.len), Some(60));
+        assert!(socket.link().up);
+    }
+
+    /// Neither whoever takes its frames, or attaches it, nor who takes the right back.
+    #[test]
+    fn what_the_peer_passes_holds_up_nobody() {
+        for (kind, early) in
+            [(SocketType::SEQPACKET, false), (SocketType::SEQPACKET, true), (SocketType::DGRAM, false)]
+        {
+            let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::NONBLOCK, None).unwrap();
+            let gatekeeper = Gatekeeper::new(AllowAll);
+            let socket = FrameSocket::new(grant(&gatekeeper), ours, Offloads::NONE).unwrap();
+            let mut ends = Vec::new();
+            let mut pass = || {
+                let (stubborn, end) = stubborn();
+                let passed = [stubborn.as_fd()];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                assert!(control.push(SendAncillaryMessage::ScmRights(&passed)));
+                sendmsg(&theirs, &[IoSlice::new(&[0; HEADER + 60])], &mut control, SendFlags::empty())
+                    .unwrap();
+                ends.push(end);
+            };
+            if early {
+                pass();
+            }
+            let (socket, mut ports) = soon("to be attached", move || {
+                let ports = socket.attach(&Agreed::new(1), Arc::new(Deaf)).unwrap();
+                (socket, ports)
+            });
+            if !early {
+                pass();
+            }
+            let ports = soon("a frame", move || {
+                assert!(ports[0].receive(&[]).unwrap().is_none());
+                ports
+            });
+            assert!(!socket.link().up);
+            assert_eq!(soon("a revocation", move || gatekeeper.revoke_all(|_| true)), 1);
+            soon("the end", move || drop((ports, socket)));
+            drop(ends);
+        }
     }
 }

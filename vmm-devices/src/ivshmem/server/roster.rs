@@ -76,7 +76,7 @@ impl Peer {
     }
 }
 
-/// The clients by position. Whoever is removed is handed out, to be dropped where no lock is held.
+/// The clients by position. Whoever is removed is handed out, to be parted with where no lock is held.
 #[derive(Default)]
 pub(super) struct Roster {
     next: u16,

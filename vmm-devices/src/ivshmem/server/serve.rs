@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use vmm_memory::Access;
 
 use super::roster::{Peer, Roster, narrow, watch};
 use crate::channel::{DoorbellRing, Gatekeeper, Grant, Party, RegionMap};
+use crate::closer::{self, Closer};
 use crate::interrupt::lock;
 use crate::ivshmem::error::IvshmemError;
 use crate::ivshmem::eventfd;
@@ -27,6 +29,9 @@ const KICK: u64 = u64::MAX - 1;
 
 /// Clients that are taken before others have their turn.
 const AT_ONCE: usize = 16;
+
+/// Threads that close connections.
+const CLOSERS: usize = 8;
 
 /// How long nobody is taken after the host has refused to.
 const REST: Duration = Duration::from_millis(50);
@@ -65,7 +70,8 @@ pub struct PeerInfo {
 type Identify = Box<dyn Fn(&Credentials) -> Party + Send + Sync>;
 type Wanted = Box<dyn Fn(&Party) -> Access + Send + Sync>;
 
-/// Brings clients together at a [`Region`]. It works on a thread of its own until it is dropped.
+/// Brings clients together at a [`Region`]. It works on a thread of its own until it is dropped, and others close the connections. All are
+/// there from the beginning: a process that then confines itself needs to make none.
 ///
 /// Each client is put to the gate: first whether it may have the memory, else it is disconnected; then whether it may ring, else it is
 /// told of no peer, and others may ring it. When a right to the memory is taken back, the client is told and disconnected; it
@@ -85,8 +91,19 @@ struct Shared {
     wanted: Wanted,
     roster: Mutex<Roster>,
     set: OwnedFd,
-    kick: OwnedFd,
+    kick: Arc<OwnedFd>,
+    closer: Closer,
     ended: AtomicBool,
+}
+
+/// What a client gets.
+struct Seat {
+    position: u16,
+    party: Party,
+    bells: Vec<Arc<OwnedFd>>,
+    map: Grant<RegionMap>,
+    ring: Option<Grant<DoorbellRing>>,
+    memory: OwnedFd,
 }
 
 impl Server {
@@ -105,7 +122,7 @@ impl Server {
     /// Takes a client that is connected by other means.
     ///
     /// # Errors
-    /// [`IvshmemError::Revoked`] if the gate refuses, [`IvshmemError::Full`], and [`IvshmemError::Host`].
+    /// [`IvshmemError::Revoked`] if the gate refuses, [`IvshmemError::Full`], [`IvshmemError::Closing`], and [`IvshmemError::Host`].
     pub fn admit(&self, socket: UnixStream) -> Result<u16, IvshmemError> {
         Shared::admit(&self.shared, socket)
     }
@@ -143,7 +160,7 @@ impl Drop for Server {
             let (Ok(()) | Err(_)) = thread.join();
         }
         let peers = std::mem::take(&mut lock(&self.shared.roster).peers);
-        drop(peers);
+        self.shared.part(peers);
         if let Some(path) = &self.path {
             // Somebody else may have removed it.
             let (Ok(()) | Err(_)) = std::fs::remove_file(path);
@@ -161,37 +178,54 @@ impl fmt::Debug for Server {
 }
 
 impl Shared {
-    fn admit(this: &Arc<Self>, socket: UnixStream) -> Result<u16, IvshmemError> {
-        let region = this.region.name();
+    /// What whoever is at the other end gets.
+    fn seat(&self, socket: &UnixStream) -> Result<Seat, IvshmemError> {
+        let region = self.region.name();
         let failed = |error: rustix::io::Errno| IvshmemError::Host {
             operation: "taking a client",
             source: error.into(),
         };
-        let ucred = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?;
+        let ucred = rustix::net::sockopt::socket_peercred(socket).map_err(failed)?;
         let who = Credentials {
             pid: ucred.pid.as_raw_nonzero().get(),
             uid: ucred.uid.as_raw(),
             gid: ucred.gid.as_raw(),
         };
-        narrow(&socket).map_err(failed)?;
-        if lock(&this.roster).peers.len() >= this.max_peers {
-            return Err(IvshmemError::Full { region: Arc::clone(region), max: this.max_peers });
+        narrow(socket).map_err(failed)?;
+        if self.closer.is_full() {
+            let (region, left) = (Arc::clone(region), self.closer.left());
+            return Err(IvshmemError::Closing { region, left, max: closer::MOST });
         }
-        let party = (this.identify)(&who);
+        if lock(&self.roster).peers.len() >= self.max_peers {
+            return Err(IvshmemError::Full { region: Arc::clone(region), max: self.max_peers });
+        }
+        let party = (self.identify)(&who);
         let refused = |_| IvshmemError::Revoked { region: Arc::clone(region) };
-        let access = (this.wanted)(&party);
+        let access = (self.wanted)(&party);
         let map = RegionMap { region: Arc::clone(region), access };
-        let map = this.gatekeeper.open(party.clone(), None, map).map_err(refused)?;
+        let map = self.gatekeeper.open(party.clone(), None, map).map_err(refused)?;
         let ring = DoorbellRing { region: Arc::clone(region) };
-        let ring = this.gatekeeper.open(party.clone(), None, ring).ok();
-        let memory = this.region.descriptor(access)?;
+        let ring = self.gatekeeper.open(party.clone(), None, ring).ok();
+        let memory = self.region.descriptor(access)?;
         let bells =
-            (0..this.vectors).map(|_| eventfd::create().map(Arc::new)).collect::<io::Result<Vec<_>>>();
+            (0..self.vectors).map(|_| eventfd::create().map(Arc::new)).collect::<io::Result<Vec<_>>>();
         let bells = bells.map_err(IvshmemError::host("making eventfds for a client"))?;
 
-        let position = lock(&this.roster).free_position();
+        let position = lock(&self.roster).free_position();
         let position =
-            position.ok_or(IvshmemError::Full { region: Arc::clone(region), max: this.max_peers })?;
+            position.ok_or(IvshmemError::Full { region: Arc::clone(region), max: self.max_peers })?;
+        Ok(Seat { position, party, bells, map, ring, memory })
+    }
+
+    fn admit(this: &Arc<Self>, socket: UnixStream) -> Result<u16, IvshmemError> {
+        let region = this.region.name();
+        let Seat { position, party, bells, map, ring, memory } = match this.seat(&socket) {
+            Ok(seat) => seat,
+            Err(error) => {
+                this.hang_up(socket);
+                return Err(error);
+            }
+        };
         let weak = Arc::downgrade(this);
         map.on_revoked(move || {
             if let Some(shared) = weak.upgrade() {
@@ -212,6 +246,7 @@ impl Shared {
         // Another thread may have been quicker.
         if roster.peers.len() >= this.max_peers || roster.peers.contains_key(&position) {
             drop(roster);
+            this.part([(position, peer)]);
             return Err(IvshmemError::Full { region: Arc::clone(region), max: this.max_peers });
         }
         let mut lost = roster.join(position, peer, memory);
@@ -221,7 +256,7 @@ impl Shared {
             lost.append(&mut roster.remove(position));
         }
         this.let_go(roster);
-        drop(lost);
+        this.part(lost);
         // Revoked when nobody found it yet.
         if may_ring.is_some_and(|right| !right.is_live()) {
             this.silence(position);
@@ -238,14 +273,33 @@ impl Shared {
         let mut roster = lock(&self.roster);
         let removed = roster.dismiss(position);
         self.let_go(roster);
-        removed.iter().any(|(whose, _)| *whose == position)
+        let was_there = removed.iter().any(|(whose, _)| *whose == position);
+        self.part(removed);
+        was_there
     }
 
     fn silence(&self, position: u16) {
         let mut roster = lock(&self.roster);
-        let dropped = roster.silence(position);
+        let (right, removed) = roster.silence(position);
         self.let_go(roster);
-        drop(dropped);
+        drop(right);
+        self.part(removed);
+    }
+
+    /// With nothing locked.
+    fn part(&self, removed: impl IntoIterator<Item = (u16, Peer)>) {
+        for (_, peer) in removed {
+            self.hang_up(peer.socket);
+        }
+    }
+
+    /// Ends a connection. In it may be what the client has sent, which is never read: descriptors that may take long to close.
+    fn hang_up(&self, socket: UnixStream) {
+        // It may never have been in there.
+        let (Ok(()) | Err(_)) = epoll::delete(&self.set, &socket);
+        // The client sees that now, unless it has hung up itself.
+        let (Ok(()) | Err(_)) = socket.shutdown(Shutdown::Both);
+        self.closer.close(socket);
     }
 
     /// Whatever thread has had something sent: if the host has refused it, the server's own thread tries again.
@@ -257,12 +311,25 @@ impl Shared {
 
     fn run(self: &Arc<Self>, listener: Option<&UnixListener>) {
         let mut events = [const { MaybeUninit::uninit() }; 64];
+        let mut listens = true;
         while !self.ended.load(Ordering::SeqCst) {
             let mut roster = lock(&self.roster);
             let removed = if roster.is_refused() { roster.flush_all() } else { Vec::new() };
             let again = roster.is_refused().then_some(&AGAIN);
             drop(roster);
-            drop(removed);
+            self.part(removed);
+            // Nobody else is let in while more is to be closed than can be.
+            if let Some(listener) = listener
+                && listens == self.closer.is_full()
+            {
+                listens = !listens;
+                let flags = if listens { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+                let tag = epoll::EventData::new_u64(LISTENER);
+                // The set is its own, and the listener in it.
+                if epoll::modify(&self.set, listener, tag, flags).is_err() {
+                    return;
+                }
+            }
             let tags: Vec<(u64, epoll::EventFlags)> = match epoll::wait(&self.set, &mut events, again) {
                 Ok((events, _)) => events.iter().map(|event| (event.data.u64(), event.flags)).collect(),
                 Err(rustix::io::Errno::INTR) => continue,
@@ -291,11 +358,14 @@ impl Shared {
             | epoll::EventFlags::ERR;
         let removed = if flags.intersects(speaks) { roster.remove(position) } else { roster.flush(position) };
         drop(roster);
-        drop(removed);
+        self.part(removed);
     }
 
     fn accept(self: &Arc<Self>, listener: &UnixListener) {
         for _ in 0..AT_ONCE {
+            if self.closer.is_full() {
+                return;
+            }
             match listener.accept() {
                 // Whoever is refused learns that by the end of the connection.
                 Ok((socket, _)) => {
@@ -378,6 +448,10 @@ impl ServerBuilder {
             return Err(IvshmemError::Vectors { vectors, max: MAX_VECTORS });
         }
         let most = region.access();
+        let kick = eventfd::create().map_err(IvshmemError::host("eventfd2"))?;
+        let kick = Arc::new(kick);
+        let closer = Closer::new("ivshmem-close", CLOSERS, Some(&kick))
+            .map_err(IvshmemError::host("threads that close connections"))?;
         let shared = Arc::new(Shared {
             region,
             vectors,
@@ -389,7 +463,8 @@ impl ServerBuilder {
             set: epoll::create(epoll::CreateFlags::CLOEXEC)
                 .map_err(io::Error::from)
                 .map_err(IvshmemError::host("epoll_create1"))?,
-            kick: eventfd::create().map_err(IvshmemError::host("eventfd2"))?,
+            kick,
+            closer,
             ended: AtomicBool::new(false),
         });
         let add = |fd: BorrowedFd<'_>, tag| {
@@ -407,7 +482,12 @@ impl ServerBuilder {
         let theirs = Arc::clone(&shared);
         let thread = thread::Builder::new()
             .name("ivshmem-server".to_owned())
-            .spawn(move || theirs.run(listener.as_ref()))
+            .spawn(move || {
+                theirs.run(listener.as_ref());
+                if let Some(listener) = listener {
+                    theirs.closer.close_listener(listener);
+                }
+            })
             .map_err(IvshmemError::host("a thread for the server"))?;
         Ok(Server { shared, thread: Some(thread), path: None })
     }

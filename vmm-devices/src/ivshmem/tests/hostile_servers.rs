@@ -8,6 +8,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::*;
+use crate::closer::tests::{soon, stubborn};
 use crate::ivshmem::server::{ClientConfig, ProtocolError};
 
 /// Sends what it is told to.
@@ -299,27 +300,6 @@ fn bells_of_who_is_gone_keep_no_thread() {
         })
         .collect();
     drop(kept);
-}
-
-/// A descriptor whose close waits for a minute, and what ends that when it is dropped: as of a file whose server is hostile (FUSE).
-/// Send it, and drop it.
-fn stubborn() -> (OwnedFd, std::net::TcpStream) {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut stubborn = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (other, _) = listener.accept().unwrap();
-    stubborn.set_nonblocking(true).unwrap();
-    while stubborn.write(&[0; 1 << 16]).is_ok() {}
-    rustix::net::sockopt::set_socket_linger(&stubborn, Some(Duration::from_secs(60))).unwrap();
-    // Lingering is for sockets that wait.
-    stubborn.set_nonblocking(false).unwrap();
-    (stubborn.into(), other)
-}
-
-/// What `f` makes, which it does not take long for.
-fn soon<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
-    let (tell, told) = std::sync::mpsc::channel();
-    thread::spawn(move || tell.send(f()));
-    told.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("it waits: {what}"))
 }
 
 #[test]

@@ -9,12 +9,13 @@
 //! # Threat model
 //! Whoever may connect to the socket, whose mode is 0600, may say that it is any guest, unless [`Broker::identify`] knows better.
 //! Monitors are hostile beyond that: each has a bounded number of connections, and of calls to others that these have not looked at.
-//! Descriptors are not taken from it. One that does not read its answers is not heard until it does, and disconnected after a while; what
-//! makes no sense ends the conversation.
+//! Descriptors are not taken from it. Those that it has sent, also through connections, go with the socket that they lie in, on threads that
+//! nobody waits for: one monitor has one of these, and no more connections while too many of its are still to be closed. One that does not
+//! read its answers is not heard until it does, and disconnected after a while; what makes no sense ends the conversation.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -33,6 +34,7 @@ use super::shared::is_guest_cid;
 use super::wire::{Message, Received, VERSION, hear_member, reason, what};
 use super::{ANY_PORT, VsockError};
 use crate::channel::{Gatekeeper, Grant, Party, VmIdentity, VsockConnect, VsockListen};
+use crate::closer::Closer;
 use crate::interrupt::lock;
 
 /// Monitors at most, those that have not said who they are included.
@@ -74,6 +76,10 @@ impl Bounds {
 const MAX_UNTAKEN: usize = 128;
 const MAX_UNTAKEN_OF_ONE: usize = 32;
 
+/// Threads that close sockets, by the identifier of who has sent what lies in them; those who have none are one.
+const CLOSERS: usize = 8;
+const STRANGERS: u32 = 0;
+
 /// Messages of one monitor that are heard before others are.
 const MAX_MESSAGES: usize = 64;
 
@@ -97,9 +103,11 @@ type Identify = Box<dyn Fn(&Credentials, u32, VmIdentity) -> Option<VmIdentity> 
 
 /// See the module.
 pub struct Broker {
-    listener: OwnedFd,
+    /// `None` at the end.
+    listener: Option<OwnedFd>,
     poll: Poll,
     control: Arc<Control>,
+    closer: Arc<Closer>,
     gatekeeper: Gatekeeper,
     identify: Identify,
     bounds: Bounds,
@@ -180,6 +188,13 @@ impl Peer {
             untaken: VecDeque::new(),
         }
     }
+
+    fn end(self, closer: &Closer) {
+        part(closer, self.place.map_or(STRANGERS, |place| place.cid), self.socket);
+        if let Some((_, open)) = self.answer.and_then(|answer| answer.made) {
+            part(closer, open.called, open.socket);
+        }
+    }
 }
 
 struct Place {
@@ -193,6 +208,8 @@ struct Open {
     /// A copy of the caller's end.
     socket: Arc<OwnedFd>,
     caller: u64,
+    /// Who has sent what lies there.
+    called: u32,
     grant: Grant<VsockConnect>,
 }
 
@@ -215,9 +232,11 @@ impl BrokerHandle {
 }
 
 impl Broker {
-    /// Listens at `path`, whose mode is 0600. Each member asks `gatekeeper` to be reached ([`VsockListen`] of [`ANY_PORT`]), and each
+    /// Listens at `path`, whose mode is 0600. The threads that close sockets are started here: a process that then confines itself needs to
+    /// make none. Each member asks `gatekeeper` to be reached ([`VsockListen`] of [`ANY_PORT`]), and each
     /// connection for [`VsockConnect`]. How many descriptors the process may have now (RLIMIT_NOFILE) bounds what there is: half of them
-    /// are for connections, of which one guest can have asked for a quarter, 1024 at most; a quarter is for members, 1024 at most.
+    /// are for connections, of which one guest can have asked for a quarter, 1024 at most, and those that it was called by and that are
+    /// still to be closed are as many; a quarter is for members, 1024 at most.
     ///
     /// # Errors
     /// If somebody listens there, something else is there, or the host refuses it.
@@ -232,9 +251,10 @@ impl Broker {
         poll.add(kick.as_fd(), KICK)?;
         let control = Control { kick, stopped: AtomicBool::new(false), revoked: Mutex::default() };
         Ok(Self {
-            listener,
+            listener: Some(listener),
             poll,
             control: Arc::new(control),
+            closer: Arc::new(Closer::new("vsock-close", CLOSERS, None)?),
             gatekeeper,
             identify: Box::new(|_, _, claimed| Some(claimed)),
             bounds: Bounds::of_this_process(),
@@ -325,15 +345,16 @@ impl Broker {
         }
     }
 
-    fn number(&mut self) -> u64 {
-        self.next += 1;
-        self.next
-    }
-
     fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         loop {
-            let socket = match again(|| accept_with(&self.listener, flags)) {
+            // Nobody else is let in while more is to be closed than can be, and nobody tells when there is less.
+            self.knocked = self.closer.is_full();
+            if self.knocked {
+                return;
+            }
+            let socket = match again(|| accept_with(listener, flags)) {
                 Ok(socket) => socket,
                 Err(Errno::CONNABORTED) => continue,
                 Err(Errno::AGAIN) => return,
@@ -343,10 +364,13 @@ impl Broker {
                     return;
                 }
             };
-            let id = self.number();
+            self.next += 1;
+            let id = self.next;
             if self.peers.len() < self.bounds.peers && self.poll.add(socket.as_fd(), id).is_ok() {
                 self.peers.insert(id, Peer::new(socket));
                 self.busy.insert(id);
+            } else {
+                part(&self.closer, STRANGERS, socket);
             }
         }
     }
@@ -451,17 +475,26 @@ impl Broker {
             }
             // Others leave theirs unread, which is no fault of this one.
             Err(Errno::TOOMANYREFS) if answer.made.is_some() => {
-                answer.made = None;
+                if let Some((_, open)) = answer.made.take() {
+                    part(&self.closer, open.called, open.socket);
+                }
                 peer.answer = Some(answer);
                 return Next::Message;
             }
-            Ok(false) | Err(_) => return Next::End,
+            Ok(false) | Err(_) => {
+                peer.answer = Some(answer);
+                return Next::End;
+            }
         }
         if let Some((number, open)) = answer.made {
             peer.connections += 1;
-            let (control, socket) = (Arc::clone(&self.control), Arc::clone(&open.socket));
+            let (control, closer) = (Arc::clone(&self.control), Arc::clone(&self.closer));
+            let (socket, called) = (Arc::downgrade(&open.socket), open.called);
             open.grant.on_revoked(move || {
-                cut(&socket);
+                if let Some(socket) = socket.upgrade() {
+                    // The broker may let go of it meanwhile, so that this one is the last.
+                    part(&closer, called, socket);
+                }
                 control.revoke(number);
             });
             let watched = self.poll.add_for_end(open.socket.as_fd(), number);
@@ -477,7 +510,10 @@ impl Broker {
         let Message { cid, port, from_port, kind, .. } = *message;
         Kind::of(u16::try_from(kind).ok()?)?;
         let peer = self.peers.get(&id).filter(|peer| peer.connections < self.bounds.connections_of_one)?;
-        if self.open.len() >= self.bounds.connections {
+        // What is to be closed has descriptors as well.
+        if self.open.len() + self.closer.left() >= self.bounds.connections
+            || self.closer.left_of(cid) >= self.bounds.connections_of_one
+        {
             return None;
         }
         let caller = peer.place.as_ref()?;
@@ -505,17 +541,18 @@ impl Broker {
         }
         let called = self.by_cid.get(&cid).and_then(|called| self.peers.get_mut(called))?;
         called.untaken.push_back(arrived.cid);
-        Some((self.number(), Open { socket: Arc::new(ours), caller: id, grant }))
+        self.next += 1;
+        Some((self.next, Open { socket: Arc::new(ours), caller: id, called: cid, grant }))
     }
 
     /// Forgets a connection, of which nothing is left then.
     fn close(&mut self, id: u64) {
         let Some(open) = self.open.remove(&id) else { return };
         self.poll.remove(open.socket.as_fd());
-        cut(&open.socket);
         if let Some(peer) = self.peers.get_mut(&open.caller) {
             peer.connections = peer.connections.saturating_sub(1);
         }
+        part(&self.closer, open.called, open.socket);
     }
 
     /// A monitor is gone, and what its guest had called with it. What others have called ends as its own sockets do.
@@ -531,11 +568,25 @@ impl Broker {
         for number in called {
             self.close(number);
         }
+        peer.end(&self.closer);
     }
 }
 
-/// Nothing goes through it any more, whoever holds it.
-fn cut(socket: &OwnedFd) {
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            self.closer.close_listener(listener);
+        }
+        std::mem::take(&mut self.peers).into_values().for_each(|peer| peer.end(&self.closer));
+        // They go on, for those who have them.
+        let open = std::mem::take(&mut self.open).into_values();
+        open.for_each(|open| self.closer.close_of(open.called, open.socket));
+    }
+}
+
+/// Nothing goes through it any more, whoever holds it. In it may be descriptors that somebody has sent, which may take long to close.
+fn part(closer: &Closer, whose: u32, socket: impl AsFd + Send + 'static) {
     // What is not connected any more needs none.
-    let (Ok(()) | Err(_)) = shutdown(socket, Shutdown::Both);
+    let (Ok(()) | Err(_)) = shutdown(&socket, Shutdown::Both);
+    closer.close_of(whose, socket);
 }

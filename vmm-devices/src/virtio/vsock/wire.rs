@@ -133,10 +133,15 @@ pub(super) enum Received {
     End,
 }
 
-/// The next message of a member, which passes no descriptors. One that does speaks another language. There is no room for them here, so
-/// that the kernel lets them go by itself: to close one could take as long as the member likes, with a file system of its own behind it.
+/// The next message of a member, which passes no descriptors. One that does speaks another language, and stays in the socket: to close its
+/// descriptors, which the kernel does where there is no room for them, could take as long as the member likes. The close of the socket is
+/// that of them.
 pub(super) fn hear_member(from: impl AsFd) -> Received {
-    receive_with(from, RecvFlags::DONTWAIT, &mut RecvAncillaryBuffer::default())
+    let mut none = RecvAncillaryBuffer::default();
+    match receive_with(&from, RecvFlags::DONTWAIT | RecvFlags::PEEK, &mut none) {
+        Received::Message(..) => receive_with(from, RecvFlags::DONTWAIT, &mut none),
+        nothing => nothing,
+    }
 }
 
 /// The next message of the broker, whose descriptors are taken.

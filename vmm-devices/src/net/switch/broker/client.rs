@@ -11,12 +11,12 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vmm_memory::vm_memory::{MmapRegion, VolatileSlice};
 
 use super::BrokerError;
-use super::closer::Closer;
 use super::memory::{self, Side};
 use super::message::{Hello, Message, TEXT};
 use super::server::wake;
 use super::socket::{self, Heard};
 use crate::channel::{Grant, NetworkAttach};
+use crate::closer::Closer;
 use crate::interrupt::lock;
 use crate::net::switch::port::broken;
 use crate::net::switch::ring::{self, Consumer, Producer};
@@ -245,7 +245,7 @@ impl SwitchClient {
         let (bell, bell_fd) = socket::bell()?;
         let (producer, consumer) = memory::ends(&memory, config.ring, Side::Client)?;
         let path = path.as_ref().to_owned();
-        let closer = Closer::new(1, None)?;
+        let closer = Closer::new("net-close", 1, None)?;
         let hello = hello(&config, &network);
         let Connected { socket, mtu, up } = connect(&path, hello, &[&memory_fd, &bell_fd], None, &closer)?;
         let socket = Arc::new(socket);

@@ -22,7 +22,6 @@
 //! A client trusts the broker with its frames, and with nothing else: a broker that is dead, or lies, takes the link down. Clients do not know of each other.
 
 mod client;
-mod closer;
 mod memory;
 mod message;
 mod server;

@@ -13,11 +13,11 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::net::sockopt;
 
 use super::BrokerError;
-use super::closer::Closer;
 use super::memory::{self, Side};
 use super::message::{Hello, Message};
 use super::socket::{self, Heard};
 use crate::channel::{Gatekeeper, NetworkAttach, Party, Refusal};
+use crate::closer::Closer;
 use crate::net::switch::metrics::DropReason;
 use crate::net::switch::port::flush;
 use crate::net::switch::ring::Consumer;
@@ -181,11 +181,11 @@ impl ServerBuilder {
         add(&listener, LISTENER)?;
         add(&waker, WAKER)?;
         let stop = Arc::default();
-        let closer = Arc::new(Closer::new(CLOSERS, Some(&waker))?);
+        let closer = Arc::new(Closer::new("net-close", CLOSERS, Some(&waker))?);
         Ok(SwitchServer {
             config: self,
             path: path.as_ref().to_owned(),
-            listener,
+            listener: Some(listener),
             listens: true,
             poll,
             waker,
@@ -201,7 +201,8 @@ impl ServerBuilder {
 pub struct SwitchServer {
     config: ServerBuilder,
     path: PathBuf,
-    listener: OwnedFd,
+    /// `None` at the end.
+    listener: Option<OwnedFd>,
     /// Who wants to connect is heard.
     listens: bool,
     poll: OwnedFd,
@@ -385,16 +386,19 @@ impl SwitchServer {
     /// Nobody else is let in while more is to be closed than can be.
     fn listen(&mut self) -> Result<(), BrokerError> {
         let listens = !self.closer.is_full();
-        if listens != self.listens {
+        if let Some(listener) = &self.listener
+            && listens != self.listens
+        {
             let flags = if listens { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
-            epoll::modify(&self.poll, &self.listener, epoll::EventData::new_u64(LISTENER), flags)?;
+            epoll::modify(&self.poll, listener, epoll::EventData::new_u64(LISTENER), flags)?;
             self.listens = listens;
         }
         Ok(())
     }
 
     fn accept(&mut self) {
-        let accepted = match socket::accept(&self.listener) {
+        let Some(listener) = &self.listener else { return };
+        let accepted = match socket::accept(listener) {
             Ok(Some(accepted)) => accepted,
             Ok(None) => return,
             Err(error) => {
@@ -619,6 +623,9 @@ impl SwitchServer {
 
 impl Drop for SwitchServer {
     fn drop(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            self.closer.close_listener(listener);
+        }
         for (_, Client { socket, state }) in std::mem::take(&mut self.clients) {
             drop(state);
             self.closer.close(socket);

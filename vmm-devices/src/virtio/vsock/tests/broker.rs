@@ -1,15 +1,21 @@
 //! Guests of several monitors, which a broker joins. Each monitor is a thread's here; its death is that of its sockets.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket,
+    socketpair,
+};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::super::broker::BrokerHandle;
 use super::super::fabric::{Delivery, Dial, Fabric as _};
+use super::super::wire::{Message, Received, VERSION, receive, what};
 use super::*;
 use crate::channel::{Refusal, Request};
+use crate::closer::tests::{soon, stubborn};
 
 struct Served {
     directory: tempfile::TempDir,
@@ -180,9 +186,13 @@ fn a_monitor_that_dies_resets_its_connections() {
     }
 }
 
-fn raw(served: &Served) -> OwnedFd {
-    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
-    connect(&socket, &SocketAddrUnix::new(served.path()).unwrap()).unwrap();
+fn socket_of_messages() -> OwnedFd {
+    socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap()
+}
+
+fn raw(path: PathBuf) -> OwnedFd {
+    let socket = socket_of_messages();
+    connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
     socket
 }
 
@@ -190,7 +200,7 @@ fn raw(served: &Served) -> OwnedFd {
 fn is_ended(socket: &OwnedFd) -> bool {
     let begun = Instant::now();
     loop {
-        let flags = rustix::net::RecvFlags::DONTWAIT;
+        let flags = RecvFlags::DONTWAIT;
         match rustix::net::recv(socket, &mut [0; 100], flags) {
             Ok((_, 0)) | Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::PIPE) => return true,
             Ok(_) => {}
@@ -211,13 +221,13 @@ fn a_monitor_that_speaks_nonsense_is_let_go_and_no_other() {
         bytes
     };
     for nonsense in [vec![], vec![1], vec![0; 56], vec![0xff; 56], vec![1; 100], join(1, 7), join(2, 3)] {
-        let socket = raw(&served);
+        let socket = raw(served.path());
         // An empty message is the end.
         send(&socket, &nonsense, SendFlags::NOSIGNAL).unwrap();
         assert!(is_ended(&socket), "{nonsense:?}");
     }
     // One that calls and never reads what it is told.
-    let flood = raw(&served);
+    let flood = raw(served.path());
     send(&flood, &join(2, 7), SendFlags::NOSIGNAL).unwrap();
     let mut dial: Vec<u8> = [4, 1, 3, 80, 9, 0_u32].into_iter().flat_map(u32::to_le_bytes).collect();
     dial.resize(56, 0);
@@ -251,22 +261,28 @@ fn who_says_nothing_is_let_go() {
 /// A broker that works when it is told to.
 struct Told {
     directory: tempfile::TempDir,
+    gatekeeper: Gatekeeper,
     broker: Broker,
 }
 
 impl Told {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let broker = Broker::listen(directory.path().join("broker"), Gatekeeper::new(AllowAll)).unwrap();
-        Self { directory, broker }
+        let gatekeeper = Gatekeeper::new(AllowAll);
+        let broker = Broker::listen(directory.path().join("broker"), gatekeeper.clone()).unwrap();
+        Self { directory, gatekeeper, broker }
     }
 
     fn work(&mut self) {
         self.broker.run_once(Duration::ZERO);
     }
 
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("broker")
+    }
+
     fn join(&mut self, cid: u32) -> Member {
-        let path = self.directory.path().join("broker");
+        let path = self.path();
         let joining = std::thread::spawn(move || {
             Member::join(path, cid, reachable(&Gatekeeper::new(AllowAll), cid)).unwrap()
         });
@@ -358,10 +374,7 @@ fn a_member_may_read_its_answers_late() {
 #[test]
 fn what_a_member_passes_is_not_taken() {
     use rustix::fs::{FlockOperation, fcntl_lock};
-    use std::os::fd::AsFd as _;
     use std::os::unix::fs::MetadataExt as _;
-
-    use super::super::wire::{Message, VERSION, what};
 
     let file = tempfile::tempfile().unwrap();
     fcntl_lock(&file, FlockOperation::LockExclusive).unwrap();
@@ -370,7 +383,7 @@ fn what_a_member_passes_is_not_taken() {
     assert!(is_locked());
     let served = Served::new(Gatekeeper::new(AllowAll));
     for joined in [false, true] {
-        let socket = raw(&served);
+        let socket = raw(served.path());
         let message = Message { what: what::JOIN, cid: 3, port: VERSION, ..Message::default() };
         if joined {
             assert_eq!(message.send(&socket, None), Ok(true));
@@ -381,23 +394,213 @@ fn what_a_member_passes_is_not_taken() {
     }
 }
 
+fn joins(cid: u32) -> Message {
+    Message { what: what::JOIN, cid, port: VERSION, ..Message::default() }
+}
+
+/// In messages of each kind, and in such that are never read.
+#[test]
+fn what_a_member_passes_does_not_hold_up_the_broker() {
+    for way in 0..5 {
+        let ends = soon("the broker", move || {
+            let mut told = Told::new();
+            let (stubborn, ends) = stubborn();
+            let socket = raw(told.path());
+            let says = |message: Message, passed: Option<_>| {
+                assert_eq!(message.send(&socket, passed), Ok(true));
+            };
+            match way {
+                0 => says(joins(3), Some(stubborn.as_fd())),
+                1 => {
+                    // Nonsense, behind which nothing is read.
+                    says(Message::default(), None);
+                    says(joins(3), Some(stubborn.as_fd()));
+                }
+                _ => {
+                    says(joins(3), None);
+                    while told.broker.cids().is_empty() {
+                        told.work();
+                    }
+                    says(joins(3), Some(stubborn.as_fd()));
+                }
+            }
+            drop(stubborn);
+            match way {
+                3 => assert_eq!(told.gatekeeper.revoke_all(|_| true), 1),
+                // With who has not said anything.
+                4 => drop(std::mem::replace(&mut told.broker, Told::new().broker)),
+                _ => {}
+            }
+            for _ in 0..10 {
+                told.broker.run_once(Duration::from_millis(2));
+            }
+            assert!(told.broker.cids().is_empty());
+            assert!(is_ended(&socket));
+            ends
+        });
+        drop(ends);
+    }
+}
+
+/// The called one passes it through the connection, of which the broker has the last copy, and then who revokes.
+#[test]
+fn what_goes_through_a_connection_does_not_hold_up_the_broker() {
+    for way in 0..3 {
+        let ends = soon("the broker", move || {
+            let mut told = Told::new();
+            let [caller, called] = [3, 4].map(|cid| told.join(cid));
+            assert!(dial(&caller, 1, 4));
+            let Delivery::Dialed { socket: Some(ours), .. } = told.next(&caller) else { panic!() };
+            let Delivery::Arrived { socket: theirs, .. } = told.next(&called) else { panic!() };
+            let (stubborn, ends) = stubborn();
+            assert_eq!(Message::default().send(&theirs, Some(stubborn.as_fd())), Ok(true));
+            drop((stubborn, ours));
+            assert_eq!(told.broker.connections(), 1);
+            match way {
+                0 => drop(theirs),
+                1 => drop(caller),
+                _ => {
+                    let revoked = told.gatekeeper.revoke_all(|request| request.object().port() == Some(80));
+                    assert_eq!(revoked, 1);
+                }
+            }
+            for _ in 0..10 {
+                told.broker.run_once(Duration::from_millis(2));
+            }
+            assert_eq!(told.broker.connections(), 0);
+            ends
+        });
+        drop(ends);
+    }
+}
+
+impl Told {
+    /// Has `caller` call the guest of `called`, whose monitor passes that, and nothing else, through the connection. Then both let go
+    /// of it, and the broker as well.
+    fn pass(&mut self, [caller, called]: [&Member; 2], passed: OwnedFd) {
+        assert!(dial(caller, 1, called.cid()));
+        let Delivery::Dialed { socket: Some(ours), .. } = self.next(caller) else { panic!() };
+        let Delivery::Arrived { socket: theirs, .. } = self.next(called) else { panic!() };
+        assert_eq!(Message::default().send(&theirs, Some(passed.as_fd())), Ok(true));
+        drop((passed, ours, theirs));
+        while self.broker.connections() > 0 {
+            self.work();
+        }
+    }
+
+    /// Whether it is connected to that one.
+    fn reaches(&mut self, caller: &Member, cid: u32) -> bool {
+        assert!(dial(caller, 1, cid));
+        let Delivery::Dialed { socket, .. } = self.next(caller) else { panic!() };
+        socket.is_some()
+    }
+}
+
+#[test]
+fn what_one_passes_does_not_keep_that_of_others() {
+    let mut told = Told::new();
+    let [caller, good, bad] = [3, 4, 5].map(|cid| told.join(cid));
+    let mut kept = Vec::new();
+    for _ in 0..10 {
+        let (stubborn, ends) = stubborn();
+        told.pass([&caller, &bad], stubborn);
+        kept.push(ends);
+    }
+    let (mut read, write) = std::io::pipe().unwrap();
+    told.pass([&caller, &good], write.into());
+    assert_eq!(soon("the close of the last end", move || read.read(&mut [0]).unwrap()), 0);
+}
+
+#[test]
+fn what_waits_at_the_door_does_not_hold_up_the_end() {
+    let told = Told::new();
+    let path = told.path();
+    let socket = raw(path.clone());
+    let (stubborn, ends) = stubborn();
+    assert_eq!(joins(3).send(&socket, Some(stubborn.as_fd())), Ok(true));
+    drop(stubborn);
+    let Told { directory, broker, .. } = told;
+    soon("the end", move || drop(broker));
+    // Nobody is let in there any more, and another may take its place.
+    let late = socket_of_messages();
+    assert_eq!(connect(&late, &SocketAddrUnix::new(&path).unwrap()), Err(rustix::io::Errno::CONNREFUSED));
+    Broker::listen(&path, Gatekeeper::new(AllowAll)).unwrap();
+    drop((ends, directory));
+}
+
+/// Nobody else is let in while more is to be closed than may be, and those who are in go on.
+#[test]
+fn members_that_cannot_be_closed_are_bounded() {
+    let mut told = Told::new();
+    let [caller, called] = [3, 4].map(|cid| told.join(cid));
+    let mut kept = Vec::new();
+    for _ in 0..80 {
+        let (stubborn, ends) = stubborn();
+        let socket = raw(told.path());
+        assert_eq!(joins(5).send(&socket, Some(stubborn.as_fd())), Ok(true));
+        kept.push((socket, ends));
+        drop(stubborn);
+        told.work();
+    }
+    let (socket, _) = kept.last().unwrap();
+    told.broker.run_once(Duration::from_millis(100));
+    let waits = rustix::net::recv(socket, &mut [0; 1], RecvFlags::DONTWAIT);
+    assert_eq!(waits, Err(rustix::io::Errno::AGAIN));
+    assert!(dial(&caller, 1, 4));
+    assert!(matches!(told.next(&caller), Delivery::Dialed { tag: 1, socket: Some(_) }));
+    drop(called);
+    drop(kept);
+    assert_eq!(told.join(6).cid(), 6);
+}
+
 const CHILD: &str = "VSOCK_BROKER_WITHOUT_DESCRIPTORS";
 
-/// In a process of its own, as the bound is the process's.
+/// Whether this is a process for that test of this file only. Else it runs there, and is over: a bound is the process's.
+fn alone(test: &str) -> bool {
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let name = format!("{}::{test}", module_path!());
+    let name = name.split_once("::").unwrap().1;
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact"])
+        .env(CHILD, "")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && said.contains("1 passed"), "{said}");
+    false
+}
+
+/// Those that one has passed and that are still to be closed are as many as the connections that it may have; nobody else has fewer.
+#[test]
+fn what_one_passes_is_bounded() {
+    if !alone("what_one_passes_is_bounded") {
+        return;
+    }
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(256), ..before }).unwrap();
+    let mut told = Told::new();
+    let [caller, good, bad] = [3, 4, 5].map(|cid| told.join(cid));
+    let mut kept = Vec::new();
+    for _ in 0..256 / 8 {
+        let (stubborn, ends) = stubborn();
+        told.pass([&caller, &bad], stubborn);
+        kept.push(ends);
+    }
+    assert!(!told.reaches(&caller, bad.cid()));
+    assert!(told.reaches(&caller, good.cid()) && told.reaches(&bad, good.cid()));
+    // It has room again when they are closed.
+    drop(kept);
+    let begun = Instant::now();
+    while !told.reaches(&caller, bad.cid()) {
+        assert!(begun.elapsed() < Duration::from_secs(20), "in vain");
+    }
+}
+
 #[test]
 fn who_comes_when_there_are_no_descriptors_is_let_in_later() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-
-    if std::env::var_os(CHILD).is_none() {
-        let name = concat!(module_path!(), "::who_comes_when_there_are_no_descriptors_is_let_in_later");
-        let name = name.split_once("::").unwrap().1;
-        let child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args([name, "--exact"])
-            .env(CHILD, "")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&child.stdout);
-        assert!(child.status.success() && said.contains("1 passed"), "{said}");
+    if !alone("who_comes_when_there_are_no_descriptors_is_let_in_later") {
         return;
     }
     let mut told = Told::new();
@@ -406,7 +609,7 @@ fn who_comes_when_there_are_no_descriptors_is_let_in_later() {
     connect(&socket, &address).unwrap();
     send(&socket, &[1; 3], SendFlags::NOSIGNAL).unwrap();
     let before = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, rustix::process::Rlimit { current: Some(3), ..before }).unwrap();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(3), ..before }).unwrap();
     for _ in 0..3 {
         told.work();
     }
@@ -416,4 +619,41 @@ fn who_comes_when_there_are_no_descriptors_is_let_in_later() {
     assert!(begun.elapsed() < Duration::from_secs(10));
     told.work();
     assert!(is_ended(&socket), "it is heard, and let go as what it says is nonsense");
+}
+
+/// The kernel has too many descriptors of the broker's user on their way (ETOOMANYREFS), as others do not read theirs: connections are
+/// refused, whichever side cannot be given its end, and nobody loses its place.
+#[test]
+fn connections_that_cannot_be_handed_over_are_refused() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: a user that nobody else is takes root");
+        return;
+    }
+    if !alone("connections_that_cannot_be_handed_over_are_refused") {
+        return;
+    }
+    let mut told = Told::new();
+    let [caller, called] = [3, 4].map(|cid| told.join(cid));
+    let (one, other) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::empty(), None).unwrap();
+    rustix::net::sockopt::set_socket_send_buffer_size(&one, 1 << 20).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(256), ..before }).unwrap();
+    rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(1_000_000 + std::process::id())).unwrap();
+    let (passed, _) = std::io::pipe().unwrap();
+    let flood = || (0..1000).find_map(|_| Message::default().send(&one, Some(passed.as_fd())).err());
+    assert_eq!(flood(), Some(rustix::io::Errno::TOOMANYREFS));
+    // For the called one, and then none for the caller.
+    assert!(matches!(receive(&other, RecvFlags::DONTWAIT), Received::Message(_, Some(_))));
+    assert!(!told.reaches(&caller, called.cid()));
+    let Delivery::Arrived { socket, .. } = told.next(&called) else { panic!() };
+    assert!(is_ended(&socket));
+    assert_eq!(told.broker.connections(), 0);
+    // Nor for the called one.
+    assert_eq!(flood(), Some(rustix::io::Errno::TOOMANYREFS));
+    assert!(!told.reaches(&caller, called.cid()));
+    assert!(called.next().is_none());
+    assert_eq!(told.broker.cids(), [3, 4]);
+    drop((one, other));
+    assert!(told.reaches(&caller, called.cid()));
 }

@@ -7,6 +7,7 @@ use rustix::fs::MemfdFlags;
 use vmm_memory::vm_memory::{MmapRegion, VolatileMemory as _};
 
 use super::*;
+use crate::closer::tests::{soon, stubborn};
 use crate::net::switch::broker::message::{Hello, Message};
 use crate::net::switch::ring::CONTROL;
 
@@ -218,27 +219,6 @@ fn a_bell_that_is_something_else_is_refused() {
     assert_eq!(broker.ports().len(), 2);
 }
 
-/// A TCP socket whose close waits until somebody reads, which nobody does.
-fn lingering() -> (OwnedFd, std::net::TcpStream) {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let ours = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (theirs, _) = listener.accept().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    let mut idle = 0;
-    while idle < 20 {
-        match rustix::net::send(&ours, &[0; 65536], rustix::net::SendFlags::DONTWAIT) {
-            Ok(_) => idle = 0,
-            Err(_) => {
-                idle += 1;
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-    }
-    ours.set_nonblocking(false).unwrap();
-    rustix::net::sockopt::set_socket_linger(&ours, Some(Duration::from_secs(3600))).unwrap();
-    (ours.into(), theirs)
-}
-
 /// Descriptors whose close waits for the client, of which the broker has the last: in messages of each kind, and in such that are never
 /// read. The broker has no thread of its own, so that it is known what is under way.
 #[test]
@@ -257,7 +237,7 @@ fn what_a_client_passes_is_closed_where_nobody_waits() {
         };
         let mut peers = Vec::new();
         for way in 0..4 {
-            let (slow, peer) = lingering();
+            let (slow, peer) = stubborn();
             peers.push(peer);
             let (memory, _memory) = memory::create(RING).unwrap();
             let (_bell, theirs) = socket::bell().unwrap();
@@ -286,6 +266,23 @@ fn what_a_client_passes_is_closed_where_nobody_waits() {
         drop(peers);
     });
     told.recv_timeout(LONGEST).unwrap();
+}
+
+/// With those who have connected and were not let in.
+#[test]
+fn what_waits_at_the_door_does_not_hold_up_the_end() {
+    let (_directory, path) = place();
+    let switch = Switch::builder("lan", ManualClock::new(1)).build();
+    let server = SwitchServer::builder(switch, Gatekeeper::new(AllowAll)).listen(&path).unwrap();
+    let client = socket::connect(&path).unwrap();
+    let (slow, ends) = stubborn();
+    socket::send_with(&client, &Message::Bell, &[&slow]).unwrap();
+    drop(slow);
+    soon("the end", move || drop(server));
+    // Nobody is let in there any more, and another may take its place.
+    assert!(matches!(socket::connect(&path), Err(BrokerError::Socket { what: "nobody listens there", .. })));
+    socket::listen(&path).unwrap();
+    drop(ends);
 }
 
 /// The end of a pipe that is passed out of turn is closed when its message is, and never becomes the broker's.
