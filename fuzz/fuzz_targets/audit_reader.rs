@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
+use vmm_audit::Entries;
 use vmm_audit::event::{Entry, Event};
 use vmm_audit::gaps::gaps;
 use vmm_audit::note::Signer;
 use vmm_audit::report::collect;
 use vmm_audit::storage::{MemoryStorage, Storage};
 use vmm_audit::verify::{VerifyOptions, verify};
-use vmm_audit::Entries;
 
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Input {
