@@ -66,6 +66,37 @@ pub(crate) fn supported() -> CpuidTable {
     CpuidTable::new(entries)
 }
 
+/// The same where programs run on the host's processor, whatever is said here, with `host`'s vector registers: a guest kernel that
+/// is not told of them does not keep them apart.
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) fn supported_with_vectors(host: &CpuidTable) -> CpuidTable {
+    /// The leaf of the extended state, and its components that are told of: x87, SSE, AVX, AVX-512.
+    const STATE: u32 = 0xd;
+    const KNOWN: u32 = 0xe7;
+    const LEGACY_SIZE: u32 = 576;
+    let mut table = supported();
+    let Some(leaf) = host.get(STATE, 0).filter(|_| host.has(Feature::XSAVE) && host.has(Feature::AVX)) else {
+        return table;
+    };
+    let avx_512 = if host.has(Feature::AVX512F) { KNOWN } else { 7 };
+    let xcr0 = leaf.eax & avx_512;
+    let mut size = LEGACY_SIZE;
+    for number in (2..32).filter(|number| xcr0 >> number & 1 != 0) {
+        let Some(entry) = host.get(STATE, number) else { continue };
+        size = size.max(entry.eax.saturating_add(entry.ebx));
+        table.set(CpuidEntry::new(STATE, Some(number), [entry.eax, entry.ebx, 0, 0]));
+    }
+    table.set(CpuidEntry::new(STATE, Some(0), [xcr0, size, size, 0]));
+    table.set(CpuidEntry::new(STATE, Some(1), [0; 4]));
+    // Those alone that a kernel takes the state components from. It has no use for the instructions, which are not here.
+    for feature in [Feature::XSAVE, Feature::AVX, Feature::AVX512F] {
+        if feature != Feature::AVX512F || xcr0 & 0xe0 == 0xe0 {
+            table.enable(feature, host);
+        }
+    }
+    table
+}
+
 /// The CR4 bits that go with the features of `table`.
 pub(crate) fn cr4_allowed(table: &CpuidTable) -> u64 {
     let always = cr4::TSD

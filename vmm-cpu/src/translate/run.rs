@@ -1,5 +1,6 @@
 //! The run loop: from block to block, and what happens between two of them.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::block::{self, Block, BlockCache, Stamp};
@@ -10,6 +11,7 @@ use super::exception::{Event, Exception, dr6};
 use super::flags::bits;
 use super::jit::{Ran, Tier1};
 use super::memory::{Access, PAGE_MASK, Reach};
+use super::native::Elsewhere;
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
 use crate::vcpu::{Halt, UnhandledInstruction};
@@ -31,13 +33,18 @@ enum Next {
 }
 
 /// Runs until something ends the stay.
-pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Tier1>) -> Result<Halt> {
+pub(crate) fn run(
+    m: &mut Machine<'_>,
+    cache: &mut BlockCache,
+    tier1: &mut Option<Tier1>,
+    elsewhere: &mut Elsewhere,
+) -> Result<Halt> {
     // The VMM may have changed anything.
     m.tlb.forget_lookups();
     m.update_mode();
     let result = {
         let _prepared = tier1.as_mut().map(|tier1| tier1.prepare(m));
-        run_blocks(m, cache, tier1)
+        run_blocks(m, cache, tier1, elsewhere)
     };
     // Other vCPUs go on, and the clock is looked at, also where this vCPU is not run again.
     drop_changed_code(m, cache);
@@ -46,7 +53,12 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Optio
 }
 
 /// From block to block until something ends the stay.
-fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Tier1>) -> Result<Halt> {
+fn run_blocks(
+    m: &mut Machine<'_>,
+    cache: &mut BlockCache,
+    tier1: &mut Option<Tier1>,
+    elsewhere: &mut Elsewhere,
+) -> Result<Halt> {
     loop {
         let mut single = false;
         m.held = (false, false);
@@ -64,6 +76,13 @@ fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Ti
         if !m.code_stores.is_empty() {
             // Those of the last block, and of whatever was delivered since.
             drop_changed_code(m, cache);
+        }
+        if m.asks_native && !single && m.runs_program() {
+            match elsewhere.run(m)? {
+                ControlFlow::Continue(()) => {}
+                ControlFlow::Break(None) => continue,
+                ControlFlow::Break(Some(halt)) => return Ok(halt),
+            }
         }
         let ran = match tier1 {
             Some(tier1) if !single => tier1.run(m, cache),
@@ -137,6 +156,7 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
 pub(super) fn may_go_on(m: &Machine<'_>) -> bool {
     let takes_interrupts = m.cpu.flags.control(bits::IF);
     m.cpu.activity == Activity::Running
+        && !(m.asks_native && m.runs_program())
         && !m.shared.clock.is_deterministic()
         && m.injected.is_none()
         && !m.cpu.nmi_pending
@@ -352,7 +372,7 @@ fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
 /// Does what an instruction that did not complete asks for; the halt to return with.
 #[cold]
 #[inline(never)]
-fn leave(m: &mut Machine<'_>) -> Result<Option<Halt>> {
+pub(super) fn leave(m: &mut Machine<'_>) -> Result<Option<Halt>> {
     match std::mem::take(&mut m.reason) {
         Reason::None => Ok(None),
         Reason::Halt(halt) => Ok(Some(halt)),

@@ -22,7 +22,7 @@
 //! or what the interpreter does of a REP between two looks around.
 
 mod io;
-mod shadows;
+pub(super) mod shadows;
 mod write_back;
 
 use std::error::Error as StdError;
@@ -60,7 +60,7 @@ pub(super) struct Finish {
     doorbells: Mutex<Vec<(Doorbell, Notifier)>>,
     /// Software does not see all of the guest's memory.
     blind: AtomicBool,
-    pub(super) page: shadows::SparePage,
+    page: shadows::SparePage,
 }
 
 /// One vCPU's part: nothing before it is first needed.
@@ -226,7 +226,7 @@ impl KvmVcpu {
             return Ok(Err(why.to_owned()));
         }
         if finish.shadowed && substitute.has_replaced_entries() {
-            self.vm.drop_shadows(finish)?;
+            self.vm.drop_shadows(&finish.page)?;
             self.counts.shadows_dropped += 1;
         }
         let exception = match outcome {
