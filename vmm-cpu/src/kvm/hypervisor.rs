@@ -67,11 +67,18 @@ pub struct KvmOptions {
     software_protected: bool,
     finish_instructions: bool,
     privileged_in_software: bool,
+    all_programs: bool,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { dirty_ring: None, software_protected: false, finish_instructions: true, privileged_in_software: false }
+        Self {
+            dirty_ring: None,
+            software_protected: false,
+            finish_instructions: true,
+            privileged_in_software: false,
+            all_programs: false,
+        }
     }
 }
 
@@ -114,6 +121,14 @@ impl KvmOptions {
     #[must_use]
     pub fn privileged_in_software(mut self, software: bool) -> Self {
         self.privileged_in_software = software;
+        self
+    }
+
+    /// With [`KvmOptions::privileged_in_software`], has KVM run all programs, those too that ask their kernel so often that they are
+    /// faster in software: for tests, and for measurements.
+    #[must_use]
+    pub fn all_programs(mut self, all: bool) -> Self {
+        self.all_programs = all;
         self
     }
 }
@@ -200,7 +215,8 @@ impl KvmHypervisor {
         let cpuid = config.cpu.resolve(&self.cpuid)?;
         let below = VmConfig { interrupts: InterruptMode::External, ..config.clone() };
         let kvm = self.create_inner(&below, self.host.0.clone(), false)?;
-        super::split::SplitVm::new(kvm, self.host.1, config, cpuid, tsc_khz)
+        let always = self.options.all_programs;
+        super::split::SplitVm::new(kvm, self.host.1, config, cpuid, tsc_khz, always)
     }
 
     /// Opens the KVM device at another path.

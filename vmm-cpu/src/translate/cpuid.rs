@@ -97,6 +97,19 @@ pub(crate) fn supported_with_vectors(host: &CpuidTable) -> CpuidTable {
     table
 }
 
+/// What a program finds of a leaf that its kernel is told like that: without the vector registers of
+/// `supported_with_vectors`, whose instructions software does not have.
+pub(crate) fn without_vectors(leaf: u32, subleaf: u32, told: [u32; 4]) -> [u32; 4] {
+    let [a, b, c, d] = told;
+    let state = Feature::XSAVE.mask() | Feature::OSXSAVE.mask() | Feature::AVX.mask();
+    match (leaf, subleaf) {
+        (1, _) => [a, b, c & !state, d],
+        (7, 0) => [a, b & !Feature::AVX512F.mask(), c, d],
+        (0xd, _) => [0; 4],
+        _ => told,
+    }
+}
+
 /// The CR4 bits that go with the features of `table`.
 pub(crate) fn cr4_allowed(table: &CpuidTable) -> u64 {
     let always = cr4::TSD

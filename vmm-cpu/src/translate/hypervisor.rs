@@ -148,10 +148,7 @@ pub(super) fn check(config: &VmConfig) -> Result<()> {
         ));
     }
     if config.legacy_timer {
-        return Err(Error::unsupported(
-            "a legacy timer",
-            "the translate backend has none; vmm-devices has",
-        ));
+        return Err(Error::unsupported("a legacy timer", "the translate backend has none; vmm-devices has"));
     }
     if config.clock.tsc_khz == Some(0) {
         return Err(Error::invalid("ClockConfig::tsc_khz", 0, "1 or more"));

@@ -61,6 +61,9 @@ fn run_blocks(
 ) -> Result<Halt> {
     loop {
         let mut single = false;
+        if m.asks_native && m.runs_program() {
+            elsewhere.goes_on(m);
+        }
         m.held = (false, false);
         if m.urgent || m.budget <= 0 || m.signals.wants_attention() {
             match between(m, cache) {
@@ -77,8 +80,8 @@ fn run_blocks(
             // Those of the last block, and of whatever was delivered since.
             drop_changed_code(m, cache);
         }
-        if m.asks_native && !single && m.runs_program() {
-            match elsewhere.run(m)? {
+        if m.asks_native && m.mode.cpl == 3 {
+            match elsewhere.run(m, single)? {
                 ControlFlow::Continue(()) => {}
                 ControlFlow::Break(None) => continue,
                 ControlFlow::Break(Some(halt)) => return Ok(halt),
@@ -97,6 +100,9 @@ fn run_blocks(
             if matches!(m.reason, Reason::None) {
                 // It goes on: what was held off for this instruction still is.
                 (m.cpu.shadow_sti, m.cpu.shadow_mov_ss) = m.held;
+            }
+            if m.asks_native && !single && m.runs_program() && elsewhere.has_it(m) {
+                continue;
             }
             // What a debugger or the guest's debug registers wanted to see of the instruction is void: it did not
             // complete.
@@ -156,7 +162,7 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
 pub(super) fn may_go_on(m: &Machine<'_>) -> bool {
     let takes_interrupts = m.cpu.flags.control(bits::IF);
     m.cpu.activity == Activity::Running
-        && !(m.asks_native && m.runs_program())
+        && !(m.asks_native && m.mode.cpl == 3)
         && !m.shared.clock.is_deterministic()
         && m.injected.is_none()
         && !m.cpu.nmi_pending
@@ -435,7 +441,7 @@ impl Core {
             bytes.extend(byte);
         }
         self.reason = Reason::None;
-        UnhandledInstruction::new(super::NAME, self.index, reason, bytes, general, system)
+        UnhandledInstruction::new(self.shared.backend, self.index, reason, bytes, general, system)
     }
 }
 

@@ -11,9 +11,9 @@ use super::core::{Core, Machine};
 use super::cpu::Activity;
 use super::exception::Event;
 use super::jit::Tier1;
-use super::memory::{Access, PAGE_MASK, Paging, walk};
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 use super::memory::Invalidated;
+use super::memory::{Access, PAGE_MASK, Paging, walk};
 use super::native::Elsewhere;
 use super::signals::{Handle, Signals};
 use super::vm::{Peer, Shared};

@@ -28,6 +28,8 @@ use crate::vm::{
 /// What a virtual machine shares with its vCPUs.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    /// Whose virtual machine it is, for errors.
+    pub(crate) backend: &'static str,
     pub(crate) cpuid: CpuidTable,
     pub(crate) interrupts: InterruptMode,
     pub(crate) max_vcpus: u32,
@@ -75,6 +77,7 @@ impl Shared {
         let wants_alarm = options.translate_after.is_some() && !clock.is_deterministic();
         let alarm = if wants_alarm { start_alarm(&clock) } else { None };
         Self {
+            backend: super::NAME,
             cpuid,
             interrupts,
             max_vcpus,

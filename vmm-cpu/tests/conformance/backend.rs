@@ -8,6 +8,9 @@ use vmm_cpu::{CpuModel, Error, Hypervisor, InterruptMode, VmConfig, backend_name
 use super::case::Stop;
 use super::toy::ToyHypervisor;
 
+/// The backend that executes privileged code in software, and programs on KVM.
+const KVM_FOR_PROGRAMS: &str = "kvm-programs";
+
 /// The backend whose guests are of another kind.
 const PARAVIRTUAL: &str = "xen-pv";
 
@@ -44,7 +47,7 @@ const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
 
 /// Subjects whose guests are too much for the toy.
 const BEYOND_THE_TOY: &[&str] =
-    &["ordering", "litmus", "cross_modifying", "shootdown", "transfers", "unemulated"];
+    &["ordering", "litmus", "cross_modifying", "shootdown", "transfers", "unemulated", "programs"];
 
 /// All backends: those of the crate by name, and the suite's own. One that executes guests in several ways is several.
 pub(crate) fn candidates() -> Vec<Candidate> {
@@ -60,6 +63,8 @@ pub(crate) fn candidates() -> Vec<Candidate> {
         #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
         if name == vmm_cpu::kvm::NAME {
             candidates.extend(kvm_with_rings());
+            #[cfg(feature = "translate")]
+            candidates.push(kvm_for_programs());
         }
     }
     let name = ToyHypervisor::NAME;
@@ -91,6 +96,18 @@ fn kvm_with_rings() -> Option<Candidate> {
         opened => opened.map(|hypervisor| Backend { name, hypervisor }),
     };
     Some(Candidate { name, opened, subjects: Some(&["dirty", "huge_pages"]) })
+}
+
+/// KVM that runs programs, with privileged code in software.
+#[cfg(all(feature = "kvm", feature = "translate", target_os = "linux", target_arch = "x86_64"))]
+fn kvm_for_programs() -> Candidate {
+    use vmm_cpu::kvm::{KvmHypervisor, KvmOptions};
+
+    let name = KVM_FOR_PROGRAMS;
+    let kvm =
+        KvmHypervisor::with_options(KvmOptions::default().privileged_in_software(true).all_programs(true));
+    let opened = kvm.map(|kvm| Backend { name, hypervisor: Arc::new(kvm) });
+    Candidate { name, opened, subjects: None }
 }
 
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
@@ -160,7 +177,9 @@ impl Backend {
     }
 
     pub(crate) fn is_kvm_without_hardware(&self) -> bool {
-        self.hypervisor.name() == "kvm" && self.hypervisor.capabilities().hardware_assisted == Some(false)
+        self.hypervisor.name() == "kvm"
+            && self.name != KVM_FOR_PROGRAMS
+            && self.hypervisor.capabilities().hardware_assisted == Some(false)
     }
 
     /// All other backends that this host can run.

@@ -7,6 +7,7 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | `pace` | which programs run on KVM, and which in software as well |
 //! | `programs` | a stay of a program: registers to KVM and back, what an exit means |
 //! | `tables` | what KVM's shadows of page tables have to be told |
 //! | `pages` | stubs, descriptor tables and page tables in guest-physical memory |
@@ -18,12 +19,13 @@
 //! a program destroy what the engine keeps in guest-physical memory; that ends the guest and nothing else. What a program can
 //! choose of its flags is masked before the guest's kernel sees it.
 
+mod pace;
 mod pages;
 mod programs;
 mod tables;
 
 use std::error::Error as StdError;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion as _};
@@ -53,8 +55,12 @@ struct Split {
     spare: SparePage,
     /// XCR0 of programs; 0 without XSAVE.
     xcr0: u64,
+    /// All programs run on KVM, whatever that costs.
+    always: bool,
     /// There may be other vCPUs.
     has_others: bool,
+    /// Beginnings and ends of stays, of all vCPUs.
+    stays: AtomicU64,
     /// Some of the guest's memory cannot be shown.
     is_blind: AtomicBool,
 }
@@ -80,9 +86,10 @@ impl SplitVm {
         config: &VmConfig,
         cpuid: crate::cpuid::CpuidTable,
         tsc_khz: u32,
+        always: bool,
     ) -> Result<Self> {
         let xcr0 = cpuid.get(0xd, 0).map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax));
-        let software = new_software_vm(config, cpuid, tsc_khz, super::sys::host_tsc)?;
+        let software = new_software_vm(config, cpuid, tsc_khz, super::sys::host_tsc, super::NAME)?;
         let pages = Pages::new(gpa_bits)?;
         kvm.map_region(Arc::clone(pages.region()), GuestAccess::ReadWrite, None)?;
         let split = Split {
@@ -91,7 +98,9 @@ impl SplitVm {
             tables: Mutex::new(Tables::new()),
             spare: SparePage::default(),
             xcr0,
+            always,
             has_others: config.max_vcpus > 1,
+            stays: AtomicU64::new(0),
             is_blind: AtomicBool::new(false),
         };
         Ok(Self { software, split: Arc::new(split) })

@@ -314,7 +314,8 @@ mod tests {
     #[test]
     fn stubs_leave_by_their_port() {
         let page = stubs();
-        let exceptions = (0..EXCEPTIONS).map(|n| (VA_EXCEPTIONS + u64::from(n) * STUB_SIZE, PORT_EXCEPTION + n));
+        let exceptions =
+            (0..EXCEPTIONS).map(|n| (VA_EXCEPTIONS + u64::from(n) * STUB_SIZE, PORT_EXCEPTION + n));
         for (va, port) in [
             (VA_SYSCALL, PORT_SYSCALL),
             (VA_SHOW, PORT_DONE),
@@ -332,7 +333,9 @@ mod tests {
         }
         let show = &page[usize::try_from(VA_SHOW - VA).unwrap()..];
         let code: Vec<_> = Decoder::with_ip(64, show, VA_SHOW, DecoderOptions::NONE).iter().take(4).collect();
-        assert!(code[0].mnemonic() == Mnemonic::Lodsq && code[1].has_lock_prefix() && code[1].immediate(1) == 0);
+        assert!(
+            code[0].mnemonic() == Mnemonic::Lodsq && code[1].has_lock_prefix() && code[1].immediate(1) == 0
+        );
         assert_eq!((code[2].mnemonic(), code[2].near_branch_target()), (Mnemonic::Loop, VA_SHOW));
         assert_eq!(code[3].ip(), VA_LOAD_ROOT);
     }

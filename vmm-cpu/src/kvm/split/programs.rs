@@ -1,10 +1,13 @@
 //! One vCPU's programs, on KVM.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use vmm_memory::vm_memory::GuestAddress;
 
 use super::Split;
+use super::pace::{Pace, Space};
 use super::pages;
 use super::tables::{News, Tables};
 use crate::error::{Error, Result};
@@ -33,6 +36,9 @@ const CR4_UNKNOWN: u64 = 1 << 12 | 1 << 2;
 const CHOSEN: u64 = 0x0024_4dd5;
 const IOPL: u64 = 3 << 12;
 
+/// The address in CR3 and in an entry.
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
+
 /// Bits of a page fault's error code (Intel SDM 3A 5.7).
 const WRITE: u64 = 1 << 1;
 const FETCH: u64 = 1 << 4;
@@ -60,6 +66,9 @@ pub(super) struct Programs {
     system: SystemRegisters,
     /// The copy that it ran on last, and of which root that is.
     copy: Option<(u64, u64)>,
+    pace: Pace,
+    /// [`Split::stays`] when software last ran a program here.
+    stays_seen: u64,
     /// Where a fault was that is none.
     groundless: Option<(u64, u64)>,
     counts: Counts,
@@ -154,7 +163,9 @@ impl Programs {
             vcpu.set_msr(register, value)?;
         }
         let handle = vcpu.handle();
-        Ok(Self { vcpu, handle, split, system, copy: None, groundless: None, counts: Counts::default() })
+        let pace = Pace::new(split.always);
+        let counts = Counts::default();
+        Ok(Self { vcpu, handle, split, system, copy: None, pace, stays_seen: 0, groundless: None, counts })
     }
 
     /// What ends a program's stay.
@@ -228,7 +239,9 @@ impl Programs {
     fn astray(&self, what: &str) -> Error {
         Error::UnexpectedExit {
             index: self.vcpu.index(),
-            exit: format!("{what} does not come back: the guest has changed the pages that this engine keeps in it"),
+            exit: format!(
+                "{what} does not come back: the guest has changed the pages that this engine keeps in it"
+            ),
         }
     }
 
@@ -295,7 +308,13 @@ impl Programs {
     }
 
     /// Takes the program's registers back, of which these three are elsewhere.
-    fn take(&mut self, m: &mut Machine<'_>, [rip, rsp, flags]: [u64; 3], general: &GeneralRegisters, system: &SystemRegisters) {
+    fn take(
+        &mut self,
+        m: &mut Machine<'_>,
+        [rip, rsp, flags]: [u64; 3],
+        general: &GeneralRegisters,
+        system: &SystemRegisters,
+    ) {
         let kept = m.cpu.flags.get() & !CHOSEN;
         let rflags = flags & CHOSEN | kept;
         m.take_program(&GeneralRegisters { rip, rsp, rflags, ..*general }, system);
@@ -303,7 +322,13 @@ impl Programs {
 
     /// SYSCALL at its stub, where RCX and R11 hold RIP and RFLAGS, or what a program put there that came by another way. Software
     /// executes it, from the program's own memory, or whatever else the program has there.
-    fn system_call(&mut self, m: &mut Machine<'_>, rsp: u64, general: &GeneralRegisters, system: &SystemRegisters) -> Stay {
+    fn system_call(
+        &mut self,
+        m: &mut Machine<'_>,
+        rsp: u64,
+        general: &GeneralRegisters,
+        system: &SystemRegisters,
+    ) -> Stay {
         self.counts.system_calls += 1;
         self.take(m, [general.rcx.wrapping_sub(2), rsp, general.r11], general, system);
         Stay::Instruction(None)
@@ -448,21 +473,32 @@ impl Programs {
     }
 }
 
+/// What the program is known by.
+fn space(m: &Machine<'_>) -> Space {
+    let root = m.cpu.cr3 & FRAME;
+    let top: u64 = m.map().load(root + 255 * 8).unwrap_or(0);
+    Space { root, top: top & FRAME }
+}
+
 impl Native for Programs {
     fn run(&mut self, m: &mut Machine<'_>) -> Result<Stay> {
-        if !self.takes(m) {
+        let space = space(m);
+        if !self.takes(m) || !self.pace.is_for_kvm(space) {
             self.counts.declined += 1;
             return Ok(Stay::Declined);
         }
-        let root = m.cpu.cr3 & 0x000f_ffff_ffff_f000;
-        let cr3 = self.prepare(m, root)?;
+        let cr3 = self.prepare(m, space.root)?;
         m.set_program_alarm();
         self.load(m, cr3)?;
         let signals = Arc::clone(&m.signals);
         let Some(inside) = signals.enter_native() else { return Ok(Stay::Over) };
         self.counts.stays += 1;
+        let begun = Instant::now();
+        self.split.stays.fetch_add(1, Ordering::SeqCst);
         let stay = self.stay(m);
+        self.split.stays.fetch_add(1, Ordering::SeqCst);
         drop(inside);
+        self.pace.stayed(space, begun.elapsed());
         if self.split.has_others
             && let Some((number, _)) = self.copy
         {
@@ -474,11 +510,28 @@ impl Native for Programs {
         stay
     }
 
+    fn may_have_changed_code(&mut self) -> bool {
+        let stays = self.split.stays.load(Ordering::SeqCst);
+        std::mem::replace(&mut self.stays_seen, stays) != stays
+    }
+
+    fn goes_on(&mut self, m: &Machine<'_>) {
+        self.pace.goes_on(space(m));
+    }
+
+    fn has_it(&mut self, m: &Machine<'_>) -> bool {
+        let takes = self.takes(m);
+        if takes {
+            self.pace.needs_kvm(space(m));
+        }
+        takes
+    }
+
     fn counts(&self) -> Vec<(&'static str, u64)> {
         let counts = &self.counts;
         vec![
             ("program-stays", counts.stays),
-            ("program-stays-declined", counts.declined),
+            ("program-stays-in-software", counts.declined),
             ("program-system-calls", counts.system_calls),
             ("program-page-faults", counts.page_faults),
             ("program-faults-without-ground", counts.groundless),

@@ -114,7 +114,13 @@ impl Tables {
     }
 
     /// Shows what the guest has invalidated, where that is not only what has changed.
-    pub(super) fn invalidate(map: &MemoryMap, root: u64, invalidated: &Invalidated, is_same: bool, news: &mut News) {
+    pub(super) fn invalidate(
+        map: &MemoryMap,
+        root: u64,
+        invalidated: &Invalidated,
+        is_same: bool,
+        news: &mut News,
+    ) {
         news.all |= invalidated.all && is_same;
         for va in invalidated.pages.iter().filter(|va| **va >> 47 == 0) {
             let mut table = root;

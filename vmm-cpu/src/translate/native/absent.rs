@@ -12,8 +12,16 @@ pub(crate) struct Elsewhere;
 
 impl Elsewhere {
     #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "as with the feature")]
-    pub(crate) fn run(&mut self, _: &mut Machine<'_>) -> Result<ControlFlow<Option<Halt>>> {
+    pub(crate) fn run(&mut self, _: &mut Machine<'_>, _: bool) -> Result<ControlFlow<Option<Halt>>> {
         Ok(ControlFlow::Continue(()))
+    }
+
+    #[allow(clippy::unused_self, reason = "as with the feature")]
+    pub(crate) fn goes_on(&mut self, _: &Machine<'_>) {}
+
+    #[allow(clippy::unused_self, reason = "as with the feature")]
+    pub(crate) fn has_it(&mut self, _: &mut Machine<'_>) -> bool {
+        false
     }
 
     #[allow(clippy::unused_self, reason = "as with the feature")]
@@ -23,7 +31,7 @@ impl Elsewhere {
 }
 
 impl Machine<'_> {
-    /// Never, since nobody is asked.
+    /// Nobody is asked.
     pub(crate) fn runs_program(&self) -> bool {
         false
     }

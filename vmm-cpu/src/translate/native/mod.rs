@@ -12,24 +12,24 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use crate::cpuid::CpuidTable;
+use crate::error::Result;
+use crate::hypervisor::VmConfig;
+use crate::state::{GeneralRegisters, SystemRegisters, XsaveArea};
 use crate::translate::block;
 use crate::translate::clock::Clock;
 use crate::translate::code_stores::Watch;
 pub(crate) use crate::translate::core::Machine;
 use crate::translate::core::{Flow, Place, Reason};
-pub(crate) use crate::translate::exception::{Event, Exception, vector};
 pub(crate) use crate::translate::cpuid::supported_with_vectors;
-pub(crate) use crate::translate::memory::{Access, Invalidated, MemoryMap};
-use crate::translate::memory::PAGE_MASK;
-use crate::translate::hypervisor::TranslateOptions;
+pub(crate) use crate::translate::exception::{Event, Exception, vector};
 pub(crate) use crate::translate::hypervisor::check_restored;
+use crate::translate::hypervisor::{AddressWindow, TranslateOptions};
+use crate::translate::memory::PAGE_MASK;
+pub(crate) use crate::translate::memory::{Access, Invalidated, MemoryMap};
 use crate::translate::run::{execute_one, leave};
 use crate::translate::segment::index;
 use crate::translate::vm::{Shared, TranslateVm};
-use crate::cpuid::CpuidTable;
-use crate::error::Result;
-use crate::hypervisor::VmConfig;
-use crate::state::{GeneralRegisters, SystemRegisters, XsaveArea};
 use crate::vcpu::Halt;
 
 /// A virtual machine whose programs another engine runs.
@@ -44,11 +44,15 @@ pub(crate) fn new_software_vm(
     cpuid: CpuidTable,
     tsc_khz: u32,
     counter: fn() -> u64,
+    backend: &'static str,
 ) -> Result<SoftwareVm> {
     crate::translate::hypervisor::check(config)?;
     let clock = Clock::with_counter(tsc_khz, counter);
-    let options = TranslateOptions::default();
-    Ok(TranslateVm(Arc::new(Shared::new(cpuid, config.interrupts, config.max_vcpus, clock, options))))
+    // Programs that compute run elsewhere.
+    let options = TranslateOptions::default().address_window(AddressWindow::Never);
+    let mut shared = Shared::new(cpuid, config.interrupts, config.max_vcpus, clock, options);
+    shared.backend = backend;
+    Ok(TranslateVm(Arc::new(shared)))
 }
 
 /// An engine that runs programs of one vCPU.
@@ -58,6 +62,15 @@ pub(crate) trait Native: fmt::Debug + Send {
     /// # Errors
     /// What the host says.
     fn run(&mut self, m: &mut Machine<'_>) -> Result<Stay>;
+
+    /// Whether programs have run since software last executed code of privilege level 3: they may have changed it unseen.
+    fn may_have_changed_code(&mut self) -> bool;
+
+    /// Software runs the program that was declined, which has not left for its kernel since.
+    fn goes_on(&mut self, m: &Machine<'_>);
+
+    /// Software does not have the instruction at RIP: whether the engine runs the program from there on.
+    fn has_it(&mut self, m: &Machine<'_>) -> bool;
 
     /// What happened so far, by kind.
     fn counts(&self) -> Vec<(&'static str, u64)>;
@@ -83,15 +96,22 @@ pub(crate) enum Stay {
 pub(crate) struct Elsewhere(pub(crate) Option<Box<dyn Native>>);
 
 impl Elsewhere {
-    /// Lets the engine run the program, and does what it came back for. Where software is to run it instead, the loop goes on;
-    /// else it looks around, or returns with the halt.
+    /// Lets the engine run the program, unless just one instruction is to be executed, and does what it came back for. Where
+    /// software is to run it instead, the loop goes on; else it looks around, or returns with the halt.
     ///
     /// # Errors
     /// As [`Native::run`], and what software does not know.
-    pub(crate) fn run(&mut self, m: &mut Machine<'_>) -> Result<ControlFlow<Option<Halt>>> {
+    pub(crate) fn run(&mut self, m: &mut Machine<'_>, single: bool) -> Result<ControlFlow<Option<Halt>>> {
         let Some(native) = &mut self.0 else { return Ok(ControlFlow::Continue(())) };
-        let result = match native.run(m)? {
-            Stay::Declined => return Ok(ControlFlow::Continue(())),
+        let stay = if m.runs_program() && !single { native.run(m)? } else { Stay::Declined };
+        let result = match stay {
+            Stay::Declined => {
+                if native.may_have_changed_code() {
+                    // What is known of it is compared with memory when it is next looked up.
+                    m.tlb.forget_lookups();
+                }
+                return Ok(ControlFlow::Continue(()));
+            }
             Stay::Over => return Ok(ControlFlow::Break(None)),
             Stay::Halt(halt) => return Ok(ControlFlow::Break(Some(halt))),
             Stay::Event(event) => m.take(event),
@@ -99,6 +119,23 @@ impl Elsewhere {
         };
         let halt = if result.is_err() { leave(m)? } else { None };
         Ok(ControlFlow::Break(halt))
+    }
+
+    /// The loop looks around while software runs the program.
+    pub(crate) fn goes_on(&mut self, m: &Machine<'_>) {
+        if let Some(native) = &mut self.0 {
+            native.goes_on(m);
+        }
+    }
+
+    /// Whether an exception is for want of an instruction that the engine may have; then it is none.
+    pub(crate) fn has_it(&mut self, m: &mut Machine<'_>) -> bool {
+        let is_undefined = matches!(&m.reason, Reason::Exception(raised) if raised.vector == vector::UD);
+        let has_it = is_undefined && self.0.as_mut().is_some_and(|native| native.has_it(m));
+        if has_it {
+            m.reason = Reason::None;
+        }
+        has_it
     }
 
     /// What happened so far, by kind.
@@ -134,8 +171,12 @@ impl Machine<'_> {
 
     /// Takes back the program's registers: general ones, and the segments that it can load by itself.
     pub(crate) fn take_program(&mut self, general: &GeneralRegisters, system: &SystemRegisters) {
-        let segments =
-            [(index::DS, &system.ds), (index::ES, &system.es), (index::FS, &system.fs), (index::GS, &system.gs)];
+        let segments = [
+            (index::DS, &system.ds),
+            (index::ES, &system.es),
+            (index::FS, &system.fs),
+            (index::GS, &system.gs),
+        ];
         for (n, segment) in segments {
             *self.cpu.segment_mut(n) = segment.into();
         }

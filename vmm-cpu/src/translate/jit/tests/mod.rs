@@ -61,7 +61,8 @@ impl Vcpu {
         self.guest.core.cpu.rip = MAIN;
         self.guest.core.cpu.activity = Activity::Running;
         let mut machine = Machine::new(&mut self.guest.core, io);
-        let halt = run::run(&mut machine, &mut self.cache, &mut self.tier1, &mut Elsewhere::default()).unwrap();
+        let halt =
+            run::run(&mut machine, &mut self.cache, &mut self.tier1, &mut Elsewhere::default()).unwrap();
         if let Some(tier1) = &self.tier1 {
             tier1.verify(&mut self.guest.machine());
         }

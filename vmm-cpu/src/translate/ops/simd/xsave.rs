@@ -170,7 +170,8 @@ fn restore_extended(m: &mut Machine<'_>, mask: u64, state: u64, area: &[u8]) {
     for (number, offset, len) in components {
         in_use &= !(1 << number);
         if state >> number & 1 != 0
-            && let (Some(to), Some(from)) = (bytes.get_mut(offset..offset + len), area.get(offset..offset + len))
+            && let (Some(to), Some(from)) =
+                (bytes.get_mut(offset..offset + len), area.get(offset..offset + len))
         {
             to.copy_from_slice(from);
             in_use |= 1 << number;
@@ -188,4 +189,97 @@ pub(super) fn lower(instruction: &Instruction) -> Option<(Handler, bool)> {
         M::Xrstor | M::Xrstor64 => (xrstor, false),
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpuid::CpuidEntry;
+    use crate::translate::core::Reason;
+    use crate::translate::ops::misc::bench::{Bench, HOLE};
+
+    const AREA: u64 = 0x8_0000;
+    /// XSAVE64 [RDI] and XRSTOR64 [RDI].
+    const XSAVE: [u8; 4] = [0x48, 0x0f, 0xae, 0x27];
+    const XRSTOR: [u8; 4] = [0x48, 0x0f, 0xae, 0x2f];
+    const RDI: u8 = 7;
+
+    /// A processor with AVX state, all of whose bytes are `upper`.
+    fn bench(upper: u8) -> Bench {
+        let mut bench = Bench::new(64);
+        let core = &mut bench.core;
+        core.cpuid.set(CpuidEntry::new(0xd, Some(0), [7, 832, 832, 0]));
+        core.cpuid.set(CpuidEntry::new(0xd, Some(2), [256, 576, 0, 0]));
+        core.cpu.cr4 |= cr4::OSXSAVE | cr4::OSFXSR;
+        core.cpu.xcr0 = 7;
+        let mut bytes = XsaveArea::at_reset().bytes().to_vec();
+        bytes.resize(832, upper);
+        bytes[XSTATE_BV] = 7;
+        core.extended = XsaveArea::from_bytes(bytes);
+        core.update_mode();
+        core.cpu.set_xmm(3, 0x1234);
+        core.cpu.mxcsr = 0x1fa0;
+        bench.set(&[(RAX, 7), (RDX, 0), (RDI, AREA)]);
+        bench
+    }
+
+    fn vector_of(result: Result<(), Reason>) -> u8 {
+        match result {
+            Err(Reason::Exception(exception)) => exception.vector,
+            other => panic!("{other:?} in place of an exception"),
+        }
+    }
+
+    #[test]
+    fn what_is_saved_is_restored() {
+        let mut bench = bench(0x5a);
+        bench.run(&XSAVE).unwrap();
+        assert_eq!(bench.peek(AREA + 576, 256), [0x5a; 256]);
+        assert_eq!(bench.peek(AREA + 512, 8), [7, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bench.peek(AREA + 160 + 48, 2), [0x34, 0x12]);
+        bench.core.cpu.set_xmm(3, 0);
+        bench.core.cpu.mxcsr = 0x1f80;
+        bench.core.extended = XsaveArea::from_bytes(vec![0; 832]);
+        bench.run(&XRSTOR).unwrap();
+        assert_eq!((bench.core.cpu.xmm(3), bench.core.cpu.mxcsr), (0x1234, 0x1fa0));
+        let extended = bench.core.extended.clone().unwrap();
+        assert_eq!((extended.xstate_bv() & 4, &extended.bytes()[576..]), (4, &[0x5a; 256][..]));
+    }
+
+    #[test]
+    fn components_that_are_not_asked_for_stay() {
+        let mut bench = bench(0x5a);
+        bench.poke(AREA + 512, &[2]);
+        bench.set(&[(RAX, 4)]);
+        bench.run(&XSAVE).unwrap();
+        assert_eq!(bench.peek(AREA + 512, 1), [6]);
+        assert_eq!(bench.peek(AREA + 160, 256), [0; 256]);
+        // SSE in its initial state, AVX not asked for.
+        bench.set(&[(RAX, 2)]);
+        bench.poke(AREA + 512, &[4]);
+        bench.poke(AREA + 24, &0x1f80_u32.to_le_bytes());
+        bench.run(&XRSTOR).unwrap();
+        assert_eq!(bench.core.cpu.xmm(3), 0);
+        assert_eq!(bench.core.extended.as_ref().unwrap().bytes()[576..], [0x5a; 256]);
+    }
+
+    #[test]
+    fn areas_that_are_none_fault() {
+        let mut bench = bench(0);
+        bench.run(&XSAVE).unwrap();
+        for (offset, byte) in [(512, 8), (520, 1), (527, 0x80), (528, 1), (26, 1)] {
+            let held = bench.peek(AREA + offset, 1);
+            bench.poke(AREA + offset, &[byte]);
+            assert_eq!(vector_of(bench.run(&XRSTOR)), 13, "{offset}");
+            bench.poke(AREA + offset, &held);
+        }
+        bench.run(&XRSTOR).unwrap();
+        bench.set(&[(RDI, AREA + 16)]);
+        assert_eq!(vector_of(bench.run(&XSAVE)), 13);
+        assert_eq!(vector_of(bench.run(&XRSTOR)), 13);
+        bench.set(&[(RDI, HOLE - 64)]);
+        assert_eq!(vector_of(bench.run(&XSAVE)), 14);
+        bench.core.cpu.cr4 &= !cr4::OSXSAVE;
+        assert_eq!(vector_of(bench.run(&XSAVE)), 6);
+    }
 }
