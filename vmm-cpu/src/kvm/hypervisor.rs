@@ -66,7 +66,9 @@ pub struct KvmOptions {
     dirty_ring: Option<u32>,
     software_protected: bool,
     finish_instructions: bool,
+    #[cfg(feature = "translate")]
     privileged_in_software: bool,
+    #[cfg(feature = "translate")]
     all_programs: bool,
 }
 
@@ -76,7 +78,9 @@ impl Default for KvmOptions {
             dirty_ring: None,
             software_protected: false,
             finish_instructions: true,
+            #[cfg(feature = "translate")]
             privileged_in_software: false,
+            #[cfg(feature = "translate")]
             all_programs: false,
         }
     }
@@ -176,17 +180,17 @@ impl KvmHypervisor {
                 "KVM_CAP_VM_TYPES of this host lacks it (CONFIG_KVM_SW_PROTECTED_VM, and two-dimensional paging)",
             ));
         }
-        let mut this = Self { options, ..this };
+        let this = Self { options, ..this };
         #[cfg(feature = "translate")]
         if this.options.privileged_in_software {
-            this.split()?;
+            return this.split();
         }
         Ok(this)
     }
 
     /// Becomes what [`KvmOptions::privileged_in_software`] says.
     #[cfg(feature = "translate")]
-    fn split(&mut self) -> Result<()> {
+    fn split(mut self) -> Result<Self> {
         let options = &self.options;
         if options.dirty_ring.is_some() || options.software_protected {
             return Err(Error::unsupported(
@@ -204,7 +208,7 @@ impl KvmHypervisor {
         self.capabilities.hardware_assisted = Some(false);
         self.capabilities.shadowed_page_tables = false;
         self.cpuid = crate::translate::native::supported_with_vectors(&self.host.0);
-        Ok(())
+        Ok(self)
     }
 
     /// A virtual machine of both backends.

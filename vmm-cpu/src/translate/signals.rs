@@ -55,11 +55,13 @@ impl Signals {
         }
     }
 
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
     /// Says how to end the stay of a program that another engine runs.
     pub(crate) fn set_native(&self, handle: Arc<dyn VcpuHandle>) {
         self.native.get_or_init(|| handle);
     }
 
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
     /// Says that another engine runs the program until the result is dropped; `None` if somebody wants attention first.
     pub(crate) fn enter_native(self: &Arc<Self>) -> Option<InNative> {
         self.is_native.store(true, Ordering::SeqCst);
@@ -192,10 +194,12 @@ impl Signals {
     }
 }
 
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 /// See [`Signals::enter_native`].
 #[derive(Debug)]
 pub(crate) struct InNative(Arc<Signals>);
 
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 impl Drop for InNative {
     fn drop(&mut self) {
         self.0.is_native.store(false, Ordering::SeqCst);

@@ -6,6 +6,10 @@
 //! `translate`'s interpreter executes that one instruction from the vCPU's state and in the guest's memory, the state goes
 //! back, and hardware goes on. A vCPU that never meets such an instruction pays nothing, not even for the interpreter's state.
 //!
+//! One instruction at a time: a processor that runs privileged code has the next one sooner than the state could be of use here.
+//! Where KVM emulates all of it, that is not enough (Debian's kernel was more than a minute on its way to its first program, and
+//! programs there pass it by at SYSCALL): see `split`, which is for such hosts, and boots it in a second.
+//!
 //! | matter | answer |
 //! |---|---|
 //! | exceptions, single steps | handed to KVM as pending exceptions, which it delivers as its own |

@@ -58,11 +58,15 @@ const GDT: u64 = 2;
 const VCPUS: u64 = 3;
 
 /// Copies of top-level tables.
-pub(super) const COPIES: u64 = 24;
+pub(super) const COPIES: u64 = MOST_COPIES as u64;
+/// The same.
+pub(super) const MOST_COPIES: usize = 24;
 /// vCPUs, at most.
 pub(in crate::kvm) const MAX_VCPUS: u32 = 8;
 /// Addresses in a list.
-pub(super) const LIST: usize = (PAGE_SIZE / 8) as usize;
+pub(super) const LIST: usize = PAGE_BYTES / 8;
+/// Bytes of a page.
+pub(super) const PAGE_BYTES: usize = 4096;
 
 const FIRST_COPY: u64 = VCPUS + 2 * MAX_VCPUS as u64;
 const SHOWN: u64 = FIRST_COPY + COPIES;
@@ -266,7 +270,7 @@ fn task_state(vcpu: u32) -> [u8; 0x68] {
 /// The stubs. What follows an OUT is not reached: all registers are set before the vCPU runs again.
 fn stubs() -> Vec<u8> {
     const OUT: u8 = 0xe6;
-    let mut page = vec![0xcc; PAGE_SIZE as usize];
+    let mut page = vec![0xcc; PAGE_BYTES];
     let mut put = |va: u64, code: &[u8]| {
         let start = usize::try_from(va - VA).unwrap_or(usize::MAX);
         if let Some(place) = page.get_mut(start..start.saturating_add(code.len())) {

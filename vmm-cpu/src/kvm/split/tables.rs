@@ -14,9 +14,8 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
 use rustc_hash::FxHasher;
-use vmm_memory::PAGE_SIZE;
 
-use super::pages::{ACCESSED, COPIES, DIRTY, LARGE, LIST, PRESENT, Pages, WRITABLE};
+use super::pages::{ACCESSED, DIRTY, LARGE, LIST, MOST_COPIES, PAGE_BYTES, PRESENT, Pages, WRITABLE};
 use crate::error::Result;
 use crate::translate::native::{Invalidated, MemoryMap};
 
@@ -29,7 +28,7 @@ const FRAME: u64 = 0x000f_ffff_ffff_f000;
 /// Entries of a top-level table that programs have.
 const HALF: usize = 256;
 
-type Page = [u8; PAGE_SIZE as usize];
+type Page = [u8; PAGE_BYTES];
 type Map<V> = HashMap<u64, V, BuildHasherDefault<FxHasher>>;
 
 /// One table as KVM may have seen it.
@@ -87,7 +86,7 @@ enum Look {
 impl Tables {
     pub(super) fn new() -> Self {
         let copy = Copy { of: None, entries: [0; HALF], users: 0, used: 0 };
-        Self { known: Map::default(), copies: vec![copy; COPIES as usize], looks: 0, is_lost: false }
+        Self { known: Map::default(), copies: vec![copy; MOST_COPIES], looks: 0, is_lost: false }
     }
 
     /// Prepares a stay on the tables at `root`; the number of the copy to run on. `held` is what this vCPU ran on last.
@@ -197,7 +196,7 @@ impl Tables {
             .filter(|entry| entry & PRESENT != 0)
             .map(|entry| (entry & FRAME, 3))
             .collect();
-        let mut page: Page = [0; PAGE_SIZE as usize];
+        let mut page: Page = [0; PAGE_BYTES];
         while let Some((gpa, level)) = left.pop() {
             let is_new = !self.known.contains_key(&gpa);
             if is_new && self.known.len() >= MAX_TABLES {
@@ -211,7 +210,7 @@ impl Tables {
             }
             let looked = self.looks;
             let table = self.known.entry(gpa).or_insert_with(|| Table {
-                bytes: Box::new([0; PAGE_SIZE as usize]),
+                bytes: Box::new([0; PAGE_BYTES]),
                 level,
                 below: Vec::new(),
                 is_restless: false,

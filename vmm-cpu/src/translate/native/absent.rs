@@ -8,7 +8,7 @@ use crate::vcpu::Halt;
 
 /// There are none elsewhere.
 #[derive(Debug, Default)]
-pub(crate) struct Elsewhere;
+pub(crate) struct Elsewhere(());
 
 impl Elsewhere {
     #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "as with the feature")]

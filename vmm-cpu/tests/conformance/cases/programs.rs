@@ -7,8 +7,8 @@
 use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{
-    CodeLabel, byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r12d, r13, r14,
-    r15, rax, rbx, rcx, rdi, rsi, rsp, ymm1, ymmword_ptr,
+    CodeLabel, byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r11, r12d, r13,
+    r14, r15, rax, rbx, rcx, rdi, rsi, rsp, ymm1, ymmword_ptr,
 };
 use vmm_cpu::cpuid::Feature;
 
@@ -30,6 +30,7 @@ cases![
     page_that_another_vcpu_maps_anew_is_the_new_one,
     locked_additions_of_a_program_and_of_a_kernel_add_up,
     kernel_keeps_vector_registers_of_a_program,
+    flags_that_a_program_may_not_choose_stay_as_they_are,
 ];
 
 const UNDEFINED: u8 = 6;
@@ -147,12 +148,15 @@ fn write(p: &mut Program, value: u32) -> Outcome {
     Ok(p.nop()?)
 }
 
+/// A page fault: error code and address.
+type Fault = (u64, u64);
+
 /// Runs the program to its end: what it has seen, and its faults with their addresses.
 fn run(
     backend: &Backend,
     program: impl FnOnce(&mut Program) -> Outcome,
     seen: usize,
-) -> Outcome<(Machine, Vec<u64>, Vec<(u64, u64)>)> {
+) -> Outcome<(Machine, Vec<u64>, Vec<Fault>)> {
     let mut p = Program::new()?;
     kernel(&mut p)?;
     program(&mut p)?;
@@ -494,5 +498,41 @@ fn kernel_keeps_vector_registers_of_a_program(backend: &Backend) -> Outcome {
     // XSTATE_BV, and where the upper half is: the first of the components that come behind the header.
     assert_eq!(machine.word(AREA + 512)? & 4, 4);
     assert_eq!(machine.bytes(AREA + 576, 32)?[16..], pattern[16..]);
+    Ok(())
+}
+
+/// Engines that run programs in their own way may keep code in the upper half of the address space. A program that jumps there,
+/// with a return address and flags of its choice where SYSCALL leaves them, gets no right that it had not.
+fn flags_that_a_program_may_not_choose_stay_as_they_are(backend: &Backend) -> Outcome {
+    const WHERE_XEN_IS: u64 = 0xffff_8100_0000_0000;
+    const IF: u64 = 1 << 9;
+    const IOPL: u64 = 3 << 12;
+    let mut p = Program::new()?;
+    let (mut start, mut user, mut behind) = (p.create_label(), p.create_label(), p.create_label());
+    p.jmp(start)?;
+    for (vector, frame) in [(UNDEFINED, 0), (PAGE_FAULT, 8)] {
+        p.handler(vector)?;
+        p.mov(rax, qword_ptr(rsp + frame + 8))?;
+        p.mov(qword_ptr(SEEN), rax)?;
+        p.mov(rax, qword_ptr(rsp + frame + 16))?;
+        p.mov(qword_ptr(SEEN + 8), rax)?;
+        p.end()?;
+    }
+    p.set_label(&mut start)?;
+    p.mov(rax, KERNEL_STACK)?;
+    p.mov(qword_ptr(layout::TSS + 4), rax)?;
+    enter(&mut p, user)?;
+    p.set_label(&mut user)?;
+    p.lea(rcx, ptr(behind))?;
+    p.mov(r11, IOPL | 2)?;
+    p.mov(rax, WHERE_XEN_IS)?;
+    p.jmp(rax)?;
+    p.syscall()?;
+    p.set_label(&mut behind)?;
+    p.ud2()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    machine.run_to_end()?;
+    assert_eq!(machine.word(SEEN)?, u64::from(selector::USER_CODE));
+    assert_eq!(machine.word(SEEN + 8)? & (IF | IOPL), IF);
     Ok(())
 }
