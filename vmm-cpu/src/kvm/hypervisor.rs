@@ -207,7 +207,7 @@ impl KvmHypervisor {
         self.capabilities.tsc_scaling = false;
         self.capabilities.hardware_assisted = Some(false);
         self.capabilities.shadowed_page_tables = false;
-        self.cpuid = crate::translate::native::supported_with_vectors(&self.host.0);
+        self.cpuid = crate::translate::native::supported_with_vectors(&CpuidTable::host(), &self.host.0);
         Ok(self)
     }
 

@@ -45,6 +45,12 @@ const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
     ("hypercalls::not_passed_on_fails_in_the_guest", "VMCALL is patched and executed again for ever"),
 ];
 
+/// Cases that privileged code in software cannot pass where programs have a processor with AVX.
+const SOFTWARE_BESIDE_AVX: &[(&str, &str)] = &[(
+    "unemulated::wide_accesses_of_a_device",
+    "software has no AVX, which kernels are told of to keep its registers",
+)];
+
 /// Subjects whose guests are too much for the toy.
 const BEYOND_THE_TOY: &[&str] =
     &["ordering", "litmus", "cross_modifying", "shootdown", "transfers", "unemulated", "programs"];
@@ -143,6 +149,10 @@ impl Candidate {
         let subject = case.split("::").next().unwrap_or_default();
         if self.name == ToyHypervisor::NAME && BEYOND_THE_TOY.contains(&subject) {
             return Err(Stop::skipped("the toy interpreter knows too few instructions"));
+        }
+        let is_software = self.name == KVM_FOR_PROGRAMS;
+        if let Some((_, reason)) = SOFTWARE_BESIDE_AVX.iter().find(|(name, _)| is_software && *name == case) {
+            return Err(Stop::skipped(*reason));
         }
         let without_hardware = self.opened.as_ref().is_ok_and(Backend::is_kvm_without_hardware);
         match KVM_WITHOUT_HARDWARE.iter().find(|(name, _)| without_hardware && *name == case) {

@@ -53,8 +53,6 @@ struct Split {
     pages: Pages,
     tables: Mutex<Tables>,
     spare: SparePage,
-    /// XCR0 of programs; 0 without XSAVE.
-    xcr0: u64,
     /// All programs run on KVM, whatever that costs.
     always: bool,
     /// There may be other vCPUs.
@@ -88,7 +86,6 @@ impl SplitVm {
         tsc_khz: u32,
         always: bool,
     ) -> Result<Self> {
-        let xcr0 = cpuid.get(0xd, 0).map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax));
         let software = new_software_vm(config, cpuid, tsc_khz, super::sys::host_tsc, super::NAME)?;
         let pages = Pages::new(gpa_bits)?;
         kvm.map_region(Arc::clone(pages.region()), GuestAccess::ReadWrite, None)?;
@@ -97,7 +94,6 @@ impl SplitVm {
             pages,
             tables: Mutex::new(Tables::new()),
             spare: SparePage::default(),
-            xcr0,
             always,
             has_others: config.max_vcpus > 1,
             stays: AtomicU64::new(0),

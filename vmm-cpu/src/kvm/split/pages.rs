@@ -41,8 +41,6 @@ pub(super) const VA_SYSCALL: u64 = VA;
 pub(super) const VA_SHOW: u64 = VA + 0x20;
 /// Operation: load the root in RBP.
 pub(super) const VA_LOAD_ROOT: u64 = VA_SHOW + 9;
-/// For ring 3: RDTSC. The OUT behind it is not allowed there, which ends it.
-pub(super) const VA_COUNTER: u64 = VA + 0x40;
 /// Stub of exception 0; the others follow.
 const VA_EXCEPTIONS: u64 = VA + 0x100;
 const STUB_SIZE: u64 = 8;
@@ -82,14 +80,13 @@ const ENTRIES: u64 = 512;
 pub(super) const MAX_RAM: u64 = ENTRIES << 30;
 const PAGES: u64 = RAM_DIRECTORIES + ENTRIES;
 
-/// Page-table entry bits (Intel SDM 3A table 5-20).
+/// Page-table entry bits (Intel SDM 3A table 5-20). Without XD: it is reserved where the guest has not turned it on.
 pub(super) const PRESENT: u64 = 1;
 pub(super) const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 pub(super) const ACCESSED: u64 = 1 << 5;
 pub(super) const DIRTY: u64 = 1 << 6;
 pub(super) const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
 const TABLE: u64 = PRESENT | WRITABLE | USER | ACCESSED;
 
 /// See the module.
@@ -156,8 +153,8 @@ impl Pages {
         for page in 0..SHOWN {
             let rights = match page {
                 STUBS => PRESENT | USER | ACCESSED,
-                IDT => PRESENT | ACCESSED | NO_EXECUTE,
-                _ => PRESENT | WRITABLE | ACCESSED | DIRTY | NO_EXECUTE,
+                IDT => PRESENT | ACCESSED,
+                _ => PRESENT | WRITABLE | ACCESSED | DIRTY,
             };
             self.put_entry(LEAVES, page, self.page(page) | rights)?;
         }
@@ -176,7 +173,7 @@ impl Pages {
         for number in start / GIB..end.min(MAX_RAM).div_ceil(GIB) {
             for index in 0..ENTRIES {
                 let gpa = number * GIB + index * LARGE_PAGE;
-                let rights = PRESENT | WRITABLE | ACCESSED | DIRTY | LARGE | NO_EXECUTE;
+                let rights = PRESENT | WRITABLE | ACCESSED | DIRTY | LARGE;
                 self.put_entry(RAM_DIRECTORIES + number, index, gpa | rights)?;
             }
             self.put_entry(RAM_POINTERS, number, self.page(RAM_DIRECTORIES + number) | TABLE)?;
@@ -284,7 +281,6 @@ fn stubs() -> Vec<u8> {
     put(VA_SHOW, &[0x48, 0xad, 0xf0, 0x48, 0x83, 0x08, 0, 0xe2, 0xf7]);
     // MOV CR3, RBP
     put(VA_LOAD_ROOT, &[0x0f, 0x22, 0xdd, OUT, done]);
-    put(VA_COUNTER, &[0x0f, 0x31, OUT, done]);
     for vector in 0..32 {
         put(VA_EXCEPTIONS + u64::from(vector) * STUB_SIZE, &[OUT, exception + vector]);
     }
@@ -320,14 +316,9 @@ mod tests {
         let page = stubs();
         let exceptions =
             (0..EXCEPTIONS).map(|n| (VA_EXCEPTIONS + u64::from(n) * STUB_SIZE, PORT_EXCEPTION + n));
-        for (va, port) in [
-            (VA_SYSCALL, PORT_SYSCALL),
-            (VA_SHOW, PORT_DONE),
-            (VA_LOAD_ROOT, PORT_DONE),
-            (VA_COUNTER, PORT_DONE),
-        ]
-        .into_iter()
-        .chain(exceptions)
+        for (va, port) in [(VA_SYSCALL, PORT_SYSCALL), (VA_SHOW, PORT_DONE), (VA_LOAD_ROOT, PORT_DONE)]
+            .into_iter()
+            .chain(exceptions)
         {
             let code = &page[usize::try_from(va - VA).unwrap()..];
             let mut decoder = Decoder::with_ip(64, code, va, DecoderOptions::NONE);
@@ -357,6 +348,6 @@ mod tests {
         assert!((1..SHOWN).all(|page| entry(LEAVES, page) & USER == 0));
         assert_eq!(entry(LEAVES, 0) & (USER | WRITABLE), USER);
         assert!(pages.show_memory(0, 3 << 30).unwrap() && !pages.show_memory(0, MAX_RAM + 1).unwrap());
-        assert_eq!(entry(RAM_DIRECTORIES + 2, 1) & !0xfff & !NO_EXECUTE, (2 << 30) + (2 << 20));
+        assert_eq!(entry(RAM_DIRECTORIES + 2, 1) & !0xfff, (2 << 30) + (2 << 20));
     }
 }

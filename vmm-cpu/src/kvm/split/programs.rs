@@ -22,7 +22,6 @@ const CR0: u64 = 0x8005_0033;
 /// OSXMMEXCPT, OSFXSR, PAE; without global pages, which would outlive the change to another root.
 const CR4: u64 = 0x620;
 const CR4_FSGSBASE: u64 = 1 << 16;
-const CR4_OSXSAVE: u64 = 1 << 18;
 /// LMA, LME, SCE.
 const EFER: u64 = 0x501;
 const EFER_NXE: u64 = 1 << 11;
@@ -137,7 +136,6 @@ impl Programs {
         let index = vcpu.index();
         let pages = &split.pages;
         let ((gdt, gdt_limit), (idt, idt_limit)) = (pages.gdt(), pages.idt());
-        let os_xsave = if split.xcr0 == 0 { 0 } else { CR4_OSXSAVE };
         let at_reset = vcpu.system_registers()?;
         let system = SystemRegisters {
             gdtr: DescriptorTable { base: gdt, limit: gdt_limit },
@@ -148,9 +146,8 @@ impl Programs {
             ss: Segment::data32(pages::STUB_SS),
             cr0: CR0,
             cr3: pages.own_root(),
-            cr4: CR4 | CR4_FSGSBASE | os_xsave,
+            cr4: CR4 | CR4_FSGSBASE,
             efer: EFER | EFER_NXE,
-            xcr0: if split.xcr0 == 0 { at_reset.xcr0 } else { split.xcr0 },
             ..at_reset
         };
         vcpu.set_system_registers(&system)?;
