@@ -201,7 +201,8 @@ impl KvmHypervisor {
         let translate = crate::translate::TranslateHypervisor::new();
         let software = crate::Hypervisor::capabilities(&translate);
         self.capabilities.max_vcpus = self.capabilities.max_vcpus.min(super::split::MAX_VCPUS);
-        self.capabilities.gpa_bits = self.capabilities.gpa_bits.min(software.gpa_bits);
+        // The engine's own pages are at the end of what KVM has.
+        self.capabilities.gpa_bits = (self.capabilities.gpa_bits - 1).min(software.gpa_bits);
         self.capabilities.interrupt_modes.clone_from(&software.interrupt_modes);
         self.capabilities.legacy_timer = false;
         self.capabilities.tsc_scaling = false;
@@ -220,7 +221,9 @@ impl KvmHypervisor {
         let below = VmConfig { interrupts: InterruptMode::External, ..config.clone() };
         let kvm = self.create_inner(&below, self.host.0.clone(), false)?;
         let always = self.options.all_programs;
-        super::split::SplitVm::new(kvm, self.host.1, config, cpuid, tsc_khz, always)
+        // Beyond x87 and SSE, which all have.
+        let vectors = self.cpuid.get(0xd, 0).map_or(0, |leaf| u64::from(leaf.eax & !3));
+        super::split::SplitVm::new(kvm, self.host.1, vectors, config, cpuid, tsc_khz, always)
     }
 
     /// Opens the KVM device at another path.

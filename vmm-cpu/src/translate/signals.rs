@@ -200,6 +200,15 @@ impl Signals {
 pub(crate) struct InNative(Arc<Signals>);
 
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+impl InNative {
+    /// Says so again, after a kick that somebody may have come late with; false if somebody wants attention.
+    pub(crate) fn stays(&self) -> bool {
+        self.0.is_native.store(true, Ordering::SeqCst);
+        !self.0.attention.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 impl Drop for InNative {
     fn drop(&mut self) {
         self.0.is_native.store(false, Ordering::SeqCst);

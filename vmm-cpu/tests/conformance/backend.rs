@@ -43,13 +43,26 @@ const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
         "a locked access that is not aligned is emulated as a load and a store",
     ),
     ("hypercalls::not_passed_on_fails_in_the_guest", "VMCALL is patched and executed again for ever"),
+    (
+        "programs::alignment_is_checked_if_the_kernel_wants_that",
+        "unprivileged code runs with the host's CR0.AM",
+    ),
 ];
 
-/// Cases that privileged code in software cannot pass where programs have a processor with AVX.
-const SOFTWARE_BESIDE_AVX: &[(&str, &str)] = &[(
-    "unemulated::wide_accesses_of_a_device",
-    "software has no AVX, which kernels are told of to keep its registers",
-)];
+/// Cases that a virtual machine with privileged code in software, and programs on KVM without virtualization hardware, cannot
+/// pass.
+const SOFTWARE_AND_KVM: &[(&str, &str)] = &[
+    (
+        "unemulated::wide_accesses_of_a_device",
+        "software has no AVX, which kernels are told of to keep its registers",
+    ),
+    ("clock::counter_stands_still_while_paused", "the guest's time-stamp counter is the host's"),
+    ("memory::memory_that_the_host_has_lost_is_named", "the kernel's accesses are this process's"),
+    (
+        "programs::number_of_the_processor_is_what_the_kernel_has_said",
+        "the processor has the host's IA32_TSC_AUX again whenever KVM_RUN has returned",
+    ),
+];
 
 /// Subjects whose guests are too much for the toy.
 const BEYOND_THE_TOY: &[&str] =
@@ -151,7 +164,7 @@ impl Candidate {
             return Err(Stop::skipped("the toy interpreter knows too few instructions"));
         }
         let is_software = self.name == KVM_FOR_PROGRAMS;
-        if let Some((_, reason)) = SOFTWARE_BESIDE_AVX.iter().find(|(name, _)| is_software && *name == case) {
+        if let Some((_, reason)) = SOFTWARE_AND_KVM.iter().find(|(name, _)| is_software && *name == case) {
             return Err(Stop::skipped(*reason));
         }
         let without_hardware = self.opened.as_ref().is_ok_and(Backend::is_kvm_without_hardware);

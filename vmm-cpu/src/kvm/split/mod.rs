@@ -13,11 +13,13 @@
 //! | `pages` | stubs, descriptor tables and page tables in guest-physical memory |
 //!
 //! A program runs with an interrupt descriptor table of the engine's own, so each exception and each SYSCALL ends the stay; it
-//! is delivered in software, through the guest's tables. A stay costs some 30 microseconds.
+//! is delivered in software, through the guest's tables. A stay costs some 50 microseconds, see `pace`.
 //!
 //! Threat model: programs and the guest's kernel are hostile. The kernel owns the tables that programs run on, so it can let
-//! a program destroy what the engine keeps in guest-physical memory; that ends the guest and nothing else. What a program can
-//! choose of its flags is masked before the guest's kernel sees it.
+//! a program reach what the engine keeps in guest-physical memory. What the engine itself works with is read-only there; the
+//! rest, once destroyed, ends the guest, which can be kicked and paused all the while. Code that comes to run at privilege level
+//! 0 of KVM's vCPU in that way reaches the guest's own memory and devices. What a program can choose of its flags is masked
+//! before the guest's kernel sees it, and programs whose kernel does not keep all vector registers apart do not come here.
 
 mod pace;
 mod pages;
@@ -37,7 +39,7 @@ use self::tables::Tables;
 use super::dirty::KvmDirtyLog;
 use super::finish::shadows::SparePage;
 use super::vm::VmInner;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hypervisor::VmConfig;
 use crate::state::VmState;
 use crate::translate::native::{SoftwareVm, new_software_vm};
@@ -57,8 +59,11 @@ struct Split {
     always: bool,
     /// There may be other vCPUs.
     has_others: bool,
-    /// Beginnings and ends of stays, of all vCPUs.
-    stays: AtomicU64,
+    /// Components of XCR0 that programs find, whatever their kernel knows of them.
+    vectors: u64,
+    /// Stays that have begun, and of these those that have ended, of all vCPUs.
+    begun: AtomicU64,
+    ended: AtomicU64,
     /// Some of the guest's memory cannot be shown.
     is_blind: AtomicBool,
 }
@@ -81,6 +86,7 @@ impl SplitVm {
     pub(super) fn new(
         kvm: Arc<VmInner>,
         gpa_bits: u8,
+        vectors: u64,
         config: &VmConfig,
         cpuid: crate::cpuid::CpuidTable,
         tsc_khz: u32,
@@ -88,7 +94,9 @@ impl SplitVm {
     ) -> Result<Self> {
         let software = new_software_vm(config, cpuid, tsc_khz, super::sys::host_tsc, super::NAME)?;
         let pages = Pages::new(gpa_bits)?;
-        kvm.map_region(Arc::clone(pages.region()), GuestAccess::ReadWrite, None)?;
+        let [fixed, written] = pages.regions();
+        kvm.map_region(Arc::clone(fixed), GuestAccess::ReadOnly, None)?;
+        kvm.map_region(Arc::clone(written), GuestAccess::ReadWrite, None)?;
         let split = Split {
             kvm,
             pages,
@@ -96,7 +104,9 @@ impl SplitVm {
             spare: SparePage::default(),
             always,
             has_others: config.max_vcpus > 1,
-            stays: AtomicU64::new(0),
+            vectors,
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
             is_blind: AtomicBool::new(false),
         };
         Ok(Self { software, split: Arc::new(split) })
@@ -130,9 +140,12 @@ impl Vm for SplitVm {
     }
 
     fn unmap_memory(&self, gpa: GuestAddress) -> Result<Arc<GuestRegion>> {
-        let region = self.software.unmap_memory(gpa)?;
+        // What is the engine's own is not the caller's.
+        if self.split.pages.regions().iter().any(|region| region.start_addr() == gpa) {
+            return Err(Error::NoSuchRegion { gpa });
+        }
         self.split.kvm.unmap_memory(gpa)?;
-        Ok(region)
+        self.software.unmap_memory(gpa)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>> {
@@ -190,7 +203,10 @@ impl DirtyLog for BothLogs {
 impl GuestDirtyLog for BothLogs {
     fn start(&self, gpa: GuestAddress) -> Result<()> {
         self.software.start(gpa)?;
-        self.kvm.start(gpa)
+        self.kvm.start(gpa).inspect_err(|_| {
+            // Nothing of it is lost: it logs, and nobody asks.
+            drop(self.software.stop(gpa));
+        })
     }
 
     fn stop(&self, gpa: GuestAddress) -> Result<()> {

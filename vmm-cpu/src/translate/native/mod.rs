@@ -29,6 +29,7 @@ use crate::translate::memory::PAGE_MASK;
 pub(crate) use crate::translate::memory::{Access, Invalidated, MemoryMap};
 use crate::translate::run::{execute_one, leave};
 use crate::translate::segment::index;
+pub(crate) use crate::translate::signals::InNative;
 use crate::translate::vm::{Shared, TranslateVm};
 use crate::vcpu::Halt;
 
@@ -154,9 +155,12 @@ impl Machine<'_> {
         }
     }
 
-    /// Hands over the vector registers and x87 of the program.
+    /// Hands over the vector registers and x87 of the program. Components that its kernel has not turned on, and does not keep
+    /// apart, are as after reset.
     pub(crate) fn program_vectors(&self) -> XsaveArea {
-        self.xsave_over(self.extended.clone().unwrap_or_default())
+        let mut area = self.extended.clone().unwrap_or_default();
+        area.retain(self.cpu.xcr0);
+        self.xsave_over(area)
     }
 
     /// Takes them back.
@@ -181,6 +185,11 @@ impl Machine<'_> {
             *self.cpu.segment_mut(n) = segment.into();
         }
         self.set_general_registers(general);
+    }
+
+    /// Whether there is somebody who ends a stay when the next timer is due.
+    pub(crate) fn has_program_alarm(&self) -> bool {
+        self.shared.alarm.is_some()
     }
 
     /// Has the loop look around when the next timer is due.

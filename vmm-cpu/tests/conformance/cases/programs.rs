@@ -7,8 +7,8 @@
 use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{
-    CodeLabel, byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r11, r12d, r13,
-    r14, r15, rax, rbx, rcx, rdi, rsi, rsp, ymm1, ymmword_ptr,
+    CodeLabel, byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r9, r11, r12d,
+    r13, r14, r15, rax, rbx, rcx, rdi, rsi, rsp, ymm1, ymmword_ptr,
 };
 use vmm_cpu::cpuid::Feature;
 
@@ -31,6 +31,10 @@ cases![
     locked_additions_of_a_program_and_of_a_kernel_add_up,
     kernel_keeps_vector_registers_of_a_program,
     flags_that_a_program_may_not_choose_stay_as_they_are,
+    programs_find_nothing_where_engines_may_keep_something,
+    steps_of_a_program_are_seen_by_its_kernel,
+    alignment_is_checked_if_the_kernel_wants_that,
+    number_of_the_processor_is_what_the_kernel_has_said,
 ];
 
 const UNDEFINED: u8 = 6;
@@ -55,6 +59,9 @@ const WRITABLE: u64 = 2;
 /// Where faults are noted, and what the program has found.
 const FAULTS: u64 = layout::DATA + 0x4000;
 const SEEN: u64 = layout::DATA + 0x5000;
+/// OSFXSR and OSXMMEXCPT; OSXSAVE.
+const CR4_SSE: i32 = 3 << 9;
+const CR4_OSXSAVE: i32 = 1 << 18;
 const KERNEL_STACK: u64 = layout::STACK_TOP - 0x8000;
 
 /// The kernel's beginning, up to where the program begins.
@@ -103,8 +110,33 @@ fn kernel(p: &mut Program) -> Outcome {
     Ok(())
 }
 
-/// Goes on at privilege level 3.
+/// Goes on at privilege level 3, on a processor that has all vector registers turned on.
 fn enter(p: &mut Program, program: CodeLabel) -> Outcome {
+    const XSAVE: u32 = 26;
+    let mut has_none = p.create_label();
+    p.mov(r8, rbx)?;
+    p.mov(r9, rcx)?;
+    p.mov(rax, cr4)?;
+    p.or(eax, CR4_SSE)?;
+    p.mov(cr4, rax)?;
+    p.mov(eax, 1)?;
+    p.cpuid()?;
+    p.bt(ecx, XSAVE)?;
+    p.jnc(has_none)?;
+    p.mov(rax, cr4)?;
+    p.or(eax, CR4_OSXSAVE)?;
+    p.mov(cr4, rax)?;
+    p.mov(eax, 0xd)?;
+    p.xor(ecx, ecx)?;
+    p.cpuid()?;
+    // What there is of x87, SSE, AVX and AVX-512.
+    p.and(eax, 0xe7)?;
+    p.xor(ecx, ecx)?;
+    p.xor(edx, edx)?;
+    p.xsetbv()?;
+    p.set_label(&mut has_none)?;
+    p.mov(rbx, r8)?;
+    p.mov(rcx, r9)?;
     p.lea(rax, ptr(program))?;
     p.push(i32::from(selector::USER_DATA))?;
     p.push(i32::try_from(layout::STACK_TOP - 0x1_0000)?)?;
@@ -167,6 +199,10 @@ fn run(
     let count = (machine.vcpu.registers()?.r15 - FAULTS) / 16;
     let faults = (0..count).map(|n| Ok((machine.word(FAULTS + n * 16)?, machine.word(FAULTS + n * 16 + 8)?)));
     let faults = faults.collect::<Outcome<Vec<_>>>()?;
+    // Where another engine runs programs, it has run this one.
+    let counts = machine.vcpu.exit_counts();
+    let stays = counts.iter().find(|(name, _)| *name == "program-stays");
+    assert!(stays.is_none_or(|(_, stays)| *stays > 0), "{counts:?}");
     Ok((machine, found, faults))
 }
 
@@ -441,7 +477,6 @@ fn locked_additions_of_a_program_and_of_a_kernel_add_up(backend: &Backend) -> Ou
 
 /// The program's AVX registers, which the kernel saves, clears and restores by XSAVE and XRSTOR.
 fn kernel_keeps_vector_registers_of_a_program(backend: &Backend) -> Outcome {
-    const CR4_VECTORS: i32 = 1 << 9 | 1 << 10 | 1 << 18;
     const AREA: u64 = layout::DATA + 0x6000;
     const EMPTY: u64 = layout::DATA + 0x7000;
     const AVX: u32 = 7;
@@ -471,15 +506,6 @@ fn kernel_keeps_vector_registers_of_a_program(backend: &Backend) -> Outcome {
     p.set_label(&mut start)?;
     p.mov(rax, KERNEL_STACK)?;
     p.mov(qword_ptr(layout::TSS + 4), rax)?;
-    p.mov(rax, cr0)?;
-    p.mov(cr0, rax)?;
-    p.mov(rax, cr4)?;
-    p.or(eax, CR4_VECTORS)?;
-    p.mov(cr4, rax)?;
-    p.xor(ecx, ecx)?;
-    p.xor(edx, edx)?;
-    p.mov(eax, AVX)?;
-    p.xsetbv()?;
     enter(&mut p, user)?;
     p.set_label(&mut user)?;
     p.vmovdqu(ymm1, ymmword_ptr(layout::DATA))?;
@@ -534,5 +560,147 @@ fn flags_that_a_program_may_not_choose_stay_as_they_are(backend: &Backend) -> Ou
     machine.run_to_end()?;
     assert_eq!(machine.word(SEEN)?, u64::from(selector::USER_CODE));
     assert_eq!(machine.word(SEEN + 8)? & (IF | IOPL), IF);
+    Ok(())
+}
+
+/// Engines that run programs in their own way may keep what they need in the upper half of the address space.
+fn programs_find_nothing_where_engines_may_keep_something(backend: &Backend) -> Outcome {
+    const BEHIND_STUBS: u64 = 0xffff_8100_0000_1000;
+    const PAGES: u64 = 80;
+    let (_, _, faults) = run(
+        backend,
+        |p| {
+            let (mut next, mut behind) = (p.create_label(), p.create_label());
+            p.mov(r8, BEHIND_STUBS)?;
+            p.mov(r9, PAGES)?;
+            let again = p.here()?;
+            p.lea(rbx, ptr(behind))?;
+            // Neither a store of some bytes nor one of many.
+            p.test(r9, 1)?;
+            p.je(next)?;
+            p.mov(byte_ptr(r8), 1)?;
+            p.set_label(&mut next)?;
+            p.lock().inc(qword_ptr(r8))?;
+            p.set_label(&mut behind)?;
+            p.add(r8, 0x1000)?;
+            p.dec(r9)?;
+            Ok(p.jne(again)?)
+        },
+        0,
+    )?;
+    const WRITE_BY_A_PROGRAM: u64 = 6;
+    let pages = (0..PAGES).map(|n| (WRITE_BY_A_PROGRAM, BEHIND_STUBS + n * 0x1000));
+    assert_eq!(
+        faults.iter().map(|(error, va)| (*error, va & !0xfff)).collect::<Vec<_>>(),
+        pages.collect::<Vec<_>>()
+    );
+    Ok(())
+}
+
+/// A program sets TF by itself.
+fn steps_of_a_program_are_seen_by_its_kernel(backend: &Backend) -> Outcome {
+    const DEBUG: u8 = 1;
+    const TF: i32 = 1 << 8;
+    const STEPS: u64 = 7;
+    let mut p = Program::new()?;
+    let (mut start, mut user) = (p.create_label(), p.create_label());
+    p.jmp(start)?;
+    p.handler(DEBUG)?;
+    p.inc(qword_ptr(SEEN))?;
+    p.iretq()?;
+    p.handler(UNDEFINED)?;
+    p.mov(rax, qword_ptr(rsp + 16))?;
+    p.mov(qword_ptr(SEEN + 8), rax)?;
+    p.end()?;
+    p.set_label(&mut start)?;
+    p.mov(rax, KERNEL_STACK)?;
+    p.mov(qword_ptr(layout::TSS + 4), rax)?;
+    enter(&mut p, user)?;
+    p.set_label(&mut user)?;
+    // It has computed before, and computes on after.
+    p.mov(ecx, 1000)?;
+    let before = p.here()?;
+    p.dec(ecx)?;
+    p.jne(before)?;
+    p.pushfq()?;
+    p.or(qword_ptr(rsp), TF)?;
+    p.popfq()?;
+    for _ in 0..STEPS - 3 {
+        p.inc(rax)?;
+    }
+    p.pushfq()?;
+    p.and(qword_ptr(rsp), !TF)?;
+    p.popfq()?;
+    p.inc(rax)?;
+    p.ud2()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    machine.run_to_end()?;
+    assert_eq!(machine.word(SEEN)?, STEPS);
+    assert_eq!(machine.word(SEEN + 8)? & u64::from(TF.unsigned_abs()), 0);
+    Ok(())
+}
+
+/// AC is a program's own, and means something if CR0.AM is set.
+fn alignment_is_checked_if_the_kernel_wants_that(backend: &Backend) -> Outcome {
+    const ALIGNMENT: u8 = 17;
+    const AM: i32 = 1 << 18;
+    const AC: i32 = 1 << 18;
+    for (am, expected) in [(0, 0), (AM, 1)] {
+        let mut p = Program::new()?;
+        let (mut start, mut user) = (p.create_label(), p.create_label());
+        p.jmp(start)?;
+        p.handler(ALIGNMENT)?;
+        p.inc(qword_ptr(SEEN))?;
+        p.end()?;
+        p.handler(UNDEFINED)?;
+        p.end()?;
+        p.set_label(&mut start)?;
+        p.mov(rax, KERNEL_STACK)?;
+        p.mov(qword_ptr(layout::TSS + 4), rax)?;
+        p.mov(rax, cr0)?;
+        p.or(eax, am)?;
+        p.mov(cr0, rax)?;
+        enter(&mut p, user)?;
+        p.set_label(&mut user)?;
+        p.mov(rdi, SEEN)?;
+        p.pushfq()?;
+        p.or(qword_ptr(rsp), AC)?;
+        p.popfq()?;
+        p.mov(rax, qword_ptr(rdi + 9))?;
+        p.ud2()?;
+        let mut machine = Machine::new(backend, &p.assemble()?)?;
+        machine.run_to_end()?;
+        assert_eq!(machine.word(SEEN)?, expected, "CR0.AM {am:#x}");
+    }
+    Ok(())
+}
+
+/// RDTSCP reads what the kernel has put into IA32_TSC_AUX.
+fn number_of_the_processor_is_what_the_kernel_has_said(backend: &Backend) -> Outcome {
+    const TSC_AUX: u32 = 0xc000_0103;
+    const NUMBER: u32 = 0x123;
+    if !backend.hypervisor.supported_cpuid().has(Feature::RDTSCP) {
+        return Err(Stop::skipped("the processor has no RDTSCP"));
+    }
+    let mut p = Program::new()?;
+    let (mut start, mut user) = (p.create_label(), p.create_label());
+    p.jmp(start)?;
+    p.handler(UNDEFINED)?;
+    p.end()?;
+    p.set_label(&mut start)?;
+    p.mov(rax, KERNEL_STACK)?;
+    p.mov(qword_ptr(layout::TSS + 4), rax)?;
+    p.mov(ecx, TSC_AUX)?;
+    p.mov(eax, NUMBER)?;
+    p.xor(edx, edx)?;
+    p.wrmsr()?;
+    enter(&mut p, user)?;
+    p.set_label(&mut user)?;
+    p.rdtscp()?;
+    p.mov(qword_ptr(SEEN), rcx)?;
+    p.ud2()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    machine.run_to_end()?;
+    assert_eq!(machine.word(SEEN)?, u64::from(NUMBER));
     Ok(())
 }
