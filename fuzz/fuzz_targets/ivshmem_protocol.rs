@@ -2,6 +2,8 @@
 
 #![no_main]
 
+mod threads;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
@@ -9,7 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
@@ -205,28 +207,10 @@ fn server(acts: &[Act]) {
     assert!(gatekeeper.open_channels().is_empty());
 }
 
-/// What LeakSanitizer is not to take for a leak: glibc's own list of a thread's destructors, which it finds without its thread where that is
-/// just coming or going.
-#[unsafe(no_mangle)]
-pub extern "C" fn __lsan_default_suppressions() -> *const std::ffi::c_char {
-    c"leak:__cxa_thread_atexit_impl\n".as_ptr()
-}
-
-fn threads() -> usize {
-    std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count)
-}
-
 fuzz_target!(|input: Input| {
-    let before = threads();
-    match input {
+    threads::settled(|| match input {
         Input::Dialogue { greeted, said } => dialogue(greeted, &said),
         Input::Client { greeted, said } => client(greeted, &said[..said.len().min(64)]),
         Input::Server(acts) => server(&acts),
-    }
-    // Descriptors that are refused are closed on threads that nobody waits for: what such a thread still holds is no leak.
-    let begun = Instant::now();
-    while threads() > before {
-        assert!(begun.elapsed() < Duration::from_secs(20), "threads go on: {} of {before}", threads());
-        std::thread::yield_now();
-    }
+    });
 });

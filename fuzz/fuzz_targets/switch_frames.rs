@@ -6,7 +6,8 @@ use libfuzzer_sys::fuzz_target;
 
 #[path = "../../vmm-devices/tests/support/switch.rs"]
 mod switch;
+mod threads;
 
 fuzz_target!(|actions: Vec<switch::Action>| {
-    switch::exercise(&actions);
+    threads::settled(|| switch::exercise(&actions));
 });

@@ -4,9 +4,10 @@
 
 use libfuzzer_sys::fuzz_target;
 
+mod threads;
 #[path = "../../vmm-devices/tests/support/vsock.rs"]
 mod vsock;
 
 fuzz_target!(|bytes: &[u8]| {
-    vsock::run(&vsock::steps(bytes));
+    threads::settled(|| vsock::run(&vsock::steps(bytes)));
 });

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use vmm_policy::{Action, Hold, Honours, Monitor, Object, Policy, Request, SubjectSpec, Uuid};
+use vmm_policy::{Action, Hold, Honours, Monitor, Object, Policy, Principal, Request, SubjectSpec, Uuid};
 
 /// What the other crate says.
 mod channel {
@@ -48,17 +48,13 @@ struct PolicyGate {
 
 impl PolicyGate {
     fn subject(&self, party: &channel::Party) -> Option<vmm_policy::SubjectId> {
-        match party {
-            channel::Party::Host(name) => self.monitor.subject(name),
-            channel::Party::Vm { uuid } => {
-                let wanted = vmm_policy::Principal::Vm(Uuid::from_u128(*uuid));
-                self.monitor
-                    .subjects()
-                    .into_iter()
-                    .find(|(_, principal)| *principal == wanted)
-                    .map(|(id, _)| id)
-            }
-        }
+        // Not by name, which a machine of the policy's may have as well.
+        let wanted = match party {
+            channel::Party::Host(name) => Principal::Host(name.as_str().into()),
+            channel::Party::Vm { uuid } => Principal::Vm(Uuid::from_u128(*uuid)),
+        };
+        let subjects = self.monitor.subjects();
+        subjects.into_iter().find(|(_, principal)| *principal == wanted).map(|(id, _)| id)
     }
 }
 

@@ -5,12 +5,15 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(doc)]
+use super::VsockHandle;
 use super::connection::Patience;
 use super::fabric::Fabric;
 use super::shared::{Setup, Shared, is_guest_cid, nanoseconds};
 use super::{HostSockets, Member, Seat, Vsock, VsockError};
 use crate::channel::{Gatekeeper, Party, VmIdentity};
 use crate::clock::Clock;
+use crate::closer::Closer;
 use crate::virtio::metrics::Metrics;
 use crate::virtio::rate::RateLimiter;
 
@@ -124,10 +127,10 @@ impl VsockBuilder {
         self
     }
 
-    /// Makes it.
+    /// Makes it. If it has no [`HostSockets`], the thread that closes what the monitor connects ([`VsockHandle::connect`]) is started here.
     ///
     /// # Errors
-    /// If the identifier, or a bound, cannot be.
+    /// If the identifier, or a bound, cannot be, or the host has no thread.
     pub fn build(self) -> Result<Vsock, VsockError> {
         let Self {
             cid,
@@ -154,6 +157,10 @@ impl VsockBuilder {
         if !BUFFERS.contains(&buffer) {
             return Err(VsockError::Buffer { bytes: buffer });
         }
+        let closer = match &host {
+            Some(host) => Arc::clone(host.closer()),
+            None => Arc::new(Closer::new("vsock-close", 1, None)?),
+        };
         let setup = Setup {
             cid,
             party,
@@ -167,6 +174,6 @@ impl VsockBuilder {
             rate,
             metrics,
         };
-        Ok(Vsock { setup: Arc::new(setup), shared: Arc::new(Shared::default()) })
+        Ok(Vsock { setup: Arc::new(setup), shared: Arc::new(Shared::new(closer)) })
     }
 }

@@ -7,11 +7,14 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
 
+use super::HOST_CID;
 use super::far::again;
 use super::host::HostSockets;
 use super::packet::Kind;
 use super::poll::Poll;
 use super::slots::Tag;
+use super::socket::{Socket, WHILE_FULL};
+use crate::closer::Closer;
 
 /// Programs that have not said what they want.
 const MAX_WAITING: usize = 64;
@@ -28,14 +31,14 @@ const WAITING: Tag = 1 << 62;
 /// Who wants which port.
 #[derive(Debug)]
 pub(super) struct Knock {
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Socket,
     pub(super) kind: Kind,
     pub(super) port: u32,
 }
 
 #[derive(Debug)]
 struct Waiting {
-    socket: OwnedFd,
+    socket: Socket,
     kind: Kind,
     deadline: u64,
     readable: bool,
@@ -51,11 +54,14 @@ struct Listener {
 }
 
 /// Those who come in.
-#[derive(Debug)]
 pub(super) struct Door {
     listeners: Vec<Listener>,
     waiting: Vec<Waiting>,
     knocks: Vec<Knock>,
+    /// Where the sockets of those who come in are closed.
+    closer: Arc<Closer>,
+    /// The kernel lets no descriptors into them.
+    takes_none: bool,
     patience_ns: u64,
     retry: Option<u64>,
     next: u32,
@@ -69,7 +75,10 @@ impl Door {
             poll.add(socket.as_fd(), tag)?;
             listeners.push(Listener { socket: Arc::clone(socket), kind: *kind, ready: true });
         }
-        Ok(Self { listeners, waiting: Vec::new(), knocks: Vec::new(), patience_ns, retry: None, next: 0 })
+        let closer = Arc::clone(host.closer());
+        let (waiting, knocks) = (Vec::new(), Vec::new());
+        let takes_none = host.takes_none();
+        Ok(Self { listeners, waiting, knocks, closer, takes_none, patience_ns, retry: None, next: 0 })
     }
 
     /// Whether that is for it to hear.
@@ -107,9 +116,14 @@ impl Door {
                 // Who waits before a full door comes in when somebody leaves, by then at the latest.
                 return false;
             };
+            if self.closer.is_full() {
+                self.retry = Some(now.saturating_add(WHILE_FULL));
+                return false;
+            }
             match again(|| accept_with(&listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
                 Ok(socket) => {
                     self.next = self.next.wrapping_add(1);
+                    let socket = Socket::of(socket, &self.closer, HOST_CID).has_none(self.takes_none);
                     let tag = WAITING | Tag::from(self.next);
                     let (kind, deadline) = (listener.kind, now.saturating_add(self.patience_ns));
                     if poll.add(socket.as_fd(), tag).is_ok() {
@@ -165,11 +179,10 @@ enum Line {
 }
 
 /// Reads `CONNECT <port>` and a line feed, and nothing of what comes behind.
-fn hear_line(socket: &OwnedFd) -> Line {
+fn hear_line(socket: &Socket) -> Line {
     let mut line = [0; LONGEST_LINE];
-    let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    let len = match again(|| recv(socket, &mut line, peek)) {
-        Ok((len, _)) if len > 0 => len,
+    let len = match socket.look(&mut line) {
+        Ok((len, false)) if len > 0 => len,
         Err(Errno::AGAIN) => return Line::Unfinished,
         _ => return Line::Nonsense,
     };

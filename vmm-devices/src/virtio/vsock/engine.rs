@@ -30,6 +30,8 @@ const BYTES_PER_MESSAGE: u32 = 4;
 const FABRIC: Tag = Tag::MAX;
 
 pub(super) struct Engine {
+    /// It has the listeners as well, and lets them go before those whose they are do.
+    pub(super) door: Option<Door>,
     pub(super) setup: Arc<Setup>,
     pub(super) shared: Arc<Shared>,
     pub(super) poll: Poll,
@@ -39,8 +41,9 @@ pub(super) struct Engine {
     pub(super) ready: VecDeque<u32>,
     /// Connections whose backlog has grown.
     pub(super) dirty: Vec<u32>,
-    pub(super) door: Option<Door>,
     pub(super) fabric_has_news: bool,
+    /// When it is asked again, which lets nobody in now.
+    pub(super) fabric_retry: Option<u64>,
     /// All is forgotten, and the worker has not told the driver yet that it is somewhere else.
     pub(super) reset_due: bool,
     /// Whether the driver and the device have agreed upon that kind.
@@ -67,6 +70,7 @@ impl Engine {
         }
         let slots = Slots::new(setup.connections);
         Ok(Self {
+            door,
             setup,
             shared,
             poll,
@@ -74,8 +78,8 @@ impl Engine {
             replies: VecDeque::new(),
             ready: VecDeque::new(),
             dirty: Vec::new(),
-            door,
             fabric_has_news: true,
+            fabric_retry: None,
             reset_due: false,
             streams,
             messages,
@@ -92,7 +96,7 @@ impl Engine {
     /// When something is to be done though nothing happens.
     pub(super) fn deadline(&self) -> Option<u64> {
         let door = self.door.as_ref().and_then(Door::deadline);
-        self.slots.next_timer().into_iter().chain(door).min()
+        self.slots.next_timer().into_iter().chain(door).chain(self.fabric_retry).min()
     }
 
     /// Looks at all that is not the guest's. `true` if there is more of it.
@@ -125,7 +129,7 @@ impl Engine {
         }
         more |= self.take_arrivals();
         more |= self.answer_door(now);
-        more | self.take_deliveries()
+        more | self.take_deliveries(now)
     }
 
     fn happened(&mut self, tag: Tag, event: Event) {

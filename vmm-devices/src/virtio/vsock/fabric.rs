@@ -1,10 +1,11 @@
 //! What joins a device to others: a [`Switch`](super::Switch) of this process, or a [`Broker`](super::Broker) of another.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Weak;
 
 use super::packet::Kind;
 use super::slots::Tag;
+use super::socket::Socket;
 use crate::channel::Party;
 
 /// A connection that the guest wants.
@@ -24,9 +25,9 @@ pub(super) struct Dial {
 #[derive(Debug)]
 pub(super) enum Delivery {
     /// The answer to a [`Dial`]: the socket, if it was not refused. The other device has not answered yet.
-    Dialed { tag: Tag, socket: Option<OwnedFd> },
+    Dialed { tag: Tag, socket: Option<Socket> },
     /// Another device's guest wants a connection.
-    Arrived { socket: OwnedFd, cid: u32, party: Party, port: u32, guest_port: u32, kind: Kind },
+    Arrived { socket: Socket, cid: u32, party: Party, port: u32, guest_port: u32, kind: Kind },
 }
 
 /// Who is at an identifier, as far as one knows here.
@@ -55,6 +56,9 @@ pub(super) trait Fabric: Send + Sync {
 
     /// The next delivery. Each arrival at [`Fabric::source`] means to ask until there is none.
     fn next(&self) -> Option<Delivery>;
+
+    /// Whether nobody is to be let in now, as too much of those who were is still to be closed. Nothing tells when that is over.
+    fn is_full(&self) -> bool;
 
     /// Becomes readable when there is one.
     fn source(&self) -> BorrowedFd<'_>;

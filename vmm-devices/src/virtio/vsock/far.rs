@@ -14,12 +14,13 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketFlags, SocketType, recv, send,
-    sendmsg, socketpair, sockopt,
+    AddressFamily, SendAncillaryBuffer, SendFlags, Shutdown, SocketFlags, SocketType, send, sendmsg,
+    socketpair, sockopt,
 };
 
 use super::backlog::Backlog;
 use super::packet::{Kind, boundary, shutdown};
+use super::socket::Socket;
 
 /// How data lies in the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +53,7 @@ pub(super) const MAX_MESSAGE: usize = 1 << 20;
 /// The socket.
 #[derive(Clone, Debug)]
 pub(super) struct Far {
-    socket: Arc<OwnedFd>,
+    socket: Arc<Socket>,
     pub(super) framing: Framing,
 }
 
@@ -85,13 +86,13 @@ pub(super) enum Came {
 }
 
 impl Far {
-    pub(super) fn new(socket: OwnedFd, framing: Framing) -> Self {
+    pub(super) fn new(socket: Socket, framing: Framing) -> Self {
         // As much as the host allows; a message that does not fit ends its connection.
         let (Ok(()) | Err(_)) = sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER);
         Self { socket: Arc::new(socket), framing }
     }
 
-    pub(super) fn socket(&self) -> &Arc<OwnedFd> {
+    pub(super) fn socket(&self) -> &Arc<Socket> {
         &self.socket
     }
 
@@ -185,16 +186,12 @@ impl Far {
 
     /// Reads into `room`: a part of a stream, or one message or record as a whole, which `room` is to be large enough for.
     pub(super) fn receive(&self, room: &mut [u8]) -> Came {
-        let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
-        let (into, flags) = match self.framing {
-            Framing::Bytes => (room, RecvFlags::DONTWAIT),
-            Framing::Messages | Framing::Records => (room, flags),
-        };
-        let most = into.len();
-        let mut came = again(|| recv(self.as_fd(), &mut *into, flags));
-        if came == Err(Errno::CONNRESET) && self.framing != Framing::Bytes {
+        let most = room.len();
+        let is_stream = self.framing == Framing::Bytes;
+        let mut came = self.socket.receive(room, is_stream);
+        if came == Err(Errno::CONNRESET) && !is_stream {
             // Told once, before what came earlier.
-            came = again(|| recv(self.as_fd(), &mut *into, flags));
+            came = self.socket.receive(room, is_stream);
         }
         let (got, len) = match came {
             Ok((got, len)) => (got, len),
@@ -208,7 +205,7 @@ impl Far {
             Framing::Messages if len == 0 => self.after_nothing(),
             Framing::Messages => Came::Data(got, boundary::MESSAGE),
             Framing::Records => {
-                let Some((first, _)) = into.split_first().filter(|_| len > 0) else { return Came::Broken };
+                let Some((first, _)) = room.split_first().filter(|_| len > 0) else { return Came::Broken };
                 let low = u32::from(first & !record::KIND);
                 match first & record::KIND {
                     record::DATA => Came::Data(got - 1, low & (boundary::MESSAGE | boundary::RECORD)),
@@ -226,9 +223,8 @@ impl Far {
         if again(|| poll(&mut ended, Some(&Timespec::default()))) == Ok(0) {
             return Came::Data(0, boundary::MESSAGE);
         }
-        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
-        match again(|| recv(self.as_fd(), &mut [0; 1], flags)) {
-            Ok((_, 1..)) => Came::Data(0, boundary::MESSAGE),
+        match self.socket.look(&mut [0]) {
+            Ok((1.., _)) => Came::Data(0, boundary::MESSAGE),
             Ok(_) => Came::End,
             Err(_) => Came::Broken,
         }

@@ -10,6 +10,8 @@ use super::packet::Kind;
 use super::right::Right;
 use super::shared::{Arrival, Shared};
 use super::slots::Greeting;
+use super::socket::Socket;
+use super::sys::take_no_descriptors;
 use super::{HOST_CID, VsockError};
 use crate::channel::{Grant, VsockConnect};
 
@@ -71,13 +73,18 @@ impl VsockHandle {
     /// ```
     ///
     /// # Errors
-    /// If no driver is there, too many connections wait already, or the host refuses the sockets.
+    /// If no driver is there, too many connections wait already, or are still to be closed, or the host refuses the sockets.
     pub fn connect(&self, grant: Grant<VsockConnect>, kind: Kind) -> Result<OwnedFd, VsockError> {
         if !self.shared.is_connected() {
             return Err(VsockError::NoDriver { cid: self.cid });
         }
+        if self.shared.closer.is_full() {
+            return Err(VsockError::Busy { cid: self.cid });
+        }
         let framing = if kind == Kind::Stream { Framing::Bytes } else { Framing::Messages };
         let (ours, theirs) = pair(framing)?;
+        let has_none = take_no_descriptors(&theirs);
+        let theirs = Socket::of(theirs, &self.shared.closer, HOST_CID).has_none(has_none);
         let arrival = Arrival {
             far: Far::new(theirs, framing),
             kind,

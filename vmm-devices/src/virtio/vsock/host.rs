@@ -9,6 +9,7 @@
 //! A connection that is refused is closed. The sockets at which the device listens are made with mode 0600, before anybody can
 //! connect to them; a socket that is there already is replaced if nobody listens at it.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,8 +24,11 @@ use rustix::net::{
 };
 
 use super::packet::Kind;
-use super::{ANY_PORT, VsockError};
+use super::socket::Socket;
+use super::sys::take_no_descriptors;
+use super::{ANY_PORT, HOST_CID, VsockError};
 use crate::channel::{Grant, Party, VsockConnect, VsockListen};
+use crate::closer::Closer;
 
 /// Bytes that a path can have at most, for `_4294967295` has to fit behind it.
 pub const MAX_PATH: usize = 107 - 11;
@@ -33,16 +37,27 @@ pub const MAX_PATH: usize = 107 - 11;
 const BACKLOG: i32 = 128;
 
 /// Where the host's side of a device is.
-#[derive(Debug)]
 pub struct HostSockets {
     path: PathBuf,
     listeners: Vec<(Arc<OwnedFd>, Kind)>,
     grant: Grant<VsockListen>,
     name: Arc<str>,
+    closer: Arc<Closer>,
+    /// The kernel lets no descriptors into the sockets.
+    takes_none: bool,
+}
+
+impl fmt::Debug for HostSockets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostSockets")
+            .field("path", &self.path)
+            .field("grant", &self.grant)
+            .finish_non_exhaustive()
+    }
 }
 
 impl HostSockets {
-    /// Listens at `path` and `path_seqpacket`, whose mode is 0600. The grant is the guest's, to accept connections of the host: at one of
+    /// Listens at `path` and `path_seqpacket`, whose mode is 0600. The thread that closes the sockets of programs is started here. The grant is the guest's, to accept connections of the host: at one of
     /// its ports, or at all with [`ANY_PORT`].
     ///
     /// # Errors
@@ -65,13 +80,17 @@ impl HostSockets {
         if !(1..=MAX_PATH).contains(&len) {
             return Err(VsockError::Path { len });
         }
-        let mut listeners = Vec::new();
+        let (mut listeners, mut takes_none) = (Vec::new(), true);
         for (kind, path) in [(Kind::Stream, path.clone()), (Kind::SeqPacket, behind(&path, "seqpacket"))] {
-            let listener =
-                listen_at(&path, kind, mode).map_err(|source| VsockError::Socket { path, source })?;
+            let socket = new_socket(kind)?;
+            // Before anybody can connect.
+            takes_none &= take_no_descriptors(&socket);
+            let listener = listen_with(socket, &path, kind, mode);
+            let listener = listener.map_err(|source| VsockError::Socket { path, source })?;
             listeners.push((Arc::new(listener), kind));
         }
-        Ok(Self { path, listeners, grant, name: "host".into() })
+        let closer = Arc::new(Closer::new("vsock-close", 1, None)?);
+        Ok(Self { path, listeners, grant, name: "host".into(), closer, takes_none })
     }
 
     /// What the gate hears the host's programs called, instead of `host`.
@@ -109,13 +128,42 @@ impl HostSockets {
         &self.listeners
     }
 
+    /// As it is where the kernel lets descriptors into any socket.
+    #[cfg(test)]
+    pub(super) fn before_linux_6_16(mut self) -> Self {
+        for (listener, _) in &self.listeners {
+            super::sys::pass_descriptors(listener, true);
+        }
+        self.takes_none = false;
+        self
+    }
+
+    /// Whether the kernel lets no descriptors into the sockets of programs.
+    pub(super) fn takes_none(&self) -> bool {
+        self.takes_none
+    }
+
+    /// Where the sockets of programs are closed.
+    pub(super) fn closer(&self) -> &Arc<Closer> {
+        &self.closer
+    }
+
     /// Connects to the program that listens at the granted port.
-    pub(super) fn dial(&self, grant: &Grant<VsockConnect>, kind: Kind) -> io::Result<OwnedFd> {
+    pub(super) fn dial(&self, grant: &Grant<VsockConnect>, kind: Kind) -> io::Result<Socket> {
         let address = SocketAddrUnix::new(behind(&self.path, &grant.channel().port.to_string()))?;
         let socket = new_socket(kind)?;
+        let has_none = self.takes_none && take_no_descriptors(&socket);
         // A program with too many who wait refuses, as it does with TCP.
         connect(&socket, &address)?;
-        Ok(socket)
+        Ok(Socket::of(socket, &self.closer, HOST_CID).has_none(has_none))
+    }
+}
+
+impl Drop for HostSockets {
+    fn drop(&mut self) {
+        for (listener, _) in self.listeners.drain(..) {
+            self.closer.close_listener(listener);
+        }
     }
 }
 
@@ -135,7 +183,10 @@ fn new_socket(kind: Kind) -> io::Result<OwnedFd> {
 
 /// A socket that listens, with its file there with that mode from the first moment on.
 pub(super) fn listen_at(path: &Path, kind: Kind, mode: u32) -> io::Result<OwnedFd> {
-    let socket = new_socket(kind)?;
+    listen_with(new_socket(kind)?, path, kind, mode)
+}
+
+fn listen_with(socket: OwnedFd, path: &Path, kind: Kind, mode: u32) -> io::Result<OwnedFd> {
     // The mode of the socket, which `bind` gives to the file.
     fchmod(&socket, Mode::from_raw_mode(mode))?;
     let address = SocketAddrUnix::new(path)?;

@@ -1,8 +1,14 @@
 //! A device's place at a broker of another process.
+//!
+//! # Threat model
+//! The broker, and those whom it connects, may send descriptors whose close takes as long as they like. What is no end of a connection, and
+//! ends in which something lies, are closed on threads that nobody waits for. While too many are, the broker is not heard
+//! ([`Fabric::is_full`]), whose calls of others then wait, or are refused by it.
 
 use std::fmt;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,8 +18,10 @@ use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketT
 use super::VsockError;
 use super::fabric::{Delivery, Dial, Fabric, Who};
 use super::packet::Kind;
-use super::wire::{Message, Received, VERSION, is_connection, reason, receive, what};
+use super::socket::{CLOSERS, Socket};
+use super::wire::{BROKER, Message, Received, VERSION, reason, receive, what};
 use crate::channel::{Grant, Party, VsockListen};
+use crate::closer::Closer;
 
 /// How long the broker may take to let it in, and to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -22,7 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// broker; new ones are refused when it is gone.
 #[must_use]
 pub struct Member {
-    socket: OwnedFd,
+    socket: Socket,
+    /// Where what the broker sends is closed, and what lies in connections.
+    closer: Arc<Closer>,
     cid: u32,
     grant: Grant<VsockListen>,
     gone: AtomicBool,
@@ -38,10 +48,11 @@ impl fmt::Debug for Member {
 
 impl Member {
     /// Takes the place of context identifier `cid` at the broker of `path`. The grant is the guest's, to accept connections of others at
-    /// [`ANY_PORT`](super::ANY_PORT) or one port; its asker, a virtual machine, is who the others see. Waits for the broker, 5 seconds at most.
+    /// [`ANY_PORT`](super::ANY_PORT) or one port; its asker, a virtual machine, is who the others see. Waits for the broker, 5 seconds at most. The
+    /// threads that close what comes from others are started here.
     ///
     /// # Errors
-    /// If there is no broker, or it refuses.
+    /// If there is no broker, or it refuses, or the host has no threads.
     pub fn join(path: impl AsRef<Path>, cid: u32, grant: Grant<VsockListen>) -> Result<Self, VsockError> {
         let Party::Vm(vm) = *grant.request().asker() else {
             return Err(VsockError::Broker { cid, reason: "only virtual machines have a place" });
@@ -53,10 +64,12 @@ impl Member {
         let address = SocketAddrUnix::new(path.as_ref()).map_err(failed)?;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
         let socket = socket.map_err(failed)?;
+        let closer = Arc::new(Closer::new("vsock-close", CLOSERS, None)?);
         for timeout in [Timeout::Send, Timeout::Recv] {
             set_socket_timeout(&socket, timeout, Some(PATIENCE)).map_err(failed)?;
         }
         connect(&socket, &address).map_err(failed)?;
+        let socket = Socket::of(socket, &closer, BROKER);
         let join = Message {
             what: what::JOIN,
             cid,
@@ -66,9 +79,10 @@ impl Member {
             ..Message::default()
         };
         join.send(&socket, None).map_err(failed)?;
-        match receive(&socket, RecvFlags::empty()) {
+        match receive(&socket, RecvFlags::empty(), &closer) {
             Received::Message(Message { what: what::JOINED, .. }, _) => {
-                Ok(Self { socket, cid, grant, gone: AtomicBool::new(false), taken: AtomicU64::new(0) })
+                let (gone, taken) = (AtomicBool::new(false), AtomicU64::new(0));
+                Ok(Self { socket, closer, cid, grant, gone, taken })
             }
             Received::Message(Message { what: what::REFUSED, port, .. }, _) => {
                 Err(VsockError::Broker { cid, reason: reason::text(port) })
@@ -114,7 +128,7 @@ impl Fabric for Member {
     fn next(&self) -> Option<Delivery> {
         loop {
             self.tell_taken();
-            let (message, socket) = match receive(&self.socket, RecvFlags::DONTWAIT) {
+            let (message, socket) = match receive(&self.socket, RecvFlags::DONTWAIT, &self.closer) {
                 Received::Message(message, socket) => (message, socket),
                 Received::Nothing => return None,
                 Received::End => {
@@ -125,10 +139,10 @@ impl Fabric for Member {
             if message.what == what::ARRIVED {
                 self.taken.fetch_add(1, Ordering::Relaxed);
             }
-            let socket = socket.filter(is_connection);
             match (message.what, socket, u16::try_from(message.kind).ok().and_then(Kind::of)) {
                 (what::DIALED, socket, _) => return Some(Delivery::Dialed { tag: message.tag, socket }),
-                (what::ARRIVED, Some(socket), Some(kind)) => {
+                (what::ARRIVED, Some(mut socket), Some(kind)) => {
+                    socket.belongs_to(message.cid);
                     let granted = self.grant.channel().port;
                     // What is not granted is dropped, of which who called hears.
                     if granted == super::ANY_PORT || granted == message.port {
@@ -145,6 +159,10 @@ impl Fabric for Member {
                 _ => {}
             }
         }
+    }
+
+    fn is_full(&self) -> bool {
+        self.closer.is_full()
     }
 
     fn source(&self) -> BorrowedFd<'_> {

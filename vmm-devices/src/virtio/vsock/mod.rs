@@ -42,6 +42,13 @@
 //! the guest is not listened to until it takes some. Resets are never answered. A breach of the rules ends its connection, and
 //! no other.
 //!
+//! Descriptors are not taken from programs of the host and other monitors, as the close of one can take as long as who made it likes. Since
+//! Linux 6.16 programs cannot send any; else they end the connection that they are sent through, with what waits there. They are closed
+//! on threads that nobody waits for, be it who drives the device or who revokes: one for programs of the host, four for what comes
+//! through a broker, where each guest has one. While 64 of either are still to be closed, nobody of them is let in, nor called; what is
+//! open goes on. A broker is trusted not to read from the sockets that it hands out; what it sends when the process has no room for
+//! another descriptor is closed at once.
+//!
 //! ```
 //! use std::io::{Read, Write};
 //! use vmm_devices::channel::{AllowAll, Gatekeeper, Party, VmIdentity, VsockConnect};
@@ -104,7 +111,9 @@ mod poll;
 mod right;
 mod shared;
 mod slots;
+mod socket;
 mod switch;
+mod sys;
 mod wire;
 mod worker;
 
@@ -207,8 +216,10 @@ pub enum VsockError {
         /// Which one.
         cid: u32,
     },
-    /// The device has not looked at those who came before.
-    #[error("too many connections to context identifier {cid} wait already; try again later")]
+    /// The device has not looked at those who came before, or what they left behind is still to be closed.
+    #[error(
+        "too many connections to context identifier {cid} wait already, or are to be closed; try again later"
+    )]
     Busy {
         /// Which one.
         cid: u32,

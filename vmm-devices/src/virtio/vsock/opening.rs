@@ -1,6 +1,5 @@
 //! How connections begin: those that the guest wants, and those that programs of the host, the monitor and other guests want.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -14,6 +13,7 @@ use super::packet::{Header, Kind};
 use super::right::Right;
 use super::shared::{Arrival, count};
 use super::slots::{Entry, Greeting, Key, Tag};
+use super::socket::{Socket, WHILE_FULL};
 use crate::channel::{Party, VsockConnect, VsockListen};
 
 /// Deliveries of a switch, and connections of programs of the host, that are looked at in one call.
@@ -58,10 +58,15 @@ impl Engine {
         more
     }
 
-    pub(super) fn take_deliveries(&mut self) -> bool {
+    pub(super) fn take_deliveries(&mut self, now: u64) -> bool {
         let setup = Arc::clone(&self.setup);
         let Some(fabric) = setup.fabric.as_ref().filter(|_| self.fabric_has_news) else { return false };
+        self.fabric_retry = None;
         for _ in 0..MAX_ARRIVALS {
+            if fabric.is_full() {
+                self.fabric_retry = Some(now.saturating_add(WHILE_FULL));
+                return false;
+            }
             match fabric.next() {
                 None => {
                     self.fabric_has_news = false;
@@ -139,9 +144,9 @@ impl Engine {
         }
         let setup = Arc::clone(&self.setup);
         let peer = match key.cid {
-            HOST_CID => Who::Known(setup.host.as_ref()?.party()),
+            HOST_CID => Who::Known(setup.host.as_ref().filter(|host| !host.closer().is_full())?.party()),
             cid if cid == setup.cid => return None,
-            cid => setup.fabric.as_ref().filter(|fabric| fabric.is_live())?.who(cid),
+            cid => setup.fabric.as_ref().filter(|fabric| fabric.is_live() && !fabric.is_full())?.who(cid),
         };
         let peer: Option<Party> = match peer {
             Who::Nobody => return None,
@@ -182,13 +187,14 @@ impl Engine {
     }
 
     /// What the switch says to a connection that the guest wants.
-    pub(super) fn dialed(&mut self, tag: Tag, socket: Option<OwnedFd>) {
+    pub(super) fn dialed(&mut self, tag: Tag, socket: Option<Socket>) {
         let Some(place) = self.slots.by_tag(tag) else { return };
         let Some(entry) = self.slots.get_mut(place) else { return };
         match (socket, entry.right.take()) {
-            (Some(socket), Some(right))
+            (Some(mut socket), Some(right))
                 if entry.connection.phase() == Phase::Dialing && entry.far.is_none() =>
             {
+                socket.belongs_to(entry.key.cid);
                 self.join(place, tag, Far::new(socket, Framing::Records), right);
             }
             (_, right) => {

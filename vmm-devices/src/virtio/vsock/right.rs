@@ -1,12 +1,12 @@
 //! The grant by which a connection is there, of either kind.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use rustix::net::{Shutdown, shutdown};
 
 use super::shared::Shared;
 use super::slots::Tag;
+use super::socket::Socket;
 use crate::channel::{Grant, VsockConnect, VsockListen};
 
 /// Of who asked for the connection, or of who accepts it.
@@ -26,7 +26,7 @@ impl Right {
 
     /// When the right is gone, nothing goes through `socket` any more, both ways, from that moment on; the worker then ends what is
     /// left of the connection, and tells the guest.
-    pub(super) fn bind(&self, shared: &Arc<Shared>, tag: Tag, socket: Option<&Arc<OwnedFd>>) {
+    pub(super) fn bind(&self, shared: &Arc<Shared>, tag: Tag, socket: Option<&Arc<Socket>>) {
         let (shared, socket) = (Arc::downgrade(shared), socket.map(Arc::clone));
         let close = move || {
             if let Some(socket) = socket {

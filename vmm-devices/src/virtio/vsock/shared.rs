@@ -15,6 +15,7 @@ use super::slots::{Greeting, Tag};
 use super::{HOST_CID, RX};
 use crate::channel::{Gatekeeper, Party};
 use crate::clock::Clock;
+use crate::closer::Closer;
 use crate::interrupt::lock;
 use crate::virtio::doorbell::Doorbells;
 use crate::virtio::metrics::{Activity, Ended, Metrics};
@@ -89,8 +90,9 @@ pub(super) fn count(counter: &AtomicU64) {
 }
 
 /// See the module. No lock is held where a doorbell rings: a worker may serve on the spot.
-#[derive(Default)]
 pub(super) struct Shared {
+    /// Where sockets to the monitor itself are closed.
+    pub(super) closer: Arc<Closer>,
     doorbells: Mutex<Option<Arc<Doorbells>>>,
     revoked: Mutex<Vec<Tag>>,
     arrivals: Mutex<VecDeque<Arrival>>,
@@ -100,6 +102,18 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    pub(super) fn new(closer: Arc<Closer>) -> Self {
+        Self {
+            closer,
+            doorbells: Mutex::default(),
+            revoked: Mutex::default(),
+            arrivals: Mutex::default(),
+            reset_due: AtomicBool::new(false),
+            next_port: AtomicU32::new(0),
+            counts: Counts::default(),
+        }
+    }
+
     /// Has the worker look.
     pub(super) fn ring(&self) {
         let doorbells = lock(&self.doorbells).clone();

@@ -18,6 +18,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::fabric::{Delivery, Dial, Fabric, Who};
 use super::far::{Framing, pair};
 use super::shared::is_guest_cid;
+use super::socket::Socket;
 use super::{ANY_PORT, VsockError};
 use crate::channel::{Grant, Party, VsockListen};
 use crate::interrupt::lock;
@@ -198,7 +199,7 @@ impl Fabric for Seat {
         let Ok((ours, theirs)) = pair(Framing::Records) else { return false };
         let party = self.member.party.clone();
         let arrived = Delivery::Arrived {
-            socket: theirs,
+            socket: Socket::ours(theirs),
             cid: self.cid,
             party,
             port: from_port,
@@ -206,11 +207,15 @@ impl Fabric for Seat {
             kind,
         };
         other.deliver(arrived, Weak::clone(&wanted))
-            && self.member.deliver(Delivery::Dialed { tag, socket: Some(ours) }, wanted)
+            && self.member.deliver(Delivery::Dialed { tag, socket: Some(Socket::ours(ours)) }, wanted)
     }
 
     fn next(&self) -> Option<Delivery> {
         lock(&self.member.inbox).waiting.pop_front().map(|waiting| waiting.delivery)
+    }
+
+    fn is_full(&self) -> bool {
+        false
     }
 
     fn source(&self) -> BorrowedFd<'_> {

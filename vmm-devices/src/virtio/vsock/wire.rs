@@ -3,6 +3,7 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::cmsg_space;
 use rustix::io::Errno;
@@ -12,7 +13,9 @@ use rustix::net::{
 };
 
 use super::far::again;
+use super::socket::Socket;
 use crate::channel::VmIdentity;
+use crate::closer::Closer;
 
 /// Which language. Another one is refused.
 pub(super) const VERSION: u32 = 2;
@@ -127,7 +130,8 @@ impl Message {
 /// What came.
 #[derive(Debug)]
 pub(super) enum Received {
-    Message(Message, Option<OwnedFd>),
+    /// With an end of a connection, or without.
+    Message(Message, Option<Socket>),
     Nothing,
     /// The other side is gone, or speaks another language.
     End,
@@ -139,40 +143,69 @@ pub(super) enum Received {
 pub(super) fn hear_member(from: impl AsFd) -> Received {
     let mut none = RecvAncillaryBuffer::default();
     match receive_with(&from, RecvFlags::DONTWAIT | RecvFlags::PEEK, &mut none) {
-        Received::Message(..) => receive_with(from, RecvFlags::DONTWAIT, &mut none),
-        nothing => nothing,
+        Heard::Message(_) => match receive_with(from, RecvFlags::DONTWAIT, &mut none) {
+            Heard::Message(message) => Received::Message(message, None),
+            Heard::Nothing => Received::Nothing,
+            Heard::End => Received::End,
+        },
+        Heard::Nothing => Received::Nothing,
+        Heard::End => Received::End,
     }
 }
 
-/// The next message of the broker, whose descriptors are taken.
-pub(super) fn receive(from: impl AsFd, flags: RecvFlags) -> Received {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
-    receive_with(from, flags, &mut RecvAncillaryBuffer::new(&mut space))
+/// As whose the member closes what the broker has sent, of which it is not known who else could have it.
+pub(super) const BROKER: u32 = 0;
+
+/// Descriptors beside a message at most, as the kernel has it (SCM_MAX_FD). With less room for them it would close the others here and now.
+const MOST_DESCRIPTORS: usize = 253;
+
+/// The next message of the broker, and the end of a connection that is beside it. What else is goes to `closer`.
+pub(super) fn receive(from: impl AsFd, flags: RecvFlags, closer: &Arc<Closer>) -> Received {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let heard = receive_with(from, flags, &mut control);
+    let passed = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(passed) => Some(passed),
+        _ => None,
+    });
+    let (mut connection, mut all) = (None, 0);
+    for passed in passed.flatten() {
+        all += 1;
+        if is_connection(&passed) {
+            connection = Some(Socket::of(passed, closer, BROKER));
+        } else {
+            closer.close_of(BROKER, passed);
+        }
+    }
+    match heard {
+        Heard::Message(message) if all <= 1 => Received::Message(message, connection),
+        Heard::Nothing => Received::Nothing,
+        Heard::Message(_) | Heard::End => Received::End,
+    }
 }
 
-fn receive_with(from: impl AsFd, flags: RecvFlags, control: &mut RecvAncillaryBuffer<'_>) -> Received {
+/// What came, descriptors apart.
+enum Heard {
+    Message(Message),
+    Nothing,
+    End,
+}
+
+fn receive_with(from: impl AsFd, flags: RecvFlags, control: &mut RecvAncillaryBuffer<'_>) -> Heard {
     let mut bytes = [0; SIZE];
     let flags = flags | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
     let came = again(|| recvmsg(&from, &mut [IoSliceMut::new(&mut bytes)], control, flags));
     let came = match came {
         Ok(came) => came,
-        Err(Errno::AGAIN) => return Received::Nothing,
-        Err(_) => return Received::End,
+        Err(Errno::AGAIN) => return Heard::Nothing,
+        Err(_) => return Heard::End,
     };
-    let sockets = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(sockets) => Some(sockets),
-        _ => None,
-    });
-    let mut sockets: Vec<OwnedFd> = sockets.flatten().collect();
     let cut = came.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
-    if came.bytes != SIZE || cut || sockets.len() > 1 {
-        return Received::End;
-    }
-    Received::Message(Message::parse(&bytes), sockets.pop())
+    if came.bytes != SIZE || cut { Heard::End } else { Heard::Message(Message::parse(&bytes)) }
 }
 
 /// Whether that is a socket such as connections are made of.
-pub(super) fn is_connection(socket: &OwnedFd) -> bool {
+fn is_connection(socket: &OwnedFd) -> bool {
     sockopt::socket_type(socket) == Ok(SocketType::SEQPACKET)
         && sockopt::socket_domain(socket) == Ok(rustix::net::AddressFamily::UNIX)
 }

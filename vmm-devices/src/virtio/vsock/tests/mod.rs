@@ -12,6 +12,7 @@ mod flaws;
 mod host;
 mod messages;
 mod model;
+mod passed;
 mod revoked;
 mod shares;
 mod switch;
@@ -232,11 +233,19 @@ impl Hosted {
     }
 
     fn built(gatekeeper: Gatekeeper, with: impl FnOnce(VsockBuilder) -> VsockBuilder) -> Self {
+        Self::of(gatekeeper, |host| host, with)
+    }
+
+    fn of(
+        gatekeeper: Gatekeeper,
+        host: impl FnOnce(HostSockets) -> HostSockets,
+        with: impl FnOnce(VsockBuilder) -> VsockBuilder,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("v");
         let clock = Arc::new(ManualClock::new(1));
         let allowed = Gatekeeper::new(AllowAll);
-        let host = HostSockets::listen(&path, reachable(&allowed, 3)).unwrap();
+        let host = host(HostSockets::listen(&path, reachable(&allowed, 3)).unwrap());
         let builder = Vsock::builder(3, Arc::clone(&clock)).gatekeeper(vm(3), gatekeeper.clone()).host(host);
         let guest = Guest::new(with(builder).build().unwrap());
         Self { guest, clock, gatekeeper, directory }
