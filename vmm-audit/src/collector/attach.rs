@@ -13,7 +13,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::ring::{Class, Ring, RingError, RingOptions};
+use super::ring::{Class, Ring};
+use super::shape::{RingError, RingOptions};
 use crate::event::{EventBytes, Party};
 use crate::log::monotonic_clock;
 use crate::pipeline::{Cells, Emitter, Full, Refused, Transport, Wait, full_for};

@@ -22,9 +22,11 @@
 mod attach;
 mod ring;
 mod serve;
+mod shape;
 #[cfg(test)]
 mod tests;
 
 pub use attach::{AttachError, Attached, attach};
-pub use ring::{Ring, RingError, RingOptions};
+pub use ring::Ring;
 pub use serve::{Collector, CollectorError, CollectorOptions, Step};
+pub use shape::{RingError, RingOptions};

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use super::ring::{Class, Ring, RingError, Slot};
+use super::ring::{Class, Ring, Slot};
+use super::shape::RingError;
 use crate::event::{Event, Kind, Party, Text};
 use crate::log::{LogError, LogWriter};
 use crate::pipeline::{Cells as _, coalesced_events};
