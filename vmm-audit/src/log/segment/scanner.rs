@@ -10,6 +10,9 @@ use crate::storage::StorageFile;
 /// What is read at a time.
 pub(super) const CHUNK: usize = 1 << 20;
 
+/// A whole frame, whichever it is.
+const WHOLE: usize = FRAME + if MAX_NOTE > MAX_ENTRY { MAX_NOTE } else { MAX_ENTRY };
+
 /// What [`Scanner::next`] found.
 #[derive(Debug)]
 pub enum Scanned<'a> {
@@ -29,7 +32,10 @@ pub enum Scanned<'a> {
 /// Goes through the frames of a segment, over damage too.
 pub struct Scanner {
     file: Box<dyn StorageFile>,
+    /// Made when it is first read into, and never cleared: for a small log that would be most of the work.
     buffer: Vec<u8>,
+    /// Bytes of it that are the file's.
+    filled: usize,
     /// Where in the buffer the next frame begins.
     at: usize,
     /// Where in the file the buffer begins.
@@ -40,7 +46,7 @@ pub struct Scanner {
 impl Scanner {
     /// From `offset` of the file on.
     pub fn new(file: Box<dyn StorageFile>, offset: u64) -> Self {
-        Self { file, buffer: Vec::new(), at: 0, offset, end: false }
+        Self { file, buffer: Vec::new(), filled: 0, at: 0, offset, end: false }
     }
 
     /// Where the next frame begins, or where the file ends.
@@ -50,24 +56,29 @@ impl Scanner {
 
     /// Goes to `offset`, to read what has been written there since.
     pub fn seek(&mut self, offset: u64) {
-        self.buffer.clear();
-        (self.at, self.offset, self.end) = (0, offset, false);
+        (self.filled, self.at, self.offset, self.end) = (0, 0, offset, false);
+    }
+
+    /// What is there from the next frame on.
+    fn rest(&self) -> &[u8] {
+        self.buffer.get(self.at..self.filled).unwrap_or_default()
     }
 
     /// Has the buffer hold a whole frame from `at` on, if the file does.
     fn fill(&mut self) -> io::Result<()> {
-        const WHOLE: usize = FRAME + if MAX_NOTE > MAX_ENTRY { MAX_NOTE } else { MAX_ENTRY };
-        if self.end || self.buffer.len() - self.at >= WHOLE {
+        let kept = self.filled - self.at;
+        if self.end || kept >= WHOLE {
             return Ok(());
         }
-        self.buffer.drain(..self.at);
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; WHOLE + CHUNK];
+        }
+        self.buffer.copy_within(self.at..self.filled, 0);
         self.offset += self.at as u64;
-        self.at = 0;
-        let kept = self.buffer.len();
-        self.buffer.resize(kept + CHUNK, 0);
-        let room = self.buffer.get_mut(kept..).unwrap_or_default();
+        (self.at, self.filled) = (0, kept);
+        let room = self.buffer.get_mut(kept..kept + CHUNK).unwrap_or_default();
         let read = self.file.read_at(self.offset + kept as u64, room)?;
-        self.buffer.truncate(kept + read);
+        self.filled += read;
         self.end = read < CHUNK;
         Ok(())
     }
@@ -80,8 +91,8 @@ impl Scanner {
     pub fn next(&mut self) -> io::Result<Option<Scanned<'_>>> {
         self.fill()?;
         let start = self.position();
-        let damage = match parse(self.buffer.get(self.at..).unwrap_or_default(), start) {
-            _ if self.at == self.buffer.len() => return Ok(None),
+        let damage = match parse(self.rest(), start) {
+            _ if self.at == self.filled => return Ok(None),
             Ok(Frame { kind, number, bytes, .. }) => {
                 // Taken again, since the borrow checker takes what the match is about to be borrowed on all ways out.
                 let length = bytes.len();
@@ -96,13 +107,12 @@ impl Scanner {
         loop {
             self.at += 1;
             self.fill()?;
-            let rest = self.buffer.get(self.at..).unwrap_or_default();
-            match rest.iter().position(|byte| *byte == MARK) {
-                None => self.at = self.buffer.len(),
+            match self.rest().iter().position(|byte| *byte == MARK) {
+                None => self.at = self.filled,
                 Some(skipped) => self.at += skipped,
             }
             self.fill()?;
-            let rest = self.buffer.get(self.at..).unwrap_or_default();
+            let rest = self.rest();
             if (rest.is_empty() && self.end) || parse(rest, 0).is_ok() {
                 break;
             }
