@@ -167,11 +167,12 @@ impl Collector {
                 self.log.append_own(beat)?;
                 self.commit()?;
             }
-            if stopping && taken == 0 {
-                return Ok(());
-            }
             if taken == 0 {
                 self.wait();
+                // Of those who are gone, the log says so first.
+                if stopping && !self.clients.iter().any(|client| client.gone) {
+                    return Ok(());
+                }
             }
         }
     }
