@@ -121,6 +121,29 @@ fn a_gatekeeper_has_what_it_opens_refuses_revokes_and_closes_written_down() {
 }
 
 #[test]
+fn a_gate_whose_policy_tells_its_verdicts_tells_what_opens_and_closes() {
+    let written = log(PipelineOptions::new());
+    let refuses = Arc::new(AtomicBool::new(false));
+    let refused = Arc::clone(&refuses);
+    let gate = move |_: &Request| match refused.load(Ordering::SeqCst) {
+        false => Ok(()),
+        true => Err(Refusal::new("closed for today")),
+    };
+    let gate = AuditedGate::new(gate, written.log.emitter(Party::host("keeper"))).without_verdicts();
+    let keeper = Gatekeeper::new(gate);
+    let open = || keeper.open(identity(1), Some(identity(2)), VsockConnect { port: 22 });
+    let holder = Arc::new(Mutex::new(Some(open().unwrap())));
+    refuses.store(true, Ordering::SeqCst);
+    assert!(open().is_err());
+    let closing = Arc::clone(&holder);
+    holder.lock().unwrap().as_ref().unwrap().on_revoked(move || drop(closing.lock().unwrap().take()));
+    assert_eq!(keeper.reconsider().len(), 1);
+    let events = written.events();
+    let told: Vec<_> = events.iter().map(|e| (e.kind, e.verdict, e.get("grant").unwrap())).collect();
+    assert_eq!(told, [(Kind::Opened, None, "1"), (Kind::Closed, None, "1")]);
+}
+
+#[test]
 fn nothing_opens_while_the_log_stands_still_and_what_is_open_stays() {
     let deadline = Duration::from_millis(200);
     let written = log(PipelineOptions::new().deadline(deadline));
@@ -213,7 +236,7 @@ fn a_monitor_has_its_decisions_written_down_with_rule_and_policy() {
     let first = Digest::from_bytes(policy.digest());
     let monitor = Monitor::builder(policy).observer(told.clone()).build();
     let spec = |n: u128| SubjectSpec::vm(Uuid::from_u128(n));
-    let shop = monitor.register(spec(1).label("web")).unwrap();
+    let shop = monitor.register(spec(1).label("web").incarnation(7)).unwrap();
     let orders = monitor.register(spec(2).label("db").digest(digest.as_bytes())).unwrap();
     let other = monitor.register(spec(3).label("db").digest(&[0; 32])).unwrap();
     told.learn(&monitor);
@@ -246,10 +269,64 @@ fn a_monitor_has_its_decisions_written_down_with_rule_and_policy() {
     assert!(rule.contains("allow web to connect vsock 5432 of db"), "{rule}");
     assert_eq!((events[1].rule_line, events[3].rule_line), (2, 3));
     assert_eq!(events[2].rule, None, "no rule allows it");
+    assert_eq!(events[1].subject, Some(Party::vm(1, 7)));
     let uuid_of = |party: &Option<Party>| match party {
         Some(Party::Vm(vm)) => vm.uuid,
         other => panic!("{other:?}"),
     };
     assert_eq!((uuid_of(&events[1].subject), uuid_of(&events[1].peer)), (1, 2));
     assert_eq!(uuid_of(&events[4].subject), 3);
+}
+
+#[test]
+fn a_policy_asks_under_which_other_one_a_machine_was_launched() {
+    let written = log(PipelineOptions::new());
+    let labels = "labels web, db\n";
+    let first = Policy::parse(&format!("{labels}allow web to connect vsock of db")).unwrap();
+    let launch = |policy: &Policy| {
+        Launch::new().kernel(b"bzImage").policy(Digest::from_bytes(policy.digest())).digest()
+    };
+    let (trusted, other) = (launch(&first), launch(&Policy::deny_all()));
+    let told = PolicyLog::new(written.log.emitter(Party::host("policy")), &first);
+    let monitor = Monitor::builder(first).observer(told.clone()).build();
+    let register = |n: u128, label: &str, digest: Digest| {
+        let spec = SubjectSpec::vm(Uuid::from_u128(n)).label(label).digest(digest.as_bytes());
+        monitor.register(spec).unwrap()
+    };
+    let (db, good, bad) =
+        (register(1, "db", trusted), register(2, "web", trusted), register(3, "web", other));
+    told.learn(&monitor);
+    let permits = |from| {
+        let (connect, port) = (vmm_policy::Action::Connect, vmm_policy::Object::vsock(80));
+        monitor.authorize(&vmm_policy::Request::new(from, connect, port).of(db)).permits()
+    };
+    assert!(permits(good) && permits(bad));
+    let second = format!("{labels}allow web to connect vsock of db when measured \"{trusted}\"");
+    monitor.reload(Policy::parse(&second).unwrap()).unwrap();
+    assert!(permits(good) && !permits(bad));
+    let verdicts: Vec<_> = written.events().iter().filter_map(|event| event.verdict).collect();
+    assert_eq!(verdicts, [Verdict::Allow, Verdict::Allow, Verdict::Allow, Verdict::Deny]);
+}
+
+/// Rules of several files are told apart by the file.
+#[test]
+fn a_rule_of_one_of_several_files_is_named_with_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write("base.policy", "labels l\nallow l to connect vsock 1 of l");
+    write("main.policy", "include \"base.policy\"\nallow l to connect vsock 2 of l");
+    let policy = Policy::from_file(&folder.path().join("main.policy")).unwrap();
+    let written = log(PipelineOptions::new());
+    let told = PolicyLog::new(written.log.emitter(Party::host("policy")), &policy);
+    let monitor = Monitor::builder(policy).observer(told).build();
+    let spec = |n: u128| SubjectSpec::vm(Uuid::from_u128(n)).label("l");
+    let (one, two) = (monitor.register(spec(1)).unwrap(), monitor.register(spec(2)).unwrap());
+    for port in [1, 2] {
+        let (connect, port) = (vmm_policy::Action::Connect, vmm_policy::Object::vsock(port));
+        assert!(monitor.authorize(&vmm_policy::Request::new(one, connect, port).of(two)).permits());
+    }
+    let events = written.events();
+    let named: Vec<_> =
+        events[1..].iter().map(|event| (event.get("file").unwrap(), event.rule_line)).collect();
+    assert_eq!(named, [("base.policy", 2), ("main.policy", 2)]);
 }

@@ -59,13 +59,22 @@ fn event(kind: Kind, id: GrantId, request: &Request) -> Event {
 pub struct AuditedGate<G> {
     gate: G,
     emitter: Emitter,
+    verdicts: bool,
     open: Mutex<BTreeSet<GrantId>>,
 }
 
 impl<G: Gate> AuditedGate<G> {
     /// `gate` decides; `emitter` is the source of all its events.
     pub fn new(gate: G, emitter: Emitter) -> Self {
-        Self { gate, emitter, open: Mutex::default() }
+        Self { gate, emitter, verdicts: true, open: Mutex::default() }
+    }
+
+    /// Writes down only what opens and closes, and no verdicts: for a gate with a policy that does so itself, by
+    /// `hooks::policy` for instance. Each verdict is in the log once then.
+    #[must_use]
+    pub fn without_verdicts(mut self) -> Self {
+        self.verdicts = false;
+        self
     }
 
     fn open(&self) -> MutexGuard<'_, BTreeSet<GrantId>> {
@@ -81,7 +90,8 @@ impl<G: Gate> Gate for AuditedGate<G> {
             // It was asked again, and stays.
             Ok(()) if is_open => Ok(()),
             Ok(()) => {
-                let opened = event(Kind::Opened, id, request).verdict(Verdict::Allow);
+                let mut opened = event(Kind::Opened, id, request);
+                opened.verdict = self.verdicts.then_some(Verdict::Allow);
                 match self.emitter.admit(&opened.outcome(Outcome::Success)) {
                     // Who wants it on the disk first has a log of another kind.
                     Ok(_) => {
@@ -94,8 +104,10 @@ impl<G: Gate> Gate for AuditedGate<G> {
             Err(refusal) => {
                 // What is open and is refused now is taken back; its holder closes it then.
                 let kind = if is_open { Kind::Revoked } else { Kind::Decision };
-                let denied = event(kind, id, request).verdict(Verdict::Deny);
-                emit(&self.emitter, &denied.outcome(Outcome::Refused).reason(refusal.reason()));
+                if self.verdicts {
+                    let denied = event(kind, id, request).verdict(Verdict::Deny);
+                    emit(&self.emitter, &denied.outcome(Outcome::Refused).reason(refusal.reason()));
+                }
                 Err(refusal)
             }
         }

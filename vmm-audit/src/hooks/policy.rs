@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use vmm_policy::{
-    Decision, Monitor, Observer, Policy, Principal, Request, Revocation, RevokeOutcome, RuleId, SubjectId,
-    Value,
+    Decision, Monitor, Observer, Policy, Principal, Request, Revocation, RevokeOutcome, RuleId, RuleText,
+    SubjectId, Value,
 };
 
 use super::emit;
@@ -19,16 +19,27 @@ const POLICIES: usize = 4;
 /// A policy as events name it.
 struct Known {
     digest: Digest,
-    rules: BTreeMap<u32, (Text, u32)>,
+    rules: BTreeMap<u32, Rule>,
+}
+
+struct Rule {
+    text: Text,
+    line: u32,
+    /// Where there are several, and so the line does not say it alone.
+    file: Option<Text>,
 }
 
 impl Known {
     fn of(policy: &Policy) -> Self {
-        let text = |id: RuleId| {
-            let rule = policy.rule(id)?;
-            Some((id.get(), (Text::new(rule.text), u32::try_from(rule.line).unwrap_or(u32::MAX))))
+        let texts = || policy.rules().filter_map(|id| Some((id, policy.rule(id)?)));
+        let first = texts().next().map(|(_, rule)| rule.file);
+        let several = texts().any(|(_, rule)| Some(rule.file) != first);
+        let rule = |(id, rule): (RuleId, RuleText<'_>)| {
+            let line = u32::try_from(rule.line).unwrap_or(u32::MAX);
+            let file = several.then(|| Text::new(rule.file));
+            (id.get(), Rule { text: Text::new(rule.text), line, file })
         };
-        Self { digest: Digest::from_bytes(policy.digest()), rules: policy.rules().filter_map(text).collect() }
+        Self { digest: Digest::from_bytes(policy.digest()), rules: texts().map(rule).collect() }
     }
 }
 
@@ -38,7 +49,8 @@ struct Shared {
     names: RwLock<HashMap<SubjectId, Party>>,
 }
 
-/// Writes down what a [`Monitor`] decides and takes back, with the rule, its line, and the policy's digest. Its clones are the same one: one is
+/// Writes down what a [`Monitor`] decides and takes back, with the rule, its line (and `file`, if the rules are in
+/// several), and the policy's digest. Its clones are the same one: one is
 /// given to the monitor, one names its subjects.
 ///
 /// ```no_run
@@ -70,11 +82,14 @@ impl PolicyLog {
         log
     }
 
-    /// Takes over who is registered, so that events say who asks. Those that are not known are named as the monitor counts them.
+    /// Takes over who is registered, so that events say who asks. A machine that was registered with no incarnation has the number of its
+    /// life; those that are not known are named as the monitor counts them.
     pub fn learn(&self, monitor: &Monitor) {
         let named = |(id, principal): (SubjectId, Principal)| {
             let party = match principal {
-                Principal::Vm(uuid) => Party::vm(uuid.as_u128(), id.life()),
+                Principal::Vm(uuid) => {
+                    Party::vm(uuid.as_u128(), monitor.incarnation(id).unwrap_or(id.life()))
+                }
                 Principal::Host(name) => Party::host(&*name),
                 other => Party::host(other.to_string()),
             };
@@ -106,10 +121,12 @@ impl PolicyLog {
             return event.attribute("policy-epoch", decision.epoch.to_string());
         };
         event.policy = Some(known.digest);
-        if let Some((text, line)) = decision.rule.and_then(|rule| known.rules.get(&rule.get())) {
-            (event.rule, event.rule_line) = (Some(text.clone()), *line);
+        let Some(rule) = decision.rule.and_then(|rule| known.rules.get(&rule.get())) else { return event };
+        (event.rule, event.rule_line) = (Some(rule.text.clone()), rule.line);
+        match &rule.file {
+            Some(file) => event.attribute("file", file.clone()),
+            None => event,
         }
-        event
     }
 }
 
