@@ -104,6 +104,7 @@ fn at(times: &[u64], percent: usize) -> u64 {
 
 #[test]
 fn a_guest_does_not_notice_that_the_logs_disk_stands_still() {
+    let _alone = crate::alone();
     let memory = MemoryStorage::new();
     let (storage, faults) = FaultyStorage::new(memory.clone());
     let options = PipelineOptions::new().deadline(DEADLINE);

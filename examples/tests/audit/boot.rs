@@ -61,6 +61,7 @@ fn program() -> PathBuf {
 
 #[test]
 fn a_guest_that_boots_leaves_a_log_that_verifies() {
+    let _alone = crate::alone();
     if let Err(error) = debian::kernel(Series::default()) {
         return println!("skipped: {error:#}");
     }
@@ -116,6 +117,7 @@ fn a_guest_that_boots_leaves_a_log_that_verifies() {
 /// The monitor is killed while its guest runs: the process that writes the log closes it all the same, with all that was in the ring.
 #[test]
 fn a_monitor_that_is_killed_leaves_a_log_that_is_closed() {
+    let _alone = crate::alone();
     if let Err(error) = debian::kernel(Series::default()) {
         return println!("skipped: {error:#}");
     }
