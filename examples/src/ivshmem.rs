@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use vmm_cpu::{GuestAccess, Vm};
-use vmm_devices::channel::{AllowAll, DoorbellRing, Gatekeeper, Party, RegionMap, VmIdentity};
+use vmm_devices::channel::{DoorbellRing, Gatekeeper, Party, RegionMap, VmIdentity};
 use vmm_devices::ivshmem::server::ClientConfig;
 use vmm_devices::ivshmem::{Client, MAX_VECTORS, Member, RegionMapper};
 use vmm_memory::vm_memory::GuestAddress;
@@ -49,16 +49,15 @@ impl FromStr for SharedRegion {
 }
 
 impl SharedRegion {
-    /// Takes a seat. Whoever gave the command has named the channel, so nobody else is asked here; the server asks its gate.
+    /// Takes a seat, if `gatekeeper` lets it; the server asks its gate as well.
     ///
     /// # Errors
     /// If there is no server, or it refuses.
-    pub fn join(&self) -> Result<Member> {
+    pub fn join(&self, gatekeeper: &Gatekeeper) -> Result<Member> {
         let shown = self.path.display();
         let name: Arc<str> = shown.to_string().into();
         let client = Client::connect(&self.path, Arc::clone(&name), self.config)
             .with_context(|| format!("ivshmem server at {shown}"))?;
-        let gatekeeper = Gatekeeper::new(AllowAll);
         let vm = Party::Vm(VmIdentity::new(u128::from(std::process::id()), 1));
         let access = if self.read_only { Access::ReadOnly } else { client.access() };
         let map = gatekeeper.open(vm.clone(), None, RegionMap { region: Arc::clone(&name), access })?;

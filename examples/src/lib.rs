@@ -1,6 +1,7 @@
 //! What the example programs share: a kernel and a userspace to run, how a guest is told what to do and answers, the
 //! PC around a vCPU, deterministic runs, figures for Prometheus, the user's terminal, and what the process gives up before a guest runs.
 
+pub mod audit;
 pub mod confine;
 pub mod debian;
 pub mod debug;

@@ -4,6 +4,9 @@
 
 use std::process::Command;
 
+use vmm_audit::note::Verifier;
+use vmm_audit::storage::FsStorage;
+use vmm_audit::verify::{VerifyOptions, verify};
 use vmm_examples::debian::{self, Series};
 
 /// Rows that there have to be: the beginning, and what is in the rest of it.
@@ -24,6 +27,12 @@ const ROWS: &[(&str, &[&str])] = &[
     ("ok the other tenant's connection goes on", &[]),
     ("ok and its memory is there", &[]),
     ("ok web-red connect vsock 5432 of db-red ConnectionReset deny", &["two-tenants-lockdown.policy:4:"]),
+    ("ok the log is intact and closed", &[]),
+    ("ok all that its 7 sources told is accounted for", &[]),
+    ("ok it has all 29 verdicts that are shown here", &[]),
+    ("ok it has all decisions:", &["allowed", "refused"]),
+    ("ok it has the 2 channels that were closed, each with its rule", &[]),
+    ("ok each machine's first event is its launch, with the digest that the policy has", &[]),
 ];
 
 #[test]
@@ -34,7 +43,8 @@ fn tenants_reach_what_they_may_and_a_reload_cuts_them_off() {
     }
     let out = tempfile::tempdir().unwrap();
     let mut program = Command::new(env!("CARGO_BIN_EXE_two_tenants"));
-    let output = program.arg("--out").arg(out.path()).args(["--backend", "translate"]).output().unwrap();
+    program.arg("--out").arg(out.path()).arg("--log").arg(out.path().join("kept"));
+    let output = program.args(["--backend", "translate"]).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     let text = String::from_utf8_lossy(&output.stdout);
     // Columns are as wide as they are.
@@ -62,4 +72,21 @@ fn tenants_reach_what_they_may_and_a_reload_cuts_them_off() {
         assert!(graph.contains(name), "{name}");
     }
     assert!(out.path().join("two-tenants-lockdown.policy").is_file());
+
+    // The log that is kept is one that anybody with its key can verify, and in which nobody changes a verdict.
+    let kept = out.path().join("kept");
+    let key: Verifier = std::fs::read_to_string(kept.join("key.pub")).unwrap().trim().parse().unwrap();
+    let is_intact = || {
+        let storage = FsStorage::existing(kept.join("log")).unwrap();
+        let result = verify(&storage, &VerifyOptions::new(key.clone()), &mut |_, _| ()).unwrap();
+        result.intact && result.closed
+    };
+    assert!(is_intact());
+    let segment = kept.join("log/segments/0000000000");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let rule = b"deny web-red to connect vsock";
+    let at = bytes.windows(rule.len()).position(|window| window == rule).unwrap();
+    bytes[at..at + 4].copy_from_slice(b"okay");
+    std::fs::write(&segment, bytes).unwrap();
+    assert!(!is_intact());
 }

@@ -11,6 +11,8 @@ mod digest;
 pub mod event;
 pub mod export;
 pub mod gaps;
+#[cfg(any(feature = "vmm-cpu", feature = "vmm-devices", feature = "vmm-policy"))]
+pub mod hooks;
 pub mod keys;
 pub mod log;
 pub mod merkle;

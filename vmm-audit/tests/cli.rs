@@ -156,6 +156,9 @@ fn the_report_is_one_page_that_a_browser_shows() {
     let profile = disk.folder.path().join("profile");
     let shown = Command::new(browser)
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"])
+        // It looks for nobody on the network.
+        .args(["--no-first-run", "--disable-background-networking", "--disable-component-update"])
+        .args(["--disable-sync", "--disable-quic"])
         .arg(format!("--user-data-dir={}", profile.display()))
         .arg(format!("file://{}", page.display()))
         .output()

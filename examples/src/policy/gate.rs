@@ -70,6 +70,11 @@ impl fmt::Debug for Enforcement {
 impl Enforcement {
     /// With the policy that is in force at `monitor`, and nobody there.
     pub fn new(monitor: Monitor) -> Self {
+        Self::behind(monitor, |gate| gate)
+    }
+
+    /// The same behind a gate that is asked first and asks this one, as one does that writes down what opens.
+    pub fn behind<G: Gate + 'static>(monitor: Monitor, first: impl FnOnce(Arc<dyn Gate>) -> G) -> Self {
         let gate = Arc::new(PolicyGate {
             monitor,
             parties: RwLock::default(),
@@ -78,7 +83,7 @@ impl Enforcement {
             addresses: RwLock::default(),
             changes: AtomicU64::new(0),
         });
-        let gatekeeper = Gatekeeper::new(Arc::clone(&gate));
+        let gatekeeper = Gatekeeper::new(first(Arc::clone(&gate) as Arc<dyn Gate>));
         Self { gate, gatekeeper }
     }
 

@@ -27,6 +27,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use vmm_cpu::Vm;
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
+use vmm_devices::channel::{AllowAll, Gatekeeper};
 use vmm_devices::ivshmem::{Ivshmem, Member};
 use vmm_devices::pci::PciLayout;
 use vmm_devices::virtio::block::{self, RawFile};
@@ -38,6 +39,7 @@ use vmm_devices::{BusRange, Clock};
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_memory::{GuestMemoryMap, GuestRam};
 
+use crate::audit::OnFailure;
 use crate::ivshmem::{Mapper, SharedRegion};
 use crate::metrics::{Exporter, Sources};
 use crate::pc::{Output, Pc};
@@ -101,6 +103,9 @@ pub struct VirtioDevices {
     /// By which they say how long requests took.
     clock: Arc<dyn Clock>,
     figures: Sources,
+    /// Who is asked before a channel opens.
+    gatekeeper: Gatekeeper,
+    on_failure: Option<OnFailure>,
 }
 
 /// What goes on as long as the machine does.
@@ -127,7 +132,23 @@ impl VirtioDevices {
             served_by,
             clock,
             figures: Sources::default(),
+            gatekeeper: Gatekeeper::new(AllowAll),
+            on_failure: None,
         })
+    }
+
+    /// With somebody who is asked before a channel opens; without, all do. To be said before devices are added.
+    #[must_use]
+    pub fn gatekeeper(mut self, gatekeeper: Gatekeeper) -> Self {
+        self.gatekeeper = gatekeeper;
+        self
+    }
+
+    /// With somebody who is told of devices that give up.
+    #[must_use]
+    pub fn on_failure(mut self, told: OnFailure) -> Self {
+        self.on_failure = Some(told);
+        self
     }
 
     /// A disk. Its name, as the guest finds it (`/dev/disk/by-id`, sysfs), is that of the file.
@@ -166,7 +187,7 @@ impl VirtioDevices {
     pub fn network(mut self, network: &Network) -> Result<Self> {
         let name = network.place.to_string();
         let number = self.devices.iter().filter(|device| device.module == "virtio_net").count();
-        let device = network.device(number).with_context(|| name.clone())?;
+        let device = network.device(number, &self.gatekeeper).with_context(|| name.clone())?;
         let device = device.metrics(self.figures.device("net"), Arc::clone(&self.clock)).build()?;
         self.figures.network(device.handle());
         if let Some(path) = &network.cable {
@@ -242,7 +263,7 @@ impl VirtioDevices {
             self.transport == Transport::Pci,
             "--ivshmem is a function of a PCI bus, so take --transport pci"
         );
-        self.regions.push(region.join()?);
+        self.regions.push(region.join(&self.gatekeeper)?);
         Ok(self)
     }
 
@@ -252,7 +273,8 @@ impl VirtioDevices {
     /// If its sockets cannot be, the broker refuses, or there are too many devices.
     pub fn vsock(mut self, wanted: &VsockOptions) -> Result<Self> {
         let figures = self.figures.device("vsock");
-        let device = wanted.device(figures, Arc::clone(&self.clock)).context("--vsock")?;
+        let device = wanted.device(figures, Arc::clone(&self.clock), &self.gatekeeper);
+        let device = device.context("--vsock")?;
         self.figures.vsock(device.handle());
         self.add("socket device".to_owned(), "vmw_vsock_virtio_transport", Box::new(device))
     }
@@ -343,7 +365,8 @@ impl VirtioDevices {
         ram: &GuestRam,
         exporter: Option<Exporter>,
     ) -> Result<Served> {
-        let Self { transport, devices, regions, served_by, figures, .. } = self;
+        let Self { transport, devices, regions, served_by, figures, on_failure, .. } = self;
+        let failed = |name: &str| failed(name, on_failure.as_ref());
         let executor = || -> Arc<dyn Executor> {
             match &served_by {
                 Some(thread) => thread.executor(),
@@ -392,9 +415,14 @@ impl VirtioDevices {
 }
 
 /// What is done when a device of that name gives up.
-fn failed(name: &str) -> impl Fn(&dyn Error) + Send + Sync + 'static {
-    let device = name.to_owned();
-    move |error| tracing::warn!(device, %error, "a virtio device gave up")
+fn failed(name: &str, also: Option<&OnFailure>) -> impl Fn(&dyn Error) + Send + Sync + use<> {
+    let (device, also) = (name.to_owned(), also.map(|also| also(name)));
+    move |error| {
+        tracing::warn!(device, %error, "a virtio device gave up");
+        if let Some(also) = &also {
+            also(error);
+        }
+    }
 }
 
 /// Number, registers and input of each device over MMIO.

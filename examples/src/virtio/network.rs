@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use vmm_devices::channel::{AllowAll, Gatekeeper, NetworkAttach, Party, VmIdentity};
+use vmm_devices::channel::{Gatekeeper, NetworkAttach, Party, VmIdentity};
 use vmm_devices::net::switch::broker::{ClientConfig, SwitchClient};
 use vmm_devices::net::{MacAddr, NetBackend, Offloads, Tap};
 use vmm_devices::virtio::Net;
@@ -114,12 +114,11 @@ impl FromStr for Network {
 
 impl Network {
     /// The device, `number` in the order of the command line. The user has named the network, so the gate lets it through.
-    pub(super) fn device(&self, number: usize) -> Result<NetBuilder> {
+    pub(super) fn device(&self, number: usize, gatekeeper: &Gatekeeper) -> Result<NetBuilder> {
         let number = u32::try_from(number)?;
         ensure!(number < 1 << 16, "{number} network devices");
         // Those of guests that run at the same time are not to be the same.
         let mac = self.mac.unwrap_or_else(|| MacAddr::local(process::id() << 8 | number & 0xff));
-        let gatekeeper = Gatekeeper::new(AllowAll);
         let guest = Party::Vm(VmIdentity::new(process::id().into(), 1));
         let open = |network: &str| gatekeeper.open(guest, None, NetworkAttach { network: network.into() });
         let backend: Arc<dyn NetBackend> = match &self.place {

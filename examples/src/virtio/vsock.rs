@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use vmm_devices::Clock;
-use vmm_devices::channel::{AllowAll, Gatekeeper, Party, VmIdentity, VsockListen};
+use vmm_devices::channel::{Gatekeeper, Party, VmIdentity, VsockListen};
 use vmm_devices::virtio::Vsock;
 use vmm_devices::virtio::metrics::Metrics;
 use vmm_devices::virtio::vsock::{ANY_PORT, HostSockets, Member};
@@ -47,9 +47,13 @@ impl FromStr for VsockOptions {
 impl VsockOptions {
     /// The device. Whoever started the program has named each channel that it can open: the sockets of its path, and the broker,
     /// which has a gate of its own.
-    pub(super) fn device(&self, metrics: Arc<dyn Metrics>, clock: Arc<dyn Clock>) -> Result<Vsock> {
+    pub(super) fn device(
+        &self,
+        metrics: Arc<dyn Metrics>,
+        clock: Arc<dyn Clock>,
+        gatekeeper: &Gatekeeper,
+    ) -> Result<Vsock> {
         let Self { cid, path, broker } = self;
-        let gatekeeper = Gatekeeper::new(AllowAll);
         // Another run is another life.
         let life = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
         let vm: Party = VmIdentity::new((*cid).into(), u64::try_from(life.as_nanos())?).into();

@@ -13,7 +13,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::ring::{Class, Ring, RingError, RingOptions};
+use super::ring::{Class, Ring};
+use super::shape::{RingError, RingOptions};
 use crate::event::{EventBytes, Party};
 use crate::log::monotonic_clock;
 use crate::pipeline::{Cells, Emitter, Full, Refused, Transport, Wait, full_for};
@@ -150,7 +151,30 @@ pub fn attach(
     options: RingOptions,
     deadline: Duration,
 ) -> Result<Attached, AttachError> {
-    let path = path.into();
+    connect(path.into(), who, options, deadline, true)
+}
+
+/// The same, with no other collector if that one ends: nothing is admitted from then on. For a process that gives up connecting before it
+/// runs a guest.
+///
+/// # Errors
+/// Likewise.
+pub fn attach_once(
+    path: impl Into<PathBuf>,
+    who: &Party,
+    options: RingOptions,
+    deadline: Duration,
+) -> Result<Attached, AttachError> {
+    connect(path.into(), who, options, deadline, false)
+}
+
+fn connect(
+    path: PathBuf,
+    who: &Party,
+    options: RingOptions,
+    deadline: Duration,
+    again: bool,
+) -> Result<Attached, AttachError> {
     let ring = Arc::new(Ring::create(options)?);
     let who = who.to_string();
     let connected = hand_over(&path, &ring, &who);
@@ -163,31 +187,41 @@ pub fn attach(
     let emitter = Emitter::new(Arc::new(shared), Arc::clone(&ring) as Arc<dyn Cells>, 0, deadline);
     let stop = Arc::new(AtomicBool::new(false));
     let (ended, kept) = (Arc::clone(&stop), Arc::clone(&ring));
-    let keep = move || keep_attached(stream, &path, &kept, &who, &ended);
+    let keep = move || {
+        let mut stream = Some(stream);
+        while let Some(open) = stream {
+            if !is_gone(&open, &ended) {
+                return;
+            }
+            // Without another one, the log is as good as closed.
+            kept.set_state(if again { 0 } else { 2 });
+            stream = again.then(|| reconnect(&path, &kept, &who, &ended)).flatten();
+        }
+    };
     let thread = std::thread::Builder::new().name("vmm-audit-attach".to_owned()).spawn(keep);
     Ok(Attached { emitter, ring, stop, thread: Some(thread.map_err(AttachError::Thread)?) })
 }
 
-/// Waits for the collector to go, and looks for the next.
-fn keep_attached(stream: UnixStream, path: &Path, ring: &Ring, who: &str, stop: &AtomicBool) {
-    let mut stream = Some(stream);
+/// Waits for the collector to go, or for this side's end; whether it was the collector.
+fn is_gone(stream: &UnixStream, stop: &AtomicBool) -> bool {
     while !stop.load(Ordering::Acquire) {
-        let Some(open) = &stream else {
-            stream = hand_over(path, ring, who).ok();
-            if stream.is_none() {
-                std::thread::sleep(RETRY);
-            }
-            continue;
-        };
         let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        let mut fds = [PollFd::new(open, PollFlags::IN)];
-        match poll(&mut fds, Some(&timeout)) {
+        match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&timeout)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
             // The collector never sends anything: this is its end.
-            Ok(_) | Err(_) => {
-                ring.set_state(0);
-                stream = None;
-            }
+            Ok(_) | Err(_) => return true,
         }
     }
+    false
+}
+
+/// Looks for the next collector, until this side ends.
+fn reconnect(path: &Path, ring: &Ring, who: &str, stop: &AtomicBool) -> Option<UnixStream> {
+    while !stop.load(Ordering::Acquire) {
+        if let Ok(stream) = hand_over(path, ring, who) {
+            return Some(stream);
+        }
+        std::thread::sleep(RETRY);
+    }
+    None
 }

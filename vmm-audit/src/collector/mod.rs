@@ -7,7 +7,7 @@
 //! | who dies | then |
 //! |---|---|
 //! | emitter | what it put into the ring is there, the collector takes it and says that the emitter is gone; an event that it was just writing is counted as torn |
-//! | collector | what is in the ring stays until the next collector has it on the disk; the emitter connects to it again |
+//! | collector | what is in the ring stays until the next collector has it on the disk; the emitter connects to it again, or is refused from then on if it [attaches once](attach_once) |
 //! | both | what was acknowledged is in the log |
 //!
 //! A place in the ring is given back when what was in it is on the disk. The checkpoint that acknowledges it says how far the ring has been
@@ -22,9 +22,11 @@
 mod attach;
 mod ring;
 mod serve;
+mod shape;
 #[cfg(test)]
 mod tests;
 
-pub use attach::{AttachError, Attached, attach};
-pub use ring::{Ring, RingError, RingOptions};
+pub use attach::{AttachError, Attached, attach, attach_once};
+pub use ring::Ring;
 pub use serve::{Collector, CollectorError, CollectorOptions, Step};
+pub use shape::{RingError, RingOptions};

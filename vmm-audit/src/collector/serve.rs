@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use super::ring::{Class, Ring, RingError, Slot};
+use super::ring::{Class, Ring, Slot};
+use super::shape::RingError;
 use crate::event::{Event, Kind, Party, Text};
 use crate::log::{LogError, LogWriter};
 use crate::pipeline::{Cells as _, coalesced_events};
@@ -166,11 +167,12 @@ impl Collector {
                 self.log.append_own(beat)?;
                 self.commit()?;
             }
-            if stopping && taken == 0 {
-                return Ok(());
-            }
             if taken == 0 {
                 self.wait();
+                // Of those who are gone, the log says so first.
+                if stopping && !self.clients.iter().any(|client| client.gone) {
+                    return Ok(());
+                }
             }
         }
     }

@@ -9,7 +9,7 @@ use crate::event::{Event, Kind, Party};
 use crate::gaps::gaps;
 use crate::keys::MemoryKeys;
 use crate::log::{LogOptions, LogWriter};
-use crate::pipeline::Emitted;
+use crate::pipeline::{Emitted, Refused};
 use crate::storage::MemoryStorage;
 use crate::verify::{VerifyOptions, verify};
 
@@ -193,6 +193,37 @@ fn a_ring_without_a_collector_refuses_after_the_deadline() {
     assert!(begun.elapsed() >= deadline / 2 && admitted <= 8, "{admitted}");
     let bulk = (0..10).filter(|_| emitter.emit(&Event::new(Kind::Traffic)) == Ok(Emitted::Queued)).count();
     assert_eq!(bulk, 4);
+}
+
+#[test]
+fn who_attaches_once_has_no_other_collector() {
+    let mut running = Running::new();
+    let once = attach_once(running.socket(), &Party::vm(1, 1), RingOptions::default(), LONG).unwrap();
+    once.emitter().admit(&Event::new(Kind::Opened)).unwrap().wait(LONG).unwrap();
+    running.stop();
+    running.stop = Arc::default();
+    running.start(|_| ());
+    // At once, and not after the deadline.
+    let begun = Instant::now();
+    while let Ok(receipt) = once.emitter().admit(&Event::new(Kind::Opened)) {
+        drop(receipt);
+        assert!(begun.elapsed() < LONG / 2, "it is admitted by a collector that has ended");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let refused = once.emitter().admit(&Event::new(Kind::Opened)).unwrap_err();
+    assert!(matches!(refused, Refused::Closed(_)), "{refused}");
+    let other = attach(running.socket(), &Party::vm(2, 1), RingOptions::default(), LONG).unwrap();
+    other.emitter().admit(&Event::new(Kind::Closed)).unwrap().wait(LONG).unwrap();
+    assert!(other.is_collected() && !once.is_collected());
+    drop((once, other));
+    running.stop();
+    running.check();
+    // However soon it ends after an emitter, it says that this one is gone. The other outlived its collector.
+    let accounts = gaps(Arc::new(running.storage.clone())).unwrap().accounts;
+    let ended: Vec<bool> = accounts.iter().map(|account| account.ended).collect();
+    assert_eq!(ended, [false, true]);
+    let opened = kinds(&running.storage).into_iter().filter(|kind| *kind == Kind::Opened).count();
+    assert_eq!(opened, 1);
 }
 
 #[test]

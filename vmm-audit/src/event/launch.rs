@@ -68,7 +68,8 @@ impl Launch {
         self.measure("cpu-model", Digest::of(model))
     }
 
-    /// Adds the policy by its digest.
+    /// Adds the policy that is in force at the launch, by its digest. No condition of that policy can ask for the launch digest then, which
+    /// has the policy's own in it; one that comes into force later can.
     #[must_use]
     pub fn policy(self, digest: Digest) -> Self {
         self.measure("policy", digest)

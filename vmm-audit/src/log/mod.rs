@@ -11,6 +11,7 @@
 
 mod append;
 mod batch;
+mod load;
 mod options;
 mod publish;
 mod recover;
@@ -22,9 +23,10 @@ use std::io;
 
 pub use append::{Batch, LogWriter};
 pub(crate) use batch::{Writing, Written};
+pub(crate) use load::read_header;
 pub use options::LogOptions;
 pub use recover::Recovered;
-pub(crate) use recover::{boot_id, read_header};
+pub(crate) use recover::boot_id;
 pub(crate) use rotate::carried_over;
 
 use crate::event::EventError;

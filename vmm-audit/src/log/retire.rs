@@ -33,7 +33,7 @@ impl LogWriter {
     fn is_older(&self, number: u64, age: Duration) -> Result<bool, LogError> {
         let name = path(number + 1);
         let file = self.storage.open_to_read(&name).map_err(LogError::io(name.clone()))?;
-        let ended = super::recover::first_time(file).map_err(LogError::io(name))?;
+        let ended = super::load::first_time(file).map_err(LogError::io(name))?;
         Ok(ended.is_some_and(|ended| {
             wall_clock().saturating_sub(ended) > u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)
         }))
@@ -42,7 +42,7 @@ impl LogWriter {
     fn base_of(&self, number: u64) -> Result<u64, LogError> {
         let name = path(number);
         let file = self.storage.open_to_read(&name).map_err(LogError::io(name.clone()))?;
-        let header = super::recover::read_header(&*file).map_err(LogError::io(name.clone()))?;
+        let header = super::load::read_header(&*file).map_err(LogError::io(name.clone()))?;
         let damaged =
             |why: super::segment::Damage| LogError::Damaged { path: name, offset: 0, why: why.to_string() };
         header.map(|header| header.base).map_err(damaged)

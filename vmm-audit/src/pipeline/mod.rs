@@ -24,6 +24,7 @@
 //! tried again, and written down once it works.
 
 mod counters;
+mod disk;
 mod emitter;
 mod local;
 mod run;
@@ -185,7 +186,7 @@ impl AuditLog {
         let verifier = writer.verifier().clone();
         let local = Arc::new(Local::new(options, writer.acknowledged(), writer.checkpoint().to_owned()));
         let shared = Arc::clone(&local);
-        let disk = run::Disk::start().map_err(LogError::io("a thread"))?;
+        let disk = disk::Disk::start().map_err(LogError::io("a thread"))?;
         let builder = std::thread::Builder::new().name("vmm-audit".to_owned());
         let thread =
             builder.spawn(move || run::run(&shared, writer, disk)).map_err(LogError::io("a thread"))?;

@@ -4,16 +4,16 @@
 //! Meanwhile the first gathers the next batch, up to the size that the options allow.
 
 use std::sync::atomic::{Ordering, fence};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::counters::{Cells as _, coalesced_events};
+use super::disk::{Disk, Gathered};
 use super::emitter::Waiter;
 use super::local::{Local, Record, Rings};
 use crate::event::{Event, Kind, Outcome};
-use crate::log::{LogError, LogWriter, Writing, Written, monotonic_clock};
+use crate::log::{LogError, LogWriter, monotonic_clock};
 
 /// How long the thread sleeps if nobody wakes it: the longest that a bulk event waits for it.
 const NAP: Duration = Duration::from_millis(5);
@@ -23,61 +23,6 @@ const RETRY: Duration = Duration::from_millis(50);
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 /// Bulk events that are taken of one source before the next has its turn.
 const TURN: usize = 64;
-
-/// The thread of the disk, and the way to it and back.
-pub(super) struct Disk {
-    to: Sender<Writing>,
-    from: Receiver<Written>,
-    thread: JoinHandle<()>,
-}
-
-impl Disk {
-    pub(super) fn start() -> std::io::Result<Self> {
-        let (to, batches) = channel::<Writing>();
-        let (done, from) = channel();
-        let write = move || {
-            while let Ok(batch) = batches.recv() {
-                if done.send(batch.write()).is_err() {
-                    return;
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("vmm-audit-disk".to_owned()).spawn(write)?;
-        Ok(Self { to, from, thread })
-    }
-
-    fn end(self) {
-        drop(self.to);
-        if self.thread.join().is_err() {
-            tracing::error!("the thread that writes the audit log to the disk panicked");
-        }
-    }
-}
-
-/// Those who wait for a batch, and what is in it.
-#[derive(Default)]
-struct Gathered {
-    waiters: Vec<(Arc<Waiter>, u64)>,
-    flushes: Vec<Arc<Waiter>>,
-    events: usize,
-    /// When it was begun, monotonic; 0 if there is nothing in it.
-    since: u64,
-}
-
-impl Gathered {
-    fn fail(self, why: &str) {
-        let waiters = self.waiters.into_iter().map(|(waiter, _)| waiter);
-        waiters.chain(self.flushes).for_each(|waiter| waiter.tell(Err(why.to_owned())));
-    }
-
-    /// Puts another one, that was to be written before, in front.
-    fn prepend(&mut self, mut before: Self) {
-        before.waiters.append(&mut self.waiters);
-        before.flushes.append(&mut self.flushes);
-        before.events += self.events;
-        *self = before;
-    }
-}
 
 /// A disk that takes nothing: since when, and how often it was tried.
 struct Stuck {
@@ -310,7 +255,13 @@ impl Run<'_> {
     /// Has the thread of the disk write what was gathered.
     fn send(&mut self) -> Result<(), LogError> {
         let writing = self.log.prepare(false, None)?;
-        self.flight = Some(std::mem::take(&mut self.gathered));
+        let mut flight = std::mem::take(&mut self.gathered);
+        // From here on it is the disk that is waited for. One that is full has been since it was.
+        if self.stuck.is_none() {
+            flight.since = monotonic_clock();
+        }
+        self.local.writing_since.store(flight.since, Ordering::Release);
+        self.flight = Some(flight);
         self.disk.to.send(writing).map_err(|_| no_disk())
     }
 

@@ -1,6 +1,6 @@
 //! The page.
 
-use super::collect::ReportData;
+use super::collect::{ReportData, short};
 use super::{escape, graph};
 use crate::event::rfc3339;
 use crate::gaps::Gaps;
@@ -21,7 +21,7 @@ rect.denied,.tip.denied{fill:var(--denied)}rect.allowed,.tip.allowed{fill:var(--
 .edge{fill:none;opacity:.85}.edge.denied{stroke:var(--denied);stroke-dasharray:6 4}.edge.allowed{stroke:var(--allowed)}
 .node rect{fill:var(--bg);stroke:var(--accent);stroke-width:1.5}.node.thing rect{stroke:var(--quiet)}
 table{width:100%;border-collapse:collapse;background:var(--card);border:1px solid var(--line);border-radius:8px}th,td{text-align:left;padding:7px 10px;border-top:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-th{color:var(--quiet);font-weight:600;border-top:0}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}td.time{white-space:nowrap}
+th{color:var(--quiet);font-weight:600;border-top:0}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}td.time,td.party{white-space:nowrap}
 .key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 14px}";
 
 fn time(nanoseconds: u64) -> String {
@@ -144,9 +144,9 @@ fn denials(data: &ReportData) -> String {
     );
     for ((from, to), flow) in pairs.iter().take(100) {
         html += &format!(
-            "<tr><td>{}</td><td>{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td>{}</td><td>{}</td><td class=\"time\">{}</td></tr>",
-            escape(from),
-            escape(to),
+            "<tr>{}{}<td class=\"n\">{}</td><td class=\"n\">{}</td><td>{}</td><td>{}</td><td class=\"time\">{}</td></tr>",
+            party(from),
+            party(to),
             number(flow.denied),
             number(flow.allowed),
             list(&flow.objects),
@@ -155,6 +155,11 @@ fn denials(data: &ReportData) -> String {
         );
     }
     html + "</table>"
+}
+
+/// A cell with a party, or an object that stands for itself: short, and whole for who points at it.
+fn party(name: &str) -> String {
+    format!("<td class=\"party\" title=\"{}\">{}</td>", escape(name), escape(&short(name)))
 }
 
 fn notable(data: &ReportData) -> String {
@@ -176,13 +181,13 @@ fn notable(data: &ReportData) -> String {
 
 fn accounts(gaps: &Gaps) -> String {
     let mut html = String::from(
-        "<table><tr><th>source</th><th class=\"n\">emitted</th><th class=\"n\">written</th><th class=\"n\">counted</th><th class=\"n\">torn</th><th class=\"n\">missing</th></tr>",
+        "<table><tr><th class=\"n\">source</th><th>who</th><th class=\"n\">emitted</th><th class=\"n\">written</th><th class=\"n\">counted</th><th class=\"n\">torn</th><th class=\"n\">missing</th></tr>",
     );
     for account in gaps.accounts.iter().take(200) {
         html += &format!(
-            "<tr><td>{} {}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>",
+            "<tr><td class=\"n\">{}</td>{}<td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>",
             account.source,
-            escape(account.who.as_deref().unwrap_or("")),
+            party(account.who.as_deref().unwrap_or("")),
             number(account.issued),
             number(account.written),
             number(account.counted),

@@ -110,6 +110,7 @@ impl Monitor {
             let trimmed = Subject {
                 id: subject.id,
                 principal: subject.principal.clone(),
+                incarnation: subject.incarnation,
                 labels: subject.labels.as_ref().map(|_| kept),
                 digest: subject.digest.clone(),
                 state: crate::sync::Mutex::new(*lock(&subject.state)),

@@ -43,7 +43,7 @@ impl Monitor {
         let lifecycle =
             if matches!(principal, Principal::Host(_)) { Lifecycle::Running } else { Lifecycle::default() };
         let state = Mutex::new(State { lifecycle, attested });
-        let subject = Arc::new(Subject { id, principal, labels, digest, state });
+        let subject = Arc::new(Subject { id, principal, incarnation, labels, digest, state });
         let main = self.with_seat(&before.main, slot, &subject)?;
         let shadow =
             before.shadow.as_ref().map(|shadow| self.with_seat(shadow, slot, &subject)).transpose()?;
@@ -93,6 +93,7 @@ impl Monitor {
             let subject = Arc::new(Subject {
                 id,
                 principal: old.principal.clone(),
+                incarnation: old.incarnation,
                 labels: Some(labels.iter().map(|label| (*label).to_owned()).collect()),
                 digest: old.digest.clone(),
                 state: Mutex::new(*lock(&old.state)),
@@ -149,6 +150,11 @@ impl Monitor {
     pub fn subjects(&self) -> Vec<(SubjectId, Principal)> {
         let now = self.shared.now.load();
         now.main.subjects().map(|seat| (seat.subject().id, seat.subject().principal.clone())).collect()
+    }
+
+    /// The incarnation that a subject was registered with, if it was and is there.
+    pub fn incarnation(&self, id: SubjectId) -> Option<u64> {
+        self.shared.now.load().main.seat(id)?.subject().incarnation
     }
 
     /// The registered subject of that name: of a machine or host principal that the policy declares, or a host principal's own.

@@ -16,6 +16,7 @@ use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 pub(super) struct Subject {
     pub(super) id: SubjectId,
     pub(super) principal: Principal,
+    pub(super) incarnation: Option<u64>,
     /// The labels that it was given, if they are not the policy's.
     pub(super) labels: Option<Vec<String>>,
     pub(super) digest: Option<Vec<u8>>,
@@ -74,6 +75,7 @@ impl Seat {
         let subject = Subject {
             id: SubjectId::NOBODY,
             principal: Principal::Host("".into()),
+            incarnation: None,
             labels: None,
             digest: None,
             state: Mutex::new(State { lifecycle: Lifecycle::default(), attested: false }),

@@ -8,6 +8,7 @@
 //! `--backend xen-pv` the kernel runs as a paravirtual Xen guest instead, which has no PC but a console. Before the guest
 //! runs, the process gives up all that it does not need (`vmm_examples::confine`).
 
+mod audited;
 mod end;
 mod guest;
 mod memory;
@@ -40,6 +41,7 @@ use vmm_examples::virtio::VirtioDevices;
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
 use vmm_memory::{Backing, GuestRam};
 
+use crate::audited::Audited;
 use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
 use crate::options::{Options, Virtio, session};
@@ -66,7 +68,15 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options, started: Instant) -> Result<u8> {
+    if let Some(dir) = &options.write_audit {
+        return audited::write(dir).map(|()| 0);
+    }
     let inherited = inherited_descriptors()?;
+    ensure!(
+        options.audit.is_none() || (options.backend != xen_pv::NAME && !options.rerun.is_deterministic()),
+        "--audit goes with no deterministic run and not with --backend {}",
+        xen_pv::NAME
+    );
     if options.backend == xen_pv::NAME {
         return paravirtual::run(options, started, &inherited);
     }
@@ -86,12 +96,14 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let stop = Arc::new(StopSign::default());
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
     let output = |port| Watch::port(&watch, port);
-    let Virtio { devices, console, exporter } = options.virtio(&ram, || output(SerialPort::Console))?;
+    let audit = options.audit.as_deref().map(Audited::start).transpose().context("--audit")?;
+    let virtio = options.virtio(&ram, audit.as_ref(), || output(SerialPort::Console))?;
+    let Virtio { devices, console, exporter } = virtio;
     let modules = devices.as_ref().map(VirtioDevices::modules).unwrap_or_default();
     let ports: Vec<&str> = options.port.iter().map(|port| &*port.name).collect();
     let hardware = Hardware { wiring: options.wiring(), modules: &modules, ports: &ports };
-    let vm =
-        hypervisor.create_vm(&machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus))?;
+    let config = machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus);
+    let vm = hypervisor.create_vm(&config)?;
     let tsc_khz = vm.clock().map_or(TSC_KHZ, |clock| clock.tsc_khz());
     let guest = Guest::get(options, &session, hardware, tsc_khz)?;
 
@@ -193,6 +205,10 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         None => None,
     };
+    if let Some(audit) = &audit {
+        audit.launch(&guest, &config, &*hypervisor).context("--audit")?;
+        threads.observe(audit.observer());
+    }
     confine(&*hypervisor, &inherited, options)?;
 
     match &debugger {
@@ -214,6 +230,9 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     };
     let vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
     drop(raw);
+    if let Some(audit) = audit {
+        audit.end(pc.end(), &end).context("--audit")?;
+    }
     conclude(options, &session, &watch, started, &vcpus, memory, end)
 }
 

@@ -22,6 +22,7 @@ use vmm_examples::virtio::{
 };
 use vmm_memory::{Backing, GuestRam};
 
+use crate::audited::Audited;
 use crate::memory::RamOptions;
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
@@ -122,6 +123,13 @@ pub(crate) struct Options {
     /// at unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics: Option<String>,
+    /// Writes an audit log in this directory: what the guest was started from, the channels that opened, drivers that broke the rules, how
+    /// it ended. A process of its own has the log's keys; `vmm-audit verify DIR/log --key DIR/key.pub` checks it.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) audit: Option<PathBuf>,
+    /// Is the process that writes that log.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub(crate) write_audit: Option<PathBuf>,
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
@@ -263,7 +271,12 @@ impl Options {
 
     /// The virtio devices that are asked for, with the output of a console going where `output` says. A run that can be had
     /// again has the same random numbers each time.
-    pub(crate) fn virtio(&self, ram: &GuestRam, output: impl FnOnce() -> Output) -> Result<Virtio> {
+    pub(crate) fn virtio(
+        &self,
+        ram: &GuestRam,
+        audit: Option<&Audited>,
+        output: impl FnOnce() -> Output,
+    ) -> Result<Virtio> {
         let Some(transport) = self.wanted_transport() else { return Ok(Virtio::default()) };
         let deterministic = self.rerun.is_deterministic();
         if let Some(option) = self.unrecorded().filter(|_| deterministic) {
@@ -273,7 +286,11 @@ impl Options {
             );
         }
         let seed: Option<&[u8]> = deterministic.then_some(b"entropy device");
-        let mut devices = VirtioDevices::new(transport, deterministic)?.entropy(seed)?;
+        let mut devices = VirtioDevices::new(transport, deterministic)?;
+        if let Some(audit) = audit {
+            devices = devices.gatekeeper(audit.gatekeeper()).on_failure(audit.on_failure());
+        }
+        devices = devices.entropy(seed)?;
         for disk in &self.disk {
             devices = devices.disk(disk)?;
         }

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
+use vmm_audit::Digest;
 use vmm_memory::Access;
 use vmm_policy::{Action, Decision, Policy};
 
 use crate::host::{DATABASE, Host, Role};
+use crate::log::Said;
 use crate::machine::{Answer, Machine};
 use crate::trail::{Asked, statement};
 
@@ -41,6 +43,8 @@ pub(crate) struct Row {
     pub(crate) verdict: String,
     pub(crate) rule: String,
     pub(crate) good: bool,
+    /// The decision by its number, as it has to be in the audit log.
+    pub(crate) said: Option<(u64, Said)>,
 }
 
 impl Try {
@@ -104,11 +108,21 @@ impl Policies {
         self.all.push(policy);
     }
 
-    /// The rule that a decision stands on, with its file and line.
-    pub(crate) fn rule(&self, decision: &Decision) -> String {
-        let policy = usize::try_from(decision.epoch).ok().and_then(|epoch| self.all.get(epoch));
-        if let Some(rule) = policy.zip(decision.rule).and_then(|(policy, rule)| policy.rule(rule)) {
-            return rule.to_string();
+    /// The policy by which something was decided.
+    fn of(&self, decision: &Decision) -> Option<&Policy> {
+        usize::try_from(decision.epoch).ok().and_then(|epoch| self.all.get(epoch))
+    }
+
+    /// The rule that a decision stands on, with its file and line, if it stands on one.
+    fn named(&self, decision: &Decision) -> Option<String> {
+        let (policy, rule) = self.of(decision).zip(decision.rule)?;
+        Some(policy.rule(rule)?.to_string())
+    }
+
+    /// The same, or what there is instead.
+    fn rule(&self, decision: &Decision) -> String {
+        if let Some(rule) = self.named(decision) {
+            return rule;
         }
         let Some(word) = statement(decision.layer) else { return "no rule allows it".to_owned() };
         let begins = |line: &&str| line.split_whitespace().next() == Some(word);
@@ -118,6 +132,22 @@ impl Policies {
         };
         self.files.iter().find_map(find).unwrap_or_else(|| word.to_owned())
     }
+}
+
+/// What was asked and said, as the audit log has to have it.
+fn said(role: Role, tries: Try, asked: &Asked, policies: &Policies) -> Option<Said> {
+    let (action, object, peer) = tries.asks();
+    let decision = &asked.decision;
+    Some(Said {
+        who: role.name.to_owned(),
+        peer: peer.map(str::to_owned),
+        action: action.to_string(),
+        object,
+        verdict: decision.verdict.to_string(),
+        layer: decision.layer.to_string(),
+        rule: policies.named(decision),
+        policy: Digest::from_bytes(policies.of(decision)?.digest()).to_string(),
+    })
 }
 
 /// Has a guest try something. It goes well if the policy lets it and the guest says so, or both say no.
@@ -156,7 +186,8 @@ pub(crate) fn attempt(
         }
     };
     let good = worked == allowed && permits == allowed;
-    Ok(Row { who, what: tries.what(), guest, verdict, rule, good })
+    let said = asked.and_then(|asked| Some((asked.number, said(role, tries, &asked, policies)?)));
+    Ok(Row { who, what: tries.what(), guest, verdict, rule, good, said })
 }
 
 /// Whether the guest got what it tried.

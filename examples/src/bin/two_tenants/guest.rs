@@ -33,11 +33,11 @@ impl Image {
         Ok(Self { kernel, path: debian.image, userspace, modules })
     }
 
-    /// For a guest that has these modules' devices, and does `setup` before it listens.
-    pub(crate) fn run(&self, modules: &[&str], setup: &str) -> Result<GuestRun> {
-        // Some are part of the kernel, and what is for interrupts of memory in common is not used here.
+    /// For a guest that does `setup` before it listens.
+    pub(crate) fn run(&self, setup: &str) -> Result<GuestRun> {
+        // Some are part of the kernel.
         let is_there = |name: &&str| self.modules.iter().any(|module| module.name == *name);
-        let load: Vec<&str> = modules.iter().copied().filter(is_there).collect();
+        let load: Vec<&str> = MODULES.into_iter().filter(is_there).collect();
         let hardware = Hardware { modules: &load, ..WIRING.into() };
         let session = Session::Command { line: format!("{setup} exec tenant"), input: None };
         GuestRun::new(self.path.clone(), &self.userspace, &session, hardware, "")

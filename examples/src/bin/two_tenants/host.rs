@@ -5,6 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use vmm_audit::Digest;
+use vmm_audit::hooks::devices::AuditedGate;
+use vmm_audit::hooks::policy::PolicyLog;
 use vmm_cpu::Hypervisor;
 use vmm_devices::channel::{Gatekeeper, NetworkAttach, Refusal, RegionMap, VmIdentity, VsockListen};
 use vmm_devices::ivshmem::{Hub, Region};
@@ -18,8 +21,9 @@ use vmm_memory::{Access, SharedMemory};
 use vmm_policy::{Monitor, Policy};
 
 use crate::guest::Image;
-use crate::machine::{Machine, ram};
-use crate::trail::Trail;
+use crate::log::Log;
+use crate::machine::{Machine, Recipe};
+use crate::trail::{Both, Trail};
 
 /// The port of the databases.
 pub(crate) const DATABASE: u32 = 5432;
@@ -95,6 +99,7 @@ impl Role {
 pub(crate) struct Host {
     pub(crate) enforcement: Enforcement,
     pub(crate) trail: Trail,
+    told: PolicyLog,
     pub(crate) table: Arc<FlowTable<PolicyFlows>>,
     network: Switch,
     vsock: vsock::Switch,
@@ -102,13 +107,14 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    pub(crate) fn new(policy: Policy) -> Result<Self> {
+    pub(crate) fn new(policy: Policy, log: &Log) -> Result<Self> {
         let trail = Trail::default();
-        let enforcement = Enforcement::new(Monitor::builder(policy).observer(trail.clone()).build());
-        for role in ROLES {
-            enforcement.register(role.identity())?;
-            enforcement.bind_address(role.identity(), role.address_bytes().into());
-        }
+        let told = PolicyLog::new(log.policy(), &policy);
+        let observer = Both(trail.clone(), told.clone());
+        let monitor = Monitor::builder(policy).observer(observer).build();
+        // What cannot be written down does not open.
+        let enforcement =
+            Enforcement::behind(monitor, |gate| AuditedGate::new(gate, log.gate()).without_verdicts());
         let start = Instant::now();
         let clock = move || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let network = Switch::builder("lan", clock).build();
@@ -121,7 +127,7 @@ impl Host {
             let memory = SharedMemory::create(name, REGION)?;
             regions.insert(name, Hub::new(Region::new(name, memory)?, 1)?);
         }
-        Ok(Self { enforcement, trail, table, network, vsock: vsock::Switch::new(), regions })
+        Ok(Self { enforcement, trail, told, table, network, vsock: vsock::Switch::new(), regions })
     }
 
     fn gatekeeper(&self) -> Gatekeeper {
@@ -134,11 +140,23 @@ impl Host {
         self.gatekeeper().open(role.identity().into(), None, map).map(drop)
     }
 
-    /// A machine with devices that have taken their rights.
-    pub(crate) fn machine(&self, hypervisor: &dyn Hypervisor, image: &Image, role: Role) -> Result<Machine> {
-        let gatekeeper = self.gatekeeper();
-        let vm = role.identity();
-        let mut devices = VirtioDevices::new(Transport::Pci, false)?;
+    /// A machine with devices that have taken their rights, and the digest of its launch, which the policy learns with who it is.
+    pub(crate) fn machine(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        image: &Image,
+        role: Role,
+        log: &Log,
+    ) -> Result<(Machine, Digest)> {
+        let (gatekeeper, enforcement, vm) = (self.gatekeeper(), &self.enforcement, role.identity());
+        let recipe = Recipe::new(hypervisor, image, &role.setup())?;
+        let launch = recipe.launch(hypervisor, &enforcement.monitor().policy())?;
+        let log = log.machine(role)?;
+        log.launch(&launch)?;
+        enforcement.register_as(vm, |spec| spec.digest(launch.digest().as_bytes()))?;
+        self.told.learn(enforcement.monitor());
+        enforcement.bind_address(vm, role.address_bytes().into());
+        let mut devices = VirtioDevices::new(Transport::Pci, false)?.on_failure(log.on_failure());
 
         let right = gatekeeper.open(vm.into(), None, NetworkAttach { network: "lan".into() })?;
         let port = self.network.attach(right, PortConfig::new(role.name).mac(role.mac()))?;
@@ -161,8 +179,8 @@ impl Host {
             let hub = self.regions.get(name).with_context(|| format!("there is no region {name}"))?;
             devices = devices.member(hub.join(right, None)?)?;
         }
-        let ram = ram(hypervisor)?;
-        Machine::new(hypervisor, role.name, image, &role.setup(), &ram, devices)
-            .with_context(|| format!("machine {}", role.name))
+        let machine = Machine::new(hypervisor, role.name, &recipe, devices, log)
+            .with_context(|| format!("machine {}", role.name))?;
+        Ok((machine, launch.digest()))
     }
 }

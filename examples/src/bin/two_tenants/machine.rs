@@ -7,13 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use vmm_audit::Digest;
+use vmm_audit::event::{Launch, Outcome};
 use vmm_cpu::entry::entry_state;
 use vmm_cpu::{CpuModel, Hypervisor, InterruptMode, VcpuIo, VcpuThreads, VmConfig};
-use vmm_examples::guest_command::{SerialPort, Wiring};
+use vmm_examples::audit::MachineLog;
+use vmm_examples::guest_command::{GuestRun, SerialPort, Wiring};
 use vmm_examples::pc::{Buses, Clocks, Output, Pc};
 use vmm_examples::virtio::{Served, VirtioDevices};
 use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
 use vmm_memory::{Backing, GuestRam};
+use vmm_policy::Policy;
 
 use crate::guest::Image;
 
@@ -21,7 +25,7 @@ use crate::guest::Image;
 const TSC_KHZ: u32 = 1_000_000;
 
 /// RAM in bytes.
-pub(crate) const RAM: u64 = 96 << 20;
+const RAM: u64 = 96 << 20;
 
 /// Nothing that the guest is asked takes so long, on a host that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,7 +45,8 @@ pub(crate) struct Machine {
     threads: VcpuThreads,
     said: Receiver<Line>,
     events: VecDeque<Line>,
-    log: Arc<Mutex<VecDeque<u8>>>,
+    console: Arc<Mutex<VecDeque<u8>>>,
+    log: MachineLog,
     // Its devices are served as long as it is there.
     _served: Served,
 }
@@ -92,10 +97,40 @@ impl Write for Tail {
 }
 
 /// RAM for a machine of that hypervisor: what the translator maps a second time has to be shared.
-pub(crate) fn ram(hypervisor: &dyn Hypervisor) -> Result<GuestRam> {
+fn ram(hypervisor: &dyn Hypervisor) -> Result<GuestRam> {
     let translates = hypervisor.name() == vmm_cpu::translate::NAME;
     let backing = if translates { Backing::Memfd } else { Backing::Anonymous };
     Ok(GuestRam::builder().ram(RAM).backing(backing).build()?)
+}
+
+/// What a machine is started from.
+pub(crate) struct Recipe<'a> {
+    image: &'a Image,
+    run: GuestRun,
+    command_line: String,
+    config: VmConfig,
+}
+
+impl<'a> Recipe<'a> {
+    /// For a guest that does `setup` first.
+    pub(crate) fn new(hypervisor: &dyn Hypervisor, image: &'a Image, setup: &str) -> Result<Self> {
+        let run = image.run(setup)?;
+        let command_line = format!("{} tsc_early_khz={TSC_KHZ} ipv6.disable=1", run.command_line);
+        let mut config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic).vcpus(1);
+        if hypervisor.capabilities().tsc_scaling {
+            config.clock.tsc_khz = Some(TSC_KHZ);
+        }
+        Ok(Self { image, run, command_line: command_line.trim().to_owned(), config })
+    }
+
+    /// Its measurement, with the policy that is in force then.
+    pub(crate) fn launch(&self, hypervisor: &dyn Hypervisor, policy: &Policy) -> Result<Launch> {
+        let cpuid = self.config.cpu.resolve(hypervisor.supported_cpuid())?;
+        let cpu = format!("{:x?}", cpuid.entries());
+        let launch = Launch::new().kernel(&self.image.kernel).initrd(&self.run.initrd);
+        let launch = launch.command_line(&self.command_line).cpu_model(cpu.as_bytes());
+        Ok(launch.policy(Digest::from_bytes(policy.digest())).vmm()?)
+    }
 }
 
 impl Machine {
@@ -103,44 +138,39 @@ impl Machine {
     pub(crate) fn new(
         hypervisor: &dyn Hypervisor,
         name: &'static str,
-        image: &Image,
-        setup: &str,
-        ram: &GuestRam,
+        recipe: &Recipe<'_>,
         devices: VirtioDevices,
+        log: MachineLog,
     ) -> Result<Self> {
-        let run = image.run(&devices.modules(), setup)?;
-        let kernel = KernelImage::parse(&image.kernel)?;
-        let command_line = format!("{} tsc_early_khz={TSC_KHZ} ipv6.disable=1", run.command_line);
-        let tables = Pc::write_tables(ram, 1, |tables| devices.describe(tables))?;
-        let boot = Boot::new(&kernel).command_line(command_line.trim()).initrd(&run.initrd);
+        let ram = ram(hypervisor)?;
+        let kernel = KernelImage::parse(&recipe.image.kernel)?;
+        let tables = Pc::write_tables(&ram, 1, |tables| devices.describe(tables))?;
+        let boot = Boot::new(&kernel).command_line(&recipe.command_line).initrd(&recipe.run.initrd);
         let entry = boot.protocol(BootProtocol::Pvh).rsdp(tables).load(&*ram.memory())?;
 
-        let mut config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic).vcpus(1);
-        if hypervisor.capabilities().tsc_scaling {
-            config.clock.tsc_khz = Some(TSC_KHZ);
-        }
-        let vm = hypervisor.create_vm(&config)?;
-        vm.map_ram(ram)?;
+        let vm = hypervisor.create_vm(&recipe.config)?;
+        vm.map_ram(&ram)?;
         let mut vcpu = vm.create_vcpu(0)?;
         entry_state(&entry)?.apply(&mut *vcpu)?;
         let bootstrap = vcpu.handle();
         let messages = vm.msi().context("the backend takes no interrupt messages")?;
 
         let (tell, said) = channel();
-        let log = Arc::<Mutex<VecDeque<u8>>>::default();
+        let console = Arc::<Mutex<VecDeque<u8>>>::default();
         let output = |port| -> Output {
             match port {
                 SerialPort::Output => Box::new(Lines { line: Vec::new(), tell: tell.clone() }),
-                SerialPort::Console | SerialPort::Errors => Box::new(Tail(Arc::clone(&log))),
+                SerialPort::Console | SerialPort::Errors => Box::new(Tail(Arc::clone(&console))),
                 SerialPort::Control => Box::new(io::sink()),
             }
         };
         let pc = Arc::new(Pc::with_clocks(Clocks::host(), messages, output, || {})?);
-        let served = devices.attach(&pc, &vm, ram, None)?;
+        let served = devices.attach(&pc, &vm, &ram, None)?;
         let threads =
             VcpuThreads::spawn(vec![(vcpu, Box::new(Buses(Arc::clone(&pc))) as Box<dyn VcpuIo + Send>)])?;
+        threads.observe(Arc::new(log.machine().clone()));
         pc.start(bootstrap);
-        Ok(Self { name, pc, threads, said, events: VecDeque::new(), log, _served: served })
+        Ok(Self { name, pc, threads, said, events: VecDeque::new(), console, log, _served: served })
     }
 
     /// Lets the guest run.
@@ -203,8 +233,8 @@ impl Machine {
     fn line(&self, until: Instant) -> Result<Line> {
         let left = until.saturating_duration_since(Instant::now());
         self.said.recv_timeout(left).map_err(|_| {
-            let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-            let (first, second) = log.as_slices();
+            let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+            let (first, second) = console.as_slices();
             let text = String::from_utf8_lossy(&[first, second].concat()).into_owned();
             anyhow::anyhow!("{} has said nothing for {PATIENCE:?}; its console:\n{text}", self.name)
         })
@@ -214,6 +244,7 @@ impl Machine {
     pub(crate) fn stop(self) {
         self.threads.pause_handle().pause();
         drop(self.threads.stop());
+        self.log.ended(Outcome::Killed, "the host stopped it");
     }
 }
 

@@ -6,18 +6,21 @@
 //! and its mapped memory are gone, which it says itself; nobody else notices. That no way leads from one tenant to the other, by however many steps,
 //! is proven for both policies, and drawn.
 //!
-//! It ends with 0 if all went as the policies say.
+//! All that is decided and done is in an audit log, which a process of its own writes: in the end that verifies it and looks for what was shown.
+//!
+//! It ends with 0 if all went as the policies say, and the log says so too.
 
 mod attempts;
 mod guest;
 mod host;
+mod log;
 mod machine;
 mod report;
 mod trail;
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -31,6 +34,7 @@ use vmm_policy::Policy;
 use crate::attempts::{HTTPS, Policies, Try, attempt};
 use crate::guest::Image;
 use crate::host::{DATABASE, Host, ROLES};
+use crate::log::Log;
 use crate::machine::Machine;
 use crate::report::Report;
 
@@ -38,8 +42,15 @@ use crate::report::Report;
 #[derive(Parser)]
 struct Options {
     /// Where the graph and the policies go.
+    #[arg(long, value_name = "DIRECTORY", required_unless_present = "write_log")]
+    out: Option<PathBuf>,
+    /// Where the audit log is kept; otherwise in `audit`, beside the graph. `vmm-audit verify DIRECTORY/log --key DIRECTORY/key.pub`
+    /// checks it.
     #[arg(long, value_name = "DIRECTORY")]
-    out: PathBuf,
+    log: Option<PathBuf>,
+    /// Is the process that writes that log.
+    #[arg(long, value_name = "DIRECTORY", hide = true)]
+    write_log: Option<PathBuf>,
     /// What runs the guests: kvm, translate, or auto, which takes hardware assistance where the processor has it.
     #[arg(long, default_value = "auto")]
     backend: String,
@@ -71,21 +82,29 @@ fn main() -> ExitCode {
 
 /// Whether all went as the policies say.
 fn run(options: &Options) -> Result<bool> {
+    if let Some(dir) = &options.write_log {
+        return log::write(dir).map(|()| true);
+    }
     let inherited = inherited_descriptors()?;
     let mut report = Report::new();
-    let (open, lockdown) = write_policies(options)?;
+    let out = options.out.as_deref().context("--out")?;
+    let (open, lockdown) = write_policies(out)?;
     let mut policies = Policies::new(FILES.map(|(name, text)| (name.to_owned(), text.to_owned())).into());
     policies.push(open.clone());
     prove(&mut report, &open)?;
-    std::fs::write(options.out.join("graph.svg"), open.graph()?.to_svg())?;
+    std::fs::write(out.join("graph.svg"), open.graph()?.to_svg())?;
 
     let hypervisor = choose(&options.backend)?;
-    let host = Host::new(open)?;
     let image = Image::get()?;
+    let log_dir = options.log.clone().unwrap_or_else(|| out.join("audit"));
+    let log = Log::start(&log_dir).context("--log")?;
+    let host = Host::new(open, &log)?;
     let begun = Instant::now();
     let mut machines = BTreeMap::new();
     for role in ROLES {
-        machines.insert(role.name, host.machine(&*hypervisor, &image, role)?);
+        let (machine, launched) = host.machine(&*hypervisor, &image, role, &log)?;
+        machines.insert(role.name, machine);
+        report.shown.launched.insert(role.name.to_owned(), launched.to_string());
     }
     confine(&*hypervisor, &inherited)?;
     for machine in machines.values() {
@@ -106,17 +125,18 @@ fn run(options: &Options) -> Result<bool> {
     for (who, tries, allowed) in AFTER {
         report.row(&attempt(&host, &policies, &mut machines, who, *tries, *allowed)?);
     }
-    report.counts(host.trail.counts(), host.table.totals());
     for machine in machines.into_values() {
         machine.stop();
     }
-    report.end(&options.out);
+    report.counts(host.trail.counts(), host.table.totals());
+    drop(host);
+    report.log(&log.end(&report.shown).context("--log")?, &log_dir);
+    report.end(out);
     Ok(report.is_good())
 }
 
 /// Writes the policies where the user finds them, and reads them there.
-fn write_policies(options: &Options) -> Result<(Policy, Policy)> {
-    let directory = &options.out;
+fn write_policies(directory: &Path) -> Result<(Policy, Policy)> {
     std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     for (name, text) in FILES {
         std::fs::write(directory.join(name), text)?;

@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vmm_devices::channel::Party;
+use vmm_devices::channel::{Object, Party};
 use vmm_devices::net::switch::flows::FlowTotals;
 use vmm_examples::policy::Cut;
 use vmm_policy::Path as Way;
 
 use crate::attempts::Row;
 use crate::host::ROLES;
+use crate::log::{Checks, Shown, Taken};
 
 /// What the policy calls it.
 fn name(party: &Party) -> String {
@@ -17,7 +18,17 @@ fn name(party: &Party) -> String {
     role.map_or_else(|| party.to_string(), |role| role.name.to_owned())
 }
 
+/// In the policy's words.
+fn object(object: &Object) -> String {
+    match object {
+        Object::Vsock { port } => format!("vsock {port}"),
+        other => other.to_string(),
+    }
+}
+
 pub(crate) struct Report {
+    /// What the audit log has to have.
+    pub(crate) shown: Shown,
     begun: Instant,
     checks: u32,
     failed: u32,
@@ -25,7 +36,7 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn new() -> Self {
-        Self { begun: Instant::now(), checks: 0, failed: 0 }
+        Self { shown: Shown::default(), begun: Instant::now(), checks: 0, failed: 0 }
     }
 
     /// Whether everything went as it was to go.
@@ -52,7 +63,8 @@ impl Report {
     }
 
     pub(crate) fn row(&mut self, row: &Row) {
-        let Row { who, what, guest, verdict, rule, good } = row;
+        let Row { who, what, guest, verdict, rule, good, said } = row;
+        self.shown.said.extend(said.clone());
         let mark = self.note(*good);
         println!("  {mark:<5}  {who:<9} {what:<41} {guest:<19} {verdict:<16} {rule}");
     }
@@ -97,6 +109,8 @@ impl Report {
             let of = request.peer().map_or_else(String::new, |peer| format!(" of {}", name(peer)));
             let why = closed.why.reason();
             println!("         {who}: {} {what}{of}, in {micros:.0} us: {why}", request.action());
+            let (peer, object) = (request.peer().map(name), object(what));
+            self.shown.taken.push(Taken { who, peer, object, why: why.to_owned() });
         }
         self.check("two channels are closed, and no others", cut.closed.len() == 2);
     }
@@ -106,12 +120,21 @@ impl Report {
         println!("         {who} says {:.1} ms after that began: {line}", after.as_secs_f64() * 1e3);
     }
 
-    pub(crate) fn counts(&self, (allowed, refused): (usize, usize), flows: FlowTotals) {
+    pub(crate) fn counts(&mut self, (allowed, refused): (usize, usize), flows: FlowTotals) {
+        (self.shown.allowed, self.shown.refused) = (allowed as u64, refused as u64);
         println!("\nthe policy was asked {} times: {allowed} allowed, {refused} refused", allowed + refused);
         println!(
             "the switch dropped {} frames that belonged to nothing, {} that were unclear, {} from others' addresses",
             flows.stray, flows.unclear, flows.spoofed
         );
+    }
+
+    /// What the process that writes the audit log found in it.
+    pub(crate) fn log(&mut self, checks: &Checks, dir: &Path) {
+        println!("\nThe audit log, in {}", dir.display());
+        for (what, good) in checks {
+            self.check(what, *good);
+        }
     }
 
     pub(crate) fn end(&self, out: &Path) {

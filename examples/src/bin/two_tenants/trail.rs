@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vmm_policy::{Action, Decision, Layer, Observer, Request, SubjectId};
+use vmm_audit::hooks::policy::PolicyLog;
+use vmm_policy::{Action, Decision, Layer, Observer, Policy, Request, Revocation, SubjectId};
 
 /// Decisions that are kept: more than a run has, however much its guests ask.
 const MOST: usize = 1 << 16;
@@ -65,6 +66,24 @@ impl Trail {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = kept.asked.iter().filter(|asked| asked.decision.permits()).count();
         (allowed, kept.asked.len() - allowed)
+    }
+}
+
+/// Tells the trail and the audit log.
+pub(crate) struct Both(pub(crate) Trail, pub(crate) PolicyLog);
+
+impl Observer for Both {
+    fn decided(&self, request: &Request<'_>, decision: &Decision) {
+        self.0.decided(request, decision);
+        self.1.decided(request, decision);
+    }
+
+    fn revoked(&self, revocation: &Revocation) {
+        self.1.revoked(revocation);
+    }
+
+    fn reloaded(&self, epoch: u64, policy: &Policy) {
+        self.1.reloaded(epoch, policy);
     }
 }
 

@@ -91,7 +91,11 @@ fn an_old_life_has_no_rights() {
     monitor.unregister(b).unwrap_err();
     let spec = || SubjectSpec::vm(Uuid::from_u128(9));
     let first = monitor.register(spec().incarnation(5)).unwrap();
+    monitor.relabel(first, &["l"]).unwrap();
+    monitor.reload(Policy::parse("labels m").unwrap()).unwrap();
+    assert_eq!((monitor.incarnation(first), monitor.incarnation(again)), (Some(5), None));
     monitor.unregister(first).unwrap();
+    assert_eq!(monitor.incarnation(first), None);
     let refused = monitor.register(spec().incarnation(5)).unwrap_err().to_string();
     assert_eq!(
         refused,

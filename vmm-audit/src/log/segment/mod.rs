@@ -29,13 +29,14 @@
 //! chain in the header is SHA-256 over the chain at the last checkpoint of the segment before and that checkpoint's frame, and zeros in the
 //! first segment. So a segment is checked with nothing but the last checkpoint before it.
 
-use std::io;
+mod scanner;
 
 use crate::digest::Digest;
 use crate::event::{Entry, MAX_ENTRY};
 use crate::merkle::leaf_hash;
 use crate::note::MAX_NOTE;
-use crate::storage::StorageFile;
+
+pub use scanner::{Scanned, Scanner};
 
 /// Bytes of a segment's header.
 pub const HEADER: usize = HEADER_LENGTH as usize;
@@ -45,8 +46,6 @@ pub const FRAME: usize = 12;
 const MAGIC: &[u8; 8] = b"VMMAUDIT";
 const MARK: u8 = 0xa5;
 const VERSION: u16 = 1;
-/// What is read at a time.
-const CHUNK: usize = 1 << 20;
 
 /// The file of a segment.
 pub(crate) fn path(number: u64) -> String {
@@ -248,109 +247,9 @@ fn parse(bytes: &[u8], offset: u64) -> Result<Frame<'_>, Damage> {
     Ok(Frame { offset, kind, number, payload, bytes })
 }
 
-/// What [`Scanner::next`] found.
-#[derive(Debug)]
-pub enum Scanned<'a> {
-    /// A frame that is whole.
-    Frame(Frame<'a>),
-    /// Bytes that are none.
-    Damaged {
-        /// Where they begin.
-        offset: u64,
-        /// How many, until the next whole frame or the end.
-        bytes: u64,
-        /// What is wrong with the first.
-        damage: Damage,
-    },
-}
-
-/// Goes through the frames of a segment, over damage too.
-pub struct Scanner {
-    file: Box<dyn StorageFile>,
-    buffer: Vec<u8>,
-    /// Where in the buffer the next frame begins.
-    at: usize,
-    /// Where in the file the buffer begins.
-    offset: u64,
-    end: bool,
-}
-
-impl Scanner {
-    /// From `offset` of the file on.
-    pub fn new(file: Box<dyn StorageFile>, offset: u64) -> Self {
-        Self { file, buffer: Vec::new(), at: 0, offset, end: false }
-    }
-
-    /// Where the next frame begins, or where the file ends.
-    pub fn position(&self) -> u64 {
-        self.offset + self.at as u64
-    }
-
-    /// Goes to `offset`, to read what has been written there since.
-    pub fn seek(&mut self, offset: u64) {
-        self.buffer.clear();
-        (self.at, self.offset, self.end) = (0, offset, false);
-    }
-
-    /// Has the buffer hold a whole frame from `at` on, if the file does.
-    fn fill(&mut self) -> io::Result<()> {
-        const WHOLE: usize = FRAME + if MAX_NOTE > MAX_ENTRY { MAX_NOTE } else { MAX_ENTRY };
-        if self.end || self.buffer.len() - self.at >= WHOLE {
-            return Ok(());
-        }
-        self.buffer.drain(..self.at);
-        self.offset += self.at as u64;
-        self.at = 0;
-        let kept = self.buffer.len();
-        self.buffer.resize(kept + CHUNK, 0);
-        let room = self.buffer.get_mut(kept..).unwrap_or_default();
-        let read = self.file.read_at(self.offset + kept as u64, room)?;
-        self.buffer.truncate(kept + read);
-        self.end = read < CHUNK;
-        Ok(())
-    }
-
-    /// The next frame or damage; `None` at the end.
-    ///
-    /// # Errors
-    /// If the file cannot be read.
-    #[allow(clippy::should_implement_trait, reason = "what it returns borrows from it")]
-    pub fn next(&mut self) -> io::Result<Option<Scanned<'_>>> {
-        self.fill()?;
-        let start = self.position();
-        let damage = match parse(self.buffer.get(self.at..).unwrap_or_default(), start) {
-            _ if self.at == self.buffer.len() => return Ok(None),
-            Ok(Frame { kind, number, bytes, .. }) => {
-                // Taken again, since the borrow checker takes what the match is about to be borrowed on all ways out.
-                let length = bytes.len();
-                let bytes = self.buffer.get(self.at..self.at + length).unwrap_or_default();
-                let payload = bytes.get(FRAME..).unwrap_or_default();
-                self.at += length;
-                return Ok(Some(Scanned::Frame(Frame { offset: start, kind, number, payload, bytes })));
-            }
-            Err(damage) => damage,
-        };
-        // On to the next byte at which a whole frame begins.
-        loop {
-            self.at += 1;
-            self.fill()?;
-            let rest = self.buffer.get(self.at..).unwrap_or_default();
-            match rest.iter().position(|byte| *byte == MARK) {
-                None => self.at = self.buffer.len(),
-                Some(skipped) => self.at += skipped,
-            }
-            self.fill()?;
-            let rest = self.buffer.get(self.at..).unwrap_or_default();
-            if (rest.is_empty() && self.end) || parse(rest, 0).is_ok() {
-                break;
-            }
-        }
-        Ok(Some(Scanned::Damaged { offset: start, bytes: self.position() - start, damage }))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::scanner::CHUNK;
     use super::*;
     use crate::storage::{MemoryStorage, Storage as _};
 
