@@ -220,7 +220,10 @@ impl CpuidTable {
     }
 
     /// Reports a feature if `supported` does. Returns whether it does.
-    #[cfg(feature = "xen-pv")]
+    #[cfg(any(
+        feature = "xen-pv",
+        all(feature = "kvm", feature = "translate", target_os = "linux", target_arch = "x86_64")
+    ))]
     pub(crate) fn enable(&mut self, feature: Feature, supported: &Self) -> bool {
         if !supported.has(feature) {
             return false;

@@ -66,11 +66,23 @@ pub struct KvmOptions {
     dirty_ring: Option<u32>,
     software_protected: bool,
     finish_instructions: bool,
+    #[cfg(feature = "translate")]
+    privileged_in_software: bool,
+    #[cfg(feature = "translate")]
+    all_programs: bool,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { dirty_ring: None, software_protected: false, finish_instructions: true }
+        Self {
+            dirty_ring: None,
+            software_protected: false,
+            finish_instructions: true,
+            #[cfg(feature = "translate")]
+            privileged_in_software: false,
+            #[cfg(feature = "translate")]
+            all_programs: false,
+        }
     }
 }
 
@@ -104,6 +116,27 @@ impl KvmOptions {
     }
 }
 
+#[cfg(feature = "translate")]
+impl KvmOptions {
+    /// Has software, the translator of [`translate`](crate::translate), execute all but programs (64-bit code at privilege level 3),
+    /// which KVM runs. For hosts without VT-x or SVM, whose KVM emulates the rest one instruction at a time: [`Capabilities`] say
+    /// `hardware_assisted: Some(false)`. Such a virtual machine has what those of `translate` have: local APICs of software,
+    /// up to 8 vCPUs. Its time-stamp counter is the host's.
+    #[must_use]
+    pub fn privileged_in_software(mut self, software: bool) -> Self {
+        self.privileged_in_software = software;
+        self
+    }
+
+    /// With [`KvmOptions::privileged_in_software`], has KVM run all programs, those too that ask their kernel so often that they are
+    /// faster in software: for tests, and for measurements.
+    #[must_use]
+    pub fn all_programs(mut self, all: bool) -> Self {
+        self.all_programs = all;
+        self
+    }
+}
+
 /// The KVM backend.
 #[derive(Debug)]
 pub struct KvmHypervisor {
@@ -111,6 +144,9 @@ pub struct KvmHypervisor {
     options: KvmOptions,
     capabilities: Capabilities,
     cpuid: CpuidTable,
+    /// What programs see, and the width of their addresses, where privileged code is software's.
+    #[cfg(feature = "translate")]
+    host: (CpuidTable, u8),
     saved_msrs: Vec<u32>,
     run_page_size: usize,
     max_slots: u32,
@@ -144,7 +180,50 @@ impl KvmHypervisor {
                 "KVM_CAP_VM_TYPES of this host lacks it (CONFIG_KVM_SW_PROTECTED_VM, and two-dimensional paging)",
             ));
         }
-        Ok(Self { options, ..this })
+        let this = Self { options, ..this };
+        #[cfg(feature = "translate")]
+        if this.options.privileged_in_software {
+            return this.split();
+        }
+        Ok(this)
+    }
+
+    /// Becomes what [`KvmOptions::privileged_in_software`] says.
+    #[cfg(feature = "translate")]
+    fn split(mut self) -> Result<Self> {
+        let options = &self.options;
+        if options.dirty_ring.is_some() || options.software_protected {
+            return Err(Error::unsupported(
+                "privileged code in software",
+                "it goes with neither dirty rings nor software-protected virtual machines",
+            ));
+        }
+        let translate = crate::translate::TranslateHypervisor::new();
+        let software = crate::Hypervisor::capabilities(&translate);
+        self.capabilities.max_vcpus = self.capabilities.max_vcpus.min(super::split::MAX_VCPUS);
+        // The engine's own pages are at the end of what KVM has.
+        self.capabilities.gpa_bits = (self.capabilities.gpa_bits - 1).min(software.gpa_bits);
+        self.capabilities.interrupt_modes.clone_from(&software.interrupt_modes);
+        self.capabilities.legacy_timer = false;
+        self.capabilities.tsc_scaling = false;
+        self.capabilities.hardware_assisted = Some(false);
+        self.capabilities.shadowed_page_tables = false;
+        self.cpuid = crate::translate::native::supported_with_vectors(&CpuidTable::host(), &self.host.0);
+        Ok(self)
+    }
+
+    /// A virtual machine of both backends.
+    #[cfg(feature = "translate")]
+    fn create_split(&self, config: &VmConfig) -> Result<super::split::SplitVm> {
+        self.check(config)?;
+        let tsc_khz = self.tsc_khz(config.clock.tsc_khz)?;
+        let cpuid = config.cpu.resolve(&self.cpuid)?;
+        let below = VmConfig { interrupts: InterruptMode::External, ..config.clone() };
+        let kvm = self.create_inner(&below, self.host.0.clone(), false)?;
+        let always = self.options.all_programs;
+        // Beyond x87 and SSE, which all have.
+        let vectors = self.cpuid.get(0xd, 0).map_or(0, |leaf| u64::from(leaf.eax & !3));
+        super::split::SplitVm::new(kvm, self.host.1, vectors, config, cpuid, tsc_khz, always)
     }
 
     /// Opens the KVM device at another path.
@@ -196,7 +275,18 @@ impl KvmHypervisor {
         tracing::debug!(?capabilities, "kvm: opened");
         let default_tsc_khz = OnceLock::new();
         let options = KvmOptions::default();
-        Ok(Self { kvm, options, capabilities, cpuid, saved_msrs, run_page_size, max_slots, default_tsc_khz })
+        Ok(Self {
+            kvm,
+            options,
+            #[cfg(feature = "translate")]
+            host: (cpuid.clone(), capabilities.gpa_bits),
+            capabilities,
+            cpuid,
+            saved_msrs,
+            run_page_size,
+            max_slots,
+            default_tsc_khz,
+        })
     }
 
     fn check(&self, config: &VmConfig) -> Result<()> {
@@ -229,6 +319,10 @@ impl KvmHypervisor {
     fn create(&self, config: &VmConfig) -> Result<Arc<VmInner>> {
         self.check(config)?;
         let cpuid = config.cpu.resolve(&self.cpuid)?;
+        self.create_inner(config, cpuid, self.options.finish_instructions)
+    }
+
+    fn create_inner(&self, config: &VmConfig, cpuid: CpuidTable, finishes: bool) -> Result<Arc<VmInner>> {
         let tsc_khz = self.tsc_khz(config.clock.tsc_khz)?;
         let kind = if self.options.software_protected { KVM_X86_SW_PROTECTED_VM } else { KVM_X86_DEFAULT_VM };
         let fd =
@@ -239,7 +333,7 @@ impl KvmHypervisor {
             .map_err(|errno| host("KVM_SET_IDENTITY_MAP_ADDR", errno))?;
         fd.set_tss_address(TSS).map_err(|errno| host("KVM_SET_TSS_ADDR", errno))?;
         create_interrupt_controllers(&fd, config)?;
-        let finish = self.finish(&fd, &cpuid, config)?;
+        let finish = if finishes { self.finish(&fd, &cpuid, config)? } else { None };
         let inner = Arc::new(VmInner::new(VmParts {
             fd,
             interrupts: config.interrupts,
@@ -268,7 +362,7 @@ impl KvmHypervisor {
         use super::finish::Finish;
         let shadowed = self.capabilities.shadowed_page_tables;
         let new = || Finish::new(fd, cpuid, config.max_vcpus, config.interrupts, shadowed);
-        self.options.finish_instructions.then(new).transpose()
+        new().map(Some)
     }
 
     #[cfg(not(feature = "translate"))]
@@ -434,10 +528,20 @@ impl Hypervisor for KvmHypervisor {
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<Arc<dyn Vm>> {
+        #[cfg(feature = "translate")]
+        if self.options.privileged_in_software {
+            return Ok(Arc::new(self.create_split(config)?));
+        }
         Ok(Arc::new(KvmVm(self.create(config)?)))
     }
 
     fn restore_vm(&self, config: &VmConfig, state: &VmState) -> Result<Arc<dyn Vm>> {
+        #[cfg(feature = "translate")]
+        if self.options.privileged_in_software {
+            let vm = self.create_split(config)?;
+            vm.restore(state)?;
+            return Ok(Arc::new(vm));
+        }
         let inner = self.create(config)?;
         platform_state::restore(&inner, state)?;
         Ok(Arc::new(KvmVm(inner)))

@@ -12,6 +12,7 @@
 //! | `guest_memfd` | memory in guest_memfds, private memory |
 //! | `exits` | exit counters, the report of an instruction that KVM could not execute |
 //! | `finish` | instructions that KVM could not execute, executed in software (with feature `translate`) |
+//! | `split` | programs on KVM, everything else in software, where KVM would emulate it (with feature `translate`) |
 //! | `handle` | kick, NMI and INTR from other threads |
 //! | `debug` | breakpoints and single step |
 //! | `state`, `platform_state` | KVM's structures to and from the portable state |
@@ -42,6 +43,8 @@ mod hypervisor;
 mod irq;
 mod platform_state;
 mod rings;
+#[cfg(feature = "translate")]
+mod split;
 mod state;
 mod sys;
 mod vcpu;

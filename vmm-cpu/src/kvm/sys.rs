@@ -202,6 +202,16 @@ pub(super) fn ioeventfd(vm: &VmFd, argument: &kvm_ioeventfd) -> errno::Result<()
 
 /// Adds `delta` guest ticks to the vCPU's KVM_VCPU_TSC_OFFSET.
 pub(super) fn adjust_tsc_offset(vcpu: &VcpuFd, delta: u64) -> errno::Result<()> {
+    change_tsc_offset(vcpu, |offset| offset.wrapping_add(delta))
+}
+
+/// Sets the vCPU's KVM_VCPU_TSC_OFFSET, in guest ticks.
+#[cfg(feature = "translate")]
+pub(super) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> errno::Result<()> {
+    change_tsc_offset(vcpu, |_| offset)
+}
+
+fn change_tsc_offset(vcpu: &VcpuFd, change: impl FnOnce(u64) -> u64) -> errno::Result<()> {
     let offset = Cell::new(0_u64);
     let attribute = kvm_device_attr {
         flags: 0,
@@ -213,7 +223,7 @@ pub(super) fn adjust_tsc_offset(vcpu: &VcpuFd, delta: u64) -> errno::Result<()> 
     if unsafe { ioctl_with_ref(vcpu, request::KVM_GET_DEVICE_ATTR(), &attribute) } != 0 {
         return errno::errno_result();
     }
-    offset.set(offset.get().wrapping_add(delta));
+    offset.set(change(offset.get()));
     // SAFETY: as above.
     match unsafe { ioctl_with_ref(vcpu, request::KVM_SET_DEVICE_ATTR(), &attribute) } {
         0 => Ok(()),

@@ -457,7 +457,7 @@ impl KvmVcpu {
             registers,
             system,
         ));
-        tracing::warn!(
+        tracing::debug!(
             vcpu = self.index,
             rip = registers.rip,
             text = unhandled.text.as_deref(),
@@ -525,7 +525,8 @@ impl KvmVcpu {
         }
     }
 
-    fn enter(&mut self, io: &mut dyn VcpuIo) -> Result<Halt> {
+    /// As [`Vcpu::run`](crate::Vcpu::run), of a virtual machine whose clock runs.
+    pub(super) fn enter(&mut self, io: &mut dyn VcpuIo) -> Result<Halt> {
         let _running = self.shared.enter()?;
         self.apply_pauses()?;
         if let Some(halt) = self.answer_requests()? {

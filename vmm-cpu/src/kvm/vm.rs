@@ -202,7 +202,7 @@ impl VmInner {
         Ok(())
     }
 
-    fn unmap_memory(&self, gpa: GuestAddress) -> Result<Arc<GuestRegion>> {
+    pub(super) fn unmap_memory(&self, gpa: GuestAddress) -> Result<Arc<GuestRegion>> {
         let mut slots = self.slots();
         let slot = slots.get(&gpa.0).ok_or(Error::NoSuchRegion { gpa })?;
         // The kernel waits until no vCPU uses the slot any more.
@@ -239,7 +239,7 @@ impl VmInner {
         true
     }
 
-    fn create_vcpu(self: &Arc<Self>, index: u32) -> Result<KvmVcpu> {
+    pub(super) fn create_vcpu(self: &Arc<Self>, index: u32) -> Result<KvmVcpu> {
         if index >= self.max_vcpus {
             return Err(Error::TooManyVcpus {
                 index,

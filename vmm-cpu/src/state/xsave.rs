@@ -62,6 +62,13 @@ impl XsaveArea {
         })
     }
 
+    /// Puts the components beyond x87 and SSE that are not in `components` into their initial state.
+    #[cfg(all(feature = "kvm", feature = "translate", target_os = "linux", target_arch = "x86_64"))]
+    pub(crate) fn retain(&mut self, components: u64) {
+        let in_use = self.xstate_bv() & (components | 3);
+        self.put(512, &in_use.to_le_bytes());
+    }
+
     fn get(&self, offset: usize) -> u64 {
         let mut value = [0; 8];
         if let Some(bytes) = self.bytes.get(offset..offset + 8) {

@@ -18,6 +18,8 @@ const RUNS: u64 = u64::MAX;
 #[derive(Debug)]
 pub(crate) struct Clock {
     tsc_khz: u32,
+    /// The counter itself, where programs see one that cannot be another.
+    counter: Option<fn() -> u64>,
     source: ClockSource,
     start: Instant,
     /// Guest time less the time since `start`, modulo 2^64, while the clock runs.
@@ -36,6 +38,7 @@ impl Clock {
     pub(crate) fn new(tsc_khz: Option<u32>, source: ClockSource) -> Self {
         Self {
             tsc_khz: tsc_khz.unwrap_or(DEFAULT_TSC_KHZ),
+            counter: None,
             source,
             start: Instant::now(),
             offset: AtomicU64::new(0),
@@ -44,6 +47,17 @@ impl Clock {
             setting: Mutex::default(),
             counted: AtomicU64::new(0),
         }
+    }
+
+    /// A clock of the host whose time-stamp counter is read by `counter` and runs at that rate.
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    pub(crate) fn with_counter(tsc_khz: u32, counter: fn() -> u64) -> Self {
+        Self { counter: Some(counter), ..Self::new(Some(tsc_khz), ClockSource::Host) }
+    }
+
+    /// The time-stamp counter, where it is not made of the time.
+    pub(crate) fn counter(&self) -> Option<u64> {
+        self.counter.map(|read| read())
     }
 
     fn since_start(&self) -> u64 {

@@ -22,6 +22,7 @@ use super::signals::Signals;
 use super::vm::Shared;
 use crate::debug::DebugRequest;
 use crate::exact::ExactStop;
+use crate::state::XsaveArea;
 use crate::vcpu::{Halt, VcpuIo};
 
 /// The instruction did not complete; [`Core::reason`] says why. Its effects are undone or never happened.
@@ -165,6 +166,11 @@ pub(crate) struct Core {
     pub(crate) keeps_nothing: bool,
     /// Then: a store has replaced what reads as a present entry of a page table.
     pub(crate) entries_replaced: bool,
+    /// Another engine is asked to run programs before software does.
+    pub(crate) asks_native: bool,
+    /// Components of XCR0 beyond SSE, in the standard format of XSAVE, where there are any: what programs of another engine
+    /// have in them. The first two there mean nothing.
+    pub(crate) extended: Option<XsaveArea>,
     pub(crate) signals: Arc<Signals>,
     pub(crate) counts: super::vcpu::Counts,
 }
@@ -254,6 +260,8 @@ impl Core {
             code_segment: (0, 0),
             digest: shared.options.digest.then_some(0),
             keeps_nothing: false,
+            asks_native: false,
+            extended: None,
             entries_replaced: false,
             signals,
             counts: super::vcpu::Counts::default(),

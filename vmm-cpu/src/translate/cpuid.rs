@@ -66,6 +66,57 @@ pub(crate) fn supported() -> CpuidTable {
     CpuidTable::new(entries)
 }
 
+/// The same where programs run on the processor `host`, whatever is said here, with the vector registers in `state`, a table that
+/// describes them: a guest kernel that is not told of them does not keep them apart.
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) fn supported_with_vectors(host: &CpuidTable, state: &CpuidTable) -> CpuidTable {
+    /// The leaf of the extended state, and what of it is told of.
+    const STATE: u32 = 0xd;
+    const SSE: u32 = 3;
+    const AVX: u32 = 1 << 2;
+    const AVX_512: u32 = 7 << 5;
+    const LEGACY_SIZE: u32 = 576;
+    let mut table = supported();
+    let held = state.get(STATE, 0).map_or(0, |leaf| leaf.eax);
+    let has = |features: &[Feature], components| {
+        held & components == components && features.iter().all(|feature| host.has(*feature))
+    };
+    if !has(&[Feature::XSAVE, Feature::AVX], SSE | AVX) {
+        return table;
+    }
+    // Those alone that a kernel takes the state components from. It has no use for the instructions, which are not here.
+    let (mut xcr0, mut features) = (SSE | AVX, vec![Feature::XSAVE, Feature::AVX]);
+    if has(&[Feature::AVX512F], AVX_512) {
+        xcr0 |= AVX_512;
+        features.push(Feature::AVX512F);
+    }
+    let mut size = LEGACY_SIZE;
+    for number in (2..32).filter(|number| xcr0 >> number & 1 != 0) {
+        let Some(entry) = state.get(STATE, number) else { return table };
+        size = size.max(entry.eax.saturating_add(entry.ebx));
+        table.set(CpuidEntry::new(STATE, Some(number), [entry.eax, entry.ebx, 0, 0]));
+    }
+    table.set(CpuidEntry::new(STATE, Some(0), [xcr0, size, size, 0]));
+    table.set(CpuidEntry::new(STATE, Some(1), [0; 4]));
+    for feature in features {
+        table.enable(feature, host);
+    }
+    table
+}
+
+/// What a program finds of a leaf that its kernel is told like that: without the vector registers of
+/// `supported_with_vectors`, whose instructions software does not have.
+pub(crate) fn without_vectors(leaf: u32, subleaf: u32, told: [u32; 4]) -> [u32; 4] {
+    let [a, b, c, d] = told;
+    let state = Feature::XSAVE.mask() | Feature::OSXSAVE.mask() | Feature::AVX.mask();
+    match (leaf, subleaf) {
+        (1, _) => [a, b, c & !state, d],
+        (7, 0) => [a, b & !Feature::AVX512F.mask(), c, d],
+        (0xd, _) => [0; 4],
+        _ => told,
+    }
+}
+
 /// The CR4 bits that go with the features of `table`.
 pub(crate) fn cr4_allowed(table: &CpuidTable) -> u64 {
     let always = cr4::TSD
@@ -118,6 +169,32 @@ mod tests {
         let mut table = supported();
         table.remove_leaf(0x8000_0001);
         assert_eq!(efer_allowed(&table), 0);
+    }
+
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    #[test]
+    fn kernels_are_told_of_vector_registers_that_the_host_has_and_the_engine_holds() {
+        let mut host = CpuidTable::new(vec![CpuidEntry::new(0, None, [0xd, 0, 0, 0])]);
+        host.set(CpuidEntry::new(1, None, [0, 0, Feature::XSAVE.mask() | Feature::AVX.mask(), 0]));
+        let entry = |subleaf, registers| CpuidEntry::new(0xd, Some(subleaf), registers);
+        let held = CpuidTable::new(vec![
+            CpuidEntry::new(0, None, [0xd, 0, 0, 0]),
+            entry(0, [0xe7, 0x980, 0x980, 0]),
+            entry(2, [0x100, 0x240, 0, 0]),
+            entry(5, [0x40, 0x340, 0, 0]),
+            entry(6, [0x200, 0x380, 0, 0]),
+            entry(7, [0x400, 0x580, 0, 0]),
+        ]);
+        let told = supported_with_vectors(&host, &held);
+        assert!(told.has(Feature::XSAVE) && told.has(Feature::AVX) && !told.has(Feature::AVX512F));
+        assert_eq!(told.get(0xd, 0), Some(entry(0, [7, 0x340, 0x340, 0])));
+        assert_eq!(without_vectors(1, 0, [0, 0, u32::MAX, 0])[2] & Feature::AVX.mask(), 0);
+        host.set(CpuidEntry::new(7, Some(0), [0, Feature::AVX512F.mask(), 0, 0]));
+        let told = supported_with_vectors(&host, &held);
+        assert!(told.has(Feature::AVX512F) && !told.has(Feature::AVX2));
+        assert_eq!(told.get(0xd, 0), Some(entry(0, [0xe7, 0x980, 0x980, 0])));
+        let nothing = supported_with_vectors(&host, &CpuidTable::new(Vec::new()));
+        assert!(!nothing.has(Feature::XSAVE) && nothing.get(0xd, 0).is_none_or(|leaf| leaf.eax == 0));
     }
 
     #[test]

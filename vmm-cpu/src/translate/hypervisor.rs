@@ -112,42 +112,54 @@ impl TranslateHypervisor {
     }
 
     fn create(&self, config: &VmConfig) -> Result<TranslateVm> {
-        let limit = MAX_VCPUS;
-        if config.max_vcpus > limit {
-            let reason = "limit of the translate backend";
-            return Err(Error::TooManyVcpus { index: config.max_vcpus - 1, limit, reason });
-        }
-        if config.max_vcpus == 0 {
-            return Err(Error::invalid("VmConfig::max_vcpus", 0, format!("1 to {limit}")));
-        }
-        if config.interrupts == InterruptMode::Platform {
-            return Err(Error::unsupported(
-                "InterruptMode::Platform",
-                "the translate backend has local APICs only; the I/O APIC and PIC of vmm-devices go with \
-                 InterruptMode::LocalApic",
-            ));
-        }
-        if config.legacy_timer {
-            return Err(Error::unsupported(
-                "a legacy timer",
-                "the translate backend has none; vmm-devices has",
-            ));
-        }
-        if config.clock.tsc_khz == Some(0) {
-            return Err(Error::invalid("ClockConfig::tsc_khz", 0, "1 or more"));
-        }
-        if config.clock.source == ClockSource::Deterministic && config.max_vcpus > 1 {
-            return Err(Error::unsupported(
-                "a deterministic clock with more than one vCPU",
-                "their threads run in no defined order",
-            ));
-        }
+        check(config)?;
         let cpuid = config.cpu.resolve(&self.cpuid)?;
         let clock = Clock::new(config.clock.tsc_khz, config.clock.source);
         tracing::debug!(vcpus = config.max_vcpus, "{NAME}: virtual machine created");
         let shared = Shared::new(cpuid, config.interrupts, config.max_vcpus, clock, self.options);
         Ok(TranslateVm(Arc::new(shared)))
     }
+}
+
+/// Whether such a state can be restored.
+pub(crate) fn check_restored(state: &VmState) -> Result<()> {
+    if state.io_apic.is_some() || state.pics.is_some() || state.pit.is_some() {
+        let problem = "the translate backend has no I/O APIC, PIC or timer".to_owned();
+        return Err(Error::InvalidState { element: "interrupt controllers", problem });
+    }
+    Ok(())
+}
+
+/// Whether the backend can make such a virtual machine.
+pub(super) fn check(config: &VmConfig) -> Result<()> {
+    let limit = MAX_VCPUS;
+    if config.max_vcpus > limit {
+        let reason = "limit of the translate backend";
+        return Err(Error::TooManyVcpus { index: config.max_vcpus - 1, limit, reason });
+    }
+    if config.max_vcpus == 0 {
+        return Err(Error::invalid("VmConfig::max_vcpus", 0, format!("1 to {limit}")));
+    }
+    if config.interrupts == InterruptMode::Platform {
+        return Err(Error::unsupported(
+            "InterruptMode::Platform",
+            "the translate backend has local APICs only; the I/O APIC and PIC of vmm-devices go with \
+             InterruptMode::LocalApic",
+        ));
+    }
+    if config.legacy_timer {
+        return Err(Error::unsupported("a legacy timer", "the translate backend has none; vmm-devices has"));
+    }
+    if config.clock.tsc_khz == Some(0) {
+        return Err(Error::invalid("ClockConfig::tsc_khz", 0, "1 or more"));
+    }
+    if config.clock.source == ClockSource::Deterministic && config.max_vcpus > 1 {
+        return Err(Error::unsupported(
+            "a deterministic clock with more than one vCPU",
+            "their threads run in no defined order",
+        ));
+    }
+    Ok(())
 }
 
 impl Default for TranslateHypervisor {
@@ -174,10 +186,7 @@ impl Hypervisor for TranslateHypervisor {
     }
 
     fn restore_vm(&self, config: &VmConfig, state: &VmState) -> Result<Arc<dyn Vm>> {
-        if state.io_apic.is_some() || state.pics.is_some() || state.pit.is_some() {
-            let problem = "the translate backend has no I/O APIC, PIC or timer".to_owned();
-            return Err(Error::InvalidState { element: "interrupt controllers", problem });
-        }
+        check_restored(state)?;
         let vm = self.create(config)?;
         vm.restore_clock(state.clock)?;
         Ok(Arc::new(vm))

@@ -53,6 +53,11 @@ mod jit;
 mod jit;
 mod memory;
 mod msr;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) mod native;
+#[cfg(not(all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
+#[path = "native/absent.rs"]
+mod native;
 mod ops;
 mod run;
 mod segment;

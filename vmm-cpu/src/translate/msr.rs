@@ -194,6 +194,10 @@ impl Core {
 
     /// The time-stamp counter of this vCPU.
     pub(crate) fn guest_tsc(&mut self) -> u64 {
+        if let Some(counter) = self.shared.clock.counter() {
+            // What is written to it has no effect: programs would not see it.
+            return counter;
+        }
         let now = self.now();
         self.shared.clock.ticks(now).wrapping_add(self.cpu.msr.tsc_offset)
     }

@@ -1,5 +1,6 @@
 //! The run loop: from block to block, and what happens between two of them.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::block::{self, Block, BlockCache, Stamp};
@@ -10,6 +11,7 @@ use super::exception::{Event, Exception, dr6};
 use super::flags::bits;
 use super::jit::{Ran, Tier1};
 use super::memory::{Access, PAGE_MASK, Reach};
+use super::native::Elsewhere;
 use crate::error::{Error, Result};
 use crate::hypervisor::InterruptMode;
 use crate::vcpu::{Halt, UnhandledInstruction};
@@ -31,13 +33,18 @@ enum Next {
 }
 
 /// Runs until something ends the stay.
-pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Tier1>) -> Result<Halt> {
+pub(crate) fn run(
+    m: &mut Machine<'_>,
+    cache: &mut BlockCache,
+    tier1: &mut Option<Tier1>,
+    elsewhere: &mut Elsewhere,
+) -> Result<Halt> {
     // The VMM may have changed anything.
     m.tlb.forget_lookups();
     m.update_mode();
     let result = {
         let _prepared = tier1.as_mut().map(|tier1| tier1.prepare(m));
-        run_blocks(m, cache, tier1)
+        run_blocks(m, cache, tier1, elsewhere)
     };
     // Other vCPUs go on, and the clock is looked at, also where this vCPU is not run again.
     drop_changed_code(m, cache);
@@ -46,9 +53,17 @@ pub(crate) fn run(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Optio
 }
 
 /// From block to block until something ends the stay.
-fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Tier1>) -> Result<Halt> {
+fn run_blocks(
+    m: &mut Machine<'_>,
+    cache: &mut BlockCache,
+    tier1: &mut Option<Tier1>,
+    elsewhere: &mut Elsewhere,
+) -> Result<Halt> {
     loop {
         let mut single = false;
+        if m.asks_native && m.runs_program() {
+            elsewhere.goes_on(m);
+        }
         m.held = (false, false);
         if m.urgent || m.budget <= 0 || m.signals.wants_attention() {
             match between(m, cache) {
@@ -65,6 +80,13 @@ fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Ti
             // Those of the last block, and of whatever was delivered since.
             drop_changed_code(m, cache);
         }
+        if m.asks_native && m.mode.cpl == 3 {
+            match elsewhere.run(m, single)? {
+                ControlFlow::Continue(()) => {}
+                ControlFlow::Break(None) => continue,
+                ControlFlow::Break(Some(halt)) => return Ok(halt),
+            }
+        }
         let ran = match tier1 {
             Some(tier1) if !single => tier1.run(m, cache),
             _ => Ok(Ran::Nothing),
@@ -78,6 +100,9 @@ fn run_blocks(m: &mut Machine<'_>, cache: &mut BlockCache, tier1: &mut Option<Ti
             if matches!(m.reason, Reason::None) {
                 // It goes on: what was held off for this instruction still is.
                 (m.cpu.shadow_sti, m.cpu.shadow_mov_ss) = m.held;
+            }
+            if m.asks_native && !single && m.runs_program() && elsewhere.has_it(m) {
+                continue;
             }
             // What a debugger or the guest's debug registers wanted to see of the instruction is void: it did not
             // complete.
@@ -137,6 +162,7 @@ fn execute(m: &mut Machine<'_>, cache: &mut BlockCache, single: bool) -> Flow {
 pub(super) fn may_go_on(m: &Machine<'_>) -> bool {
     let takes_interrupts = m.cpu.flags.control(bits::IF);
     m.cpu.activity == Activity::Running
+        && !(m.asks_native && m.mode.cpl == 3)
         && !m.shared.clock.is_deterministic()
         && m.injected.is_none()
         && !m.cpu.nmi_pending
@@ -352,7 +378,7 @@ fn between(m: &mut Machine<'_>, cache: &mut BlockCache) -> Flow<Next> {
 /// Does what an instruction that did not complete asks for; the halt to return with.
 #[cold]
 #[inline(never)]
-fn leave(m: &mut Machine<'_>) -> Result<Option<Halt>> {
+pub(super) fn leave(m: &mut Machine<'_>) -> Result<Option<Halt>> {
     match std::mem::take(&mut m.reason) {
         Reason::None => Ok(None),
         Reason::Halt(halt) => Ok(Some(halt)),
@@ -415,7 +441,7 @@ impl Core {
             bytes.extend(byte);
         }
         self.reason = Reason::None;
-        UnhandledInstruction::new(super::NAME, self.index, reason, bytes, general, system)
+        UnhandledInstruction::new(self.shared.backend, self.index, reason, bytes, general, system)
     }
 }
 

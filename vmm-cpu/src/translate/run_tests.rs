@@ -432,7 +432,13 @@ fn others_know_of_changed_code_before_the_vmm_is_called() {
     core.update_mode();
     core.signals.intr.set(true);
     let mut bus = Told { other, told: Vec::new() };
-    let halt = run(&mut Machine::new(&mut core, &mut bus), &mut BlockCache::new(), &mut None).unwrap();
+    let halt = run(
+        &mut Machine::new(&mut core, &mut bus),
+        &mut BlockCache::new(),
+        &mut None,
+        &mut Elsewhere::default(),
+    )
+    .unwrap();
     assert_eq!((halt, bus.told), (Halt::Halted, vec![1]));
 }
 

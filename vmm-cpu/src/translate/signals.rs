@@ -8,7 +8,7 @@
 //! both sequentially consistent, so that one of the two sees the other.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use super::core::CodeStore;
@@ -34,6 +34,9 @@ pub(crate) struct Signals {
     seen: AtomicU64,
     code_stores: Mutex<Vec<CodeStore>>,
     sleeper: Sleeper,
+    /// What ends the stay of a program that another engine runs.
+    native: OnceLock<Arc<dyn VcpuHandle>>,
+    is_native: AtomicBool,
 }
 
 impl Signals {
@@ -47,7 +50,23 @@ impl Signals {
             seen: AtomicU64::new(0),
             code_stores: Mutex::default(),
             sleeper: Sleeper::default(),
+            native: OnceLock::new(),
+            is_native: AtomicBool::new(false),
         }
+    }
+
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    /// Says how to end the stay of a program that another engine runs.
+    pub(crate) fn set_native(&self, handle: Arc<dyn VcpuHandle>) {
+        self.native.get_or_init(|| handle);
+    }
+
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    /// Says that another engine runs the program until the result is dropped; `None` if somebody wants attention first.
+    pub(crate) fn enter_native(self: &Arc<Self>) -> Option<InNative> {
+        self.is_native.store(true, Ordering::SeqCst);
+        let inside = InNative(Arc::clone(self));
+        (!self.attention.load(Ordering::SeqCst)).then_some(inside)
     }
 
     /// Whether to look at the rest.
@@ -64,6 +83,13 @@ impl Signals {
     fn want_attention(&self) {
         self.attention.store(true, Ordering::SeqCst);
         self.go.store(0, Ordering::SeqCst);
+        // One kick ends the stay.
+        if self.is_native.load(Ordering::SeqCst)
+            && self.is_native.swap(false, Ordering::SeqCst)
+            && let Some(native) = self.native.get()
+        {
+            native.kick();
+        }
     }
 
     /// Host address of a quadword that is zero while somebody wants attention.
@@ -165,6 +191,27 @@ impl Signals {
     /// Sleeps until `awake`, at most until `timeout` has passed; whether it is awake.
     pub(crate) fn sleep(&self, timeout: Option<Duration>, awake: impl Fn(&Self) -> bool) -> bool {
         self.sleeper.sleep(timeout, || awake(self))
+    }
+}
+
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+/// See [`Signals::enter_native`].
+#[derive(Debug)]
+pub(crate) struct InNative(Arc<Signals>);
+
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+impl InNative {
+    /// Says so again, after a kick that somebody may have come late with; false if somebody wants attention.
+    pub(crate) fn stays(&self) -> bool {
+        self.0.is_native.store(true, Ordering::SeqCst);
+        !self.0.attention.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+impl Drop for InNative {
+    fn drop(&mut self) {
+        self.0.is_native.store(false, Ordering::SeqCst);
     }
 }
 

@@ -267,6 +267,7 @@ impl Core {
         // Memory may have changed as well.
         self.tlb.flush_all();
         self.load_xsave(&state.xsave)?;
+        self.load_extended(&state.xsave);
         for Msr { index, value } in &state.msrs {
             if *index == apic::MSR_TSC_DEADLINE {
                 continue;
@@ -308,7 +309,7 @@ impl Core {
 
     /// x87 and SSE in the standard format.
     fn xsave_area(&self) -> XsaveArea {
-        self.xsave_over(XsaveArea::at_reset())
+        self.xsave_over(self.extended.clone().unwrap_or_default())
     }
 
     /// x87 and SSE over what an area holds of them; its other components stay.
@@ -353,6 +354,16 @@ impl Core {
             self.cpu.set_xmm(register, value);
         }
         Ok(())
+    }
+}
+
+impl Core {
+    /// Takes over components beyond SSE, where this processor has any.
+    pub(crate) fn load_extended(&mut self, area: &XsaveArea) {
+        let Some(extended) = &self.extended else { return };
+        let mut bytes = area.bytes().to_vec();
+        bytes.resize(extended.bytes().len(), 0);
+        self.extended = XsaveArea::from_bytes(bytes);
     }
 }
 

@@ -14,6 +14,7 @@ use super::exception::Exception;
 use super::hypervisor::TranslateOptions;
 use super::jit::Tier1;
 use super::memory::PAGE;
+use super::native::Elsewhere;
 use super::ops;
 use super::run;
 use super::segment::{SegmentRegister, index};
@@ -211,7 +212,7 @@ impl Guest {
     /// Runs with a VMM of the test's own.
     pub(crate) fn run_with(&mut self, io: &mut dyn VcpuIo) -> Halt {
         let mut m = Machine::new(&mut self.core, io);
-        run::run(&mut m, &mut self.cache, &mut self.tier1).unwrap()
+        run::run(&mut m, &mut self.cache, &mut self.tier1, &mut Elsewhere::default()).unwrap()
     }
 
     /// Executes one instruction at RIP, as the run loop does.

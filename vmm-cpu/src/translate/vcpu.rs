@@ -11,7 +11,10 @@ use super::core::{Core, Machine};
 use super::cpu::Activity;
 use super::exception::Event;
 use super::jit::Tier1;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+use super::memory::Invalidated;
 use super::memory::{Access, PAGE_MASK, Paging, walk};
+use super::native::Elsewhere;
 use super::signals::{Handle, Signals};
 use super::vm::{Peer, Shared};
 use super::{cpuid, run};
@@ -19,6 +22,8 @@ use crate::cpuid::Feature;
 use crate::debug::{DebugRequest, DebugStops, HardwareStopKind};
 use crate::error::{Error, Result};
 use crate::exact::{ExactStop, ExactStops};
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+use crate::state::XsaveArea;
 use crate::state::{CpuState, GeneralRegisters, SystemRegisters, rflags};
 use crate::vcpu::{Halt, Vcpu, VcpuHandle, VcpuIo};
 
@@ -50,6 +55,8 @@ pub(crate) struct TranslateVcpu {
     cache: BlockCache,
     /// `None` where nothing is translated.
     tier1: Option<Tier1>,
+    /// What runs programs instead.
+    elsewhere: Elsewhere,
     signals: Arc<Signals>,
 }
 
@@ -75,7 +82,23 @@ impl TranslateVcpu {
             core.cpu.activity = Activity::WaitForInit;
             core.cpu.apic_base &= !(1 << 8);
         }
-        Self { core, cache: BlockCache::new(), tier1, signals }
+        Self { core, cache: BlockCache::new(), tier1, elsewhere: Elsewhere::default(), signals }
+    }
+
+    /// Lets another engine run programs, whose stays `kick` ends, on a processor that starts with those vector registers.
+    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    pub(crate) fn with_native(
+        mut self,
+        native: Box<dyn super::native::Native>,
+        kick: Arc<dyn VcpuHandle>,
+        vectors: XsaveArea,
+    ) -> Self {
+        self.elsewhere = Elsewhere(Some(native));
+        self.signals.set_native(kick);
+        self.core.tlb.invalidated = Some(Invalidated::default());
+        self.core.extended = Some(vectors);
+        self.core.asks_native = true;
+        self
     }
 }
 
@@ -113,7 +136,8 @@ impl Vcpu for TranslateVcpu {
             return Err(Error::unsupported("running a vCPU", "the clock is paused"));
         }
         let _in_guest = InGuest::enter(&mut self.core);
-        run::run(&mut Machine::new(&mut self.core, io), &mut self.cache, &mut self.tier1)
+        let Self { core, cache, tier1, elsewhere, .. } = self;
+        run::run(&mut Machine::new(core, io), cache, tier1, elsewhere)
     }
 
     fn handle(&self) -> Arc<dyn VcpuHandle> {
@@ -226,6 +250,7 @@ impl Vcpu for TranslateVcpu {
             ("blocks-decoded", self.cache.decoded()),
         ];
         all.extend(self.tier1.iter().flat_map(|tier1| tier1.counts(&self.core.tlb)));
+        all.extend(self.elsewhere.counts());
         all.extend(self.core.digest.map(|digest| ("digest", digest)));
         all
     }

@@ -28,6 +28,8 @@ use crate::vm::{
 /// What a virtual machine shares with its vCPUs.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    /// Whose virtual machine it is, for errors.
+    pub(crate) backend: &'static str,
     pub(crate) cpuid: CpuidTable,
     pub(crate) interrupts: InterruptMode,
     pub(crate) max_vcpus: u32,
@@ -75,6 +77,7 @@ impl Shared {
         let wants_alarm = options.translate_after.is_some() && !clock.is_deterministic();
         let alarm = if wants_alarm { start_alarm(&clock) } else { None };
         Self {
+            backend: super::NAME,
             cpuid,
             interrupts,
             max_vcpus,
@@ -252,6 +255,19 @@ impl Hypercalls for PassedOn {
 pub(crate) struct TranslateVm(pub(crate) Arc<Shared>);
 
 impl TranslateVm {
+    /// As [`Vm::create_vcpu`].
+    pub(crate) fn new_vcpu(&self, index: u32) -> Result<TranslateVcpu> {
+        let limit = self.0.max_vcpus;
+        if index >= limit {
+            let reason = "VmConfig::max_vcpus of this virtual machine";
+            return Err(Error::TooManyVcpus { index, limit, reason });
+        }
+        if !self.0.created.lock().unwrap_or_else(PoisonError::into_inner).insert(index) {
+            return Err(Error::VcpuExists { index });
+        }
+        Ok(TranslateVcpu::new(index, Arc::clone(&self.0)))
+    }
+
     pub(crate) fn restore_clock(&self, state: Option<ClockState>) -> Result<()> {
         let Some(state) = state else { return Ok(()) };
         let tsc_khz = self.0.clock.tsc_khz();
@@ -291,15 +307,7 @@ impl Vm for TranslateVm {
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>> {
-        let limit = self.0.max_vcpus;
-        if index >= limit {
-            let reason = "VmConfig::max_vcpus of this virtual machine";
-            return Err(Error::TooManyVcpus { index, limit, reason });
-        }
-        if !self.0.created.lock().unwrap_or_else(PoisonError::into_inner).insert(index) {
-            return Err(Error::VcpuExists { index });
-        }
-        Ok(Box::new(TranslateVcpu::new(index, Arc::clone(&self.0))))
+        Ok(Box::new(self.new_vcpu(index)?))
     }
 
     fn save(&self) -> Result<VmState> {

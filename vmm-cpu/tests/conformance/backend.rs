@@ -8,6 +8,9 @@ use vmm_cpu::{CpuModel, Error, Hypervisor, InterruptMode, VmConfig, backend_name
 use super::case::Stop;
 use super::toy::ToyHypervisor;
 
+/// The backend that executes privileged code in software, and programs on KVM.
+const KVM_FOR_PROGRAMS: &str = "kvm-programs";
+
 /// The backend whose guests are of another kind.
 const PARAVIRTUAL: &str = "xen-pv";
 
@@ -40,11 +43,30 @@ const KVM_WITHOUT_HARDWARE: &[(&str, &str)] = &[
         "a locked access that is not aligned is emulated as a load and a store",
     ),
     ("hypercalls::not_passed_on_fails_in_the_guest", "VMCALL is patched and executed again for ever"),
+    (
+        "programs::alignment_is_checked_if_the_kernel_wants_that",
+        "unprivileged code runs with the host's CR0.AM",
+    ),
+];
+
+/// Cases that a virtual machine with privileged code in software, and programs on KVM without virtualization hardware, cannot
+/// pass.
+const SOFTWARE_AND_KVM: &[(&str, &str)] = &[
+    (
+        "unemulated::wide_accesses_of_a_device",
+        "software has no AVX, which kernels are told of to keep its registers",
+    ),
+    ("clock::counter_stands_still_while_paused", "the guest's time-stamp counter is the host's"),
+    ("memory::memory_that_the_host_has_lost_is_named", "the kernel's accesses are this process's"),
+    (
+        "programs::number_of_the_processor_is_what_the_kernel_has_said",
+        "the processor has the host's IA32_TSC_AUX again whenever KVM_RUN has returned",
+    ),
 ];
 
 /// Subjects whose guests are too much for the toy.
 const BEYOND_THE_TOY: &[&str] =
-    &["ordering", "litmus", "cross_modifying", "shootdown", "transfers", "unemulated"];
+    &["ordering", "litmus", "cross_modifying", "shootdown", "transfers", "unemulated", "programs"];
 
 /// All backends: those of the crate by name, and the suite's own. One that executes guests in several ways is several.
 pub(crate) fn candidates() -> Vec<Candidate> {
@@ -60,6 +82,8 @@ pub(crate) fn candidates() -> Vec<Candidate> {
         #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
         if name == vmm_cpu::kvm::NAME {
             candidates.extend(kvm_with_rings());
+            #[cfg(feature = "translate")]
+            candidates.push(kvm_for_programs());
         }
     }
     let name = ToyHypervisor::NAME;
@@ -91,6 +115,18 @@ fn kvm_with_rings() -> Option<Candidate> {
         opened => opened.map(|hypervisor| Backend { name, hypervisor }),
     };
     Some(Candidate { name, opened, subjects: Some(&["dirty", "huge_pages"]) })
+}
+
+/// KVM that runs programs, with privileged code in software.
+#[cfg(all(feature = "kvm", feature = "translate", target_os = "linux", target_arch = "x86_64"))]
+fn kvm_for_programs() -> Candidate {
+    use vmm_cpu::kvm::{KvmHypervisor, KvmOptions};
+
+    let name = KVM_FOR_PROGRAMS;
+    let kvm =
+        KvmHypervisor::with_options(KvmOptions::default().privileged_in_software(true).all_programs(true));
+    let opened = kvm.map(|kvm| Backend { name, hypervisor: Arc::new(kvm) });
+    Candidate { name, opened, subjects: None }
 }
 
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
@@ -127,6 +163,10 @@ impl Candidate {
         if self.name == ToyHypervisor::NAME && BEYOND_THE_TOY.contains(&subject) {
             return Err(Stop::skipped("the toy interpreter knows too few instructions"));
         }
+        let is_software = self.name == KVM_FOR_PROGRAMS;
+        if let Some((_, reason)) = SOFTWARE_AND_KVM.iter().find(|(name, _)| is_software && *name == case) {
+            return Err(Stop::skipped(*reason));
+        }
         let without_hardware = self.opened.as_ref().is_ok_and(Backend::is_kvm_without_hardware);
         match KVM_WITHOUT_HARDWARE.iter().find(|(name, _)| without_hardware && *name == case) {
             Some((_, reason)) => Err(Stop::skipped(format!("KVM without virtualization hardware: {reason}"))),
@@ -160,7 +200,9 @@ impl Backend {
     }
 
     pub(crate) fn is_kvm_without_hardware(&self) -> bool {
-        self.hypervisor.name() == "kvm" && self.hypervisor.capabilities().hardware_assisted == Some(false)
+        self.hypervisor.name() == "kvm"
+            && self.name != KVM_FOR_PROGRAMS
+            && self.hypervisor.capabilities().hardware_assisted == Some(false)
     }
 
     /// All other backends that this host can run.

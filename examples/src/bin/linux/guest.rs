@@ -8,7 +8,6 @@ use vmm_examples::guest_command::{GuestRun, Hardware, Session};
 use vmm_examples::initramfs::{Userspace, userspace};
 use vmm_memory::boot::KernelImage;
 
-use crate::TSC_KHZ;
 use crate::options::Options;
 
 /// What the machine is started with.
@@ -20,8 +19,14 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// For a machine with that `hardware`.
-    pub(crate) fn get(options: &Options, session: &Session, hardware: Hardware<'_>) -> Result<Self> {
+    /// For a machine with that `hardware`, whose time-stamp counter has that rate: the kernel is told, so that it need not
+    /// measure it.
+    pub(crate) fn get(
+        options: &Options,
+        session: &Session,
+        hardware: Hardware<'_>,
+        tsc_khz: u32,
+    ) -> Result<Self> {
         let debian = if options.kernel.is_none() { Some(debian::kernel(options.series)?) } else { None };
         let kernel = match (&options.kernel, &debian) {
             (Some(path), _) => path.clone(),
@@ -38,7 +43,7 @@ impl Guest {
             let initrd = options.initrd.as_deref().map(read).transpose()?;
             return Ok(Self { kernel, image, initrd, command_line: options.append.clone() });
         }
-        let append = format!("tsc_early_khz={TSC_KHZ} {}", options.append);
+        let append = format!("tsc_early_khz={tsc_khz} {}", options.append);
         if let Some(initrd) = &options.initrd {
             let command_line = format!("{} panic=-1 {append}", hardware.wiring.parameters());
             return Ok(Self { kernel, image, initrd: Some(read(initrd)?), command_line });

@@ -30,7 +30,7 @@ use vmm_cpu::gdb::{Debuggee, Debugger, Event};
 use vmm_cpu::{
     ClockSource, CpuModel, Error, Hypervisor, InterruptMode, VcpuIo, VcpuThreads, VmConfig, open_backend,
 };
-use vmm_cpu::{translate, xen_pv};
+use vmm_cpu::{kvm, translate, xen_pv};
 use vmm_examples::confine::{Confinement, Engine, TAP_REQUESTS, inherited_descriptors};
 use vmm_examples::debug::Devices;
 use vmm_examples::guest_command::{Hardware, SerialPort, Session};
@@ -51,7 +51,7 @@ use crate::watch::{StopSign, Watch, alarm, read_keys};
 const TIME_IS_UP: u8 = 124;
 const VMM_FAILURE: u8 = 125;
 
-/// Rate of the guest's time-stamp counter. The kernel is told, so that it need not measure it.
+/// Rate of the guest's time-stamp counter where it can be chosen.
 const TSC_KHZ: u32 = 1_000_000;
 
 fn main() -> ExitCode {
@@ -102,7 +102,10 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let modules = devices.as_ref().map(VirtioDevices::modules).unwrap_or_default();
     let ports: Vec<&str> = options.port.iter().map(|port| &*port.name).collect();
     let hardware = Hardware { wiring: options.wiring(), modules: &modules, ports: &ports };
-    let guest = Guest::get(options, &session, hardware)?;
+    let config = machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus);
+    let vm = hypervisor.create_vm(&config)?;
+    let tsc_khz = vm.clock().map_or(TSC_KHZ, |clock| clock.tsc_khz());
+    let guest = Guest::get(options, &session, hardware, tsc_khz)?;
 
     let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
     let is_linux = kernel.setup_header().is_some();
@@ -121,8 +124,6 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     let entry = boot.load(&*ram.memory()).with_context(|| guest.name())?;
 
-    let config = machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus);
-    let vm = hypervisor.create_vm(&config)?;
     vm.map_ram(&ram)?;
     let mut vcpus = (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
     let bootstrap = vcpus.first_mut().context("a machine has a vCPU")?;
@@ -245,6 +246,9 @@ fn choose(options: &Options, name: &str) -> Result<Box<dyn Hypervisor>> {
             !options.interpret && !options.digest && options.code_memory.is_none(),
             "--interpret, --digest and --code-memory go with --backend translate"
         );
+        if name == kvm::NAME && options.backend == name {
+            return options.kvm();
+        }
         return Ok(open_backend(name)?);
     }
     let why = match open_backend("kvm") {

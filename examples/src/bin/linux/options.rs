@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
 use vmm_cpu::Hypervisor;
+use vmm_cpu::kvm::{KvmHypervisor, KvmOptions};
 use vmm_cpu::translate::{AddressWindow, TranslateHypervisor, TranslateOptions};
 use vmm_examples::debian::Series;
 use vmm_examples::debug::DebugOptions;
@@ -37,6 +38,10 @@ pub(crate) struct Options {
     /// Interprets all of the guest's instructions instead of translating those that are executed more than once or twice.
     #[arg(long)]
     pub(crate) interpret: bool,
+
+    /// What executes the guest's privileged code with backend kvm.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) privileged: Privileged,
 
     /// Which of the guest's programs access memory through the host's MMU with backend translate
     #[arg(long, value_enum, default_value_t)]
@@ -137,6 +142,18 @@ pub(crate) struct Options {
     pub(crate) timings: bool,
 }
 
+/// What executes privileged code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Privileged {
+    /// KVM, or software where the processor has no hardware assistance and KVM would emulate it
+    #[default]
+    Auto,
+    /// KVM
+    Kvm,
+    /// The translator of backend translate; KVM runs programs
+    Software,
+}
+
 /// Which programs have an address window.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Windows {
@@ -183,6 +200,21 @@ impl Options {
             Windows::Always => AddressWindow::Always,
         });
         Box::new(TranslateHypervisor::with_options(options))
+    }
+
+    /// KVM, executing as the options say.
+    pub(crate) fn kvm(&self) -> Result<Box<dyn Hypervisor>> {
+        let kvm = KvmHypervisor::open()?;
+        let software = match self.privileged {
+            Privileged::Auto => kvm.capabilities().hardware_assisted == Some(false),
+            Privileged::Kvm => false,
+            Privileged::Software => true,
+        };
+        if !software {
+            return Ok(Box::new(kvm));
+        }
+        let options = KvmOptions::default().privileged_in_software(true);
+        Ok(Box::new(KvmHypervisor::with_options(options)?))
     }
 
     /// What RAM is made of for that backend: what it maps a second time, into address windows, has to be shared.

@@ -48,7 +48,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     let engine: Arc<dyn Hypervisor> = Arc::from(choose(options, below)?);
     let hypervisor = XenPvHypervisor::new(Arc::clone(&engine))?.shim(shim);
     let session = session(options)?;
-    let guest = Guest::get(options, &session, Wiring::PvConsole.into())?;
+    let guest = Guest::get(options, &session, Wiring::PvConsole.into(), TSC_KHZ)?;
 
     // Without the hole that a PC has below 4 GiB.
     let whole = options.ram.apply_to_region(RegionConfig::new(GuestAddress(0), options.memory << 20));

@@ -44,7 +44,7 @@ impl Columns {
             };
             // With the in-guest fast path behind the name of the backend below.
             let below = engine.map_or(backend, |engine| engine.strip_suffix("-shim").unwrap_or(engine));
-            if let Some(reason) = missing(below, engine.is_none() && names.is_empty())? {
+            if let Some(reason) = missing(below)? {
                 columns.left_out.push((name.clone(), reason));
                 continue;
             }
@@ -56,16 +56,9 @@ impl Columns {
     }
 }
 
-/// Why there can be nothing on `backend` here, and with `assisted`, nothing to be compared since `kvm` without hardware assistance
-/// runs no kernel as it is.
-fn missing(backend: &str, assisted: bool) -> Result<Option<String>> {
+/// Why there can be nothing on `backend` here.
+fn missing(backend: &str) -> Result<Option<String>> {
     match open_backend(backend) {
-        Ok(opened) if assisted && opened.name() == "kvm" => {
-            let reason = "the processor offers neither VT-x nor SVM; the KVM here emulates what a kernel does, instruction by \
-                          instruction";
-            let without = opened.capabilities().hardware_assisted != Some(true);
-            Ok(without.then(|| reason.to_owned()))
-        }
         Ok(_) => Ok(None),
         Err(error @ Error::UnknownBackend { .. }) => bail!("--backend: {error}"),
         Err(error) => Ok(Some(error.to_string())),

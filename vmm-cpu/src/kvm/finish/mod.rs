@@ -6,6 +6,10 @@
 //! `translate`'s interpreter executes that one instruction from the vCPU's state and in the guest's memory, the state goes
 //! back, and hardware goes on. A vCPU that never meets such an instruction pays nothing, not even for the interpreter's state.
 //!
+//! One instruction at a time: a processor that runs privileged code has the next one sooner than the state could be of use here.
+//! Where KVM emulates all of it, that is not enough (Debian's kernel was more than a minute on its way to its first program, and
+//! programs there pass it by at SYSCALL): see `split`, which is for such hosts, and boots it in a second.
+//!
 //! | matter | answer |
 //! |---|---|
 //! | exceptions, single steps | handed to KVM as pending exceptions, which it delivers as its own |
@@ -22,7 +26,7 @@
 //! or what the interpreter does of a REP between two looks around.
 
 mod io;
-mod shadows;
+pub(super) mod shadows;
 mod write_back;
 
 use std::error::Error as StdError;
@@ -60,7 +64,7 @@ pub(super) struct Finish {
     doorbells: Mutex<Vec<(Doorbell, Notifier)>>,
     /// Software does not see all of the guest's memory.
     blind: AtomicBool,
-    pub(super) page: shadows::SparePage,
+    page: shadows::SparePage,
 }
 
 /// One vCPU's part: nothing before it is first needed.
@@ -226,7 +230,7 @@ impl KvmVcpu {
             return Ok(Err(why.to_owned()));
         }
         if finish.shadowed && substitute.has_replaced_entries() {
-            self.vm.drop_shadows(finish)?;
+            self.vm.drop_shadows(&finish.page)?;
             self.counts.shadows_dropped += 1;
         }
         let exception = match outcome {

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryRegion as _};
 use vmm_memory::{GuestRam, GuestRegion, PAGE_SIZE, RegionConfig};
 
-use super::Finish;
 use crate::error::{Error, Result};
 use crate::kvm::vm::VmInner;
 use crate::kvm::{NAME, host, sys};
@@ -21,10 +20,10 @@ pub(in crate::kvm) struct SparePage(Mutex<Option<Arc<GuestRegion>>>);
 
 impl VmInner {
     /// Has KVM drop all shadows of page tables.
-    pub(super) fn drop_shadows(&self, finish: &Finish) -> Result<()> {
+    pub(in crate::kvm) fn drop_shadows(&self, spare: &SparePage) -> Result<()> {
         // For as long as this takes, no region takes the slot or the address.
         let slots = self.slots();
-        let mut spare = finish.page.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = spare.0.lock().unwrap_or_else(PoisonError::into_inner);
         let end = slots.iter().next_back().map_or(0, |(start, slot)| start.saturating_add(slot.region.len()));
         let gpa = GuestAddress(end.next_multiple_of(PAGE_SIZE));
         let region = match spare.take().filter(|region| region.start_addr() == gpa) {

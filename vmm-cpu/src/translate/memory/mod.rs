@@ -18,6 +18,8 @@ pub(crate) use budget::WINDOW_PAGES;
 pub(crate) use code_pages::{Added, VcpuSet};
 pub(crate) use host::{HostWord, Order};
 pub(crate) use map::{MemoryMap, Slot};
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) use tlb::Invalidated;
 pub(crate) use tlb::{Fetched, Forgotten, Reach, Tlb};
 pub(crate) use walk::{Access, GPA_BITS, Paging, Translation, walk};
 pub(crate) use window::{Figures as WindowFigures, NEAR};

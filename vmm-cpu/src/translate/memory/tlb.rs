@@ -112,9 +112,31 @@ pub(crate) struct Tlb {
     generation: u64,
     /// How often an entry was filled.
     pub(crate) fills: u64,
+    /// What was invalidated since another engine that runs programs heard of it, where there is one.
+    pub(crate) invalidated: Option<Invalidated>,
     window: Option<Window>,
     /// This host cannot map guest memory into the window.
     no_window: bool,
+}
+
+/// Pages that are kept apart in [`Invalidated`].
+const MAX_INVALIDATED: usize = 64;
+
+/// Translations that the guest wants to be forgotten.
+#[derive(Debug, Default)]
+pub(crate) struct Invalidated {
+    pub(crate) pages: Vec<u64>,
+    pub(crate) all: bool,
+}
+
+impl Invalidated {
+    fn add(&mut self, va: u64) {
+        if self.pages.len() < MAX_INVALIDATED {
+            self.pages.push(va);
+        } else {
+            self.all = true;
+        }
+    }
 }
 
 impl fmt::Debug for Tlb {
@@ -136,6 +158,7 @@ impl Tlb {
             large: false,
             generation: 1,
             fills: 0,
+            invalidated: None,
             window: None,
             no_window: false,
         }
@@ -451,6 +474,9 @@ impl Tlb {
 
     /// Forgets everything.
     pub(crate) fn flush_all(&mut self) {
+        if let Some(invalidated) = &mut self.invalidated {
+            invalidated.all = true;
+        }
         if let Some(window) = &mut self.window {
             window.clear(&mut self.frame.regions);
         }
@@ -462,6 +488,9 @@ impl Tlb {
 
     /// Forgets what is not global.
     pub(crate) fn flush_local(&mut self) {
+        if let Some(invalidated) = &mut self.invalidated {
+            invalidated.all = true;
+        }
         if let Some(window) = &mut self.window {
             window.suspend(&mut self.frame.regions);
         }
@@ -480,6 +509,9 @@ impl Tlb {
 
     /// Forgets the page of `va`, whatever its size.
     pub(crate) fn flush_page(&mut self, va: u64) {
+        if let Some(invalidated) = &mut self.invalidated {
+            invalidated.add(va);
+        }
         if let Some(window) = &mut self.window {
             window.flush_page(va, &mut self.frame.regions);
         }

@@ -252,7 +252,12 @@ fn wrmsr(m: &mut Machine<'_>, _: &Op) -> Flow {
 }
 
 fn cpuid(m: &mut Machine<'_>, _: &Op) -> Flow {
-    let [a, b, c, d] = m.guest_cpuid(low32(m.cpu.r(RAX)), low32(m.cpu.r(RCX)));
+    let (leaf, subleaf) = (low32(m.cpu.r(RAX)), low32(m.cpu.r(RCX)));
+    let [a, b, c, d] = if m.asks_native && m.runs_program() {
+        super::super::cpuid::without_vectors(leaf, subleaf, m.guest_cpuid(leaf, subleaf))
+    } else {
+        m.guest_cpuid(leaf, subleaf)
+    };
     m.cpu.set_r(RAX, u64::from(a));
     m.cpu.set_r(RBX, u64::from(b));
     m.cpu.set_r(RCX, u64::from(c));

@@ -23,6 +23,7 @@ mod mmio;
 mod msrs;
 mod ordering;
 mod pio;
+mod programs;
 mod shootdown;
 mod smp;
 mod snapshot;
@@ -62,5 +63,6 @@ pub(crate) const ALL: &[(&str, &[Case])] = &[
     ("threads", threads::CASES),
     ("transfers", transfers::CASES),
     ("unemulated", unemulated::CASES),
+    ("programs", programs::CASES),
     ("bad_input", bad_input::CASES),
 ];

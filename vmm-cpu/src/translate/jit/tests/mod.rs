@@ -15,6 +15,7 @@ use crate::translate::block::BlockCache;
 use crate::translate::core::Machine;
 use crate::translate::cpu::Activity;
 use crate::translate::memory::PAGE;
+use crate::translate::native::Elsewhere;
 use crate::translate::run;
 use crate::translate::test_support::{Guest, PAGE_TABLE};
 use crate::vcpu::{EmptyBus, Halt, VcpuIo};
@@ -60,7 +61,8 @@ impl Vcpu {
         self.guest.core.cpu.rip = MAIN;
         self.guest.core.cpu.activity = Activity::Running;
         let mut machine = Machine::new(&mut self.guest.core, io);
-        let halt = run::run(&mut machine, &mut self.cache, &mut self.tier1).unwrap();
+        let halt =
+            run::run(&mut machine, &mut self.cache, &mut self.tier1, &mut Elsewhere::default()).unwrap();
         if let Some(tier1) = &self.tier1 {
             tier1.verify(&mut self.guest.machine());
         }

@@ -5,6 +5,7 @@ mod general;
 mod moves;
 mod state;
 mod tables;
+mod xsave;
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -266,7 +267,7 @@ pub(super) fn lower_rare(instruction: &Instruction) -> Option<(Handler, bool)> {
     if is_extended(instruction) {
         return None;
     }
-    state::lower(instruction).or_else(|| general::lower(instruction))
+    state::lower(instruction).or_else(|| xsave::lower(instruction)).or_else(|| general::lower(instruction))
 }
 
 #[cfg(test)]

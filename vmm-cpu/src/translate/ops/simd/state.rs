@@ -9,7 +9,7 @@ use crate::translate::ops::op::{Handler, Op};
 use crate::translate::x87::{FXSAVE_X87_BYTES, PointerFormat, X87State};
 
 /// MXCSR bits that can be set.
-const MXCSR_MASK: u32 = 0xffff;
+pub(super) const MXCSR_MASK: u32 = 0xffff;
 
 /// Size of an FXSAVE image that is written: what follows the XMM registers is left alone.
 const IMAGE: usize = 416;
@@ -36,7 +36,7 @@ fn stmxcsr(m: &mut Machine<'_>, op: &Op) -> Flow {
     m.store(place, value)
 }
 
-fn check_fxsave(m: &mut Machine<'_>) -> Flow {
+pub(super) fn check_fxsave(m: &mut Machine<'_>) -> Flow {
     if m.cpu.cr0 & cr0::EM != 0 {
         return Err(m.ud());
     }
