@@ -57,6 +57,18 @@ pub enum Backing {
         /// Where in the file the region begins, in bytes: a multiple of the page size.
         offset: u64,
     },
+
+    /// Part of a regular file or memfd, mapped private: pages are the file's, shared with all who map it so, until they are written, and
+    /// the region's own from then on. The file stays as it is.
+    ///
+    /// Nobody may change or shorten the file while the mapping lives: pages that were not written follow it, and an access
+    /// beyond its new end raises SIGBUS. The guest's memory is not in the file, so nobody else can map it through that.
+    CopyOnWrite {
+        /// The file, open for reading; not of huge pages.
+        file: Arc<File>,
+        /// Where in the file the region begins, in bytes: a multiple of the page size.
+        offset: u64,
+    },
 }
 
 /// Seals that fix the size of a memfd: what makes it safe to map.

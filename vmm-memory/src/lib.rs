@@ -20,6 +20,8 @@ mod prefault;
 mod ram;
 mod region;
 pub mod shared;
+#[cfg(feature = "snapshot")]
+pub mod snapshot;
 
 pub use backing::Backing;
 pub use dirty::{DirtyLog, DirtyPages, DirtyTracker};

@@ -353,8 +353,9 @@ impl GuestRamBuilder {
         let mut before = 0;
         for (gpa, size) in x86_ram_ranges(bytes)? {
             let mut backing = self.backing.clone();
-            if let Backing::File { offset, .. } | Backing::GuestMemfd(GuestMemfdRange { offset, .. }) =
-                &mut backing
+            if let Backing::File { offset, .. }
+            | Backing::CopyOnWrite { offset, .. }
+            | Backing::GuestMemfd(GuestMemfdRange { offset, .. }) = &mut backing
             {
                 // One that would overflow is too large for any file, which mapping refuses.
                 *offset = offset.saturating_add(before);

@@ -196,6 +196,10 @@ impl RegionConfig {
                 self.check_file(file, *offset)?;
                 Bytes::File(FileOffset::from_arc(Arc::clone(file), *offset))
             }
+            Backing::CopyOnWrite { file, offset } => {
+                self.check_file(file, *offset)?;
+                Bytes::Private(FileOffset::from_arc(Arc::clone(file), *offset))
+            }
         })
     }
 
@@ -269,6 +273,8 @@ pub(crate) enum Bytes {
     Huge(HugePageSize),
     /// Part of a file.
     File(FileOffset),
+    /// The same, whose pages are private once they are written.
+    Private(FileOffset),
 }
 
 /// Size in bytes of the host's pages that a region is made of: [`PAGE_SIZE`], or that of the huge pages of a pool. Giving
@@ -306,6 +312,7 @@ pub(crate) fn map_region(
         Bytes::Huge(page_size) => {
             (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | page_size.map_flag(), None, Some(page_size))
         }
+        Bytes::Private(file) => (libc::MAP_PRIVATE | libc::MAP_NORESERVE, Some(file), None),
         Bytes::File(file) => match page_size_of_file(file.file()) {
             PAGE_SIZE => (libc::MAP_SHARED | libc::MAP_NORESERVE, Some(file), None),
             other => {
