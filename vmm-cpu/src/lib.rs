@@ -18,6 +18,8 @@ pub mod kvm;
 mod pin;
 mod private_memory;
 mod registry;
+#[cfg(feature = "snapshot")]
+pub mod snapshot;
 pub mod state;
 mod threads;
 #[cfg(feature = "translate")]

@@ -33,7 +33,8 @@
 //! | `state` | what a state is |
 //! | `writer`, `reader` | a snapshot that is written, and one that is read |
 //! | `ram` | RAM: sparse, packed, incremental; loaded or mapped |
-//! | `versions` | the states of this crate in bytes |
+//! | [`mirror`] | states in bytes, by `versionize` |
+//! | `versions` | those of this crate |
 //!
 //! # Threat model
 //! A snapshot is a file that others may have had in their hands. Whatever is in it, reading ends in a state or an error that says where the file is
@@ -43,6 +44,7 @@
 
 mod error;
 mod format;
+pub mod mirror;
 mod ram;
 mod reader;
 mod state;

@@ -1,65 +1,33 @@
-//! The states of this crate in bytes, by `versionize`: the one place that knows of it.
-//!
-//! `versionize` writes plain data without tags or lengths and accepts what follows it, so what is read here has to end where its bytes do.
-//! A field that is added gets `#[version(start = N)]`, and [`FORMAT`] the version N.
+//! The states of this crate in bytes.
 
-use versionize::{VersionMap, Versionize, VersionizeResult};
-use versionize_derive::Versionize;
-
-use super::error::StateError;
+use super::StateError;
+use super::mirror::{self, Family, VersionMap, Versionize, VersionizeResult};
 use super::ram::{RamLayout, RamRange};
 use super::state::{SnapshotState, StateFormat};
 
-const FORMAT: StateFormat = StateFormat { name: "vmm-memory", newest: 1, oldest: 1 };
+struct Memory;
 
-#[derive(Versionize)]
-struct Layout {
-    regions: Vec<Range>,
-    packed: bool,
+impl Family for Memory {
+    const FORMAT: StateFormat = StateFormat { name: "vmm-memory", newest: 1, oldest: 1 };
+
+    fn versions() -> VersionMap {
+        VersionMap::new()
+    }
 }
 
-#[derive(Clone, Versionize)]
-struct Range {
-    gpa: u64,
-    size: u64,
-    read_only: bool,
-}
-
-/// Which version each structure has in each version of [`FORMAT`].
-fn versions() -> VersionMap {
-    VersionMap::new()
-}
+crate::snapshot_mirror!(Layout of RamLayout { regions: Vec<RamRange>, packed: bool });
+crate::snapshot_mirror!(Range of RamRange { gpa: u64, size: u64, read_only: bool });
 
 impl SnapshotState for RamLayout {
-    const FORMAT: StateFormat = FORMAT;
+    const FORMAT: StateFormat = Memory::FORMAT;
 
     fn encode(&self, version: u16) -> Result<Vec<u8>, StateError> {
-        let regions = self
-            .regions
-            .iter()
-            .map(|range| Range { gpa: range.gpa, size: range.size, read_only: range.read_only })
-            .collect();
-        let mut bytes = Vec::new();
-        Layout { regions, packed: self.packed }.serialize(&mut bytes, &versions(), version).map_err(text)?;
-        Ok(bytes)
+        mirror::encode::<Memory, _>(self, version)
     }
 
-    fn decode(mut bytes: &[u8], version: u16) -> Result<Self, StateError> {
-        let layout = Layout::deserialize(&mut bytes, &versions(), version).map_err(text)?;
-        if !bytes.is_empty() {
-            return Err(format!("{} bytes follow its end", bytes.len()).into());
-        }
-        let regions = layout
-            .regions
-            .into_iter()
-            .map(|range| RamRange { gpa: range.gpa, size: range.size, read_only: range.read_only })
-            .collect();
-        let layout = Self { regions, packed: layout.packed };
+    fn decode(bytes: &[u8], version: u16) -> Result<Self, StateError> {
+        let layout: Self = mirror::decode::<Memory, _>(bytes, version)?;
         layout.check()?;
         Ok(layout)
     }
-}
-
-fn text(error: versionize::VersionizeError) -> StateError {
-    error.to_string().into()
 }
