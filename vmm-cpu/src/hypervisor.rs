@@ -155,6 +155,19 @@ impl VmConfig {
         }
     }
 
+    /// This configuration as `vm` has it, which was made from it on this host: the CPUID of its vCPUs and the rate of its time-stamp counter
+    /// instead of what depends on the host. To create the machine anew, elsewhere or by another backend, or to be told what keeps it from
+    /// being created there.
+    ///
+    /// # Errors
+    /// None for a machine that was made from it.
+    pub fn resolve(&self, hypervisor: &dyn Hypervisor, vm: &dyn Vm) -> Result<Self> {
+        let mut resolved = self.clone();
+        resolved.cpu = CpuModel::Exact(self.cpu.resolve(hypervisor.supported_cpuid())?);
+        resolved.clock.tsc_khz = vm.clock().map(|clock| clock.tsc_khz()).or(self.clock.tsc_khz);
+        Ok(resolved)
+    }
+
     /// Sets [`VmConfig::max_vcpus`].
     #[must_use]
     pub fn vcpus(mut self, max: u32) -> Self {

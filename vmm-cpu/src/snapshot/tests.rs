@@ -63,6 +63,30 @@ fn states_come_back() {
 }
 
 #[test]
+fn configurations_come_back_as_they_were_resolved() {
+    use crate::cpuid::{CpuModel, CpuidEntry};
+    use crate::hypervisor::{ClockConfig, InterruptMode};
+    let entries = vec![
+        CpuidEntry::new(0, None, [1, 2, 3, 4]),
+        CpuidEntry::new(4, Some(0), [1, 1, 1, 1]),
+        CpuidEntry::new(4, Some(1), [2, 2, 2, 2]),
+    ];
+    let config = |cpu| {
+        VmConfig::new(cpu)
+            .vcpus(3)
+            .interrupts(InterruptMode::LocalApic)
+            .clock(ClockConfig::host_at_khz(1_000_000))
+    };
+    let exact = config(CpuModel::Exact(CpuidTable::new(entries.clone())));
+    let read = VmConfig::decode(&exact.encode(1).unwrap(), 1).unwrap();
+    assert_eq!(format!("{read:?}"), format!("{exact:?}"));
+    let problem = VmConfig::decode(&config(CpuModel::Host).encode(1).unwrap(), 1).unwrap_err().to_string();
+    assert!(problem.starts_with("cpu: the model was that of the host it was saved on"), "{problem}");
+    let reversed = entries.into_iter().rev().map(|entry| entry.mirror()).collect();
+    assert_eq!(CpuidTable::from_mirror(reversed).unwrap_err().to_string(), "its leaves do not ascend");
+}
+
+#[test]
 fn what_is_too_short_or_too_long_is_refused() {
     let (cpu, vm) = (cpu().encode(1).unwrap(), vm().encode(1).unwrap());
     for len in 0..cpu.len() {
