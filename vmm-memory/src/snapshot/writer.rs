@@ -1,12 +1,13 @@
 //! Writing a snapshot.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
+use tempfile::TempPath;
 
 use super::SnapshotDigest;
 use super::error::SnapshotError;
@@ -33,7 +34,12 @@ struct State {
 /// The virtual machine is paused meanwhile, its devices are idle, and nobody else writes its RAM.
 pub struct SnapshotWriter {
     path: PathBuf,
-    file: NamedTempFile,
+    name: OsString,
+    /// Where it will be. What it takes to put it there is open from the beginning: a process that has confined itself opens nothing.
+    directory: File,
+    file: File,
+    /// Where it is meanwhile.
+    place: TempPath,
     versions: BTreeMap<&'static str, u16>,
     states: Vec<State>,
     records: Vec<u8>,
@@ -48,14 +54,20 @@ impl SnapshotWriter {
     /// [`SnapshotError::File`].
     pub fn create(path: impl Into<PathBuf>) -> Result<Self, SnapshotError> {
         let path = path.into();
-        let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
-        let file = tempfile::Builder::new()
-            .prefix(".snapshot")
-            .tempfile_in(directory.unwrap_or(Path::new(".")))
-            .map_err(failed(&path, "creating a file beside it"))?;
+        let Some(name) = path.file_name().map(ToOwned::to_owned) else {
+            let what = format!("the path {}", path.display());
+            return Err(SnapshotError::Unwritable { what, problem: "it names no file".to_owned() });
+        };
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = File::open(parent).map_err(failed(&path, "opening its directory"))?;
+        let named = tempfile::Builder::new().prefix(".snapshot").tempfile_in(parent);
+        let (file, place) = named.map_err(failed(&path, "creating a file beside it"))?.into_parts();
         Ok(Self {
             path,
+            name,
+            directory,
             file,
+            place,
             versions: BTreeMap::new(),
             states: Vec::new(),
             records: Vec::new(),
@@ -140,7 +152,7 @@ impl SnapshotWriter {
             base.check_layout_of(ram)?;
             self.base = base.digest().0;
         }
-        let saved = save(ram, self.file.as_file(), options).map_err(failed(&self.path, "writing RAM"))?;
+        let saved = save(ram, &self.file, options).map_err(failed(&self.path, "writing RAM"))?;
         self.put(RAM, &saved.layout)?;
         (self.records, self.states_at) = (saved.records, saved.end);
         Ok(saved.stats)
@@ -184,7 +196,7 @@ impl SnapshotWriter {
         };
         header.magic.copy_from_slice(MAGIC.as_bytes());
         let header_bytes = header.seal();
-        let file = self.file.as_file();
+        let file = &self.file;
         let write = || -> io::Result<()> {
             file.write_all_at(&bytes, self.states_at)?;
             file.write_all_at(&self.records, chunks_at)?;
@@ -193,8 +205,14 @@ impl SnapshotWriter {
             file.sync_all()
         };
         write().map_err(failed(&self.path, "writing it"))?;
-        let placed = self.file.persist(&self.path).map_err(|error| error.error);
-        placed.and_then(|_| sync_directory(&self.path)).map_err(failed(&self.path, "putting it there"))?;
+        let put = || -> io::Result<()> {
+            let from = self.place.file_name().unwrap_or_default();
+            rustix::fs::renameat(&self.directory, from, &self.directory, &self.name)?;
+            self.directory.sync_all()
+        };
+        put().map_err(failed(&self.path, "putting it there"))?;
+        // Nothing is at that place any more.
+        self.place.keep().map_err(|error| failed(&self.path, "putting it there")(error.error))?;
         Ok(SnapshotDigest(header.digest))
     }
 }
@@ -207,11 +225,6 @@ impl std::fmt::Debug for SnapshotWriter {
             .field("states", &states)
             .finish_non_exhaustive()
     }
-}
-
-fn sync_directory(path: &Path) -> io::Result<()> {
-    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
-    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 pub(super) fn failed(path: &Path, operation: &'static str) -> impl FnOnce(io::Error) -> SnapshotError {
