@@ -2,8 +2,9 @@
 //!
 //! The guest has the four serial ports of a PC. The kernel's console and an interactive shell are on the first. A
 //! command's standard output and standard error have a port each, so that they stay apart from each other and from
-//! what the kernel logs, whatever bytes they have. The last is for what init says of the run, a line each: `init`
-//! when it starts, and `status N` when the command has ended and all of its output is out.
+//! what the kernel logs, whatever bytes they have. The last is for what is said of the run, a line each: `init`
+//! when it starts, `snapshot` when a program wants the machine to be saved, and `status N` when the command has ended and all
+//! of its output is out.
 //!
 //! Other ways were found wanting. Debian's kernel has no `/dev/port`, so no program reaches the debug-exit port. A
 //! status among the output needs a mark that the output cannot have, and bytes held back in search of it. Sent over
@@ -269,17 +270,20 @@ fn quoted(value: &str) -> String {
     format!("'{}'", value.replace('\'', r"'\''"))
 }
 
-/// What init has said of the run so far.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Progress {
+/// What init, and programs of the guest, have said of the run so far.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Heard {
     line: Vec<u8>,
     /// The line is longer than any of init's.
     overlong: bool,
     init: bool,
+    /// A program has asked for a snapshot.
+    snapshot: bool,
     status: Option<u8>,
 }
 
-impl Progress {
+impl Heard {
     fn receive(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             match byte {
@@ -302,6 +306,7 @@ impl Progress {
     fn take_line(&mut self) {
         match std::str::from_utf8(&self.line).unwrap_or_default().split_once(' ') {
             None if self.line == b"init" => self.init = true,
+            None if self.line == b"snapshot" => self.snapshot = true,
             Some(("status", number)) if self.status.is_none() => self.status = number.parse().ok(),
             _ => {}
         }
@@ -319,7 +324,7 @@ pub struct GuestStreams<O, E> {
     log: Option<VecDeque<u8>>,
     /// Every byte is to be seen at once: a prompt has no line feed.
     immediate: bool,
-    progress: Progress,
+    heard: Heard,
 }
 
 impl<O: Write, E: Write> GuestStreams<O, E> {
@@ -327,7 +332,7 @@ impl<O: Write, E: Write> GuestStreams<O, E> {
     pub fn new(session: &Session, output: O, errors: E) -> Self {
         let log = matches!(session, Session::Command { .. }).then(VecDeque::new);
         let immediate = matches!(session, Session::Shell(_));
-        Self { output, errors, log, immediate, progress: Progress::default() }
+        Self { output, errors, log, immediate, heard: Heard::default() }
     }
 
     /// Takes what the guest has sent through `port`.
@@ -350,7 +355,7 @@ impl<O: Write, E: Write> GuestStreams<O, E> {
             (SerialPort::Errors, Some(_)) => self.errors.write_all(bytes)?,
             // No command runs that could have sent it.
             (SerialPort::Output | SerialPort::Errors, None) => {}
-            (SerialPort::Control, _) => self.progress.receive(bytes),
+            (SerialPort::Control, _) => self.heard.receive(bytes),
         }
         Ok(())
     }
@@ -358,14 +363,31 @@ impl<O: Write, E: Write> GuestStreams<O, E> {
     /// Whether init has begun.
     #[must_use]
     pub fn init_has_begun(&self) -> bool {
-        self.progress.init
+        self.heard.init
+    }
+
+    /// Whether a program of the guest has asked for a snapshot.
+    #[must_use]
+    pub fn asks_for_snapshot(&self) -> bool {
+        self.heard.snapshot
+    }
+
+    /// What has been heard so far, for streams in another process that go on from here.
+    #[must_use]
+    pub fn heard(&self) -> Heard {
+        Heard { snapshot: false, ..self.heard.clone() }
+    }
+
+    /// Goes on from what other streams have heard.
+    pub fn go_on(&mut self, heard: Heard) {
+        self.heard = heard;
     }
 
     /// The exit status, once there is one: the command has ended and its output is complete, so that the virtual
     /// machine may end before the guest powers off.
     #[must_use]
     pub fn status(&self) -> Option<u8> {
-        self.progress.status
+        self.heard.status
     }
 
     /// Writes out what the writers hold back.
@@ -458,7 +480,7 @@ mod tests {
 
     #[test]
     fn only_inits_lines_count_and_the_first_status() {
-        let mut progress = Progress::default();
+        let mut progress = Heard::default();
         progress.receive(b"status 256\nstatus -1\nstatus\nstatus x\n\xff\xfe\n status 1\ninitial\n");
         assert_eq!((progress.init, progress.status), (false, None));
         progress.receive(&[b'x'; 100_000]);

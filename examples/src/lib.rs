@@ -10,6 +10,7 @@ pub mod initramfs;
 pub mod ivshmem;
 pub mod metrics;
 pub mod pc;
+pub mod pc_state;
 pub mod policy;
 pub mod pv_console;
 pub mod race;

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -21,6 +21,7 @@ use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::GuestAddress;
 
 use crate::guest_command::SerialPort;
+use crate::pc_state::Still;
 
 /// How a guest ended its machine.
 pub type End = PlatformEvent;
@@ -31,16 +32,21 @@ pub struct Pc {
     mmio: Arc<MmioBus>,
     /// Where messages of devices go.
     messages: Arc<dyn MsiSink>,
-    io_apic: Arc<IoApic>,
-    pic: Arc<Pic>,
-    keyboard: Arc<Mutex<I8042>>,
-    serial: Vec<Arc<Mutex<Uart16550>>>,
+    pub(crate) io_apic: Arc<IoApic>,
+    pub(crate) pic: Arc<Pic>,
+    pub(crate) pit: Arc<Timed<Pit>>,
+    pub(crate) rtc: Arc<Timed<Rtc>>,
+    pub(crate) acpi: Arc<Timed<AcpiPm>>,
+    pub(crate) keyboard: Arc<Mutex<I8042>>,
+    pub(crate) serial: Vec<Arc<Mutex<Uart16550>>>,
     console: Arc<Mutex<Uart16550>>,
     /// The guest has read what was typed.
     drained: Arc<Drained>,
     state: Arc<State>,
     /// Each with what its clock is ahead of the uptime, in nanoseconds.
     timed: Vec<(Arc<dyn Service>, u64)>,
+    /// Held while they fire.
+    timers: Mutex<()>,
 }
 
 /// Where the devices have the time from. Nothing else of them knows any.
@@ -270,8 +276,26 @@ impl Pc {
             }
         }
         let console = console.context("a PC has a console")?;
-        let timed: Vec<(Arc<dyn Service>, u64)> = vec![(pit, 0), (rtc, boot), (acpi, 0)];
-        Ok(Self { pio, mmio, messages, io_apic, pic, keyboard, serial, console, drained, state, timed })
+        let timed: Vec<(Arc<dyn Service>, u64)> =
+            vec![(pit.clone(), 0), (rtc.clone(), boot), (acpi.clone(), 0)];
+        let timers = Mutex::default();
+        Ok(Self {
+            pio,
+            mmio,
+            messages,
+            io_apic,
+            pic,
+            pit,
+            rtc,
+            acpi,
+            keyboard,
+            serial,
+            console,
+            drained,
+            state,
+            timed,
+            timers,
+        })
     }
 
     /// An input of the I/O APIC, for a device that is added.
@@ -331,8 +355,14 @@ impl Pc {
         self.pic_line_again();
     }
 
+    /// Keeps the timers from firing, from when none does.
+    pub fn still(&self) -> Still<'_> {
+        Still::new(lock(&self.timers))
+    }
+
     /// Signals what has become due. When there is more to do, in nanoseconds of the uptime.
     pub fn service(&self) -> Option<u64> {
+        let _fires = lock(&self.timers);
         let next = |(device, ahead): &(Arc<dyn Service>, u64)| Some(device.service()?.saturating_sub(*ahead));
         self.timed.iter().filter_map(next).min()
     }
@@ -421,6 +451,11 @@ impl Pc {
     pub fn end(&self) -> Option<End> {
         self.state.end.get().copied()
     }
+}
+
+/// A panic elsewhere leaves a device as it was after an access.
+pub(crate) fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What sends a device's messages.

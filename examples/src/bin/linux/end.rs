@@ -24,6 +24,8 @@ pub(crate) enum End {
     DebugExit(u8),
     User,
     TimeIsUp,
+    /// It is to be saved.
+    Snapshot,
 }
 
 impl End {
@@ -43,7 +45,11 @@ pub(crate) fn end_by(
     platform: Option<PlatformEvent>,
     watch: &Watch,
     time_is_up: &AtomicBool,
+    snapshot_is_due: &AtomicBool,
 ) -> Result<End> {
+    if let Some(failure) = watch.failure() {
+        bail!("{failure}");
+    }
     if watch.broken.load(Ordering::SeqCst) {
         bail!("the guest's output cannot be written");
     }
@@ -58,6 +64,9 @@ pub(crate) fn end_by(
     }
     if time_is_up.load(Ordering::SeqCst) {
         return Ok(End::TimeIsUp);
+    }
+    if snapshot_is_due.load(Ordering::SeqCst) || watch.snapshot.load(Ordering::SeqCst) {
+        return Ok(End::Snapshot);
     }
     match exit {
         Some(VcpuExit { reason: Ok(Halt::Reset | Halt::Shutdown), .. }) => Ok(End::Guest),
@@ -77,7 +86,7 @@ pub(crate) fn conclude(
     end: Result<End>,
 ) -> Result<u8> {
     let ended = started.elapsed();
-    let status = watch.finish()?;
+    let status = if matches!(end, Ok(End::Snapshot)) { watch.leave()? } else { watch.finish()? };
     if options.timings {
         report(watch, ended, vcpus, memory)?;
     }
@@ -90,7 +99,7 @@ pub(crate) fn conclude(
             Ok(TIME_IS_UP)
         }
         End::DebugExit(status) => Ok(status),
-        End::User => Ok(0),
+        End::User | End::Snapshot => Ok(0),
         End::Guest => match (session, status) {
             (_, Some(status)) => Ok(status),
             (Session::Command { .. }, None) => bail!("the guest ended before the command did"),
@@ -141,6 +150,7 @@ fn report(watch: &Watch, ended: Duration, vcpus: &[Box<dyn Vcpu>], memory: Optio
             eprintln!("{what}: {:.3} s", time.as_secs_f64());
         }
     };
+    at("first instruction", watch.begun.get());
     at("first line of the kernel", watch.first_output.get());
     at("init", watch.init.get());
     at("end", Some(&ended));

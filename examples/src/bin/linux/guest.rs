@@ -3,10 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use vmm_cpu::entry::{EntryState, entry_state};
 use vmm_examples::debian::{self, MODULES, ModuleTree};
 use vmm_examples::guest_command::{GuestRun, Hardware, Session};
 use vmm_examples::initramfs::{Userspace, userspace};
-use vmm_memory::boot::KernelImage;
+use vmm_memory::GuestRam;
+use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
+use vmm_memory::vm_memory::GuestAddress;
 
 use crate::options::Options;
 
@@ -68,6 +71,21 @@ impl Guest {
         let hardware = Hardware { modules: &load, ..hardware };
         let run = GuestRun::new(kernel.clone(), &userspace(&tree)?, session, hardware, &append)?;
         Ok(Self { kernel, image, initrd: Some(run.initrd), command_line: run.command_line })
+    }
+
+    /// Loads it to RAM that has the machine's tables, whose root pointer is at `rsdp`; how the first vCPU begins.
+    pub(crate) fn load(&self, ram: &GuestRam, rsdp: GuestAddress) -> Result<EntryState> {
+        let kernel = KernelImage::parse(&self.image).with_context(|| self.name())?;
+        let mut boot = Boot::new(&kernel).command_line(self.command_line.trim());
+        if let Some(initrd) = &self.initrd {
+            boot = boot.initrd(initrd);
+        }
+        if kernel.setup_header().is_some() {
+            // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS
+            // leaves them.
+            boot = boot.protocol(BootProtocol::Pvh).rsdp(rsdp);
+        }
+        Ok(entry_state(&boot.load(&*ram.memory()).with_context(|| self.name())?)?)
     }
 
     pub(crate) fn name(&self) -> String {

@@ -14,6 +14,7 @@ mod guest;
 mod memory;
 mod options;
 mod paravirtual;
+mod snapshot;
 mod watch;
 
 use std::io;
@@ -25,7 +26,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser as _;
-use vmm_cpu::entry::entry_state;
 use vmm_cpu::gdb::{Debuggee, Debugger, Event};
 use vmm_cpu::{
     ClockSource, CpuModel, Error, Hypervisor, InterruptMode, VcpuIo, VcpuThreads, VmConfig, open_backend,
@@ -38,13 +38,13 @@ use vmm_examples::pc::{Buses, Clocks, Pc};
 use vmm_examples::replay::{Finish, Machine, Rerun};
 use vmm_examples::terminal::{self, RawMode};
 use vmm_examples::virtio::VirtioDevices;
-use vmm_memory::boot::{Boot, BootProtocol, KernelImage};
 use vmm_memory::{Backing, GuestRam};
 
 use crate::audited::Audited;
 use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
 use crate::options::{Options, Virtio, session};
+use crate::snapshot::Machine as Saved;
 use crate::watch::{StopSign, Watch, alarm, read_keys};
 
 /// Statuses of the program's own; those of commands end at 123 by custom, and a debug exit's is QEMU's.
@@ -84,17 +84,33 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     // Before anything is fetched: without a backend there is no use for it.
     let hypervisor = choose(options, &options.backend)?;
     let endpoint = options.debug.endpoint(options.rerun.is_deterministic())?;
+    ensure!(
+        !options.snapshot.are_given()
+            || !options.rerun.is_deterministic() && options.wanted_transport().is_none(),
+        "--snapshot-to and --restore-from go with no deterministic run and no virtio devices"
+    );
+    let restored = options.snapshot.restored()?;
     let rerun = Rerun::open(&options.rerun, options.cpus)?;
-    let session = match rerun.session() {
-        Some(session) => session,
-        None => session(options)?,
+    let session = match (&restored, rerun.session()) {
+        (Some(restored), _) => restored.session.clone(),
+        (None, Some(session)) => session,
+        (None, None) => session(options)?,
     };
     let ram_backing =
         if hypervisor.name() == translate::NAME { options.translated_ram() } else { Backing::Anonymous };
-    let ram = GuestRam::builder().ram(options.memory << 20).track_dirty(rerun.hashes());
-    let ram = options.ram.apply(ram, ram_backing).build()?;
+    let new_ram = |bytes| -> Result<GuestRam> {
+        let ram = GuestRam::builder().ram(bytes).track_dirty(rerun.hashes());
+        Ok(options.ram.apply(ram, ram_backing).build()?)
+    };
+    let ram = match &restored {
+        Some(restored) => restored.ram(new_ram)?,
+        None => new_ram(options.memory << 20)?,
+    };
     let stop = Arc::new(StopSign::default());
-    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
+    let saving = options.snapshot.saving()?;
+    let heard = restored.as_ref().map(|restored| restored.heard.clone());
+    let watch = Watch::new(&session, Arc::clone(&stop), started, heard, saving.is_some());
+    let watch = Arc::new(watch);
     let output = |port| Watch::port(&watch, port);
     let audit = options.audit.as_deref().map(Audited::start).transpose().context("--audit")?;
     let virtio = options.virtio(&ram, audit.as_ref(), || output(SerialPort::Console))?;
@@ -102,32 +118,34 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let modules = devices.as_ref().map(VirtioDevices::modules).unwrap_or_default();
     let ports: Vec<&str> = options.port.iter().map(|port| &*port.name).collect();
     let hardware = Hardware { wiring: options.wiring(), modules: &modules, ports: &ports };
-    let config = machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus);
-    let vm = hypervisor.create_vm(&config)?;
-    let tsc_khz = vm.clock().map_or(TSC_KHZ, |clock| clock.tsc_khz());
-    let guest = Guest::get(options, &session, hardware, tsc_khz)?;
-
-    let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
-    let is_linux = kernel.setup_header().is_some();
-    let mut boot = Boot::new(&kernel).command_line(guest.command_line.trim());
-    if let Some(initrd) = &guest.initrd {
-        boot = boot.initrd(initrd);
-    }
-    let tables = Pc::write_tables(&ram, options.cpus, |tables| match &devices {
-        Some(devices) => devices.describe(tables),
-        None => tables,
-    })?;
-    if is_linux {
-        // The payload's own PVH entry: the guest need not decompress itself. Other kernels find the tables where a BIOS
-        // leaves them.
-        boot = boot.protocol(BootProtocol::Pvh).rsdp(tables);
-    }
-    let entry = boot.load(&*ram.memory()).with_context(|| guest.name())?;
-
+    let config = match &restored {
+        Some(restored) => restored.config.clone(),
+        None => machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus),
+    };
+    let vm = match &restored {
+        Some(restored) => restored.vm(&*hypervisor)?,
+        None => hypervisor.create_vm(&config)?,
+    };
     vm.map_ram(&ram)?;
-    let mut vcpus = (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+    let (mut vcpus, guest) = match &restored {
+        Some(restored) => (restored.vcpus(&*vm)?, None),
+        None => {
+            let tsc_khz = vm.clock().map_or(TSC_KHZ, |clock| clock.tsc_khz());
+            let guest = Guest::get(options, &session, hardware, tsc_khz)?;
+            let further = |tables| match &devices {
+                Some(devices) => devices.describe(tables),
+                None => tables,
+            };
+            let entry = guest.load(&ram, Pc::write_tables(&ram, options.cpus, further)?)?;
+            let vcpus =
+                (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+            (vcpus, Some((guest, entry)))
+        }
+    };
     let bootstrap = vcpus.first_mut().context("a machine has a vCPU")?;
-    entry_state(&entry)?.apply(&mut **bootstrap)?;
+    if let Some((_, entry)) = &guest {
+        entry.apply(&mut **bootstrap)?;
+    }
     let bootstrap = bootstrap.handle();
 
     let messages = vm.msi().context("the backend takes no interrupt messages")?;
@@ -137,7 +155,13 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
     let _served = devices.map(|devices| devices.attach(&pc, &vm, &ram, exporter)).transpose()?;
+    if let Some(restored) = &restored {
+        restored.finish()?;
+        restored.pc(&pc)?;
+        restored.check_beside(&watch)?;
+    }
     if options.rerun.is_deterministic() {
+        let (guest, _) = guest.context("a run that can be had again begins with a kernel")?;
         let mut vcpu = vcpus.pop().context("a machine has a vCPU")?;
         stop.reaches(move || bootstrap.kick());
         let started_with = (&*guest.image, guest.initrd.as_deref(), guest.command_line.trim());
@@ -195,6 +219,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         terminal::on_resize(move |rows, columns| console.resize(rows, columns))?;
     }
     let time_is_up = alarm(options.seconds, &stop)?;
+    let snapshot_is_due = options.snapshot.moment(&stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
     let debugger = match endpoint {
         Some(endpoint) => {
@@ -205,30 +230,46 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         None => None,
     };
-    if let Some(audit) = &audit {
-        audit.launch(&guest, &config, &*hypervisor).context("--audit")?;
+    if let (Some(audit), Some((guest, _))) = (&audit, &guest) {
+        audit.launch(guest, &config, &*hypervisor).context("--audit")?;
         threads.observe(audit.observer());
     }
     confine(&*hypervisor, &inherited, options)?;
 
+    watch.begin();
     match &debugger {
         None => threads.resume(),
         Some(debugger) if !options.debug.waits() => debugger.resume(),
         Some(_) => {}
     }
     let end = match debugger {
-        None => end_by(threads.wait(None), pc.end(), &watch, &time_is_up),
+        None => end_by(threads.wait(None), pc.end(), &watch, &time_is_up, &snapshot_is_due),
         Some(debugger) => {
             let end = match told.recv()? {
-                Some(Event::Exit(exit)) => end_by(Some(exit), pc.end(), &watch, &time_is_up),
+                Some(Event::Exit(exit)) => {
+                    end_by(Some(exit), pc.end(), &watch, &time_is_up, &snapshot_is_due)
+                }
                 Some(_) => Ok(End::User),
-                None => end_by(None, pc.end(), &watch, &time_is_up),
+                None => end_by(None, pc.end(), &watch, &time_is_up, &snapshot_is_due),
             };
             debugger.finish(if let Ok(End::DebugExit(status)) = end { status } else { 0 });
             end
         }
     };
-    let vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
+    let mut vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
+    if let (Ok(End::Snapshot), Some(saving)) = (&end, saving) {
+        let vcpus = &mut *vcpus;
+        let machine = Saved {
+            hypervisor: &*hypervisor,
+            config: &config,
+            vm: &*vm,
+            vcpus,
+            pc: &pc,
+            ram: &ram,
+            session: &session,
+        };
+        saving.finish(machine, &watch)?;
+    }
     drop(raw);
     if let Some(audit) = audit {
         audit.end(pc.end(), &end).context("--audit")?;
@@ -294,6 +335,12 @@ fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], options: &Options) 
         let unix = u64::try_from(libc::AF_UNIX)?;
         confinement = confinement.allow_if(libc::SYS_socket, 0, unix);
         confinement = confinement.allow(libc::SYS_connect).allow(libc::SYS_sendmsg);
+    }
+    if options.snapshot.saves() {
+        // From one name to another in its directory, or away if it fails.
+        for call in [libc::SYS_ftruncate, libc::SYS_renameat, libc::SYS_unlink] {
+            confinement = confinement.allow(call);
+        }
     }
     if options.vsock.is_some() {
         confinement = confinement.allow_unix_sockets();

@@ -24,6 +24,7 @@ use vmm_memory::{Backing, GuestRam};
 
 use crate::audited::Audited;
 use crate::memory::RamOptions;
+use crate::snapshot::SnapshotOptions;
 
 /// Boots Debian's stock kernel, or another, to a shell or through one command.
 #[derive(Parser)]
@@ -130,6 +131,8 @@ pub(crate) struct Options {
     /// Is the process that writes that log.
     #[arg(long, value_name = "DIR", hide = true)]
     pub(crate) write_audit: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) snapshot: SnapshotOptions,
     /// Ends the run after that time, with status 124.
     #[arg(long)]
     pub(crate) seconds: Option<u64>,

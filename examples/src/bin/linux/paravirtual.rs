@@ -2,7 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -64,7 +64,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
         config.clock.tsc_khz = Some(TSC_KHZ);
     }
     let stop = Arc::new(StopSign::default());
-    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started));
+    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started, None, false));
     let console = PvConsole::new(&session, |port| Watch::port(&watch, port));
     let vm = hypervisor.create_domain(&config, &ram, DomainDevices::default().console(console))?;
     vm.boot(&boot).with_context(|| guest.name())?;
@@ -83,7 +83,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     confine(&*engine, inherited, options)?;
 
     threads.resume();
-    let mut end = end_by(threads.wait(None), None, &watch, &time_is_up);
+    let mut end = end_by(threads.wait(None), None, &watch, &time_is_up, &AtomicBool::new(false));
     let vcpus = threads.stop();
     drop(raw);
     if let Some(reason @ (ShutdownReason::Crash | ShutdownReason::Watchdog)) = vm.shutdown_reason() {

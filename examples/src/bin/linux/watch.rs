@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use vmm_examples::guest_command::{GuestStreams, SerialPort, Session};
+use vmm_examples::guest_command::{GuestStreams, Heard, SerialPort, Session};
 use vmm_examples::pc::Output;
 use vmm_examples::terminal::EscapeKeys;
 
@@ -31,6 +31,8 @@ pub(crate) struct Watch {
     streams: Mutex<Option<Streams>>,
     stop: Arc<StopSign>,
     started: Instant,
+    /// The guest began to run here.
+    pub(crate) begun: OnceLock<Duration>,
     pub(crate) first_output: OnceLock<Duration>,
     pub(crate) init: OnceLock<Duration>,
     /// The command has ended.
@@ -39,22 +41,42 @@ pub(crate) struct Watch {
     pub(crate) enough: AtomicBool,
     /// An output that cannot be written ends the machine.
     pub(crate) broken: AtomicBool,
+    /// A program of the guest wants a snapshot.
+    pub(crate) snapshot: AtomicBool,
+    /// Whether there is to be one.
+    pub(crate) takes_snapshots: bool,
+    /// What else ends the machine.
+    failure: OnceLock<String>,
 }
 
 type Streams = GuestStreams<io::BufWriter<io::Stdout>, io::Stderr>;
 
 impl Watch {
-    pub(crate) fn new(session: &Session, stop: Arc<StopSign>, started: Instant) -> Self {
-        let streams = GuestStreams::new(session, io::BufWriter::new(io::stdout()), io::stderr());
+    /// Of a machine that goes on from what was heard of it before, if there is such.
+    pub(crate) fn new(
+        session: &Session,
+        stop: Arc<StopSign>,
+        started: Instant,
+        heard: Option<Heard>,
+        takes_snapshots: bool,
+    ) -> Self {
+        let mut streams = GuestStreams::new(session, io::BufWriter::new(io::stdout()), io::stderr());
+        if let Some(heard) = heard {
+            streams.go_on(heard);
+        }
         Self {
             streams: Mutex::new(Some(streams)),
             stop,
             started,
+            begun: OnceLock::new(),
             first_output: OnceLock::new(),
             init: OnceLock::new(),
             done: AtomicBool::new(false),
             enough: AtomicBool::new(false),
             broken: AtomicBool::new(false),
+            snapshot: AtomicBool::new(false),
+            takes_snapshots,
+            failure: OnceLock::new(),
         }
     }
 
@@ -78,15 +100,47 @@ impl Watch {
         if streams.init_has_begun() {
             self.init.get_or_init(|| self.started.elapsed());
         }
+        if self.takes_snapshots && streams.asks_for_snapshot() && !self.snapshot.swap(true, Ordering::SeqCst)
+        {
+            self.stop.raise();
+        }
         if streams.status().is_some() && !self.done.swap(true, Ordering::SeqCst) {
             self.stop.raise();
         }
         result
     }
 
+    /// The guest begins to run.
+    pub(crate) fn begin(&self) {
+        self.begun.get_or_init(|| self.started.elapsed());
+    }
+
+    /// What was heard of the guest, for another process.
+    pub(crate) fn heard(&self) -> Heard {
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.as_ref().map(GuestStreams::heard).unwrap_or_default()
+    }
+
+    /// Ends the machine, for that reason.
+    pub(crate) fn fail(&self, reason: String) {
+        self.failure.get_or_init(|| reason);
+        self.stop.raise();
+    }
+
+    pub(crate) fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
     pub(crate) fn end_by_user(&self) {
         self.enough.store(true, Ordering::SeqCst);
         self.stop.raise();
+    }
+
+    /// Ends the streams of a guest that goes on elsewhere, which has no status yet.
+    pub(crate) fn leave(&self) -> Result<Option<u8>> {
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).take();
+        streams.map_or(Ok(()), |mut streams| streams.flush())?;
+        Ok(None)
     }
 
     /// Ends the streams; the exit status, if the guest gave one.

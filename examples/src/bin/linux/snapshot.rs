@@ -1,0 +1,261 @@
+//! A machine that is saved instead of ended, and one that goes on from there in another process.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+use vmm_cpu::state::{CpuState, VmState};
+use vmm_cpu::{Hypervisor, Vcpu, Vm, VmConfig};
+use vmm_examples::guest_command::{Heard, Session};
+use vmm_examples::pc::Pc;
+use vmm_examples::pc_state::PcState;
+use vmm_memory::GuestRam;
+use vmm_memory::snapshot::mirror::{Family, VersionMap, Versionize, VersionizeResult};
+use vmm_memory::snapshot::{RamOptions, Snapshot, SnapshotWriter, StateFormat};
+use vmm_memory::{snapshot_mirror, snapshot_states};
+
+use crate::watch::{StopSign, Watch};
+
+/// The options for snapshots.
+#[derive(Args)]
+pub(crate) struct SnapshotOptions {
+    /// Saves the machine in FILE and ends, when a program of the guest asks for it by running `snapshot`, or when --snapshot-after says.
+    #[arg(long, value_name = "FILE")]
+    snapshot_to: Option<PathBuf>,
+    /// Saves it when the guest has run for so many milliseconds here.
+    #[arg(long, value_name = "MILLISECONDS", requires = "snapshot_to")]
+    snapshot_after: Option<u64>,
+    /// Compresses its RAM, which has to be loaded then and cannot be mapped.
+    #[arg(long, requires = "snapshot_to")]
+    snapshot_packed: bool,
+    /// Goes on from a snapshot instead of booting a kernel. Devices are given again as they were when it was saved; RAM and vCPUs are as
+    /// they were.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["kernel", "initrd", "command", "packages", "add", "cpus", "memory", "hugepages", "audit"]
+    )]
+    restore_from: Option<PathBuf>,
+    /// How RAM comes out of the snapshot.
+    #[arg(long, value_enum, default_value_t, requires = "restore_from")]
+    restore_ram: RestoreRam,
+}
+
+/// How RAM comes out of a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum RestoreRam {
+    /// Shared with the file and its other guests until it is written, and checked beside the guest; backend translate then does without
+    /// address windows
+    #[default]
+    Map,
+    /// Copied, and checked before the guest runs
+    Load,
+}
+
+/// What this program knew of the guest.
+struct Known {
+    text: String,
+}
+
+/// The same, as JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KnownJson {
+    session: Session,
+    heard: Heard,
+}
+
+struct ProgramStates;
+
+impl Family for ProgramStates {
+    const FORMAT: StateFormat = StateFormat { name: "vmm-examples/linux", newest: 1, oldest: 1 };
+
+    fn versions() -> VersionMap {
+        VersionMap::new()
+    }
+}
+
+snapshot_mirror!(KnownText of Known { text: String });
+snapshot_states!(ProgramStates: Known);
+
+/// A snapshot that is to be written.
+pub(crate) struct Saving {
+    writer: SnapshotWriter,
+    packed: bool,
+    path: PathBuf,
+}
+
+/// What is saved.
+pub(crate) struct Machine<'a> {
+    pub(crate) hypervisor: &'a dyn Hypervisor,
+    pub(crate) config: &'a VmConfig,
+    pub(crate) vm: &'a dyn Vm,
+    pub(crate) vcpus: &'a mut [Box<dyn Vcpu>],
+    pub(crate) pc: &'a Pc,
+    pub(crate) ram: &'a GuestRam,
+    pub(crate) session: &'a Session,
+}
+
+impl SnapshotOptions {
+    pub(crate) fn are_given(&self) -> bool {
+        self.snapshot_to.is_some() || self.restore_from.is_some()
+    }
+
+    pub(crate) fn saves(&self) -> bool {
+        self.snapshot_to.is_some()
+    }
+
+    /// Begins the snapshot, while the process may still open files.
+    pub(crate) fn saving(&self) -> Result<Option<Saving>> {
+        let Some(path) = &self.snapshot_to else { return Ok(None) };
+        let writer = SnapshotWriter::create(path).context("--snapshot-to")?;
+        Ok(Some(Saving { writer, packed: self.snapshot_packed, path: path.clone() }))
+    }
+
+    /// Opens the snapshot to go on from.
+    pub(crate) fn restored(&self) -> Result<Option<Restored>> {
+        let Some(path) = &self.restore_from else { return Ok(None) };
+        Restored::open(path, self.restore_ram).context("--restore-from").map(Some)
+    }
+
+    /// Starts the thread that stops the vCPUs when it is time for the snapshot; what tells that it is.
+    pub(crate) fn moment(&self, stop: &Arc<StopSign>) -> Result<Arc<AtomicBool>> {
+        let due = Arc::new(AtomicBool::new(false));
+        if let Some(milliseconds) = self.snapshot_after {
+            let (due, stop) = (Arc::clone(&due), Arc::clone(stop));
+            let wait = move || {
+                std::thread::sleep(Duration::from_millis(milliseconds));
+                due.store(true, Ordering::SeqCst);
+                stop.raise();
+            };
+            std::thread::Builder::new().name("snapshot".to_owned()).spawn(wait)?;
+        }
+        Ok(due)
+    }
+}
+
+impl Saving {
+    /// Writes the machine, whose vCPUs stand still.
+    pub(crate) fn finish(mut self, machine: Machine<'_>, watch: &Watch) -> Result<()> {
+        let started = Instant::now();
+        let Machine { hypervisor, config, vm, vcpus, pc, ram, session } = machine;
+        let writer = &mut self.writer;
+        // Nothing of the platform comes to a vCPU that has been saved.
+        let still = pc.still();
+        let session = match session {
+            // Its input is in the guest.
+            Session::Command { line, .. } => Session::Command { line: line.clone(), input: None },
+            other => other.clone(),
+        };
+        let known = KnownJson { session, heard: watch.heard() };
+        writer.put("program", &Known { text: serde_json::to_string(&known)? })?;
+        writer.put("vm/config", &config.resolve(hypervisor, vm)?)?;
+        for vcpu in vcpus {
+            let name = format!("cpu/{}", vcpu.index());
+            writer.put(&name, &vcpu.save().with_context(|| name.clone())?)?;
+        }
+        writer.put("vm", &vm.save()?)?;
+        pc.state(&still).put(writer)?;
+        // The process has confined itself to the threads that it has.
+        let options = RamOptions::new().packed(self.packed).threads(NonZeroUsize::MIN);
+        let stats = writer.put_ram(ram, &options)?;
+        let digest = self.writer.finish()?;
+        eprintln!(
+            "linux: {}: {} of {} pages, {:.1} MiB, in {:.3} s; digest {digest}",
+            self.path.display(),
+            stats.stored,
+            stats.pages,
+            stats.bytes as f64 / f64::from(1 << 20),
+            started.elapsed().as_secs_f64()
+        );
+        Ok(())
+    }
+}
+
+/// A machine that goes on from a snapshot: all that the snapshot has, and nothing else.
+pub(crate) struct Restored {
+    snapshot: Arc<Snapshot>,
+    how: RestoreRam,
+    pub(crate) session: Session,
+    pub(crate) heard: Heard,
+    pub(crate) config: VmConfig,
+    vm: VmState,
+    cpus: Vec<CpuState>,
+    pc: PcState,
+}
+
+impl Restored {
+    fn open(path: &PathBuf, how: RestoreRam) -> Result<Self> {
+        let snapshot = Snapshot::open(path)?;
+        let Known { text } = snapshot.get("program")?;
+        let KnownJson { session, heard } = serde_json::from_str(&text).context("the state \"program\"")?;
+        let config: VmConfig = snapshot.get("vm/config")?;
+        ensure!((1..=256).contains(&config.max_vcpus), "a machine of {} vCPUs", config.max_vcpus);
+        let cpus = (0..config.max_vcpus).map(|index| snapshot.get(&format!("cpu/{index}")));
+        Ok(Self {
+            session,
+            heard,
+            vm: snapshot.get("vm")?,
+            cpus: cpus.collect::<Result<_, _>>()?,
+            pc: PcState::get(&snapshot)?,
+            config,
+            snapshot: Arc::new(snapshot),
+            how,
+        })
+    }
+
+    /// Nothing of the snapshot is left.
+    pub(crate) fn finish(&self) -> Result<()> {
+        Ok(self
+            .snapshot
+            .finish()
+            .context("--restore-from: other devices are given than it was saved with")?)
+    }
+
+    pub(crate) fn ram(&self, load: impl FnOnce(u64) -> Result<GuestRam>) -> Result<GuestRam> {
+        let options = RamOptions::new();
+        match self.how {
+            RestoreRam::Map => Ok(self.snapshot.map_ram(false, &options)?),
+            RestoreRam::Load => {
+                let size = self.snapshot.ram_layout().map_or(0, |layout| layout.size());
+                let ram = load(size)?;
+                self.snapshot.load_ram(&ram, &options)?;
+                Ok(ram)
+            }
+        }
+    }
+
+    pub(crate) fn vm(&self, hypervisor: &dyn Hypervisor) -> Result<Arc<dyn Vm>> {
+        Ok(hypervisor.restore_vm(&self.config, &self.vm)?)
+    }
+
+    pub(crate) fn vcpus(&self, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
+        let restore = |(index, state)| vm.restore_vcpu(index, state).with_context(|| format!("cpu/{index}"));
+        (0..).zip(&self.cpus).map(restore).collect()
+    }
+
+    pub(crate) fn pc(&self, pc: &Pc) -> Result<()> {
+        pc.restore(&self.pc)
+    }
+
+    /// Starts the thread that checks RAM that is mapped, and stops the guest if it is not what was saved.
+    pub(crate) fn check_beside(&self, watch: &Arc<Watch>) -> Result<()> {
+        if self.how == RestoreRam::Load {
+            return Ok(());
+        }
+        let (snapshot, watch) = (Arc::clone(&self.snapshot), Arc::clone(watch));
+        let check = move || {
+            let options = RamOptions::new().threads(NonZeroUsize::MIN);
+            if let Err(error) = snapshot.verify_ram(&options) {
+                watch.fail(format!("--restore-from: {error}"));
+            }
+        };
+        std::thread::Builder::new().name("check".to_owned()).spawn(check)?;
+        Ok(())
+    }
+}
