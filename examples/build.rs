@@ -13,7 +13,7 @@ fn main() {
     build("hello", &guest.join("hello.rs"), &freestanding(&guest.join("link.ld")));
     build("xen", &guest.join("xen/main.rs"), &freestanding(&guest.join("xen/link.ld")));
     let arguments = ["-Copt-level=2", "-Ctarget-feature=+crt-static,+cmpxchg16b"].map(String::from);
-    for name in ["ivshmem", "probe", "stress", "tenant", "vsock", "workload"] {
+    for name in ["digest", "ivshmem", "probe", "stress", "tenant", "vsock", "workload"] {
         build(name, &guest.join(name).join("main.rs"), &arguments);
     }
 }

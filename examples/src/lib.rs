@@ -9,6 +9,7 @@ pub mod guest_command;
 pub mod initramfs;
 pub mod ivshmem;
 pub mod metrics;
+pub mod moment;
 pub mod pc;
 pub mod pc_state;
 pub mod policy;

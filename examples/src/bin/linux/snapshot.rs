@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use vmm_cpu::state::{CpuState, VmState};
 use vmm_cpu::{Hypervisor, Vcpu, Vm, VmConfig};
 use vmm_examples::guest_command::{Heard, Session};
+use vmm_examples::moment::{Moment, SAVED};
 use vmm_examples::pc::Pc;
 use vmm_examples::pc_state::PcState;
 use vmm_memory::GuestRam;
@@ -155,9 +156,12 @@ impl Saving {
         let known = KnownJson { session, heard: watch.heard() };
         writer.put("program", &Known { text: serde_json::to_string(&known)? })?;
         writer.put("vm/config", &config.resolve(hypervisor, vm)?)?;
+        let mut moment = Moment::default();
         for vcpu in vcpus {
             let name = format!("cpu/{}", vcpu.index());
-            writer.put(&name, &vcpu.save().with_context(|| name.clone())?)?;
+            let state = vcpu.save().with_context(|| name.clone())?;
+            writer.put(&name, &state)?;
+            moment.add(&mut **vcpu, &state, ram);
         }
         writer.put("vm", &vm.save()?)?;
         pc.state(&still).put(writer)?;
@@ -173,6 +177,7 @@ impl Saving {
             stats.bytes as f64 / f64::from(1 << 20),
             started.elapsed().as_secs_f64()
         );
+        eprintln!("linux: {SAVED}{moment}");
         Ok(())
     }
 }

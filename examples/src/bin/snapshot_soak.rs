@@ -1,0 +1,150 @@
+//! Saves a guest again and again at random moments, each time into a fresh process, and looks whether it computes the same.
+//!
+//! The guest computes a running digest over its memory and, with `--disk`, over a disk (`examples/guest/digest`). `linux` runs it, saves it after a
+//! random time, and ends; another `linux` goes on from there. What the guest prints in the end has to be what the same program prints on
+//! this machine. The program counts what the machine was in the middle of when it was saved.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Output};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Parser;
+use vmm_examples::moment::{Moment, SAVED};
+
+/// The program for the guest, which the build made.
+const DIGEST: &str = env!("DIGEST_GUEST");
+
+#[derive(Parser)]
+struct Options {
+    /// What runs the guest: backends by turns, of which each goes on from what the one before has saved.
+    #[arg(long, value_delimiter = ',', default_value = "translate")]
+    backend: Vec<String>,
+    /// How often it is saved.
+    #[arg(long, default_value_t = 100)]
+    saves: u32,
+    /// vCPUs.
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// Milliseconds that it runs at most before it is saved.
+    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u64).range(20..))]
+    longest: u64,
+    /// Rounds that the guest computes; unless given, as many as take it as long as the runs, as far as can be foreseen.
+    #[arg(long)]
+    rounds: Option<u64>,
+    /// Where the random numbers begin.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Further arguments of `linux`, of those that it is given each time.
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
+fn main() -> Result<ExitCode> {
+    let options = Options::parse();
+    let linux = std::env::current_exe()?.with_file_name("linux");
+    ensure!(linux.exists(), "{} is not there: build it with `cargo build --bin linux`", linux.display());
+    let directory = tempfile::tempdir()?;
+    let soak = Soak { options, linux, directory: directory.path().to_owned() };
+    soak.run()
+}
+
+struct Soak {
+    options: Options,
+    linux: PathBuf,
+    directory: PathBuf,
+}
+
+impl Soak {
+    fn run(&self) -> Result<ExitCode> {
+        let options = &self.options;
+        let mut random = fastrand::Rng::with_seed(options.seed);
+        let threads = options.cpus.to_string();
+        // On this machine a round takes a quarter of a millisecond; in a guest, whose vCPUs share what there is, more.
+        let rounds = options.rounds.unwrap_or(2000 + 2 * u64::from(options.saves) * options.longest);
+        let native = Command::new(DIGEST).args([&rounds.to_string(), &threads]).output()?;
+        ensure!(native.status.success(), "digest: {}", String::from_utf8_lossy(&native.stderr));
+        let expected = native.stdout;
+        println!(
+            "{rounds} rounds, {} on this machine",
+            String::from_utf8_lossy(&expected).trim().replace('\n', " ")
+        );
+
+        let mut found = BTreeMap::new();
+        let (mut output, mut saves) = (Vec::new(), 0);
+        let started = Instant::now();
+        loop {
+            let backend =
+                options.backend.get(saves as usize % options.backend.len()).context("no backend")?;
+            let milliseconds = random.u64(10..=options.longest);
+            let (from, to) = (self.snapshot(saves), self.snapshot(saves + 1));
+            let mut command = Command::new(&self.linux);
+            command.args(["--backend", backend, "--seconds", "600"]).args(&options.arguments);
+            if saves == 0 {
+                let line = format!("/root/digest {rounds} {threads}");
+                command.args([
+                    "--cpus",
+                    &threads,
+                    "--add",
+                    &format!("{DIGEST}:/root/digest"),
+                    "--command",
+                    &line,
+                ]);
+            } else {
+                command.arg("--restore-from").arg(&from);
+            }
+            if saves < options.saves {
+                // It boots first.
+                let first = if saves == 0 { 1500 } else { 0 };
+                command
+                    .args(["--snapshot-after", &(first + milliseconds).to_string(), "--snapshot-to"])
+                    .arg(&to);
+            }
+            let Output { status, stdout, stderr } = command.output()?;
+            output.extend(stdout);
+            let said = String::from_utf8_lossy(&stderr);
+            let moment = said.lines().find_map(|line| line.split_once(SAVED)).map(|(_, moment)| moment);
+            match moment {
+                Some(moment) if status.success() => {
+                    let moment: Moment = moment.parse().map_err(anyhow::Error::msg)?;
+                    count(&mut found, moment);
+                    saves += 1;
+                    println!("{saves}: {backend}, after {milliseconds} ms: {moment}");
+                    if saves > 1 {
+                        std::fs::remove_file(&from)?;
+                    }
+                }
+                _ if status.success() => break,
+                _ => bail!("{backend} ended with {status}, after {saves} saves: {said}"),
+            }
+        }
+        println!("saves: {saves}, in {:.1} s", started.elapsed().as_secs_f64());
+        for (what, count) in &found {
+            println!("in the middle of {what}: {count}");
+        }
+        let same = output == expected;
+        println!("digests: {}", if same { "the same" } else { "different" });
+        if saves < options.saves {
+            println!("the guest ended before the last save: more --rounds are needed");
+        }
+        Ok(if same && saves == options.saves { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn snapshot(&self, number: u32) -> PathBuf {
+        self.directory.join(number.to_string())
+    }
+}
+
+fn count(found: &mut BTreeMap<&'static str, u32>, moment: Moment) {
+    let Moment { running, interrupts, repeats, requests } = moment;
+    for (what, is_there) in [
+        ("a vCPU that computes", running > 0),
+        ("several vCPUs that compute", running > 1),
+        ("an interrupt", interrupts > 0),
+        ("a REP", repeats > 0),
+        ("a request of a device", requests > 0),
+    ] {
+        *found.entry(what).or_default() += u32::from(is_there);
+    }
+}
