@@ -155,10 +155,11 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
     let _served = devices.map(|devices| devices.attach(&pc, &vm, &ram, exporter)).transpose()?;
+    let mut check = None;
     if let Some(restored) = &restored {
         restored.finish()?;
         restored.pc(&pc)?;
-        restored.check_beside(&watch)?;
+        check = restored.check_beside(&watch)?;
     }
     if options.rerun.is_deterministic() {
         let (guest, _) = guest.context("a run that can be had again begins with a kernel")?;
@@ -241,6 +242,9 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         None => threads.resume(),
         Some(debugger) if !options.debug.waits() => debugger.resume(),
         Some(_) => {}
+    }
+    if let Some(check) = check {
+        check.send(())?;
     }
     let end = match debugger {
         None => end_by(threads.wait(None), pc.end(), &watch, &time_is_up, &snapshot_is_due),

@@ -2,8 +2,8 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -248,19 +248,23 @@ impl Restored {
         pc.restore(&self.pc)
     }
 
-    /// Starts the thread that checks RAM that is mapped, and stops the guest if it is not what was saved.
-    pub(crate) fn check_beside(&self, watch: &Arc<Watch>) -> Result<()> {
+    /// Starts the thread that checks RAM that is mapped, once it is told to, and stops the guest if it is not what was saved.
+    pub(crate) fn check_beside(&self, watch: &Arc<Watch>) -> Result<Option<mpsc::Sender<()>>> {
         if self.how == RestoreRam::Load {
-            return Ok(());
+            return Ok(None);
         }
         let (snapshot, watch) = (Arc::clone(&self.snapshot), Arc::clone(watch));
+        let (tell, told) = mpsc::channel();
         let check = move || {
+            if told.recv().is_err() {
+                return;
+            }
             let options = RamOptions::new().threads(NonZeroUsize::MIN);
             if let Err(error) = snapshot.verify_ram(&options) {
                 watch.fail(format!("--restore-from: {error}"));
             }
         };
         std::thread::Builder::new().name("check".to_owned()).spawn(check)?;
-        Ok(())
+        Ok(Some(tell))
     }
 }
