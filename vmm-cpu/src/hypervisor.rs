@@ -123,6 +123,10 @@ pub enum ClockSource {
     /// The host's monotonic clock.
     #[default]
     Host,
+    /// The host's monotonic clock, and as time-stamp counter the host's own, without an offset and at its rate, which is
+    /// [`ClockConfig::tsc_khz`]. That is what programs read where KVM has no virtualization hardware beneath it, and a guest that is to be moved there
+    /// has to have read it from the beginning. What a guest writes to the counter has no effect.
+    HostTsc,
     /// Retired guest instructions (backends that execute in software).
     Deterministic,
 }
@@ -164,7 +168,12 @@ impl VmConfig {
     pub fn resolve(&self, hypervisor: &dyn Hypervisor, vm: &dyn Vm) -> Result<Self> {
         let mut resolved = self.clone();
         resolved.cpu = CpuModel::Exact(self.cpu.resolve(hypervisor.supported_cpuid())?);
-        resolved.clock.tsc_khz = vm.clock().map(|clock| clock.tsc_khz()).or(self.clock.tsc_khz);
+        if let Some(clock) = vm.clock() {
+            resolved.clock.tsc_khz = Some(clock.tsc_khz());
+            if clock.is_host_tsc() {
+                resolved.clock.source = ClockSource::HostTsc;
+            }
+        }
         Ok(resolved)
     }
 

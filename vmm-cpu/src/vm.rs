@@ -514,4 +514,9 @@ pub trait VmClock: fmt::Debug + Send + Sync {
     /// # Errors
     /// Whatever the backend's host says.
     fn resume(&self) -> Result<()>;
+
+    /// Whether the time-stamp counters are the host's own ([`ClockSource::HostTsc`](crate::ClockSource::HostTsc)).
+    fn is_host_tsc(&self) -> bool {
+        false
+    }
 }

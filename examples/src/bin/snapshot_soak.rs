@@ -82,6 +82,10 @@ impl Soak {
             let mut command = Command::new(&self.linux);
             command.args(["--backend", backend, "--seconds", "600"]).args(&options.arguments);
             if saves == 0 {
+                if options.backend.len() > 1 && backend == "translate" {
+                    // For KVM without virtualization hardware to go on with.
+                    command.arg("--host-tsc");
+                }
                 let line = format!("/root/digest {rounds} {threads}");
                 command.args([
                     "--cpus",

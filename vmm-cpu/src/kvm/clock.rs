@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_bindings::kvm_clock_data;
 
 use super::vm::VmInner;
-use super::{host, sys};
+use super::host;
 use crate::error::Result;
 use crate::vm::VmClock;
 
@@ -44,7 +44,7 @@ impl ClockAccount {
     /// Host ticks of all pauses, with that of a pause that still lasts.
     pub(super) fn paused_ticks_now(&self) -> u64 {
         let pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
-        let lasting = pause.map_or(0, |pause| sys::host_tsc().wrapping_sub(pause.host_tsc));
+        let lasting = pause.map_or(0, |pause| crate::tsc::host_tsc().wrapping_sub(pause.host_tsc));
         self.paused_ticks().wrapping_add(lasting)
     }
 
@@ -99,7 +99,7 @@ impl VmClock for KvmClock {
         let mut slot = self.pause_slot();
         if slot.is_none() {
             let clock = self.0.fd.get_clock().map_err(|errno| host("KVM_GET_CLOCK", errno))?;
-            *slot = Some(Pause { guest_ns: clock.clock, host_tsc: sys::host_tsc() });
+            *slot = Some(Pause { guest_ns: clock.clock, host_tsc: crate::tsc::host_tsc() });
             self.account().paused.store(true, Ordering::Release);
         }
         Ok(())
@@ -110,7 +110,7 @@ impl VmClock for KvmClock {
         if let Some(pause) = *slot {
             let clock = kvm_clock_data { clock: pause.guest_ns, ..Default::default() };
             self.0.fd.set_clock(&clock).map_err(|errno| host("KVM_SET_CLOCK", errno))?;
-            let ticks = sys::host_tsc().wrapping_sub(pause.host_tsc);
+            let ticks = crate::tsc::host_tsc().wrapping_sub(pause.host_tsc);
             self.account().paused_ticks.fetch_add(ticks, Ordering::AcqRel);
             *slot = None;
             self.account().paused.store(false, Ordering::Release);
@@ -138,7 +138,7 @@ mod tests {
         let account = ClockAccount::default();
         assert_eq!(account.paused_ticks_now(), 0);
         *account.pause.lock().unwrap() =
-            Some(Pause { guest_ns: 0, host_tsc: sys::host_tsc().wrapping_sub(1_000) });
+            Some(Pause { guest_ns: 0, host_tsc: crate::tsc::host_tsc().wrapping_sub(1_000) });
         assert!(account.paused_ticks_now() >= 1_000);
         assert_eq!(account.paused_ticks(), 0);
     }

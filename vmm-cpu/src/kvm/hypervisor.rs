@@ -310,8 +310,17 @@ impl KvmHypervisor {
         if config.legacy_timer && config.interrupts != InterruptMode::Platform {
             return Err(Error::unsupported("the i8254 timer", "it needs InterruptMode::Platform"));
         }
-        if config.clock.source != ClockSource::Host {
-            return Err(Error::unsupported("a deterministic clock", "KVM guests see the host's time"));
+        match config.clock.source {
+            ClockSource::Host => {}
+            #[cfg(feature = "translate")]
+            ClockSource::HostTsc if self.options.privileged_in_software => {}
+            ClockSource::HostTsc => {
+                let reason = "counters have an offset here; KvmOptions::privileged_in_software makes machines without one";
+                return Err(Error::unsupported("the host's time-stamp counter", reason));
+            }
+            ClockSource::Deterministic => {
+                return Err(Error::unsupported("a deterministic clock", "KVM guests see the host's time"));
+            }
         }
         Ok(())
     }

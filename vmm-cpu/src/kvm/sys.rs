@@ -231,12 +231,6 @@ fn change_tsc_offset(vcpu: &VcpuFd, change: impl FnOnce(u64) -> u64) -> errno::R
     }
 }
 
-/// The host's time-stamp counter.
-pub(super) fn host_tsc() -> u64 {
-    // SAFETY: RDTSC is part of every x86-64 processor, and Linux leaves it to user programs.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
-
 /// KVM_SET_USER_MEMORY_REGION: puts `region` into `slot` with KVM_MEM_* `flags`; with `size` 0
 /// takes the slot away.
 pub(super) fn set_memory_slot(

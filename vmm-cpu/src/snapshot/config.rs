@@ -20,7 +20,7 @@ snapshot_mirror!(Clock of ClockConfig { tsc_khz: Option<u32>, source: ClockSourc
 snapshot_mirror!(Entry of CpuidEntry { leaf: u32, subleaf: Option<u32>, eax: u32, ebx: u32, ecx: u32, edx: u32 });
 
 snapshot_numbered!(InterruptMode { External = 0, LocalApic = 1, Platform = 2 });
-snapshot_numbered!(ClockSource { Host = 0, Deterministic = 1 });
+snapshot_numbered!(ClockSource { Host = 0, Deterministic = 1, HostTsc = 2 });
 
 /// No table for a model that depends on the host; [`VmConfig::resolve`] leaves none.
 impl Mirrored for CpuModel {

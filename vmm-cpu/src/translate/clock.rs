@@ -50,7 +50,7 @@ impl Clock {
     }
 
     /// A clock of the host whose time-stamp counter is read by `counter` and runs at that rate.
-    #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn with_counter(tsc_khz: u32, counter: fn() -> u64) -> Self {
         Self { counter: Some(counter), ..Self::new(Some(tsc_khz), ClockSource::Host) }
     }
@@ -135,6 +135,10 @@ impl Clock {
 impl VmClock for Clock {
     fn tsc_khz(&self) -> u32 {
         self.tsc_khz
+    }
+
+    fn is_host_tsc(&self) -> bool {
+        self.counter.is_some()
     }
 
     fn now(&self) -> Result<u64> {

@@ -7,7 +7,7 @@ use super::vm::{Shared, TranslateVm};
 use super::{NAME, cpuid};
 use crate::cpuid::CpuidTable;
 use crate::error::{Error, Result};
-use crate::hypervisor::{Capabilities, ClockSource, Hypervisor, InterruptMode, VmConfig};
+use crate::hypervisor::{Capabilities, ClockConfig, ClockSource, Hypervisor, InterruptMode, VmConfig};
 use crate::state::VmState;
 use crate::vm::Vm;
 
@@ -114,10 +114,26 @@ impl TranslateHypervisor {
     fn create(&self, config: &VmConfig) -> Result<TranslateVm> {
         check(config)?;
         let cpuid = config.cpu.resolve(&self.cpuid)?;
-        let clock = Clock::new(config.clock.tsc_khz, config.clock.source);
+        let clock = clock(&config.clock)?;
         tracing::debug!(vcpus = config.max_vcpus, "{NAME}: virtual machine created");
         let shared = Shared::new(cpuid, config.interrupts, config.max_vcpus, clock, self.options);
         Ok(TranslateVm(Arc::new(shared)))
+    }
+}
+
+/// The clock of a virtual machine.
+fn clock(config: &ClockConfig) -> Result<Clock> {
+    match (config.source, config.tsc_khz) {
+        #[cfg(target_arch = "x86_64")]
+        (ClockSource::HostTsc, Some(tsc_khz)) => Ok(Clock::with_counter(tsc_khz, crate::tsc::host_tsc)),
+        (ClockSource::HostTsc, None) => {
+            Err(Error::invalid("ClockConfig::tsc_khz", "none", "the rate of the host's time-stamp counter"))
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        (ClockSource::HostTsc, Some(_)) => {
+            Err(Error::unsupported("the host's time-stamp counter", "this host's processor has none"))
+        }
+        (source, tsc_khz) => Ok(Clock::new(tsc_khz, source)),
     }
 }
 

@@ -6,6 +6,9 @@ use super::cpu::{cr0, cr4, efer};
 use super::segment::{index, low32};
 use crate::cpuid::Feature;
 
+/// IA32_TIME_STAMP_COUNTER.
+pub(super) const TSC: u32 = number::TSC;
+
 /// Numbers of registers (Intel SDM 4, AMD APM 2 appendix A).
 mod number {
     pub(super) const TSC: u32 = 0x10;

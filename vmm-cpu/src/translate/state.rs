@@ -272,6 +272,7 @@ impl Core {
             if *index == apic::MSR_TSC_DEADLINE {
                 continue;
             }
+            self.check_counter(*index, *value)?;
             // Registers that this processor lacks are dropped; those that it has must take the value.
             if self.msr(*index).is_some() && self.set_msr(*index, *value).is_none() {
                 return Err(invalid("msrs", format!("{index:#x} cannot hold {value:#x}")));
@@ -305,6 +306,20 @@ impl Core {
         self.refresh_deadline();
         self.update_mode();
         Ok(())
+    }
+
+    /// A time-stamp counter that cannot be set must not go back.
+    fn check_counter(&self, index: u32, value: u64) -> Result<()> {
+        let Some(counter) = self.shared.clock.counter().filter(|_| index == msr::TSC) else {
+            return Ok(());
+        };
+        if value <= counter {
+            return Ok(());
+        }
+        let problem = format!(
+            "the time-stamp counter was {value:#x}, and the host's own, which this machine has, is {counter:#x}"
+        );
+        Err(invalid("msrs", problem))
     }
 
     /// x87 and SSE in the standard format.

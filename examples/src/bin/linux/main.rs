@@ -120,7 +120,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let hardware = Hardware { wiring: options.wiring(), modules: &modules, ports: &ports };
     let config = match &restored {
         Some(restored) => restored.config.clone(),
-        None => machine(&*hypervisor, options.rerun.is_deterministic()).vcpus(options.cpus),
+        None => machine(&*hypervisor, options)?.vcpus(options.cpus),
     };
     let vm = match &restored {
         Some(restored) => restored.vm(&*hypervisor)?,
@@ -310,15 +310,25 @@ fn choose(options: &Options, name: &str) -> Result<Box<dyn Hypervisor>> {
 }
 
 /// The machine that [`Pc`] goes with.
-fn machine(hypervisor: &dyn Hypervisor, deterministic: bool) -> VmConfig {
-    let mut config = VmConfig::new(CpuModel::Host).interrupts(InterruptMode::LocalApic);
+fn machine(hypervisor: &dyn Hypervisor, options: &Options) -> Result<VmConfig> {
+    let mut config = VmConfig::new(options.cpu.clone()).interrupts(InterruptMode::LocalApic);
     if hypervisor.capabilities().tsc_scaling {
         config.clock.tsc_khz = Some(TSC_KHZ);
     }
-    if deterministic {
+    if options.rerun.is_deterministic() {
         config.clock.source = ClockSource::Deterministic;
     }
-    config
+    if options.host_tsc {
+        ensure!(
+            hypervisor.name() == translate::NAME && !options.rerun.is_deterministic(),
+            "--host-tsc goes with --backend translate"
+        );
+        // KVM knows the rate.
+        let kvm = open_backend(kvm::NAME)?.create_vm(&VmConfig::new(CpuModel::Host))?;
+        config.clock.tsc_khz = Some(kvm.clock().context("--host-tsc: KVM does not tell its rate")?.tsc_khz());
+        config.clock.source = ClockSource::HostTsc;
+    }
+    Ok(config)
 }
 
 /// Gives up what the process does not need from here on. Where clients may connect, it lets them.

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
-use vmm_cpu::Hypervisor;
 use vmm_cpu::kvm::{KvmHypervisor, KvmOptions};
 use vmm_cpu::translate::{AddressWindow, TranslateHypervisor, TranslateOptions};
+use vmm_cpu::{CpuModel, Hypervisor};
 use vmm_examples::debian::Series;
 use vmm_examples::debug::DebugOptions;
 use vmm_examples::guest_command::{Screen, Session, Wiring};
@@ -39,6 +39,14 @@ pub(crate) struct Options {
     /// Interprets all of the guest's instructions instead of translating those that are executed more than once or twice.
     #[arg(long)]
     pub(crate) interpret: bool,
+
+    /// The processor that the guest sees: `host`, a level such as `x86-64-v2`, or one with features added or taken away, `x86-64-v3,-avx2`.
+    #[arg(long, value_name = "MODEL", default_value = "host", conflicts_with = "restore_from")]
+    pub(crate) cpu: CpuModel,
+    /// Gives the guest the host's own time-stamp counter with backend translate: it can then be saved and go on on a KVM without
+    /// virtualization hardware.
+    #[arg(long, conflicts_with = "restore_from")]
+    pub(crate) host_tsc: bool,
 
     /// What executes the guest's privileged code with backend kvm.
     #[arg(long, value_enum, default_value_t)]

@@ -92,7 +92,7 @@ impl SplitVm {
         tsc_khz: u32,
         always: bool,
     ) -> Result<Self> {
-        let software = new_software_vm(config, cpuid, tsc_khz, super::sys::host_tsc, super::NAME)?;
+        let software = new_software_vm(config, cpuid, tsc_khz, crate::tsc::host_tsc, super::NAME)?;
         let pages = Pages::new(gpa_bits)?;
         let [fixed, written] = pages.regions();
         kvm.map_region(Arc::clone(fixed), GuestAccess::ReadOnly, None)?;

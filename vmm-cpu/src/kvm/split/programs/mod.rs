@@ -126,7 +126,7 @@ impl Programs {
         }
         // Software's counter is the host's, so the program's is.
         if sys::set_tsc_offset(vcpu.fd(), 0).is_err() {
-            vcpu.set_msr(TSC, sys::host_tsc())?;
+            vcpu.set_msr(TSC, crate::tsc::host_tsc())?;
         }
         Ok(Self {
             handle: vcpu.handle(),
