@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::kvm_clock_data;
 
-use super::vm::VmInner;
 use super::host;
+use super::vm::VmInner;
 use crate::error::Result;
 use crate::vm::VmClock;
 
