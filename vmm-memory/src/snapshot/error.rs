@@ -162,6 +162,15 @@ pub enum SnapshotError {
         problem: String,
     },
 
+    /// The host.
+    #[error("{operation}")]
+    Host {
+        /// What was tried.
+        operation: &'static str,
+        /// What the host says.
+        source: io::Error,
+    },
+
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),

@@ -54,7 +54,7 @@ mod writer;
 use std::fmt;
 
 pub use self::error::{SnapshotError, StateError};
-pub use self::ram::{Progress, RamLayout, RamOptions, RamRange, RamStats};
+pub use self::ram::{LazyRam, Progress, RamLayout, RamOptions, RamRange, RamStats};
 pub use self::reader::Snapshot;
 pub use self::state::{SnapshotState, StateFormat};
 pub use self::writer::SnapshotWriter;

@@ -12,7 +12,7 @@ use super::error::SnapshotError;
 use super::format::{ARCHITECTURE, Entry, HEADER_SIZE, Header, MAGIC, MAX_STATE, MAX_TABLE, Table, VERSION};
 use super::ram::chunk::RECORD;
 use super::ram::image::Image;
-use super::ram::{RamLayout, RamOptions};
+use super::ram::{LazyRam, RamLayout, RamOptions};
 use super::state::{SnapshotState, StateFormat};
 use super::writer::{RAM, failed};
 use crate::GuestRam;
@@ -169,6 +169,23 @@ impl Snapshot {
         self.image()?.map(self, track_dirty, options)
     }
 
+    /// Lets `ram` become what it was while the guest runs: whoever touches a page that is not there waits until it has come out of the file and was
+    /// checked (userfaultfd(2)); what nobody touches comes in between. It also works for what is packed, and leaves nothing of the file mapped.
+    ///
+    /// RAM has to be anonymous memory, laid out as it was; what was in it does not matter. Another mapping of the memory would not see what is
+    /// missing. `failed` is called if the file is damaged, or the host refuses: whoever touches what is missing then waits for good.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Layout`]; [`SnapshotError::Host`] where the host has no user faults, or keeps them from this process
+    /// (`vm.unprivileged_userfaultfd`).
+    pub fn load_ram_lazily(
+        self: &Arc<Self>,
+        ram: &GuestRam,
+        failed: impl FnOnce() + Send + 'static,
+    ) -> Result<LazyRam, SnapshotError> {
+        Image::load_lazily(self, ram, Box::new(failed))
+    }
+
     /// Checks all of RAM that this file has, and that nothing else is there. A base is to be checked apart from it.
     ///
     /// # Errors
@@ -181,7 +198,7 @@ impl Snapshot {
         &self.file
     }
 
-    fn image(&self) -> Result<&Image, SnapshotError> {
+    pub(super) fn image(&self) -> Result<&Image, SnapshotError> {
         self.image.as_ref().ok_or_else(|| self.no_state(RAM))
     }
 

@@ -1,6 +1,7 @@
 //! Whole snapshots. Their damage is in `damage`.
 
 mod damage;
+mod lazy;
 
 use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt as _;

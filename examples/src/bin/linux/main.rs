@@ -38,6 +38,7 @@ use vmm_examples::pc::{Buses, Clocks, Pc};
 use vmm_examples::replay::{Finish, Machine, Rerun};
 use vmm_examples::terminal::{self, RawMode};
 use vmm_examples::virtio::VirtioDevices;
+use vmm_memory::snapshot::LazyRam;
 use vmm_memory::{Backing, GuestRam};
 
 use crate::audited::Audited;
@@ -111,6 +112,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let heard = restored.as_ref().map(|restored| restored.heard.clone());
     let watch = Watch::new(&session, Arc::clone(&stop), started, heard, saving.is_some());
     let watch = Arc::new(watch);
+    let lazy = restored.as_ref().map(|restored| restored.give(&ram, &watch)).transpose()?;
     let output = |port| Watch::port(&watch, port);
     let audit = options.audit.as_deref().map(Audited::start).transpose().context("--audit")?;
     let virtio = options.virtio(&ram, audit.as_ref(), || output(SerialPort::Console))?;
@@ -274,7 +276,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         };
         saving.finish(machine, &watch)?;
     }
-    drop(raw);
+    drop((raw, lazy));
     if let Some(audit) = audit {
         audit.end(pc.end(), &end).context("--audit")?;
     }
@@ -349,6 +351,9 @@ fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], options: &Options) 
         let unix = u64::try_from(libc::AF_UNIX)?;
         confinement = confinement.allow_if(libc::SYS_socket, 0, unix);
         confinement = confinement.allow(libc::SYS_connect).allow(libc::SYS_sendmsg);
+    }
+    if options.snapshot.is_lazy() {
+        confinement = confinement.allow_requests(&LazyRam::REQUESTS.map(libc::Ioctl::from));
     }
     if options.snapshot.saves() {
         // From one name to another in its directory, or away if it fails.

@@ -17,7 +17,7 @@ use vmm_examples::pc::Pc;
 use vmm_examples::pc_state::PcState;
 use vmm_memory::GuestRam;
 use vmm_memory::snapshot::mirror::{Family, VersionMap, Versionize, VersionizeResult};
-use vmm_memory::snapshot::{RamOptions, Snapshot, SnapshotWriter, StateFormat};
+use vmm_memory::snapshot::{LazyRam, RamOptions, Snapshot, SnapshotWriter, StateFormat};
 use vmm_memory::{snapshot_mirror, snapshot_states};
 
 use crate::watch::{StopSign, Watch};
@@ -56,6 +56,8 @@ enum RestoreRam {
     Map,
     /// Copied, and checked before the guest runs
     Load,
+    /// Copied and checked as the guest touches it
+    Lazy,
 }
 
 /// What this program knew of the guest.
@@ -105,6 +107,10 @@ pub(crate) struct Machine<'a> {
 impl SnapshotOptions {
     pub(crate) fn are_given(&self) -> bool {
         self.snapshot_to.is_some() || self.restore_from.is_some()
+    }
+
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.restore_from.is_some() && self.restore_ram == RestoreRam::Lazy
     }
 
     pub(crate) fn saves(&self) -> bool {
@@ -232,6 +238,10 @@ impl Restored {
                 self.snapshot.load_ram(&ram, &options)?;
                 Ok(ram)
             }
+            RestoreRam::Lazy => {
+                let size = self.snapshot.ram_layout().map_or(0, |layout| layout.size());
+                Ok(GuestRam::builder().ram(size).build()?)
+            }
         }
     }
 
@@ -248,9 +258,21 @@ impl Restored {
         pc.restore(&self.pc)
     }
 
+    /// Starts the thread that gives RAM as it is touched, if it is to come so. It ends with what is returned.
+    pub(crate) fn give(&self, ram: &GuestRam, watch: &Arc<Watch>) -> Result<Option<LazyRam>> {
+        if self.how != RestoreRam::Lazy {
+            return Ok(None);
+        }
+        let watch = Arc::clone(watch);
+        let failed = move || {
+            watch.fail("--restore-from: the snapshot is damaged, or the host gives no memory".to_owned())
+        };
+        Ok(Some(self.snapshot.load_ram_lazily(ram, failed)?))
+    }
+
     /// Starts the thread that checks RAM that is mapped, once it is told to, and stops the guest if it is not what was saved.
     pub(crate) fn check_beside(&self, watch: &Arc<Watch>) -> Result<Option<mpsc::Sender<()>>> {
-        if self.how == RestoreRam::Load {
+        if self.how != RestoreRam::Map {
             return Ok(None);
         }
         let (snapshot, watch) = (Arc::clone(&self.snapshot), Arc::clone(watch));

@@ -7,19 +7,23 @@
 //! | `save` | from RAM to the file |
 //! | `image` | the file's side: what its records say, and pages from it |
 //! | `load` | from the file to RAM |
+//! | `lazy`, `userfault` | the same, as it is touched |
 //! | `crew` | threads |
 
 pub(super) mod chunk;
 mod crew;
 pub(super) mod image;
 mod layout;
+mod lazy;
 mod load;
 mod save;
+pub(super) mod userfault;
 
 use std::fmt;
 use std::num::NonZeroUsize;
 
 pub use self::layout::{RamLayout, RamRange};
+pub use self::lazy::LazyRam;
 pub(super) use self::save::save;
 use super::reader::Snapshot;
 use crate::dirty::DirtyPages;
