@@ -137,11 +137,19 @@ pub struct Hardware<'a> {
     pub modules: &'a [&'a str],
     /// Names of the ports that its devices have, which are names of files and words of the shell as well.
     pub ports: &'a [&'a str],
+    /// It may be saved and go on at another time, and is told the time then ([`clock_line`]).
+    pub is_saved: bool,
+}
+
+/// What a guest that goes on is told through [`SerialPort::Control`]: the time, in seconds since 1970-01-01 UTC.
+#[must_use]
+pub fn clock_line(seconds: u64) -> String {
+    format!("clock {seconds}\n")
 }
 
 impl From<Wiring> for Hardware<'_> {
     fn from(wiring: Wiring) -> Self {
-        Self { wiring, modules: &[], ports: &[] }
+        Self { wiring, modules: &[], ports: &[], is_saved: false }
     }
 }
 
@@ -213,7 +221,7 @@ impl GuestRun {
 
 /// The archive with what init is told.
 fn run_archive(session: &Session, hardware: Hardware<'_>) -> Result<Archive> {
-    let Hardware { wiring, modules, ports: channels } = hardware;
+    let Hardware { wiring, modules, ports: channels, is_saved } = hardware;
     let mut archive = Archive::new();
     let mut set = vec![("modules", modules.join(" ")), ("ports", channels.join(" "))];
     let ports = [
@@ -223,6 +231,9 @@ fn run_archive(session: &Session, hardware: Hardware<'_>) -> Result<Archive> {
         ("control", SerialPort::Control),
     ];
     set.extend(ports.map(|(name, port)| (name, wiring.device(port, session).to_owned())));
+    if is_saved && wiring != Wiring::PvConsole {
+        set.push(("saved", "yes".to_owned()));
+    }
     if wiring == Wiring::PvConsole {
         set.push(("shared", "yes".to_owned()));
     }

@@ -372,6 +372,14 @@ impl Pc {
         self.console.lock().unwrap_or_else(PoisonError::into_inner).enqueue(input)
     }
 
+    /// Sends as much of `line` to the guest through a serial port as finds room.
+    pub fn say(&self, port: SerialPort, line: &[u8]) {
+        let ports = SerialPort::ALL.into_iter().zip(&self.serial);
+        if let Some((_, uart)) = ports.into_iter().find(|(other, _)| *other == port) {
+            lock(uart).enqueue(line);
+        }
+    }
+
     /// How many bytes find room at the console.
     pub fn room(&self) -> usize {
         self.console.lock().unwrap_or_else(PoisonError::into_inner).input_capacity()

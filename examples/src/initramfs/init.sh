@@ -6,6 +6,7 @@
 #   shared    not empty if they are all the one console: each line then has a mark of whose it is
 #   modules   the kernel modules to load first
 #   ports     names of the ports of virtio consoles
+#   saved     not empty if the machine may be saved, and go on at another time
 # Every program that is started here costs the guest time, so there are few.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root USER=root
 mount -a
@@ -16,9 +17,15 @@ if [ -n "$shared" ]; then
     stty -F "$console" -echo
 fi
 echo "${mark}init" >"$control"
-# For programs that want the machine to be saved; they go on in another process of the host's.
-printf '#!/bin/sh\necho "%ssnapshot" >%s\n' "$mark" "$control" >/bin/snapshot
-chmod +x /bin/snapshot
+if [ -n "$saved" ]; then
+    # For programs that want that; they go on in another process of the host's, which says what time it is. Nobody waits for who listens.
+    printf '#!/bin/sh\necho snapshot >%s\n' "$control" >/bin/snapshot
+    chmod +x /bin/snapshot
+    stty -F "$control" -echo
+    (while read -r word seconds; do
+        [ "$word" != clock ] || date -s "@$seconds"
+    done <"$control" >/dev/null 2>&1 &)
+fi
 [ -z "$modules" ] || modprobe -a $modules
 # The device says their names when the driver is there; that one that has no driver ends the wait as well.
 [ -z "$ports" ] || mkdir /dev/virtio-ports

@@ -26,7 +26,7 @@ impl Qemu {
         let added: [AddedFile; 1] = [format!("{PROGRAM}:/bin/ivshmem").parse().unwrap()];
         let tree = Userspace::new(&busybox).modules(&kernel.release, &modules).files(&added);
         let session = Session::Command { line: line.to_owned(), input: None };
-        let hardware = Hardware { wiring: Wiring::SerialPorts, modules: &["uio_pci_generic"], ports: &[] };
+        let hardware = Hardware { modules: &["uio_pci_generic"], ..Wiring::SerialPorts.into() };
         let run =
             GuestRun::new(kernel.image.clone(), &userspace(&tree).unwrap(), &session, hardware, "panic=-1")
                 .unwrap();

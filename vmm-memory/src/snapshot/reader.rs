@@ -173,7 +173,8 @@ impl Snapshot {
     /// checked (userfaultfd(2)); what nobody touches comes in between. It also works for what is packed, and leaves nothing of the file mapped.
     ///
     /// RAM has to be anonymous memory, laid out as it was; what was in it does not matter. Another mapping of the memory would not see what is
-    /// missing. `failed` is called if the file is damaged, or the host refuses: whoever touches what is missing then waits for good.
+    /// missing. `failed` is called if the file is damaged, or the host refuses. Whoever touches what is missing then waits for good, vCPUs too, which cannot
+    /// be kicked out of that: it is for `failed` to end the process.
     ///
     /// # Errors
     /// [`SnapshotError::Layout`]; [`SnapshotError::Host`] where the host has no user faults, or keeps them from this process
@@ -181,7 +182,7 @@ impl Snapshot {
     pub fn load_ram_lazily(
         self: &Arc<Self>,
         ram: &GuestRam,
-        failed: impl FnOnce() + Send + 'static,
+        failed: impl FnOnce(&SnapshotError) + Send + 'static,
     ) -> Result<LazyRam, SnapshotError> {
         Image::load_lazily(self, ram, Box::new(failed))
     }

@@ -22,7 +22,8 @@ use std::os::fd::RawFd;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser as _;
@@ -33,7 +34,7 @@ use vmm_cpu::{
 use vmm_cpu::{kvm, translate, xen_pv};
 use vmm_examples::confine::{Confinement, Engine, TAP_REQUESTS, inherited_descriptors};
 use vmm_examples::debug::Devices;
-use vmm_examples::guest_command::{Hardware, SerialPort, Session};
+use vmm_examples::guest_command::{Hardware, SerialPort, Session, clock_line};
 use vmm_examples::pc::{Buses, Clocks, Pc};
 use vmm_examples::replay::{Finish, Machine, Rerun};
 use vmm_examples::terminal::{self, RawMode};
@@ -112,14 +113,15 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let heard = restored.as_ref().map(|restored| restored.heard.clone());
     let watch = Watch::new(&session, Arc::clone(&stop), started, heard, saving.is_some());
     let watch = Arc::new(watch);
-    let lazy = restored.as_ref().map(|restored| restored.give(&ram, &watch)).transpose()?;
+    let lazy = restored.as_ref().map(|restored| restored.give(&ram)).transpose()?;
     let output = |port| Watch::port(&watch, port);
     let audit = options.audit.as_deref().map(Audited::start).transpose().context("--audit")?;
     let virtio = options.virtio(&ram, audit.as_ref(), || output(SerialPort::Console))?;
     let Virtio { devices, console, exporter } = virtio;
     let modules = devices.as_ref().map(VirtioDevices::modules).unwrap_or_default();
     let ports: Vec<&str> = options.port.iter().map(|port| &*port.name).collect();
-    let hardware = Hardware { wiring: options.wiring(), modules: &modules, ports: &ports };
+    let is_saved = options.snapshot.saves();
+    let hardware = Hardware { wiring: options.wiring(), modules: &modules, ports: &ports, is_saved };
     let config = match &restored {
         Some(restored) => restored.config.clone(),
         None => machine(&*hypervisor, options)?.vcpus(options.cpus),
@@ -159,6 +161,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let _served = devices.map(|devices| devices.attach(&pc, &vm, &ram, exporter)).transpose()?;
     let mut check = None;
     if let Some(restored) = &restored {
+        tell_time(Arc::clone(&pc))?;
         restored.finish()?;
         restored.pc(&pc)?;
         check = restored.check_beside(&watch)?;
@@ -331,6 +334,21 @@ fn machine(hypervisor: &dyn Hypervisor, options: &Options) -> Result<VmConfig> {
         config.clock.source = ClockSource::HostTsc;
     }
     Ok(config)
+}
+
+/// Starts the thread that tells a guest which goes on what time it is: at once, and at the next full second.
+fn tell_time(pc: Arc<Pc>) -> Result<()> {
+    let tell = move || {
+        let since = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let say = |time: Duration| pc.say(SerialPort::Control, clock_line(time.as_secs()).as_bytes());
+        let now = since();
+        say(now);
+        let second = Duration::from_secs(now.as_secs() + 1);
+        thread::sleep(second.saturating_sub(now));
+        say(second);
+    };
+    thread::Builder::new().name("clock".to_owned()).spawn(tell)?;
+    Ok(())
 }
 
 /// Gives up what the process does not need from here on. Where clients may connect, it lets them.

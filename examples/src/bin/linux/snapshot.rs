@@ -15,11 +15,13 @@ use vmm_examples::guest_command::{Heard, Session};
 use vmm_examples::moment::{Moment, SAVED};
 use vmm_examples::pc::Pc;
 use vmm_examples::pc_state::PcState;
+use vmm_examples::terminal;
 use vmm_memory::GuestRam;
 use vmm_memory::snapshot::mirror::{Family, VersionMap, Versionize, VersionizeResult};
-use vmm_memory::snapshot::{LazyRam, RamOptions, Snapshot, SnapshotWriter, StateFormat};
+use vmm_memory::snapshot::{LazyRam, RamOptions, Snapshot, SnapshotError, SnapshotWriter, StateFormat};
 use vmm_memory::{snapshot_mirror, snapshot_states};
 
+use crate::VMM_FAILURE;
 use crate::watch::{StopSign, Watch};
 
 /// The options for snapshots.
@@ -259,13 +261,15 @@ impl Restored {
     }
 
     /// Starts the thread that gives RAM as it is touched, if it is to come so. It ends with what is returned.
-    pub(crate) fn give(&self, ram: &GuestRam, watch: &Arc<Watch>) -> Result<Option<LazyRam>> {
+    pub(crate) fn give(&self, ram: &GuestRam) -> Result<Option<LazyRam>> {
         if self.how != RestoreRam::Lazy {
             return Ok(None);
         }
-        let watch = Arc::clone(watch);
-        let failed = move || {
-            watch.fail("--restore-from: the snapshot is damaged, or the host gives no memory".to_owned())
+        let failed = |error: &SnapshotError| {
+            // A vCPU that waits for its memory cannot be stopped.
+            terminal::restore();
+            eprintln!("linux: --restore-from: {error}");
+            std::process::exit(VMM_FAILURE.into());
         };
         Ok(Some(self.snapshot.load_ram_lazily(ram, failed)?))
     }

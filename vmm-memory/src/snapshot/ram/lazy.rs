@@ -87,7 +87,7 @@ impl Image {
     pub(crate) fn load_lazily(
         snapshot: &Arc<Snapshot>,
         ram: &GuestRam,
-        failed: Box<dyn FnOnce() + Send>,
+        failed: Box<dyn FnOnce(&SnapshotError) + Send>,
     ) -> Result<LazyRam, SnapshotError> {
         let image = snapshot.image()?;
         let layout = |problem| SnapshotError::Layout { path: snapshot.path().to_owned(), problem };
@@ -137,13 +137,13 @@ impl Image {
 }
 
 impl Giver {
-    fn run(mut self, failed: Box<dyn FnOnce() + Send>) {
+    fn run(mut self, failed: Box<dyn FnOnce(&SnapshotError) + Send>) {
         match self.give_all() {
             Ok(true) => self.shared.complete.store(true, Ordering::Release),
             Ok(false) => {}
             Err(error) => {
+                failed(&error);
                 *self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                failed();
                 // Nobody finds zero where something else should be, as long as the memory is in use.
                 let (Ok(_) | Err(_)) = self.wait(true);
             }

@@ -1,6 +1,6 @@
 //! RAM that comes as it is touched.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -37,7 +37,7 @@ fn what_is_touched_is_there_and_the_rest_comes() {
         let loaded = super::ram(&Backing::Anonymous);
         // What was in it before is gone.
         loaded.memory().write_slice(&[1; 0x9000], GuestAddress(0x20000)).unwrap();
-        let lazy = snapshot.load_ram_lazily(&loaded, || panic!("it failed")).unwrap();
+        let lazy = snapshot.load_ram_lazily(&loaded, |error| panic!("{error}")).unwrap();
         assert!(contents(&loaded) == expected, "packed: {packed}");
         holds("all of it", || lazy.is_complete());
         assert_eq!(lazy.done(), 2 * (1 << 20) + 5 * PAGE_SIZE);
@@ -63,7 +63,7 @@ fn what_is_given_back_to_the_host_is_zero() {
     drop(ram);
     let snapshot = Arc::new(Snapshot::open(place.path("vm")).unwrap());
     let loaded = build();
-    let lazy = snapshot.load_ram_lazily(&loaded, || ()).unwrap();
+    let lazy = snapshot.load_ram_lazily(&loaded, |_| ()).unwrap();
     let last = GuestAddress((256 << 20) - 4096);
     let read = || loaded.memory().read_obj::<u8>(last).unwrap();
     assert_eq!(read(), 1);
@@ -87,13 +87,15 @@ fn damage_is_told_and_nothing_wrong_is_given() {
     let file = std::fs::File::options().write(true).open(place.path("vm")).unwrap();
     file.write_all_at(&[0x77], 4096 + 0x81234).unwrap();
     let snapshot = Arc::new(Snapshot::open(place.path("vm")).unwrap());
-    let (loaded, failed) = (super::ram(&Backing::Anonymous), Arc::new(AtomicBool::new(false)));
-    let tell = Arc::clone(&failed);
-    let lazy = snapshot.load_ram_lazily(&loaded, move || tell.store(true, Ordering::SeqCst)).unwrap();
-    holds("the failure", || failed.load(Ordering::SeqCst));
-    let problem = lazy.failure().unwrap().to_string();
+    let (loaded, told) = (super::ram(&Backing::Anonymous), Arc::new(Mutex::new(String::new())));
+    let tell = Arc::clone(&told);
+    let lazy =
+        snapshot.load_ram_lazily(&loaded, move |error| *tell.lock().unwrap() = error.to_string()).unwrap();
+    holds("the failure", || !told.lock().unwrap().is_empty());
+    let problem = told.lock().unwrap().clone();
     assert!(problem.contains("in RAM at 0x80000 to 0xc0000"), "{problem}");
-    assert!(!lazy.is_complete() && lazy.failure().is_none());
+    holds("it to be kept", || lazy.failure().is_some_and(|error| error.to_string() == problem));
+    assert!(!lazy.is_complete());
     // What came before it is there.
     assert_eq!(loaded.memory().read_obj::<u8>(GuestAddress(0x5fff)).unwrap(), 1);
 }
@@ -106,6 +108,6 @@ fn memory_that_others_may_see_is_refused() {
     let place = Place::new();
     save(&ram(&Backing::Anonymous), place.path("vm"), &RamOptions::new());
     let snapshot = Arc::new(Snapshot::open(place.path("vm")).unwrap());
-    let problem = error(snapshot.load_ram_lazily(&ram(&Backing::Memfd), || ()));
+    let problem = error(snapshot.load_ram_lazily(&ram(&Backing::Memfd), |_| ()));
     assert!(problem.ends_with("that takes anonymous memory of small pages"), "{problem}");
 }

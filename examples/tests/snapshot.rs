@@ -1,0 +1,176 @@
+//! Debian's guest is saved, and goes on in another process.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may panic, also in functions that it calls")]
+
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmm_examples::debian::{self, Series};
+
+const LINUX: &str = env!("CARGO_BIN_EXE_linux");
+const VMM_FAILURE: i32 = 125;
+
+/// The backends that Debian's guest runs on here; none without Debian's packages.
+fn backends(test: &str) -> Vec<&'static str> {
+    if let Err(error) = debian::kernel(Series::V6_1).and_then(|_| debian::busybox()) {
+        println!("{test}: skipped: {error:#}");
+        return Vec::new();
+    }
+    match vmm_cpu::open_backend("kvm") {
+        Ok(_) => vec!["translate", "kvm"],
+        Err(error) => {
+            println!("{test}: kvm: skipped: {error}");
+            vec!["translate"]
+        }
+    }
+}
+
+fn linux(backend: &str, arguments: &[&str]) -> Output {
+    let mut command = Command::new(LINUX);
+    command.args(["--backend", backend, "--seconds", "300"]).args(arguments).env_remove("RUST_LOG");
+    command.output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).replace('\r', "")
+}
+
+/// Saves a guest that runs `line`, where it says `snapshot`; what it had said by then.
+fn saved(backend: &str, path: &Path, line: &str, more: &[&str]) -> String {
+    let path = path.to_str().unwrap();
+    let output = linux(backend, &[&["--snapshot-to", path, "--command", line], more].concat());
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{backend}: {said}");
+    assert!(said.contains("; digest ") && said.contains("saved in the middle of: running "), "{said}");
+    text(&output.stdout)
+}
+
+fn restored(backend: &str, path: &Path, more: &[&str]) -> Output {
+    linux(backend, &[&["--restore-from", path.to_str().unwrap()], more].concat())
+}
+
+fn place(directory: &tempfile::TempDir, name: &str) -> PathBuf {
+    directory.path().join(name)
+}
+
+#[test]
+fn a_guest_goes_on_in_another_process_however_its_memory_comes() {
+    let directory = tempfile::tempdir().unwrap();
+    for backend in backends("a guest goes on") {
+        let line = "x=5; nproc; snapshot; echo $x $(nproc) $(uname -r); echo bad >&2; exit 9";
+        for (packed, ways) in [(false, &["map", "load", "lazy"][..]), (true, &["load", "lazy"])] {
+            let path = place(&directory, "vm");
+            let more: &[&str] = if packed { &["--cpus", "2", "--snapshot-packed"] } else { &["--cpus", "2"] };
+            assert_eq!(saved(backend, &path, line, more), "2\n");
+            for way in ways {
+                let output = restored(backend, &path, &["--restore-ram", way]);
+                let said = text(&output.stdout);
+                assert_eq!(output.status.code(), Some(9), "{backend}, {way}: {said}{}", text(&output.stderr));
+                assert!(said.starts_with("5 2 6.1."), "{backend}, {way}: {said}");
+                assert_eq!(text(&output.stderr), "bad\n", "{backend}, {way}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_date_is_right_afterwards() {
+    let directory = tempfile::tempdir().unwrap();
+    for backend in backends("the date is right") {
+        let path = place(&directory, "vm");
+        saved(backend, &path, "snapshot; sleep 3; date +%s", &[]);
+        std::thread::sleep(Duration::from_secs(5));
+        let output = restored(backend, &path, &[]);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let date: u64 = text(&output.stdout).trim().parse().unwrap();
+        assert!((now - 2..=now).contains(&date), "{backend}: {date}, and it is {now}");
+    }
+}
+
+/// Where KVM emulates the guest's kernel it shows the host's time-stamp counter, so the guest had it from the beginning.
+#[test]
+fn a_guest_changes_its_backend_and_comes_back() {
+    let backends = backends("a guest changes its backend");
+    if backends.len() < 2 {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [first, second, third] = ["1", "2", "3"].map(|name| place(&directory, name));
+    let line = "i=0; for n in 1 2 3; do i=$((i + n)); echo $i; snapshot; done; exit $i";
+    let said = saved("translate", &first, line, &["--host-tsc"]);
+    let mut all = said;
+    for (backend, from, to) in [("kvm", &first, &second), ("translate", &second, &third)] {
+        let output = restored(backend, from, &["--snapshot-to", to.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(0), "{backend}: {}", text(&output.stderr));
+        all += &text(&output.stdout);
+    }
+    let output = restored("kvm", &third, &[]);
+    assert_eq!(output.status.code(), Some(6), "{}", text(&output.stderr));
+    assert_eq!(all + &text(&output.stdout), "1\n3\n6\n");
+    // One that had a counter of its own is told what is missing.
+    let path = place(&directory, "own");
+    saved("translate", &path, "snapshot", &[]);
+    let output = restored("kvm", &path, &[]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(VMM_FAILURE), "{said}");
+    assert!(said.contains("another TSC frequency is not supported"), "{said}");
+}
+
+#[test]
+fn damage_and_what_does_not_fit_are_told() {
+    if backends("damage").is_empty() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = place(&directory, "vm");
+    saved("translate", &path, "snapshot; sleep 20; echo not this", &[]);
+    let refused = |more: &[&str], expected: &str| {
+        let output = restored("translate", &path, more);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(VMM_FAILURE), "{said}");
+        assert!(said.contains(expected), "no {expected:?} in {said}");
+        assert_eq!(text(&output.stdout), "");
+    };
+    // In RAM: found before the guest runs, or while it does.
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    let change = |at: u64| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    };
+    // The last page, where no loader puts anything, and the kernel's own.
+    for at in [4096 + (256 << 20) - 1, 4096 + (16 << 20)] {
+        change(at);
+        for way in ["map", "load", "lazy"] {
+            refused(&["--restore-ram", way], "is damaged, in RAM at 0x");
+        }
+        change(at);
+    }
+    let end = file.metadata().unwrap().len();
+    for (at, expected) in [
+        (100, "in the header"),
+        (4096 + (256 << 20) + 20, "in the state \"program\""),
+        (end - 1, "in the table"),
+    ] {
+        change(at);
+        refused(&[], expected);
+        change(at);
+    }
+    file.set_len(end - 1).unwrap();
+    refused(&[], "in its length");
+    std::fs::write(&path, "something else").unwrap();
+    refused(&[], "is not a snapshot");
+}
+
+/// What a machine computes does not depend on when it is saved.
+#[test]
+fn digests_of_guests_that_are_saved_at_random_moments_are_the_same() {
+    for backend in backends("digests") {
+        let soak = env!("CARGO_BIN_EXE_snapshot_soak");
+        let output = Command::new(soak).args(["--saves", "8", "--backend", backend]).output().unwrap();
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert!(output.status.success() && said.contains("digests: the same"), "{said}");
+    }
+}
