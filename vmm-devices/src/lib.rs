@@ -13,6 +13,8 @@ pub mod ivshmem;
 pub mod net;
 pub mod pci;
 pub mod platform;
+#[cfg(feature = "snapshot")]
+pub mod snapshot;
 #[cfg(any(test, feature = "testkit"))]
 pub mod testkit;
 mod timed;

@@ -16,6 +16,7 @@ use vmm_memory::vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::dsdt::PM_NAME;
+use crate::acpi::generation::{EVENT_NAME, GENERATION_NAME, Generation};
 use crate::acpi::madt::{Controllers, Override};
 use crate::acpi::pci::{AcpiPci, ECAM_NAME, ROOT_NAME};
 use crate::acpi::{AcpiError, dsdt};
@@ -59,6 +60,7 @@ pub struct AcpiBuilder {
     overrides: Vec<Override>,
     devices: Vec<AcpiDevice>,
     pci: Option<AcpiPci>,
+    generation: Option<Generation>,
 }
 
 impl AcpiBuilder {
@@ -79,6 +81,7 @@ impl AcpiBuilder {
             ],
             devices: Vec::new(),
             pci: None,
+            generation: None,
         }
     }
 
@@ -134,6 +137,13 @@ impl AcpiBuilder {
     /// There is a PCI host bridge.
     pub fn pci(mut self, bridge: AcpiPci) -> Self {
         self.pci = Some(bridge);
+        self
+    }
+
+    /// There is a [`VmGeneration`](crate::platform::VmGeneration) at `gpa`, whose line is input `gsi` of the I/O APIC, edge-triggered and its
+    /// own.
+    pub fn vm_generation(mut self, gpa: GuestAddress, gsi: u32) -> Self {
+        self.generation = Some(Generation { gpa: gpa.0, gsi });
         self
     }
 
@@ -196,6 +206,14 @@ impl AcpiBuilder {
             pci.check()?;
             names.extend([ROOT_NAME, ECAM_NAME]);
         }
+        if let Some(Generation { gpa, .. }) = self.generation {
+            names.extend([GENERATION_NAME, EVENT_NAME]);
+            let size = crate::platform::VM_GENERATION_SIZE;
+            if !gpa.is_multiple_of(8) || gpa.checked_add(size).is_none() {
+                let name = GENERATION_NAME.to_owned();
+                return Err(AcpiError::Resource { name, base: gpa, size, last: u64::MAX });
+            }
+        }
         // This many devices make tables larger than any area, before they are made.
         let room = end - start;
         let least = u64::try_from(self.devices.len()).unwrap_or(u64::MAX).saturating_mul(32);
@@ -212,7 +230,12 @@ impl AcpiBuilder {
     }
 
     fn dsdt(&self) -> Sdt {
-        let body = dsdt::body(&self.devices, self.power_management.map(|(base, _)| base), self.pci.as_ref());
+        let body = dsdt::body(
+            &self.devices,
+            self.power_management.map(|(base, _)| base),
+            self.pci.as_ref(),
+            self.generation,
+        );
         // Revision 2: integers have 64 bits.
         let mut table = Sdt::new(*b"DSDT", HEADER, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         table.append_slice(&body);

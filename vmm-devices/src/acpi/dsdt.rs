@@ -7,11 +7,17 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 
 use crate::acpi::device::{AcpiDevice, InterruptTrigger, Resource};
+use crate::acpi::generation::Generation;
 use crate::acpi::pci::{AcpiPci, ecam_resource};
 use crate::platform::acpi_pm::SLEEP_TYPE_S5;
 
 /// All devices must have passed [`AcpiDevice::check`], and the bridge [`AcpiPci::check`].
-pub(super) fn body(devices: &[AcpiDevice], power_management: Option<u16>, pci: Option<&AcpiPci>) -> Vec<u8> {
+pub(super) fn body(
+    devices: &[AcpiDevice],
+    power_management: Option<u16>,
+    pci: Option<&AcpiPci>,
+    generation: Option<Generation>,
+) -> Vec<u8> {
     let mut aml = Vec::new();
     if power_management.is_some() {
         // Sleep types for PM1a and PM1b; the rest is reserved (ACPI 6.5, 7.4.2).
@@ -28,6 +34,8 @@ pub(super) fn body(devices: &[AcpiDevice], power_management: Option<u16>, pci: O
     let bridge = pci.map(Encoded);
     let mut children = as_aml(&all);
     children.extend(bridge.as_ref().map(|bridge| bridge as &dyn Aml));
+    let generation = generation.map(Encoded);
+    children.extend(generation.as_ref().map(|generation| generation as &dyn Aml));
     Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
     aml
 }

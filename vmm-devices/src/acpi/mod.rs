@@ -23,6 +23,7 @@
 mod builder;
 mod device;
 mod dsdt;
+mod generation;
 mod madt;
 mod pci;
 

@@ -153,7 +153,8 @@ fn the_dsdt_disassembles() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let parsed = Parsed::new(&machine_with_pci().build(BIOS_AREA).unwrap());
+    let machine = machine_with_pci().vm_generation(GuestAddress(0x1_000e_fff0), 23);
+    let parsed = Parsed::new(&machine.build(BIOS_AREA).unwrap());
     for (signature, data) in &parsed.0 {
         std::fs::write(directory.path().join(format!("{signature}.aml")), data).unwrap();
     }
@@ -188,11 +189,37 @@ fn the_dsdt_disassembles() {
         "Method (_OSC, 4, Serialized)",
         "ToUUID (\"33db4d5b-1ff7-401c-9657-7441c03dd766\") /* PCI Host Bridge Device */",
         "Local0 = (CDW3 & 0x10)",
+        "Name (_CID, \"VM_Gen_Counter\")",
+        "Method (_EVT, 1, Serialized)",
+        "Notify (VGEN, 0x80)",
     ] {
         assert!(source.contains(expected), "{expected} is not in\n{source}");
     }
     // And what it means compiles.
     assert!(iasl(&["-tc", "DSDT.dsl"]).contains(" 0 Errors"));
+}
+
+#[test]
+fn the_generation_is_where_it_lies_and_its_event_names_it() {
+    let machine = machine().vm_generation(GuestAddress(0x1_000e_fff0), 23);
+    let parsed = Parsed::new(&machine.build(BIOS_AREA).unwrap());
+    let dsdt = parsed.get("DSDT");
+    let has = |bytes: &[u8]| dsdt.windows(bytes.len()).any(|window| window == bytes);
+    assert!(has(b"\x08_HID\x0dVMGENCTR\0") && has(b"\x08_CID\x0dVM_Gen_Counter\0"));
+    assert!(has(b"\x08_DDN\x0dVM_Gen_Counter\0"));
+    // A package of two numbers: 0xeff0 with its upper half, and 1.
+    assert!(has(b"\x08ADDR\x12\x08\x02\x0c\xf0\xff\x0e\0\x01"), "{dsdt:x?}");
+    // Edge-triggered, active high, exclusive: input 23.
+    assert!(has(b"\x08_HID\x0dACPI0013\0") && has(&[0x89, 6, 0, 3, 1, 23, 0, 0, 0]));
+    // If (Arg0 == 23) { Notify (\_SB.VGEN, 0x80) }
+    assert!(has(b"_EVT\x09\xa0\x12\x93\x68\x0a\x17\x86\x5c\x2e_SB_VGEN\x0a\x80"), "{dsdt:x?}");
+    for gpa in [4, u64::MAX - 7] {
+        let error = AcpiBuilder::new([0]).vm_generation(GuestAddress(gpa), 23).build(BIOS_AREA).unwrap_err();
+        assert!(matches!(error, AcpiError::Resource { .. }), "{error}");
+    }
+    let taken = AcpiBuilder::new([0]).device(AcpiDevice::new("VGEN", "PNP0C02", 0));
+    let error = taken.vm_generation(GuestAddress(8), 23).build(BIOS_AREA).unwrap_err();
+    assert!(matches!(error, AcpiError::SameName { .. }), "{error}");
 }
 
 /// The routes of the tables are the wires of the bridge: Linux believes the former.

@@ -289,12 +289,11 @@ impl Msix {
         MsixState { entries: self.0.entries.iter().map(|entry| *lock(entry)).collect() }
     }
 
-    /// Goes on from a saved state, with a configuration space that was restored before. What was pending and is not
-    /// masked is sent.
+    /// Whether a state can be [restored](Self::restore).
     ///
     /// # Errors
-    /// [`StateError`] if it has another number of vectors, or an address that none can have; nothing has changed.
-    pub fn restore(&self, state: &MsixState, config: &ConfigSpace) -> Result<(), StateError> {
+    /// [`StateError`] if it has another number of vectors, or an address that none can have.
+    pub fn check(&self, state: &MsixState) -> Result<(), StateError> {
         let count = u64::try_from(state.entries.len()).unwrap_or(u64::MAX);
         let same = state.entries.len() == self.0.entries.len();
         StateError::check(same, DEVICE, "number of vectors", count, "that of the function")?;
@@ -302,6 +301,16 @@ impl Msix {
             let aligned = entry.address & 3 == 0;
             StateError::check(aligned, DEVICE, "address", entry.address, "multiples of 4")?;
         }
+        Ok(())
+    }
+
+    /// Goes on from a saved state, with a configuration space that was restored before. What was pending and is not
+    /// masked is sent.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); nothing has changed.
+    pub fn restore(&self, state: &MsixState, config: &ConfigSpace) -> Result<(), StateError> {
+        self.check(state)?;
         self.0.control.store(0, Ordering::SeqCst);
         for (entry, saved) in self.0.entries.iter().zip(&state.entries) {
             *lock(entry) = *saved;

@@ -10,6 +10,7 @@
 //! | [`i8042`] | keyboard controller without keyboard | ports [`ports::I8042`] |
 //! | [`acpi_pm`] | ACPI fixed hardware: PM timer, power-off, power button, reset | ports [`ports::ACPI_PM`] |
 //! | [`debug_exit`] | the guest ends with a status | port [`ports::DEBUG_EXIT`] |
+//! | [`vm_generation`] | a number that is another one when the machine goes on from a saved state | anywhere in RAM |
 //!
 //! All are plain state behind bus accesses: no host time, no threads, no file descriptors. Those with a notion of time
 //! take a [`Clock`](crate::Clock) and are [`TimedDevice`](crate::TimedDevice)s. Each has a `*State` structure that a snapshot stores, checked when it is restored.
@@ -25,6 +26,7 @@ pub mod pit;
 pub mod ports;
 pub mod rtc;
 pub mod serial;
+pub mod vm_generation;
 
 pub use acpi_pm::{AcpiPm, AcpiPmState};
 pub use debug_exit::DebugExit;
@@ -34,6 +36,7 @@ pub use pic::{Pic, PicLine, PicState};
 pub use pit::{Pit, PitState};
 pub use rtc::{Rtc, RtcState};
 pub use serial::{Uart16550, UartState};
+pub use vm_generation::{VM_GENERATION_SIZE, VmGeneration, VmGenerationError};
 
 /// What a guest asks of the machine as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,7 +17,70 @@ use crate::error::StateError;
 use crate::interrupt::{EdgeTrigger, InterruptLine, lock};
 
 /// Registers and unread input of a [`Uart16550`].
-pub type UartState = SerialState;
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UartState {
+    /// Divisor latch, low byte.
+    pub divisor_low: u8,
+    /// Divisor latch, high byte.
+    pub divisor_high: u8,
+    /// Interrupt enable register.
+    pub interrupt_enable: u8,
+    /// Interrupt identification register.
+    pub interrupt_identification: u8,
+    /// Line control register.
+    pub line_control: u8,
+    /// Line status register.
+    pub line_status: u8,
+    /// Modem control register.
+    pub modem_control: u8,
+    /// Modem status register.
+    pub modem_status: u8,
+    /// Scratch register.
+    pub scratch: u8,
+    /// Input that waits to be read, [`INPUT_CAPACITY`] bytes at most.
+    pub input: Vec<u8>,
+}
+
+impl Default for UartState {
+    fn default() -> Self {
+        SerialState::default().into()
+    }
+}
+
+impl From<SerialState> for UartState {
+    fn from(state: SerialState) -> Self {
+        Self {
+            divisor_low: state.baud_divisor_low,
+            divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
+    }
+}
+
+impl From<&UartState> for SerialState {
+    fn from(state: &UartState) -> Self {
+        Self {
+            baud_divisor_low: state.divisor_low,
+            baud_divisor_high: state.divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        }
+    }
+}
 
 /// Bytes of input that wait for the guest at most.
 pub const INPUT_CAPACITY: usize = 64;
@@ -113,7 +176,7 @@ impl Uart16550 {
 
     /// Registers and unread input.
     pub fn state(&self) -> UartState {
-        self.serial.state()
+        self.serial.state().into()
     }
 
     /// Goes on from a saved state, with the same line and writer. A pending interrupt is signalled again.
@@ -122,10 +185,10 @@ impl Uart16550 {
     /// [`StateError`] if there is more input than [`INPUT_CAPACITY`]; the device is as it was.
     pub fn restore(&mut self, state: &UartState) -> Result<(), StateError> {
         let (events, out) = (Arc::clone(self.serial.events()), self.serial.writer().clone());
-        let length = u64::try_from(state.in_buffer.len()).unwrap_or(u64::MAX);
+        let length = u64::try_from(state.input.len()).unwrap_or(u64::MAX);
         let too_long =
             |_| StateError { device: "16550", field: "length of input", value: length, allowed: "0 to 64" };
-        self.serial = Serial::from_state(state, self.line.clone(), events, out).map_err(too_long)?;
+        self.serial = Serial::from_state(&state.into(), self.line.clone(), events, out).map_err(too_long)?;
         Ok(())
     }
 }
@@ -270,7 +333,7 @@ mod tests {
         assert_eq!(read(&mut other, DATA), b'a');
 
         let kept = other.state();
-        let bad = UartState { in_buffer: vec![0; 65], ..state };
+        let bad = UartState { input: vec![0; 65], ..state };
         assert_eq!(other.restore(&bad).unwrap_err().value, 65);
         assert_eq!(other.state(), kept);
     }

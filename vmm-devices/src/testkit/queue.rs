@@ -55,6 +55,13 @@ impl<M: DeviceMemory> DriverQueue<M> {
         Ok(queue)
     }
 
+    /// The same queue in `memory`, which is a copy: the driver of a machine that goes on elsewhere. How far it is comes with it.
+    pub fn moved_to<N: DeviceMemory>(&self, memory: N) -> DriverQueue<N> {
+        let Self { size, descriptors, available, used, next_descriptor, next_available, next_used, .. } =
+            *self;
+        DriverQueue { memory, size, descriptors, available, used, next_descriptor, next_available, next_used }
+    }
+
     /// The first address behind its rings.
     pub fn end(&self) -> u64 {
         self.used + 6 + 8 * u64::from(self.size)

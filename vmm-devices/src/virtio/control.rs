@@ -3,6 +3,8 @@
 //! A transport maps its registers to these methods, on the vCPU's thread, with the device locked. Nothing here trusts the
 //! order in which the driver calls.
 
+mod saved;
+
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -11,10 +13,11 @@ use std::sync::{Arc, Mutex};
 
 use virtio_queue::{Queue, QueueState, QueueT};
 
-use super::device::{Activation, DeviceMemory, DriverLink, VirtioDevice, feature};
+use super::device::{ActivateError, Activation, DeviceMemory, DriverLink, VirtioDevice, Worker, feature};
 use super::doorbell::{Doorbells, Notifiers};
 use super::executor::{Executor, Inline, Running};
-use super::queue::{QueueError, Virtqueue};
+use super::queue::{Position, QueueError, Virtqueue};
+use super::state::VirtqueueState;
 use crate::bus::halves;
 use crate::interrupt::{InterruptLine, lock};
 
@@ -181,8 +184,42 @@ pub(crate) struct Control<M: DeviceMemory, S> {
     driver_features: u64,
     pub(crate) queue_select: u16,
     /// While the driver is there.
-    started: Option<(Arc<Doorbells>, Box<dyn Running>)>,
+    started: Option<Started>,
     notifiers: Notifiers,
+    /// By how much the configuration's generation is ahead of the device's, which was restored.
+    generation_ahead: u32,
+    /// The driver is to be told, when the device goes on, that its configuration is another one.
+    config_news: bool,
+}
+
+/// A device that its driver has started.
+struct Started {
+    doorbells: Arc<Doorbells>,
+    /// Of each queue that the driver uses.
+    positions: Positions,
+    at_work: AtWork,
+}
+
+enum AtWork {
+    Running(Box<dyn Running>),
+    /// They wait to go on.
+    Paused(Vec<Box<dyn Worker>>),
+}
+
+type Positions = Vec<Option<Arc<Position>>>;
+type Queues<M> = Vec<Option<Virtqueue<M>>>;
+
+impl Started {
+    /// Ends its work for good.
+    fn stop(self) -> Vec<Box<dyn Worker>> {
+        match self.at_work {
+            AtWork::Running(running) => running.stop(),
+            AtWork::Paused(mut workers) => {
+                workers.iter_mut().for_each(|worker| worker.stop());
+                workers
+            }
+        }
+    }
 }
 
 impl<M: DeviceMemory, S> fmt::Debug for Control<M, S> {
@@ -217,6 +254,8 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
             queue_select: 0,
             started: None,
             notifiers: Notifiers::default(),
+            generation_ahead: 0,
+            config_news: false,
         })
     }
 
@@ -287,39 +326,64 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
     }
 
     fn features_are_acceptable(&self) -> bool {
-        let wanted = self.driver_features;
+        self.are_acceptable(self.driver_features)
+    }
+
+    fn are_acceptable(&self, wanted: u64) -> bool {
         wanted & !self.features() == 0
             && wanted & feature::VERSION_1 != 0
             && self.device.accepts(wanted & !feature::OFFERED)
     }
 
     fn start(&mut self) -> Result<(), Box<dyn Error>> {
-        let features = self.driver_features;
-        let notifiers = Arc::clone(&self.notifiers);
-        let doorbells = Arc::new(Doorbells::with_notifiers(self.queues.len(), notifiers));
-        let link: Arc<dyn DriverLink> = Arc::<Link<S>>::clone(&self.link);
-        let mut queues = Vec::with_capacity(self.queues.len());
-        let event_idx_enabled = features & feature::EVENT_IDX != 0;
+        let (queues, positions) = self.take_queues(None)?;
+        let (doorbells, workers) = self.activate(queues)?;
+        let running = self.executor.start(Arc::<Link<S>>::clone(&self.link), &doorbells, workers)?;
+        self.started = Some(Started { doorbells, positions, at_work: AtWork::Running(running) });
+        Ok(())
+    }
+
+    /// The queues that the driver has set up; those of a `saved` device with what is in flight.
+    fn take_queues(&self, saved: Option<&[VirtqueueState]>) -> Result<(Queues<M>, Positions), QueueError> {
+        let event_idx_enabled = self.driver_features & feature::EVENT_IDX != 0;
+        let (mut queues, mut positions) = (Vec::new(), Vec::new());
         for (index, state) in (0..).zip(&self.queues) {
             if !state.ready {
                 queues.push(None);
+                positions.push(None);
                 continue;
             }
             let own = Queue::try_from(QueueState { event_idx_enabled, ..*state })
                 .map_err(|source| QueueError::Ring { index, source })?;
-            queues.push(Some(Virtqueue::new(own, index, self.memory.clone(), Arc::clone(&link))?));
+            let (memory, link) = (self.memory.clone(), Arc::<Link<S>>::clone(&self.link));
+            let queue = match saved.and_then(|saved| saved.get(usize::from(index))) {
+                Some(VirtqueueState { told, in_flight, .. }) => {
+                    Virtqueue::restored(own, index, memory, link, (*told, in_flight))?
+                }
+                None => Virtqueue::new(own, index, memory, link)?,
+            };
+            positions.push(Some(Arc::clone(queue.position())));
+            queues.push(Some(queue));
         }
-        let activation =
-            Activation { features, queues, link: Arc::clone(&link), doorbells: Arc::clone(&doorbells) };
+        Ok((queues, positions))
+    }
+
+    fn activate(
+        &mut self,
+        queues: Queues<M>,
+    ) -> Result<(Arc<Doorbells>, Vec<Box<dyn Worker>>), ActivateError> {
+        let notifiers = Arc::clone(&self.notifiers);
+        let doorbells = Arc::new(Doorbells::with_notifiers(self.queues.len(), notifiers));
+        let link: Arc<dyn DriverLink> = Arc::<Link<S>>::clone(&self.link);
+        let features = self.driver_features;
+        let activation = Activation { features, queues, link, doorbells: Arc::clone(&doorbells) };
         let workers = self.device.activate(activation)?;
-        let running = self.executor.start(link, &doorbells, workers)?;
-        self.started = Some((doorbells, running));
-        Ok(())
+        Ok((doorbells, workers))
     }
 
     /// Back to the beginning. Nothing of the device is at work when this returns.
     pub(crate) fn reset(&mut self) {
-        let workers = self.started.take().map(|(_, running)| running.stop()).unwrap_or_default();
+        let workers = self.started.take().map(Started::stop).unwrap_or_default();
         self.device.reset(workers);
         for queue in &mut self.queues {
             // It was one with that size, so it is again.
@@ -328,6 +392,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
             }
         }
         self.driver_features = 0;
+        self.config_news = false;
         (self.device_features_select, self.driver_features_select, self.queue_select) = (0, 0, 0);
         // In this order: who signals now, sees that nobody is there, or is forgotten.
         self.link.status.store(0, Ordering::SeqCst);
@@ -336,8 +401,8 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
 
     /// The driver rings for a queue.
     pub(crate) fn notify(&self, queue: u16) {
-        if let Some((doorbells, _)) = &self.started {
-            doorbells.ring(queue);
+        if let Some(started) = &self.started {
+            started.doorbells.ring(queue);
         }
     }
 
@@ -398,6 +463,11 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
         }
     }
 
+    /// See [`VirtioDevice::config_generation`].
+    pub(crate) fn config_generation(&self) -> u32 {
+        self.device.config_generation().wrapping_add(self.generation_ahead)
+    }
+
     /// The configuration at `offset`; zeros beyond its end.
     pub(crate) fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
@@ -412,9 +482,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
 impl<M: DeviceMemory, S> Drop for Control<M, S> {
     fn drop(&mut self) {
         // What is in flight belongs to memory that may go now.
-        if let Some((_, running)) = self.started.take() {
-            drop(running.stop());
-        }
+        drop(self.started.take().map(Started::stop));
     }
 }
 

@@ -8,6 +8,8 @@ use vmm_memory::vm_memory::GuestAddressSpace;
 
 use super::doorbell::Doorbells;
 use super::queue::{QueueError, Virtqueue};
+use super::state::DeviceState;
+use crate::error::StateError;
 
 /// Guest memory as devices take it: `GuestRam::address_space` of `vmm-memory`, or any other address space of `vm-memory`.
 /// What keeps it mapped goes with requests to other threads.
@@ -93,6 +95,22 @@ pub trait VirtioDevice<M: DeviceMemory>: Send {
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         let _ = workers;
     }
+
+    /// What it knows beside its queues and what it was built with. Its workers are [paused](Worker::pause), or there are none. `None` if it
+    /// cannot be saved, which is so unless said here.
+    fn save(&self) -> Option<DeviceState> {
+        None
+    }
+
+    /// Goes on from a saved state, whose driver has accepted `features`. Nothing was activated so far; if its driver had started it, its
+    /// activation follows, with queues that stand where they stood. To the driver that is no new beginning.
+    ///
+    /// # Errors
+    /// If it cannot be in that state: it is another device's, or means nothing. Nothing has changed.
+    fn restore(&mut self, state: &DeviceState, features: u64) -> Result<(), StateError> {
+        let _ = features;
+        Err(state.of_another("virtio"))
+    }
 }
 
 impl<M: DeviceMemory, D: VirtioDevice<M> + ?Sized> VirtioDevice<M> for Box<D> {
@@ -130,6 +148,14 @@ impl<M: DeviceMemory, D: VirtioDevice<M> + ?Sized> VirtioDevice<M> for Box<D> {
 
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         (**self).reset(workers);
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        (**self).save()
+    }
+
+    fn restore(&mut self, state: &DeviceState, features: u64) -> Result<(), StateError> {
+        (**self).restore(state, features)
     }
 }
 
@@ -235,4 +261,17 @@ pub trait Worker: Send {
     /// Comes to rest: what is in flight is finished or given up, and from here on it touches neither guest memory nor the
     /// driver.
     fn stop(&mut self) {}
+
+    /// Comes to rest in order to go on, here or, from its device's saved state, elsewhere. What others do for it (threads, the kernel) is
+    /// waited for and given back to the driver; what it holds beside that is kept. Until it is called again it touches neither guest
+    /// memory nor the driver.
+    ///
+    /// Chains that stay in flight are saved with their queue, and taken again where that goes on: what was done of them and is not
+    /// to be done twice has to be in the device's state. A worker that does nothing outside of its calls needs nothing here.
+    ///
+    /// # Errors
+    /// As [`Worker::process`].
+    fn pause(&mut self) -> Result<(), QueueError> {
+        Ok(())
+    }
 }

@@ -3,14 +3,14 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
-type Waker = Box<dyn Fn(u16) + Send + Sync>;
+type Waker = Arc<dyn Fn(u16) + Send + Sync>;
 
 /// The doorbells of one device, for one activation. Whoever rings early is not forgotten.
 pub struct Doorbells {
     rung: Box<[AtomicBool]>,
-    waker: OnceLock<Waker>,
+    waker: RwLock<Option<Waker>>,
     notifiers: Notifiers,
 }
 
@@ -33,7 +33,7 @@ impl Doorbells {
     pub fn with_notifiers(queues: usize, notifiers: Arc<[Arc<OwnedFd>]>) -> Self {
         Self {
             rung: (0..queues).map(|_| AtomicBool::new(false)).collect(),
-            waker: OnceLock::new(),
+            waker: RwLock::default(),
             notifiers,
         }
     }
@@ -46,13 +46,13 @@ impl Doorbells {
     /// Says that `queue` is to be looked at. One that there is not does nothing.
     pub fn ring(&self, queue: u16) {
         let Some(rung) = self.rung.get(usize::from(queue)) else { return };
-        if let Some(waker) = self.waker.get() {
+        if let Some(waker) = self.waker() {
             waker(queue);
             return;
         }
         rung.store(true, Ordering::SeqCst);
         // It may have been connected meanwhile, and have looked already.
-        if let Some(waker) = self.waker.get()
+        if let Some(waker) = self.waker()
             && rung.swap(false, Ordering::SeqCst)
         {
             waker(queue);
@@ -64,14 +64,29 @@ impl Doorbells {
         (0..=u16::MAX).zip(&self.rung).for_each(|(queue, _)| self.ring(queue));
     }
 
+    /// Nobody is called with it locked: who is may ring.
+    fn waker(&self) -> Option<Waker> {
+        self.waker.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Nobody hears them from now on, until somebody [connects](Self::connect) again. One that rings just now may be heard by neither: who
+    /// goes on looks at all queues.
+    pub(crate) fn disconnect(&self) {
+        *self.waker.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Lets `waker` hear them, those that were rung before as well. For the first executor that comes; later ones hear
-    /// nothing.
+    /// nothing, but for those that start a device which was paused.
     pub fn connect(&self, waker: impl Fn(u16) + Send + Sync + 'static) {
-        if self.waker.set(Box::new(waker)).is_err() {
-            return;
+        {
+            let mut place = self.waker.write().unwrap_or_else(PoisonError::into_inner);
+            if place.is_some() {
+                return;
+            }
+            *place = Some(Arc::new(waker));
         }
         for (queue, rung) in (0..=u16::MAX).zip(&self.rung) {
-            if let Some(waker) = self.waker.get()
+            if let Some(waker) = self.waker()
                 && rung.swap(false, Ordering::SeqCst)
             {
                 waker(queue);
@@ -100,6 +115,12 @@ mod tests {
         bells.connect(|_| panic!("the first one hears"));
         bells.ring(1);
         assert_eq!(*heard.lock().unwrap(), [2, 0, 1]);
+        bells.disconnect();
+        bells.ring(0);
+        let ears = Arc::clone(&heard);
+        bells.connect(move |queue| ears.lock().unwrap().push(10 + queue));
+        bells.ring(1);
+        assert_eq!(*heard.lock().unwrap(), [2, 0, 1, 10, 11]);
     }
 
     #[test]

@@ -50,6 +50,10 @@ pub trait Running: Send {
     /// Ends that: waits for calls that are under way, lets each worker come to rest, and gives all back. Not called by
     /// a worker.
     fn stop(self: Box<Self>) -> Vec<Box<dyn Worker>>;
+
+    /// Ends it for a while: waits for calls that are under way, and gives all workers back as they are, to be
+    /// [started](Executor::start) again or stopped. Not called by a worker.
+    fn pause(self: Box<Self>) -> Vec<Box<dyn Worker>>;
 }
 
 /// Serves a queue at its doorbell, on the thread that rings, which is a vCPU's as a rule. The guest waits meanwhile: for
@@ -140,10 +144,13 @@ impl fmt::Debug for InlineRunning {
 
 impl Running for InlineRunning {
     fn stop(self: Box<Self>) -> Vec<Box<dyn Worker>> {
-        let mut workers: Vec<_> =
-            self.0.iter().filter_map(|served| lock(&served.worker).worker.take()).collect();
+        let mut workers = self.pause();
         workers.iter_mut().for_each(|worker| worker.stop());
         workers
+    }
+
+    fn pause(self: Box<Self>) -> Vec<Box<dyn Worker>> {
+        self.0.iter().filter_map(|served| lock(&served.worker).worker.take()).collect()
     }
 }
 

@@ -15,7 +15,9 @@ use super::device::{DeviceMemory, VirtioDevice};
 use super::doorbell_host::{AttachedDoorbells, DoorbellHost};
 use super::executor::Executor;
 use super::queue::QueueError;
+use super::state::{VirtioMmioState, VirtioStateError};
 use crate::bus::BusDeviceMut;
+use crate::error::StateError;
 use crate::interrupt::InterruptLine;
 
 /// Registers (4.2.2).
@@ -122,6 +124,45 @@ impl<M: DeviceMemory> VirtioMmio<M> {
         VirtioMmioBuilder { parts: Parts::new(device, memory), line: Box::new(line), doorbells: None }
     }
 
+    /// Brings the device to rest until [`resume`](Self::resume): what was taken from its queues is finished and told to the driver, or stays
+    /// with them; nothing more is taken, and guest memory stays as it is. The vCPUs are stopped before. A disk that hangs holds
+    /// it up.
+    pub fn pause(&mut self) {
+        self.control.pause();
+    }
+
+    /// Goes on after a [`pause`](Self::pause) or [`restore`](Self::restore), and looks at each queue once.
+    ///
+    /// # Errors
+    /// If the executor cannot: the driver is told that the device needs a reset.
+    pub fn resume(&mut self) -> std::io::Result<()> {
+        self.control.resume()
+    }
+
+    /// The state of a device that is paused, or that no driver has started.
+    ///
+    /// # Errors
+    /// [`VirtioStateError::Running`], and [`VirtioStateError::Unsupported`] if the device is of a kind that cannot be saved.
+    pub fn save(&self) -> Result<VirtioMmioState, VirtioStateError> {
+        let device = self.control.save()?;
+        Ok(VirtioMmioState { interrupt_status: self.control.link.signal.get(), device })
+    }
+
+    /// Goes on from a saved state when it is [resumed](Self::resume): before the guest runs, with its RAM in place. A line that was asserted
+    /// is so again.
+    ///
+    /// # Errors
+    /// If it is a state of another device, one that none can be in, or the host refuses what the device needs; nothing has
+    /// changed.
+    pub fn restore(&mut self, state: &VirtioMmioState) -> Result<(), VirtioStateError> {
+        let causes = state.interrupt_status;
+        let known = causes & !(Causes::USED | Causes::CONFIG) == 0;
+        StateError::check(known, "virtio", "interrupt_status", causes, "bits 0 and 1")?;
+        self.control.restore(&state.device)?;
+        self.control.link.signal.raise_if(causes, &|| true);
+        Ok(())
+    }
+
     fn read_register(&self, offset: u64) -> u32 {
         let c = &self.control;
         match offset {
@@ -136,7 +177,7 @@ impl<M: DeviceMemory> VirtioMmio<M> {
             register::STATUS => u32::from(c.status()),
             // No shared memory: a length of all ones (4.2.2).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
-            register::CONFIG_GENERATION => c.device().config_generation(),
+            register::CONFIG_GENERATION => c.config_generation(),
             _ => 0,
         }
     }

@@ -4,15 +4,22 @@
 //! when its chain is taken; what was read is checked, and nothing else is believed later. A chain that breaks the rules ends
 //! its queue; a buffer that lies in no RAM fails the one request that it belongs to.
 
+mod again;
+mod position;
+
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use smallvec::SmallVec;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestMemory, GuestMemoryError};
 
+use self::again::Again;
+pub(super) use self::position::Position;
 use super::device::{DeviceMemory, DriverLink, Progress};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.6).
@@ -75,8 +82,10 @@ pub struct Virtqueue<M: DeviceMemory> {
     queue: Queue,
     memory: M,
     index: u16,
-    /// Heads that were taken and not completed, one bit each.
-    in_flight: Vec<u64>,
+    /// Which chains are in flight, among others.
+    position: Arc<Position>,
+    /// Chains that were in flight when the device was saved, and come again.
+    again: VecDeque<u16>,
     /// Something was completed since the driver was last thought of.
     completed: bool,
     /// The used index when the driver was last thought of.
@@ -107,9 +116,41 @@ impl<M: DeviceMemory> Virtqueue<M> {
                 used: queue.used_ring(),
             });
         }
-        let in_flight = vec![0; usize::from(queue.size()).div_ceil(64)];
         let told = queue.next_used();
-        Ok(Self { queue, memory, index, in_flight, completed: false, told, link })
+        Ok(Self::at(queue, index, memory, link, told, &[]))
+    }
+
+    fn at(queue: Queue, index: u16, memory: M, link: Arc<dyn DriverLink>, told: u16, again: &[u16]) -> Self {
+        let indices = [queue.next_avail(), queue.next_used(), told];
+        let position = Arc::new(Position::new(queue.size(), indices, again));
+        let (completed, again) = (told != queue.next_used(), again.iter().copied().collect());
+        Self { queue, memory, index, position, again, completed, told, link }
+    }
+
+    /// A queue as it was saved: it stands where it stood, the driver was last thought of at entry `told` of the used ring, and the chains
+    /// at `in_flight`, which are different ones of it, are taken again first.
+    ///
+    /// # Errors
+    /// As [`Virtqueue::new`].
+    pub(super) fn restored(
+        queue: Queue,
+        index: u16,
+        memory: M,
+        link: Arc<dyn DriverLink>,
+        (told, in_flight): (u16, &[u16]),
+    ) -> Result<Self, QueueError> {
+        let Self { queue, index, memory, link, .. } = Self::new(queue, index, memory, link)?;
+        Ok(Self::at(queue, index, memory, link, told, in_flight))
+    }
+
+    /// How far it has come, now and later.
+    pub(super) fn position(&self) -> &Arc<Position> {
+        &self.position
+    }
+
+    /// How many chains come again that were in flight when the device was saved: those that [`Virtqueue::pop`] gives first.
+    pub fn left_in_flight(&self) -> usize {
+        self.again.len()
     }
 
     /// Its number.
@@ -138,6 +179,10 @@ impl<M: DeviceMemory> Virtqueue<M> {
         &mut self,
         memory: T,
     ) -> Result<Option<Chain<T>>, QueueError> {
+        if let Some(head) = self.again.pop_front() {
+            let mut descriptors = Again::new(&*memory, self.queue.desc_table(), self.queue.size(), head);
+            return self.gather(&mut descriptors, head, memory.clone()).map(Some);
+        }
         let index = self.index;
         let ring = |source| QueueError::Ring { index, source };
         let mut next = self.queue.iter(&*memory).map_err(ring)?.next();
@@ -147,14 +192,29 @@ impl<M: DeviceMemory> Virtqueue<M> {
             return Ok(None);
         };
         let head = raw.head_index();
-        let mut chain =
-            Chain { head, memory: memory.clone(), segments: SmallVec::new(), readable: 0, lens: [0; 2] };
+        let chain = self.gather(raw, head, memory.clone())?;
+        if !self.position.take(head, self.queue.next_avail()) {
+            return Err(QueueError::InFlight { index, head });
+        }
+        Ok(Some(chain))
+    }
+
+    /// The chain that those descriptors are.
+    #[inline]
+    fn gather<T>(
+        &self,
+        descriptors: &mut impl Iterator<Item = Descriptor>,
+        head: u16,
+        memory: T,
+    ) -> Result<Chain<T>, QueueError> {
+        let index = self.index;
+        let mut chain = Chain { head, memory, segments: SmallVec::new(), readable: 0, lens: [0; 2] };
         let [readable_len, writable_len] = &mut chain.lens;
         let mut ended = false;
         // In a table of its own a chain may be as long as the device's queue can be (2.7.5.3.1), however few descriptors its driver has
         // chosen: devices say how long requests may be, and know nothing of that choice.
         let most = usize::from(self.queue.max_size());
-        for descriptor in raw {
+        for descriptor in descriptors {
             if ended || chain.segments.len() >= most {
                 return Err(QueueError::Chain { index, head });
             }
@@ -171,15 +231,7 @@ impl<M: DeviceMemory> Virtqueue<M> {
             }
             ended = !descriptor.has_next();
         }
-        if !ended {
-            return Err(QueueError::Chain { index, head });
-        }
-        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        match self.in_flight.get_mut(word) {
-            Some(word) if *word & bit == 0 => *word |= bit,
-            _ => return Err(QueueError::InFlight { index, head }),
-        }
-        Ok(Some(chain))
+        if ended { Ok(chain) } else { Err(QueueError::Chain { index, head }) }
     }
 
     /// Whether the entry can be read that comes next, if there is one. `virtio-queue` takes one that cannot for none, and a worker would
@@ -207,12 +259,12 @@ impl<M: DeviceMemory> Virtqueue<M> {
     /// # Errors
     /// As [`Virtqueue::complete`].
     pub fn complete_in(&mut self, memory: &M::M, head: u16, written: u32) -> Result<(), QueueError> {
-        if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
-            *word &= !(1 << (head % 64));
-        }
+        self.position.complete(head);
         let index = self.index;
         self.completed = true;
-        self.queue.add_used(memory, head, written).map_err(|source| QueueError::Ring { index, source })
+        self.queue.add_used(memory, head, written).map_err(|source| QueueError::Ring { index, source })?;
+        self.position.set_next_used(self.queue.next_used());
+        Ok(())
     }
 
     /// Gives several chains back at once, heads and bytes written: the driver sees none of them before it sees all. As
@@ -227,9 +279,7 @@ impl<M: DeviceMemory> Virtqueue<M> {
         let size = self.queue.size().max(1);
         let mut next = self.queue.next_used();
         for &(head, written) in ended {
-            if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
-                *word &= !(1 << (head % 64));
-            }
+            self.position.complete(head);
             let place = self.queue.used_ring() + 4 + 8 * u64::from(next % size);
             let element = [u32::from(head).to_le(), written.to_le()];
             memory.write_obj(element, GuestAddress(place)).map_err(lost)?;
@@ -237,6 +287,7 @@ impl<M: DeviceMemory> Virtqueue<M> {
         }
         self.completed = true;
         self.queue.set_next_used(next);
+        self.position.set_next_used(next);
         memory.store(next.to_le(), GuestAddress(self.queue.used_ring() + 2), Ordering::Release).map_err(lost)
     }
 
@@ -265,6 +316,7 @@ impl<M: DeviceMemory> Virtqueue<M> {
         let said = u16::from_le(said);
         let used = self.queue.next_used();
         let before = std::mem::replace(&mut self.told, used);
+        self.position.set_told(used);
         // Whether the entry that it waits for is among those used since (2.7.7.2). `virtio-queue` would know of those that were completed
         // one by one alone.
         let wanted = if event_idx {

@@ -8,7 +8,9 @@ use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, Progres
 use super::metrics::{Activity, Ended, Metrics};
 use super::queue::{Chain, QueueError, Virtqueue};
 use super::rate::{RateLimiter, Throttled};
+use super::state::DeviceState;
 use crate::clock::Clock;
+use crate::error::StateError;
 use crate::interrupt::lock;
 
 const QUEUE: u16 = 0;
@@ -91,6 +93,14 @@ impl<M: DeviceMemory> VirtioDevice<M> for Rng {
             bytes: Vec::new(),
             waiting: None,
         })])
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Stateless)
+    }
+
+    fn restore(&mut self, state: &DeviceState, _features: u64) -> Result<(), StateError> {
+        if *state == DeviceState::Stateless { Ok(()) } else { Err(state.of_another("entropy device")) }
     }
 }
 

@@ -135,10 +135,10 @@ pub(super) fn count(counter: &AtomicU64, more: u64) {
 /// The configuration (5.5.4), whose fields are little-endian words in this order: num_pages, actual,
 /// free_page_hint_cmd_id, poison_val.
 #[derive(Debug)]
-struct Config {
-    target: u32,
-    actual: u32,
-    poison: u32,
+pub(super) struct Config {
+    pub(super) target: u32,
+    pub(super) actual: u32,
+    pub(super) poison: u32,
     /// Counts what the device changes.
     generation: u32,
 }
@@ -158,10 +158,10 @@ pub(super) struct Measured {
 }
 
 pub(super) struct Shared {
-    config: Mutex<Config>,
+    pub(super) config: Mutex<Config>,
     active: Mutex<Option<Active>>,
     /// Statistics are wanted that nobody has asked the driver for.
-    requested: AtomicBool,
+    pub(super) requested: AtomicBool,
     statistics: Mutex<Option<Statistics>>,
     callback: Option<Callback>,
     pub(super) counters: Counters,

@@ -21,6 +21,7 @@
 mod handle;
 mod pages;
 mod release;
+mod state;
 mod statistics;
 
 use std::fmt;
@@ -28,13 +29,16 @@ use std::sync::Arc;
 
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, VirtioDevice, Worker};
 use super::metrics::Metrics;
+use super::state::DeviceState;
 use crate::clock::Clock;
+use crate::error::StateError;
 use handle::{Active, Measured, Shared};
 use pages::{Kind, PageWorker};
 use statistics::StatisticsWorker;
 
 pub use handle::{BalloonCounters, BalloonHandle};
 pub use release::MemoryRelease;
+pub use state::BalloonState;
 pub use statistics::{MAX_STATISTICS, Statistic, Statistics};
 
 /// Bytes of a page, whatever the guest's own pages are (5.5.6).
@@ -68,6 +72,8 @@ pub struct Balloon {
     release: Arc<dyn MemoryRelease>,
     features: u64,
     shared: Arc<Shared>,
+    /// The target before a state was restored that it has not started from yet.
+    target_before: Option<u32>,
 }
 
 impl fmt::Debug for Balloon {
@@ -96,6 +102,29 @@ impl Balloon {
     /// The monitor's end.
     pub fn handle(&self) -> BalloonHandle {
         BalloonHandle(Arc::clone(&self.shared))
+    }
+
+    /// A driver is there.
+    fn begin<M: DeviceMemory>(
+        &self,
+        mut activation: Activation<M>,
+    ) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
+        let [statistics, reporting] = optional_queues(&activation);
+        let poison = activation.features & feature::PAGE_POISON != 0;
+        let pages = |queue, kind| PageWorker::new(queue, kind, &self.release, &self.shared);
+        let mut workers: Vec<Box<dyn Worker>> = vec![
+            Box::new(pages(activation.take_queue(INFLATE)?, Kind::Inflate)),
+            Box::new(pages(activation.take_queue(DEFLATE)?, Kind::Deflate)),
+        ];
+        if let Some(index) = reporting {
+            workers.push(Box::new(pages(activation.take_queue(index)?, Kind::Report { poison })));
+        }
+        if let Some(index) = statistics {
+            let worker = StatisticsWorker::new(activation.take_queue(index)?, &self.shared);
+            workers.push(Box::new(worker));
+        }
+        self.shared.activate(Active { link: activation.link, doorbells: activation.doorbells, statistics });
+        Ok(workers)
     }
 }
 
@@ -175,7 +204,7 @@ impl BalloonBuilder {
     /// Makes the device.
     pub fn build(self) -> Balloon {
         let shared = Arc::new(Shared::new(self.target, self.callback, self.metrics));
-        Balloon { release: self.release, features: self.features, shared }
+        Balloon { release: self.release, features: self.features, shared, target_before: None }
     }
 }
 
@@ -209,28 +238,23 @@ impl<M: DeviceMemory> VirtioDevice<M> for Balloon {
         self.shared.generation()
     }
 
-    fn activate(&mut self, mut activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
-        let [statistics, reporting] = optional_queues(&activation);
-        let poison = activation.features & feature::PAGE_POISON != 0;
-        let pages = |queue, kind| PageWorker::new(queue, kind, &self.release, &self.shared);
-        let mut workers: Vec<Box<dyn Worker>> = vec![
-            Box::new(pages(activation.take_queue(INFLATE)?, Kind::Inflate)),
-            Box::new(pages(activation.take_queue(DEFLATE)?, Kind::Deflate)),
-        ];
-        if let Some(index) = reporting {
-            workers.push(Box::new(pages(activation.take_queue(index)?, Kind::Report { poison })));
-        }
-        if let Some(index) = statistics {
-            let worker = StatisticsWorker::new(activation.take_queue(index)?, &self.shared);
-            workers.push(Box::new(worker));
-        }
-        self.shared.activate(Active { link: activation.link, doorbells: activation.doorbells, statistics });
-        Ok(workers)
+    fn activate(&mut self, activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
+        let before = self.target_before.take();
+        self.begin(activation).inspect_err(|_| self.shared.set_target_back(before))
     }
 
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         drop(workers);
+        self.target_before = None;
         self.shared.reset();
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Balloon(self.saved()))
+    }
+
+    fn restore(&mut self, state: &DeviceState, _features: u64) -> Result<(), StateError> {
+        self.take_over(state)
     }
 }
 

@@ -144,12 +144,17 @@ impl<M: DeviceMemory> Worker for StatisticsWorker<M> {
             if self.held.is_some() && self.shared.take_request() {
                 self.give_back()?;
             }
+            // What it says was heard before the device was saved.
+            let was_heard = self.queue.left_in_flight() > 0;
             let Some(chain) = self.queue.pop(&*memory)? else { return self.queue.rest() };
             // A second buffer is none that the specification has; the first is let go.
             self.give_back()?;
             self.held = Some(chain.head());
             count(&self.shared.counters.requests, 1);
             let begun_ns = self.shared.now_ns();
+            if was_heard {
+                continue;
+            }
             let mut bytes = [0; MAX_STATISTICS * ENTRY];
             let read = chain.read(0, &mut bytes);
             match &read {

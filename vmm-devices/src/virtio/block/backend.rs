@@ -261,6 +261,10 @@ pub trait IoQueue: Send + fmt::Debug {
     /// all that is to begin.
     fn reap(&mut self, ended: &mut Vec<JobEnd>) -> Progress;
 
+    /// Waits until something has ended that [`IoQueue::reap`] tells, all of it at best, or nothing is under way. What was submitted begins
+    /// before.
+    fn drain(&mut self);
+
     /// Ends what goes on: what has not begun does not begin, what has is waited for. When it returns no buffer is touched any more,
     /// and nothing is written to the disk.
     fn cancel(&mut self);

@@ -25,6 +25,7 @@ mod pool;
 mod raw;
 mod request;
 mod shrinks;
+mod state;
 #[cfg(feature = "io-uring")]
 mod uring;
 mod worker;
@@ -42,6 +43,7 @@ pub use handle::{BlockHandle, ResizeError};
 pub use memory::MemoryDisk;
 pub use pool::{Pooled, ThreadPool};
 pub use raw::{RawFile, RawFileError};
+pub use state::BlockState;
 #[cfg(feature = "io-uring")]
 pub use uring::UringFile;
 
@@ -53,7 +55,9 @@ use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, DriverL
 use super::doorbell::Doorbells;
 use super::metrics::Metrics;
 use super::rate::RateLimiter;
+use super::state::DeviceState;
 use crate::clock::Clock;
+use crate::error::StateError;
 use crate::interrupt::lock;
 
 /// Descriptors of a queue, unless said otherwise.
@@ -417,6 +421,14 @@ impl<M: DeviceMemory> VirtioDevice<M> for Block {
         drop(workers);
         self.chosen = None;
         self.set_cache(self.cache);
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Block(self.saved()))
+    }
+
+    fn restore(&mut self, state: &DeviceState, features: u64) -> Result<(), StateError> {
+        self.take_over(state, features)
     }
 }
 

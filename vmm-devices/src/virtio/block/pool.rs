@@ -193,6 +193,14 @@ impl IoQueue for PoolQueue {
         Progress::Idle
     }
 
+    fn drain(&mut self) {
+        self.kick();
+        let mut state = lock(&self.origin.state);
+        while state.under_way > 0 {
+            state = self.origin.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     fn cancel(&mut self) {
         self.submitted.clear();
         // What no thread has begun does not wait behind other disks.

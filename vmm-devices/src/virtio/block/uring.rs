@@ -283,6 +283,18 @@ impl IoQueue for UringQueue {
         if self.pushed { Progress::More } else { progress }
     }
 
+    fn drain(&mut self) {
+        self.pooled.drain();
+        self.kick();
+        if self.is_busy() {
+            // One that cannot wait now is asked again: who drains looks whether anything has ended.
+            if self.ring.submit_and_wait(1).is_err() {
+                std::thread::yield_now();
+            }
+            self.pushed = !self.ring.submission().is_empty();
+        }
+    }
+
     fn cancel(&mut self) {
         self.waiting.clear();
         self.pooled.cancel();

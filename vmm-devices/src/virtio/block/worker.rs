@@ -254,6 +254,19 @@ impl<M: DeviceMemory> Worker for BlockWorker<M> {
         self.waiting.as_ref().map(|(_, throttled)| throttled.until_ns())
     }
 
+    /// What the disk has is waited for. A request that waits for a limit has not begun.
+    fn pause(&mut self) -> Result<(), QueueError> {
+        let shrinks = self.shared.shrinks.count();
+        while self.under_way.iter().any(Option::is_some) {
+            if let Some(io) = &mut self.io {
+                io.drain();
+            }
+            let (Progress::Idle | Progress::More) = self.reap()?;
+        }
+        self.settle(shrinks);
+        self.queue.interrupt()
+    }
+
     fn stop(&mut self) {
         if let Some(io) = &mut self.io {
             io.cancel();

@@ -67,6 +67,7 @@ mod output;
 mod port;
 mod shared;
 mod slot;
+mod state;
 
 use std::fmt;
 use std::sync::Arc;
@@ -76,6 +77,7 @@ pub use config::{
     ConsoleError, INPUT_CAPACITIES, MAX_NAME, PortConfig, PortEvent, PortEvents, ResizeOrder, WhenFull,
 };
 pub use port::{Port, PortCounters};
+pub use state::{ConsolePlaceState, ConsolePortState, ConsoleState, ConsoleTold};
 
 use control::ControlWorker;
 use input::InputWorker;
@@ -84,7 +86,9 @@ use shared::{Measured, Session, Shared};
 
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, VirtioDevice, Worker};
 use super::metrics::Metrics;
+use super::state::DeviceState;
 use crate::clock::Clock;
+use crate::error::StateError;
 
 /// Ports of one device at most: their queues and those for control are 64.
 pub const MAX_PORTS: u32 = 31;
@@ -124,6 +128,8 @@ pub struct Console {
     shared: Arc<Shared>,
     multiport: bool,
     queue_sizes: Vec<u16>,
+    /// What was saved elsewhere, for the driver that is there.
+    resumed: Option<ConsoleState>,
 }
 
 impl fmt::Debug for Console {
@@ -140,7 +146,7 @@ impl Console {
     pub fn new(port: PortConfig) -> Result<(Self, Port), ConsoleError> {
         let shared = Shared::new(1);
         let port = shared.add(0, port)?;
-        Ok((Self { shared, multiport: false, queue_sizes: vec![QUEUE_SIZE; 2] }, port))
+        Ok((Self { shared, multiport: false, queue_sizes: vec![QUEUE_SIZE; 2], resumed: None }, port))
     }
 
     /// A device with places for `ports` ports, 1 to [`MAX_PORTS`], none of which is there yet. A driver without
@@ -155,7 +161,8 @@ impl Console {
         let shared = Shared::new(ports);
         // Each port's, and those for control.
         let queue_sizes = (0..2 * ports + 2).map(|_| QUEUE_SIZE).collect();
-        Ok((Self { shared: Arc::clone(&shared), multiport: true, queue_sizes }, Ports { shared }))
+        let this = Self { shared: Arc::clone(&shared), multiport: true, queue_sizes, resumed: None };
+        Ok((this, Ports { shared }))
     }
 
     /// The order of columns and rows for the drivers that are to be expected: [`ResizeOrder::ColumnsFirst`], by the book, unless
@@ -217,6 +224,8 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console {
 
     fn activate(&mut self, mut activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
+        let resumed = self.resumed.take();
+        let is_resumed = resumed.is_some();
         let shared = &self.shared;
         let multiport = activation.features & feature::MULTIPORT != 0;
         if multiport {
@@ -237,9 +246,12 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console {
             workers.push(Box::new(InputWorker { id, queue: rx, shared: input, spare: None }));
             workers.push(Box::new(OutputWorker::new(id, tx, output)));
         }
+        if let Some(state) = resumed {
+            shared.go_on(state);
+        }
         let Activation { features, link, doorbells, .. } = activation;
         let (columns, rows, _) = shared.size();
-        if !multiport && features & feature::SIZE != 0 && (columns, rows) != (0, 0) {
+        if !is_resumed && !multiport && features & feature::SIZE != 0 && (columns, rows) != (0, 0) {
             // Linux reads the size when it hears of another one, and not before.
             link.config_changed();
         }
@@ -249,7 +261,16 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console {
 
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         drop(workers);
+        self.forget_driver();
         self.shared.end();
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Console(self.saved()))
+    }
+
+    fn restore(&mut self, state: &DeviceState, _features: u64) -> Result<(), StateError> {
+        self.take_over(state)
     }
 }
 

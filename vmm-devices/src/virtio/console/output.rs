@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::port::{PortCore, Taken};
 use super::shared::Shared;
 use super::tx_queue;
+use crate::interrupt::lock;
 use crate::virtio::device::{DeviceMemory, Progress, Worker};
 use crate::virtio::metrics::Activity;
 use crate::virtio::queue::{Chain, QueueError, Virtqueue};
@@ -21,6 +22,8 @@ pub(super) struct OutputWorker<M: DeviceMemory> {
     queue: Virtqueue<M>,
     shared: Arc<Shared>,
     sending: Option<Sending>,
+    /// How much was written of the chain with that head, which was in flight when the device was saved.
+    begun: Option<(u16, u64)>,
     /// Bytes of it that were read and are still to be written.
     piece: Vec<u8>,
 }
@@ -47,7 +50,9 @@ enum Step {
 
 impl<M: DeviceMemory> OutputWorker<M> {
     pub(super) fn new(id: u32, queue: Virtqueue<M>, shared: Arc<Shared>) -> Self {
-        Self { id, queue, shared, sending: None, piece: Vec::new() }
+        let begun = shared.slot(id).and_then(|slot| lock(slot).sent);
+        let begun = begun.filter(|_| queue.left_in_flight() > 0);
+        Self { id, queue, shared, sending: None, begun, piece: Vec::new() }
     }
 
     fn step(&mut self) -> Result<Step, QueueError> {
@@ -56,7 +61,8 @@ impl<M: DeviceMemory> OutputWorker<M> {
             let Some(chain) = self.queue.pop(&*memory)? else { return Ok(Step::NoMore) };
             let (head, len) = (chain.head(), chain.readable_len());
             let (port, begun_ns) = (self.port(), self.shared.now_ns());
-            self.sending = Some(Sending { chain: chain.in_memory(()), head, len, port, read: 0, begun_ns });
+            let read = self.begun.take().filter(|(of, _)| *of == head).map_or(0, |(_, written)| written);
+            self.sending = Some(Sending { chain: chain.in_memory(()), head, len, port, read, begun_ns });
         }
         let Some(sending) = &mut self.sending else { return Ok(Step::NoMore) };
         if self.piece.is_empty() {
@@ -133,6 +139,17 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
             }
         }
         self.queue.rest().map(|_| Progress::More)
+    }
+
+    fn pause(&mut self) -> Result<(), QueueError> {
+        let written = |sending: &Sending| {
+            (sending.head, sending.read.saturating_sub(self.piece.len() as u64))
+        };
+        if let Some(slot) = self.shared.slot(self.id) {
+            // One that has not come again yet is where it was.
+            lock(slot).sent = self.sending.as_ref().map(written).or(self.begun);
+        }
+        Ok(())
     }
 
     fn stop(&mut self) {

@@ -151,6 +151,24 @@ impl PortCore {
         Some(written)
     }
 
+    /// Input that the guest has not got.
+    pub(super) fn waiting_input(&self) -> Vec<u8> {
+        lock(&self.input).bytes.iter().copied().collect()
+    }
+
+    /// How many bytes may wait.
+    pub(super) fn input_capacity(&self) -> usize {
+        lock(&self.input).capacity
+    }
+
+    /// What waited elsewhere comes before what was taken here.
+    pub(super) fn put_input_back(&self, bytes: &[u8]) {
+        let mut input = lock(&self.input);
+        for byte in bytes.iter().rev() {
+            input.bytes.push_front(*byte);
+        }
+    }
+
     fn discard_input(&self) -> usize {
         let mut input = lock(&self.input);
         let discarded = input.bytes.len();

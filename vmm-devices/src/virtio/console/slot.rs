@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use super::message;
 use super::port::PortCore;
+use super::state::ConsoleTold as Told;
 
 /// One of the places of a device.
 #[derive(Default)]
@@ -15,25 +16,10 @@ pub(super) struct Slot {
     pub(super) port: Option<Arc<PortCore>>,
     /// Of the port's terminal.
     pub(super) size: Option<(u16, u16)>,
-    told: Told,
-}
-
-/// Where the driver is.
-#[derive(Default)]
-struct Told {
-    /// A port that is no more was announced.
-    removal_due: bool,
-    /// The port was announced.
-    added: bool,
-    /// The driver can serve it.
-    ready: bool,
-    console_due: bool,
-    size_due: bool,
-    name_due: bool,
-    /// Whether the driver takes our side for open.
-    open: bool,
-    /// It was otherwise meanwhile: a program that waits for the end of a conversation must not miss it.
-    blinked: bool,
+    /// Where the driver is.
+    pub(super) told: Told,
+    /// How much of which chain's output was written, when the device was paused last.
+    pub(super) sent: Option<(u16, u64)>,
 }
 
 impl Slot {
@@ -56,7 +42,7 @@ impl Slot {
 
     /// The driver is gone, and with it what it knew. The port, if the guest had it open.
     pub(super) fn reset(&mut self) -> Option<Arc<PortCore>> {
-        self.told = Told::default();
+        (self.told, self.sent) = (Told::default(), None);
         self.port.clone().filter(|port| port.guest_open.swap(false, Ordering::SeqCst))
     }
 
@@ -97,7 +83,7 @@ impl Slot {
 
     /// Whether there is something that a driver which is `listening` is to be told.
     pub(super) fn has_news(&self, listening: bool) -> bool {
-        let Told { removal_due, added, ready, console_due, size_due, name_due, open, blinked } = self.told;
+        let Told { removal_due, added, ready, console_due, size_due, name_due, open, blinked } = self.told.clone();
         if removal_due {
             return true;
         }

@@ -182,6 +182,10 @@ impl Running for LoopRunning {
         // All have left their calls before the first is stopped: they may have things in common.
         rest(self.take())
     }
+
+    fn pause(mut self: Box<Self>) -> Vec<Box<dyn Worker>> {
+        self.take()
+    }
 }
 
 impl Drop for LoopRunning {

@@ -165,7 +165,8 @@ struct Served {
 struct ThreadsRunning(Vec<Served>);
 
 impl ThreadsRunning {
-    fn halt(&mut self) -> Vec<Box<dyn Worker>> {
+    /// Ends the threads; their workers come to rest by `rest`.
+    fn halt(&mut self, rest: impl FnOnce(Vec<Box<dyn Worker>>) -> Vec<Box<dyn Worker>>) -> Vec<Box<dyn Worker>> {
         let workers = Vec::from_iter(self.0.iter_mut().flat_map(|served| served.running.take()));
         let workers = rest(workers);
         for mut served in self.0.drain(..) {
@@ -179,12 +180,16 @@ impl ThreadsRunning {
 
 impl Running for ThreadsRunning {
     fn stop(mut self: Box<Self>) -> Vec<Box<dyn Worker>> {
-        self.halt()
+        self.halt(rest)
+    }
+
+    fn pause(mut self: Box<Self>) -> Vec<Box<dyn Worker>> {
+        self.halt(|workers| workers)
     }
 }
 
 impl Drop for ThreadsRunning {
     fn drop(&mut self) {
-        self.halt();
+        self.halt(rest);
     }
 }

@@ -113,6 +113,11 @@ pub(super) fn receive(features: u64) -> Offloads {
     offloads(&RECEIVE, features)
 }
 
+/// The bits of what it takes over.
+pub(super) fn receive_bits(offloads: Offloads) -> u64 {
+    RECEIVE.iter().filter(|(_, offload)| offloads.contains(*offload)).fold(0, |all, (bit, _)| all | bit)
+}
+
 /// All bits of [`receive`].
 pub(super) const GUEST_OFFLOADS: u64 = feature::GUEST_CSUM
     | feature::GUEST_TSO4

@@ -22,6 +22,7 @@ mod handle;
 mod receive;
 mod room;
 mod shared;
+mod state;
 mod transmit;
 mod worker;
 
@@ -32,6 +33,7 @@ use std::sync::Arc;
 pub use config::feature;
 pub use handle::NetHandle;
 pub use shared::NetCounters;
+pub use state::NetState;
 
 use self::config::Config;
 use self::control::ControlWorker;
@@ -42,7 +44,9 @@ use self::worker::PairWorker;
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, VirtioDevice, Worker};
 use super::metrics::Metrics;
 use super::rate::RateLimiter;
+use super::state::DeviceState;
 use crate::clock::Clock;
+use crate::error::StateError;
 use crate::interrupt::lock;
 use crate::net::{Agreed, MacAddr, NetBackend, NetError, Offloads, RxFilter};
 
@@ -83,6 +87,8 @@ pub struct Net {
     sizes: Vec<u16>,
     /// What is offered of the backend's offloads: of frames from the driver, and to it.
     offloads: [Offloads; 2],
+    /// What the driver wants, which was saved elsewhere.
+    resumed: Option<NetState>,
 }
 
 /// What a network device is to be like.
@@ -173,7 +179,7 @@ impl NetBuilder {
         shared.backend.listen(Arc::new(Events { shared: Arc::downgrade(&shared), doorbells: None }));
         let mut sizes = vec![size; 2 * usize::from(pairs)];
         sizes.push(CONTROL_SIZE);
-        Ok(Net { shared, pairs, mtu, sizes, offloads })
+        Ok(Net { shared, pairs, mtu, sizes, offloads, resumed: None })
     }
 }
 
@@ -247,6 +253,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
 
     fn activate(&mut self, mut activation: Activation<M>) -> Result<Vec<Box<dyn Worker>>, ActivateError> {
         let features = activation.features;
+        let resumed = self.resumed.take();
         let has = |bit: u64| features & bit != 0;
         let pairs = if has(feature::MQ) { self.pairs } else { 1 };
         let mtu = self.mtu.filter(|_| has(feature::MTU));
@@ -266,6 +273,9 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
             filter.vlans = Some(Box::new([0; 64]));
         }
         self.shared.wish(|wishes| (wishes.filter, wishes.offloads) = (Arc::new(filter), receive));
+        if let Some(state) = resumed {
+            self.go_on(state, features).map_err(std::io::Error::other)?;
+        }
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         // The first pair is always there; of others, those that the driver has set up.
         for (pair, port) in (0..).zip(ports) {
@@ -299,7 +309,16 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
     fn reset(&mut self, workers: Vec<Box<dyn Worker>>) {
         *lock(&self.shared.active) = None;
         drop(workers);
+        self.resumed = None;
         self.shared.reset();
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Net(self.saved()))
+    }
+
+    fn restore(&mut self, state: &DeviceState, features: u64) -> Result<(), StateError> {
+        self.take_over(state, features)
     }
 }
 

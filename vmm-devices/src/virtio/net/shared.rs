@@ -108,7 +108,7 @@ pub(super) struct Shared {
     pub(super) in_use: RwLock<u16>,
     /// What the monitor says of the link.
     pub(super) plugged: AtomicBool,
-    announce: AtomicBool,
+    pub(super) announce: AtomicBool,
     generation: AtomicU32,
     /// Limits of frames to the driver, and from it.
     pub(super) receive_rate: Option<RateLimiter>,

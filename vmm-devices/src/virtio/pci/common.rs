@@ -102,7 +102,7 @@ fn value<M: DeviceMemory, S: Signal + 'static>(
         Field::ConfigVector => vectors.config().into(),
         Field::NumQueues => u32::try_from(control.queue_count()).unwrap_or(u32::from(u16::MAX)),
         Field::DeviceStatus => control.status().into(),
-        Field::ConfigGeneration => control.device().config_generation() & 0xff,
+        Field::ConfigGeneration => control.config_generation() & 0xff,
         Field::QueueSelect => control.queue_select.into(),
         // 0 where there is no such queue (4.1.4.3).
         Field::QueueSize => queue.map_or(0, |queue| queue.size.into()),

@@ -18,6 +18,7 @@ use super::device::{DeviceMemory, DeviceType, VirtioDevice};
 use super::doorbell_host::{AttachedDoorbells, DoorbellHost};
 use super::executor::Executor;
 use super::queue::QueueError;
+use super::state::{VirtioPciState, VirtioStateError};
 use crate::interrupt::MsiSink;
 use crate::pci::{
     Bar, Capability, CapabilityOffset, ConfigBuilder, ConfigSpace, Identity, InterruptPin, Msix, MsixPlace,
@@ -134,6 +135,54 @@ impl<M: DeviceMemory> VirtioPci<M> {
         sink: impl MsiSink + 'static,
     ) -> VirtioPciBuilder<M> {
         VirtioPciBuilder { parts: Parts::new(device, memory), sink: Arc::new(sink), doorbells: None }
+    }
+
+    /// Brings the device to rest until [`resume`](Self::resume), as [`VirtioMmio::pause`](super::VirtioMmio::pause) does.
+    pub fn pause(&mut self) {
+        self.control.pause();
+    }
+
+    /// Goes on after a [`pause`](Self::pause) or [`restore`](Self::restore), and looks at each queue once.
+    ///
+    /// # Errors
+    /// If the executor cannot: the driver is told that the device needs a reset.
+    pub fn resume(&mut self) -> std::io::Result<()> {
+        self.control.resume()
+    }
+
+    /// The state of a device that is paused, or that no driver has started.
+    ///
+    /// # Errors
+    /// [`VirtioStateError::Running`], and [`VirtioStateError::Unsupported`] if the device is of a kind that cannot be saved.
+    pub fn save(&self) -> Result<VirtioPciState, VirtioStateError> {
+        let device = self.control.save()?;
+        let (config_vector, queue_vectors, isr) = self.vectors.saved();
+        let (config, msix) = (self.config.state(), self.vectors.msix().state());
+        Ok(VirtioPciState { config, msix, config_vector, queue_vectors, isr, device })
+    }
+
+    /// Goes on from a saved state when it is [resumed](Self::resume): before the guest runs, with its RAM in place. The bridge does not know
+    /// before it is told: [`HostBridge::restore`](crate::pci::HostBridge::restore), or
+    /// [`refresh`](crate::pci::HostBridge::refresh). A pin that was asserted is so again.
+    ///
+    /// # Errors
+    /// If it is a state of another device, one that none can be in, or the host refuses what the device needs; nothing has
+    /// changed.
+    pub fn restore(&mut self, state: &VirtioPciState) -> Result<(), VirtioStateError> {
+        let VirtioPciState { config, msix, config_vector, queue_vectors, isr, device } = state;
+        self.vectors.check(*config_vector, queue_vectors, *isr)?;
+        self.vectors.msix().check(msix)?;
+        let ours = self.config.state();
+        self.config.restore(config)?;
+        if let Err(error) = self.control.restore(device) {
+            // What was there a moment ago can be.
+            self.config.restore(&ours)?;
+            return Err(error);
+        }
+        // It has been checked.
+        self.vectors.msix().restore(msix, &self.config)?;
+        self.vectors.restore(*config_vector, queue_vectors, *isr);
+        Ok(())
     }
 
     /// What the window of configuration space looks at, if the driver has set it up: BAR, offset, and how many of its data's

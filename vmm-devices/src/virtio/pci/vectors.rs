@@ -5,9 +5,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use crate::error::StateError;
 use crate::interrupt::InterruptLine;
 use crate::pci::{ConfigSpace, Msix};
 use crate::virtio::control::{Causes, Signal};
+
+const DEVICE: &str = "virtio over PCI";
 
 /// VIRTIO_MSI_NO_VECTOR.
 pub(super) const NO_VECTOR: u16 = 0xffff;
@@ -78,6 +81,35 @@ impl Vectors {
     /// A driver that asks for a vector that there is not reads NO_VECTOR back (4.1.5.1.2.1).
     fn allowed(&self, vector: u16) -> u16 {
         if vector < self.msix.vectors() { vector } else { NO_VECTOR }
+    }
+
+    /// The vectors of the configuration and of each queue, and the ISR status.
+    pub(super) fn saved(&self) -> (u16, Vec<u16>, u8) {
+        let queues = self.queues.iter().map(|vector| vector.load(Ordering::SeqCst));
+        (self.config(), queues.collect(), self.causes.get())
+    }
+
+    /// Whether these can be restored.
+    pub(super) fn check(&self, config: u16, queues: &[u16], isr: u8) -> Result<(), StateError> {
+        let allowed = "those of the function's vectors, or 0xffff";
+        for vector in queues.iter().chain([&config]) {
+            let valid = self.allowed(*vector) == *vector;
+            StateError::check(valid, DEVICE, "vector", *vector, allowed)?;
+        }
+        let same = queues.len() == self.queues.len();
+        StateError::check(same, DEVICE, "number of queue_vectors", queues.len() as u64, "that of queues")?;
+        let known = isr & !(Causes::USED | Causes::CONFIG) == 0;
+        StateError::check(known, DEVICE, "isr", isr, "bits 0 and 1")
+    }
+
+    /// Goes on with those, which were checked; MSI-X was restored before.
+    pub(super) fn restore(&self, config: u16, queues: &[u16], isr: u8) {
+        self.set_config(config);
+        for (place, vector) in self.queues.iter().zip(queues) {
+            place.store(self.allowed(*vector), Ordering::SeqCst);
+        }
+        self.causes.mute(self.msix.is_enabled());
+        self.causes.raise_if(isr, &|| true);
     }
 
     /// The causes so far; the driver has read them, which lets go of the pin.

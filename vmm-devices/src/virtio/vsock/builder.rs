@@ -174,6 +174,6 @@ impl VsockBuilder {
             rate,
             metrics,
         };
-        Ok(Vsock { setup: Arc::new(setup), shared: Arc::new(Shared::new(closer)) })
+        Ok(Vsock { setup: Arc::new(setup), shared: Arc::new(Shared::new(closer)), restored: false })
     }
 }

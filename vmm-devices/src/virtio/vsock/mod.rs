@@ -121,6 +121,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 pub use broker::{Broker, BrokerHandle, Credentials};
 pub use builder::VsockBuilder;
@@ -135,10 +136,12 @@ use shared::{Setup, Shared};
 use worker::VsockWorker;
 
 use super::device::{ActivateError, Activation, DeviceMemory, DeviceType, VirtioDevice, Worker};
+use super::state::DeviceState;
 use crate::channel::Refusal;
 #[cfg(doc)]
 use crate::channel::{Gatekeeper, VsockConnect, VsockListen};
 use crate::clock::Clock;
+use crate::error::StateError;
 
 /// The context identifier of the host (5.10.4).
 pub const HOST_CID: u32 = 2;
@@ -244,6 +247,8 @@ pub enum VsockError {
 pub struct Vsock {
     setup: Arc<Setup>,
     shared: Arc<Shared>,
+    /// The driver is somewhere else than it was, and is to hear of that.
+    restored: bool,
 }
 
 impl fmt::Debug for Vsock {
@@ -296,6 +301,9 @@ impl<M: DeviceMemory> VirtioDevice<M> for Vsock {
         if let Some(rate) = &self.setup.rate {
             rate.register(&activation.doorbells);
         }
+        if std::mem::take(&mut self.restored) {
+            self.shared.reset_due.store(true, Ordering::SeqCst);
+        }
         self.shared.connect(Some(activation.doorbells));
         if let Some(fabric) = &self.setup.fabric {
             fabric.attend(true);
@@ -309,6 +317,21 @@ impl<M: DeviceMemory> VirtioDevice<M> for Vsock {
         if let Some(fabric) = &self.setup.fabric {
             fabric.attend(false);
         }
+        self.restored = false;
+    }
+
+    /// Sockets are this host's: where it goes on there is none of its connections.
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Stateless)
+    }
+
+    /// The identifier may be another one, which the driver reads again when it is told of the reset.
+    fn restore(&mut self, state: &DeviceState, _features: u64) -> Result<(), StateError> {
+        if *state != DeviceState::Stateless {
+            return Err(state.of_another("socket device"));
+        }
+        self.restored = true;
+        Ok(())
     }
 }
 

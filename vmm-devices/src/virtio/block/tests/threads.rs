@@ -231,6 +231,7 @@ fn a_host_that_takes_no_more_is_asked_again_soon() {
             ended.extend(self.0.take().map(|tag| JobEnd { tag, result: Ok(()) }));
             Progress::Idle
         }
+        fn drain(&mut self) {}
         fn cancel(&mut self) {}
     }
     struct Disk;
@@ -267,6 +268,9 @@ fn what_is_under_way_is_bounded_and_all_is_served() {
                 ended.extend(jobs.drain(..).map(|job| JobEnd { tag: job.tag, result: Ok(()) }));
             }
             Progress::Idle
+        }
+        fn drain(&mut self) {
+            self.0.lock().unwrap().1 = true;
         }
         fn cancel(&mut self) {
             self.0.lock().unwrap().0.clear();
