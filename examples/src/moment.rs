@@ -18,7 +18,7 @@ pub struct Moment {
     /// Instructions with REP of which some iterations were to come.
     pub repeats: u32,
     /// Requests of devices that were in flight.
-    pub requests: u32,
+    pub requests: u64,
 }
 
 /// What the line that tells of a moment begins with.
@@ -68,14 +68,14 @@ impl FromStr for Moment {
         let mut moment = Self::default();
         for part in text.split(", ") {
             let (name, count) = part.split_once(' ').ok_or_else(|| format!("{part:?} is no count"))?;
-            let field = match name {
-                "running" => &mut moment.running,
-                "interrupts" => &mut moment.interrupts,
-                "repeats" => &mut moment.repeats,
-                "requests" => &mut moment.requests,
+            let count: u32 = count.parse().map_err(|_| format!("{count:?} is no number"))?;
+            match name {
+                "running" => moment.running = count,
+                "interrupts" => moment.interrupts = count,
+                "repeats" => moment.repeats = count,
+                "requests" => moment.requests = count.into(),
                 _ => return Err(format!("{name:?} is none of a moment's counts")),
-            };
-            *field = count.parse().map_err(|_| format!("{count:?} is no number"))?;
+            }
         }
         Ok(moment)
     }

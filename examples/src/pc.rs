@@ -4,7 +4,8 @@
 //! backend just local APICs and a sink for messages.
 
 use std::fmt;
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read as _, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -14,7 +15,8 @@ use vmm_cpu::{MsiMessage, MsiSink, VcpuHandle, VcpuIo};
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, BIOS_AREA};
 use vmm_devices::pci::{HostBridge, PciLayout};
 use vmm_devices::platform::{
-    AcpiPm, DebugExit, I8042, IoApic, Pic, Pit, PlatformEvent, Rtc, Uart16550, ports,
+    AcpiPm, DebugExit, I8042, IoApic, Pic, Pit, PlatformEvent, Rtc, Uart16550, VM_GENERATION_SIZE,
+    VmGeneration, ports,
 };
 use vmm_devices::{BusDevice, BusRange, Clock, InterruptLine, MmioBus, PioBus, Timed};
 use vmm_memory::GuestRam;
@@ -22,6 +24,11 @@ use vmm_memory::vm_memory::GuestAddress;
 
 use crate::guest_command::SerialPort;
 use crate::pc_state::Still;
+
+/// Where the generation of the machine is: at the end of what a BIOS has, which no kernel takes for RAM.
+const GENERATION: GuestAddress = GuestAddress(BIOS_AREA.end - VM_GENERATION_SIZE);
+/// The input of the I/O APIC by which the guest hears of another one; no device of a PC here has it.
+const GENERATION_INPUT: u32 = 10;
 
 /// How a guest ended its machine.
 pub type End = PlatformEvent;
@@ -329,6 +336,17 @@ impl Pc {
         Ok(HostBridge::builder(layout, &self.mmio, &self.pio).interrupts(lines).build()?)
     }
 
+    /// Gives the machine another generation: it goes on from a state that others may go on from, too.
+    ///
+    /// # Errors
+    /// If `ram` has no memory where it is.
+    pub fn renew_generation(&self, ram: &GuestRam) -> Result<()> {
+        let mut number = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut number).context("/dev/urandom")?;
+        let line = self.io_apic.line(GENERATION_INPUT)?;
+        Ok(VmGeneration::new(ram.address_space(), GENERATION, line)?.renew(u128::from_ne_bytes(number))?)
+    }
+
     /// Writes the ACPI tables that describe the machine, with what `further` adds; where the root pointer is.
     ///
     /// # Errors
@@ -339,10 +357,11 @@ impl Pc {
         further: impl FnOnce(AcpiBuilder) -> AcpiBuilder,
     ) -> Result<GuestAddress> {
         let builder = AcpiBuilder::new(0..vcpus)
+            .vm_generation(GENERATION, GENERATION_INPUT)
             .device(AcpiDevice::serial("COM1", 0, ports::COM1, ports::COM1_IRQ))
             .device(AcpiDevice::serial("COM2", 1, ports::COM2, ports::COM2_IRQ))
             .device(AcpiDevice::rtc());
-        let tables = further(builder).build(BIOS_AREA).context("ACPI tables")?;
+        let tables = further(builder).build(BIOS_AREA.start..GENERATION.0).context("ACPI tables")?;
         tables.write_to(ram)?;
         Ok(tables.rsdp())
     }

@@ -105,7 +105,7 @@ fn main() {
     let number = |at: usize| arguments.get(at).and_then(|text| text.parse().ok()).expect("ROUNDS THREADS [DISK]");
     let (rounds, threads): (u64, u64) = (number(1), number(2));
     let digests = thread::scope(|scope| {
-        let disk = arguments.get(3).map(|path| scope.spawn(move || disk(path, rounds / 4)));
+        let disk = arguments.get(3).map(|path| scope.spawn(move || disk(path, rounds)));
         let others: Vec<_> = (0..threads).map(|thread| scope.spawn(move || memory(thread, rounds))).collect();
         let mut digests: Vec<u64> =
             others.into_iter().map(|thread| thread.join().expect("a thread")).collect();

@@ -16,6 +16,9 @@ use vmm_examples::moment::{Moment, SAVED};
 /// The program for the guest, which the build made.
 const DIGEST: &str = env!("DIGEST_GUEST");
 
+/// Bytes of a disk.
+const DISK: usize = 4 << 20;
+
 #[derive(Parser)]
 struct Options {
     /// What runs the guest: backends by turns, of which each goes on from what the one before has saved.
@@ -30,6 +33,9 @@ struct Options {
     /// Milliseconds that it runs at most before it is saved.
     #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u64).range(20..))]
     longest: u64,
+    /// Gives it a disk to compute over as well, on that transport.
+    #[arg(long, value_name = "mmio|pci")]
+    disk: Option<String>,
     /// Rounds that the guest computes; unless given, as many as take it as long as the runs, as far as can be foreseen.
     #[arg(long)]
     rounds: Option<u64>,
@@ -63,7 +69,24 @@ impl Soak {
         let threads = options.cpus.to_string();
         // On this machine a round takes a quarter of a millisecond; in a guest, whose vCPUs share what there is, more.
         let rounds = options.rounds.unwrap_or(2000 + 2 * u64::from(options.saves) * options.longest);
-        let native = Command::new(DIGEST).args([&rounds.to_string(), &threads]).output()?;
+        // A copy for this machine, and the guest's; what is in them is the same.
+        let (here, there) = (self.directory.join("disk-here"), self.directory.join("disk"));
+        for path in [&here, &there] {
+            std::fs::write(path, (0..DISK).map(|at| (at / 7) as u8).collect::<Vec<_>>())?;
+        }
+        let mut native = Command::new(DIGEST);
+        native.args([&rounds.to_string(), &threads]);
+        let mut devices = Vec::new();
+        if let Some(transport) = &options.disk {
+            native.arg(&here);
+            devices.extend([
+                "--transport".into(),
+                transport.into(),
+                "--disk".into(),
+                there.as_os_str().to_owned(),
+            ]);
+        }
+        let native = native.output()?;
         ensure!(native.status.success(), "digest: {}", String::from_utf8_lossy(&native.stderr));
         let expected = native.stdout;
         println!(
@@ -80,13 +103,14 @@ impl Soak {
             let milliseconds = random.u64(10..=options.longest);
             let (from, to) = (self.snapshot(saves), self.snapshot(saves + 1));
             let mut command = Command::new(&self.linux);
-            command.args(["--backend", backend, "--seconds", "600"]).args(&options.arguments);
+            command.args(["--backend", backend, "--seconds", "600"]).args(&devices).args(&options.arguments);
             if saves == 0 {
                 if options.backend.len() > 1 && backend == "translate" {
                     // For KVM without virtualization hardware to go on with.
                     command.arg("--host-tsc");
                 }
-                let line = format!("/root/digest {rounds} {threads}");
+                let disk = if options.disk.is_some() { " /dev/vda" } else { "" };
+                let line = format!("/root/digest {rounds} {threads}{disk}");
                 command.args([
                     "--cpus",
                     &threads,
@@ -128,6 +152,11 @@ impl Soak {
             println!("in the middle of {what}: {count}");
         }
         let same = output == expected;
+        if options.disk.is_some() {
+            let disks = std::fs::read(&here)? == std::fs::read(&there)?;
+            println!("disks: {}", if disks { "the same" } else { "different" });
+            ensure!(disks, "the disk is another");
+        }
         println!("digests: {}", if same { "the same" } else { "different" });
         if saves < options.saves {
             println!("the guest ended before the last save: more --rounds are needed");

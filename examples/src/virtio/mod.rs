@@ -7,12 +7,14 @@ mod console;
 mod doorbells;
 mod network;
 mod port;
+mod saved;
 mod vsock;
 
 pub use console::VirtioConsole;
 pub use doorbells::KernelDoorbells;
 pub use network::{Network, Place};
 pub use port::NamedPort;
+pub use saved::DeviceStates;
 pub use vsock::VsockOptions;
 
 use std::error::Error;
@@ -32,6 +34,7 @@ use vmm_devices::ivshmem::{Ivshmem, Member};
 use vmm_devices::pci::PciLayout;
 use vmm_devices::virtio::block::{self, RawFile};
 use vmm_devices::virtio::console::{Console, MAX_PORTS};
+use vmm_devices::virtio::metrics::DeviceMetrics;
 use vmm_devices::virtio::{
     Balloon, Block, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio, VirtioPci,
 };
@@ -44,6 +47,7 @@ use crate::ivshmem::{Mapper, SharedRegion};
 use crate::metrics::{Exporter, Sources};
 use crate::pc::{Output, Pc};
 use crate::policy::lock_image;
+use saved::Attached;
 
 /// How the guest finds the devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -103,6 +107,7 @@ pub struct VirtioDevices {
     /// By which they say how long requests took.
     clock: Arc<dyn Clock>,
     figures: Sources,
+    disks: Vec<Arc<DeviceMetrics>>,
     /// Who is asked before a channel opens.
     gatekeeper: Gatekeeper,
     on_failure: Option<OnFailure>,
@@ -110,8 +115,12 @@ pub struct VirtioDevices {
 
 /// What goes on as long as the machine does.
 #[must_use]
-#[expect(dead_code, reason = "its thread ends when it is dropped")]
-pub struct Served(Option<LoopThread>);
+pub struct Served {
+    attached: Attached,
+    disks: Vec<Arc<DeviceMetrics>>,
+    /// It ends when it is dropped.
+    _thread: Option<LoopThread>,
+}
 
 impl VirtioDevices {
     /// None yet. A thread of their own serves them, or, for runs that can be had again, the vCPU's.
@@ -132,6 +141,7 @@ impl VirtioDevices {
             served_by,
             clock,
             figures: Sources::default(),
+            disks: Vec::new(),
             gatekeeper: Gatekeeper::new(AllowAll),
             on_failure: None,
         })
@@ -175,7 +185,9 @@ impl VirtioDevices {
         let name = path.file_name().map(|name| name.as_encoded_bytes().to_vec()).unwrap_or_default();
         let serial = name.get(..name.len().min(block::ID_BYTES)).unwrap_or_default();
         let device = Block::builder(Arc::new(file)).read_only(*read_only).serial(serial);
-        let device = device.metrics(self.figures.device("block"), Arc::clone(&self.clock));
+        let figures = self.figures.device("block");
+        self.disks.push(Arc::clone(&figures));
+        let device = device.metrics(figures, Arc::clone(&self.clock));
         let device = device.build().with_context(|| format!("disk {shown}"))?;
         self.add(format!("disk {shown}"), "virtio_blk", Box::new(device))
     }
@@ -365,7 +377,7 @@ impl VirtioDevices {
         ram: &GuestRam,
         exporter: Option<Exporter>,
     ) -> Result<Served> {
-        let Self { transport, devices, regions, served_by, figures, on_failure, .. } = self;
+        let Self { transport, devices, regions, served_by, figures, disks, on_failure, .. } = self;
         let failed = |name: &str| failed(name, on_failure.as_ref());
         let executor = || -> Arc<dyn Executor> {
             match &served_by {
@@ -374,8 +386,9 @@ impl VirtioDevices {
             }
         };
         let kernel = vm.doorbells().map(KernelDoorbells);
-        match transport {
+        let attached = match transport {
             Transport::Mmio => {
+                let mut attached = Vec::new();
                 for ((_, base, input), Device { name, device, .. }) in places().zip(devices) {
                     let transport = VirtioMmio::builder(device, ram.address_space(), pc.io_apic_line(input)?);
                     let mut transport = transport.executor(executor()).on_failure(failed(&name));
@@ -383,19 +396,24 @@ impl VirtioDevices {
                         transport = transport.doorbells(GuestAddress(base), kernel.clone());
                     }
                     let transport = Arc::new(Mutex::new(transport.build()?));
-                    pc.attach_mmio(&name, BusRange::new(base, PAGE), transport)?;
+                    pc.attach_mmio(&name, BusRange::new(base, PAGE), transport.clone())?;
+                    attached.push(transport);
                 }
+                Attached::Mmio(attached)
             }
             Transport::Pci => {
                 let (layout, inputs) = pci();
                 let bridge = pc.add_pci(layout, inputs)?;
+                let (mut functions, mut seats) = (Vec::new(), Vec::new());
                 for Device { name, device, .. } in devices {
                     let function = VirtioPci::builder(device, ram.address_space(), pc.message_sink());
                     let mut function = function.executor(executor()).on_failure(failed(&name));
                     if let Some(kernel) = &kernel {
                         function = function.doorbells(kernel.clone());
                     }
-                    bridge.add(Arc::new(Mutex::new(function.build()?))).with_context(|| name)?;
+                    let function = Arc::new(Mutex::new(function.build()?));
+                    bridge.add(function.clone()).with_context(|| name)?;
+                    functions.push(function);
                 }
                 for member in regions {
                     let name = format!("region {}", member.region());
@@ -405,12 +423,15 @@ impl VirtioDevices {
                     if let Some(kernel) = &kernel {
                         function = function.doorbells(kernel.clone());
                     }
-                    bridge.add(Arc::new(Mutex::new(function.build()?))).with_context(|| name)?;
+                    let function = Arc::new(Mutex::new(function.build()?));
+                    bridge.add(function.clone()).with_context(|| name)?;
+                    seats.push(function);
                 }
+                Attached::Pci { bridge, functions, regions: seats }
             }
-        }
+        };
         exporter.map(|exporter| exporter.serve(figures)).transpose()?;
-        Ok(Served(served_by))
+        Ok(Served { attached, disks, _thread: served_by })
     }
 }
 

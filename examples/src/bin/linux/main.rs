@@ -87,9 +87,8 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let hypervisor = choose(options, &options.backend)?;
     let endpoint = options.debug.endpoint(options.rerun.is_deterministic())?;
     ensure!(
-        !options.snapshot.are_given()
-            || !options.rerun.is_deterministic() && options.wanted_transport().is_none(),
-        "--snapshot-to and --restore-from go with no deterministic run and no virtio devices"
+        !options.snapshot.are_given() || !options.rerun.is_deterministic(),
+        "--snapshot-to and --restore-from go with no deterministic run"
     );
     let restored = options.snapshot.restored()?;
     let rerun = Rerun::open(&options.rerun, options.cpus)?;
@@ -158,12 +157,11 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let one_clock = options.rerun.is_deterministic() || endpoint.is_some();
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
-    let _served = devices.map(|devices| devices.attach(&pc, &vm, &ram, exporter)).transpose()?;
+    let served = devices.map(|devices| devices.attach(&pc, &vm, &ram, exporter)).transpose()?;
     let mut check = None;
     if let Some(restored) = &restored {
         tell_time(Arc::clone(&pc))?;
-        restored.finish()?;
-        restored.pc(&pc)?;
+        restored.machine(&pc, served.as_ref(), &ram)?;
         check = restored.check_beside(&watch)?;
     }
     if options.rerun.is_deterministic() {
@@ -269,6 +267,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     if let (Ok(End::Snapshot), Some(saving)) = (&end, saving) {
         let vcpus = &mut *vcpus;
         let machine = Saved {
+            devices: served.as_ref(),
             hypervisor: &*hypervisor,
             config: &config,
             vm: &*vm,

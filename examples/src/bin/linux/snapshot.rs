@@ -16,6 +16,7 @@ use vmm_examples::moment::{Moment, SAVED};
 use vmm_examples::pc::Pc;
 use vmm_examples::pc_state::PcState;
 use vmm_examples::terminal;
+use vmm_examples::virtio::Served;
 use vmm_memory::GuestRam;
 use vmm_memory::snapshot::mirror::{Family, VersionMap, Versionize, VersionizeResult};
 use vmm_memory::snapshot::{LazyRam, RamOptions, Snapshot, SnapshotError, SnapshotWriter, StateFormat};
@@ -102,6 +103,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) vm: &'a dyn Vm,
     pub(crate) vcpus: &'a mut [Box<dyn Vcpu>],
     pub(crate) pc: &'a Pc,
+    pub(crate) devices: Option<&'a Served>,
     pub(crate) ram: &'a GuestRam,
     pub(crate) session: &'a Session,
 }
@@ -152,9 +154,10 @@ impl Saving {
     /// Writes the machine, whose vCPUs stand still.
     pub(crate) fn finish(mut self, machine: Machine<'_>, watch: &Watch) -> Result<()> {
         let started = Instant::now();
-        let Machine { hypervisor, config, vm, vcpus, pc, ram, session } = machine;
+        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session } = machine;
         let writer = &mut self.writer;
-        // Nothing of the platform comes to a vCPU that has been saved.
+        // Nothing of the platform and its devices comes to a vCPU that has been saved.
+        let finished = devices.map_or(0, Served::pause);
         let still = pc.still();
         let session = match session {
             // Its input is in the guest.
@@ -172,6 +175,11 @@ impl Saving {
             moment.add(&mut **vcpu, &state, ram);
         }
         writer.put("vm", &vm.save()?)?;
+        if let Some(devices) = devices {
+            let states = devices.states()?;
+            states.put(writer)?;
+            moment.requests = finished + Served::carried(&states);
+        }
         pc.state(&still).put(writer)?;
         // The process has confined itself to the threads that it has.
         let options = RamOptions::new().packed(self.packed).threads(NonZeroUsize::MIN);
@@ -222,12 +230,17 @@ impl Restored {
         })
     }
 
-    /// Nothing of the snapshot is left.
-    pub(crate) fn finish(&self) -> Result<()> {
-        Ok(self
-            .snapshot
-            .finish()
-            .context("--restore-from: other devices are given than it was saved with")?)
+    /// Makes platform and devices what they were, if they are those that the snapshot has.
+    pub(crate) fn machine(&self, pc: &Pc, devices: Option<&Served>, ram: &GuestRam) -> Result<()> {
+        let states = devices.map(|devices| devices.get(&self.snapshot)).transpose();
+        let states = states.and_then(|states| self.snapshot.finish().map(|()| states).map_err(Into::into));
+        let states = states.context("--restore-from: other devices are given than it was saved with")?;
+        pc.restore(&self.pc)?;
+        if let (Some(devices), Some(states)) = (devices, states) {
+            devices.restore(&states)?;
+            devices.resume()?;
+        }
+        pc.renew_generation(ram)
     }
 
     pub(crate) fn ram(&self, load: impl FnOnce(u64) -> Result<GuestRam>) -> Result<GuestRam> {
@@ -254,10 +267,6 @@ impl Restored {
     pub(crate) fn vcpus(&self, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
         let restore = |(index, state)| vm.restore_vcpu(index, state).with_context(|| format!("cpu/{index}"));
         (0..).zip(&self.cpus).map(restore).collect()
-    }
-
-    pub(crate) fn pc(&self, pc: &Pc) -> Result<()> {
-        pc.restore(&self.pc)
     }
 
     /// Starts the thread that gives RAM as it is touched, if it is to come so. It ends with what is returned.
