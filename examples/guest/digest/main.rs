@@ -86,7 +86,7 @@ fn disk(path: &str, rounds: u64) -> u64 {
     // O_DIRECT wants whole pages.
     let mut memory = vec![0_u8; 2 * BLOCK];
     let start = memory.as_ptr().align_offset(4096);
-    for _ in 0..rounds {
+    for round in 0..rounds {
         let block = &mut memory[start..start + BLOCK];
         let place = |numbers: &mut Numbers| (numbers.below((DISK as usize) / BLOCK) * BLOCK) as u64;
         disk.read_exact_at(block, place(&mut numbers)).expect("reading the disk");
@@ -96,6 +96,10 @@ fn disk(path: &str, rounds: u64) -> u64 {
         block[..8].copy_from_slice(&digest.to_le_bytes());
         numbers.0 ^= digest | 1;
         disk.write_all_at(block, place(&mut numbers)).expect("writing the disk");
+        // That takes a while.
+        if round % 8 == 0 {
+            disk.sync_data().expect("flushing the disk");
+        }
     }
     digest
 }
