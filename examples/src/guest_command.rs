@@ -231,7 +231,7 @@ fn run_archive(session: &Session, hardware: Hardware<'_>) -> Result<Archive> {
         ("control", SerialPort::Control),
     ];
     set.extend(ports.map(|(name, port)| (name, wiring.device(port, session).to_owned())));
-    if is_saved && wiring != Wiring::PvConsole {
+    if is_saved {
         set.push(("saved", "yes".to_owned()));
     }
     if wiring == Wiring::PvConsole {

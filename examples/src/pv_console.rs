@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::io::Write;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_cpu::xen_pv::{ConsoleSink, ConsoleSource};
 
@@ -26,14 +26,30 @@ pub struct PvConsole {
     marked: bool,
     /// Whether the user sees everything.
     verbatim: bool,
-    line: Vec<u8>,
+    line: PvLine,
+}
+
+/// What has come of a line of the console that has not ended. A clone is the same.
+#[derive(Clone, Debug, Default)]
+pub struct PvLine(Arc<Mutex<Vec<u8>>>);
+
+impl PvLine {
+    /// The bytes, for a console in another process that goes on from here.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl fmt::Debug for PvConsole {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PvConsole")
             .field("marked", &self.marked)
-            .field("line", &self.line.len())
+            .field("line", &self.line)
             .finish_non_exhaustive()
     }
 }
@@ -45,12 +61,25 @@ impl PvConsole {
             outputs: Mutex::new(SerialPort::ALL.map(|port| (port, output(port))).into()),
             marked: !matches!(session, Session::Shell(_)),
             verbatim: !matches!(session, Session::Command { .. }),
-            line: Vec::new(),
+            line: PvLine::default(),
         }
     }
 
+    /// Goes on in the middle of a line, of which no more is taken than a line may have.
+    #[must_use]
+    pub fn begun(self, line: &[u8]) -> Self {
+        *self.line.lock() = line.get(..LONGEST - 1).unwrap_or(line).to_vec();
+        self
+    }
+
+    /// The line that has begun.
+    #[must_use]
+    pub fn line(&self) -> PvLine {
+        self.line.clone()
+    }
+
     fn send(&self, port: SerialPort, bytes: &[u8]) {
-        let mut outputs = self.outputs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
         for (_, output) in outputs.iter_mut().filter(|(other, _)| *other == port) {
             // Whoever made it hears of what cannot be written.
             if let Err(error) = output.write_all(bytes) {
@@ -70,18 +99,21 @@ impl PvConsole {
         }
     }
 
-    fn take(&mut self, bytes: &[u8]) {
+    fn take(&self, bytes: &[u8]) {
         for &byte in bytes {
+            let mut begun = self.line.lock();
             if byte == b'\n' {
-                let line = std::mem::take(&mut self.line);
+                let line = std::mem::take(&mut *begun);
+                drop(begun);
                 self.take_line(&line);
-            } else {
-                self.line.push(byte);
-                if self.line.len() >= LONGEST {
-                    let line = std::mem::take(&mut self.line);
-                    if !self.verbatim {
-                        self.send(SerialPort::Console, &line);
-                    }
+                continue;
+            }
+            begun.push(byte);
+            if begun.len() >= LONGEST {
+                let line = std::mem::take(&mut *begun);
+                drop(begun);
+                if !self.verbatim {
+                    self.send(SerialPort::Console, &line);
                 }
             }
         }
@@ -126,8 +158,6 @@ fn decode(text: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, MutexGuard};
-
     use super::*;
     use crate::guest_command::Screen;
 

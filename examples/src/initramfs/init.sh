@@ -19,8 +19,11 @@ fi
 echo "${mark}init" >"$control"
 if [ -n "$saved" ]; then
     # For programs that want that; they go on in another process of the host's, which says what time it is. Nobody waits for who listens.
-    printf '#!/bin/sh\necho snapshot >%s\n' "$control" >/bin/snapshot
+    printf '#!/bin/sh\necho "%ssnapshot" >%s\n' "$mark" "$control" >/bin/snapshot
     chmod +x /bin/snapshot
+fi
+# A paravirtual guest has the time from its hypervisor.
+if [ -n "$saved" ] && [ -z "$shared" ]; then
     stty -F "$control" -echo
     (while read -r word seconds; do
         [ "$word" != clock ] || date -s "@$seconds"

@@ -90,7 +90,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         !options.snapshot.are_given() || !options.rerun.is_deterministic(),
         "--snapshot-to and --restore-from go with no deterministic run"
     );
-    let restored = options.snapshot.restored()?;
+    let restored = options.snapshot.restored(true)?;
     let rerun = Rerun::open(&options.rerun, options.cpus)?;
     let session = match (&restored, rerun.session()) {
         (Some(restored), _) => restored.session.clone(),
@@ -272,9 +272,10 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
             config: &config,
             vm: &*vm,
             vcpus,
-            pc: &pc,
+            pc: Some(&pc),
             ram: &ram,
             session: &session,
+            line: Vec::new(),
         };
         saving.finish(machine, &watch)?;
     }

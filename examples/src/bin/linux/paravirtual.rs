@@ -2,24 +2,25 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use vmm_cpu::xen_pv::abi::sched::ShutdownReason;
 use vmm_cpu::xen_pv::builder::PvBoot;
-use vmm_cpu::xen_pv::{self, DomainDevices, XenPvHypervisor};
+use vmm_cpu::xen_pv::{self, DomainDevices, XenPvHypervisor, XenPvVm};
 use vmm_cpu::{CpuModel, EmptyBus, Error, Hypervisor, VcpuIo, VcpuThreads, Vm as _, VmConfig};
-use vmm_examples::guest_command::{Session, Wiring};
+use vmm_examples::guest_command::{Hardware, Session, Wiring};
 use vmm_examples::pv_console::PvConsole;
 use vmm_examples::terminal::RawMode;
 use vmm_memory::boot::KernelImage;
 use vmm_memory::vm_memory::GuestAddress;
 use vmm_memory::{GuestRam, RegionConfig};
 
-use crate::end::{Memory, conclude, end_by};
+use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
 use crate::options::{Options, session};
+use crate::snapshot::Machine;
 use crate::watch::{StopSign, Watch, alarm, read_keys};
 use crate::{TSC_KHZ, choose, confine};
 
@@ -47,30 +48,50 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
         options.engine.strip_suffix("-shim").map_or((&*options.engine, false), |name| (name, true));
     let engine: Arc<dyn Hypervisor> = Arc::from(choose(options, below)?);
     let hypervisor = XenPvHypervisor::new(Arc::clone(&engine))?.shim(shim);
-    let session = session(options)?;
-    let guest = Guest::get(options, &session, Wiring::PvConsole.into(), TSC_KHZ)?;
-
+    let restored = options.snapshot.restored(false)?;
+    let session = match &restored {
+        Some(restored) => restored.session.clone(),
+        None => session(options)?,
+    };
     // Without the hole that a PC has below 4 GiB.
-    let whole = options.ram.apply_to_region(RegionConfig::new(GuestAddress(0), options.memory << 20));
-    let ram = GuestRam::builder().region(whole).build()?;
-    let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
-    let mut boot =
-        PvBoot::new(&kernel).with_context(|| guest.name())?.command_line(guest.command_line.trim());
-    if let Some(initrd) = &guest.initrd {
-        boot = boot.initrd(initrd);
-    }
-    let mut config = VmConfig::new(CpuModel::Host).vcpus(options.cpus);
-    if hypervisor.capabilities().tsc_scaling {
-        config.clock.tsc_khz = Some(TSC_KHZ);
-    }
+    let new_ram = |bytes| -> Result<GuestRam> {
+        let whole = options.ram.apply_to_region(RegionConfig::new(GuestAddress(0), bytes));
+        Ok(GuestRam::builder().region(whole).build()?)
+    };
+    let ram = match &restored {
+        Some(restored) => restored.ram(new_ram)?,
+        None => new_ram(options.memory << 20)?,
+    };
+    let config = match &restored {
+        Some(restored) => restored.config.clone(),
+        None => config(&hypervisor, options),
+    };
+    let saving = options.snapshot.saving()?;
     let stop = Arc::new(StopSign::default());
-    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started, None, false));
+    let heard = restored.as_ref().map(|restored| restored.heard.clone());
+    let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started, heard, saving.is_some()));
+    let lazy = restored.as_ref().map(|restored| restored.give(&ram)).transpose()?;
     let console = PvConsole::new(&session, |port| Watch::port(&watch, port));
-    let vm = hypervisor.create_domain(&config, &ram, DomainDevices::default().console(console))?;
-    vm.boot(&boot).with_context(|| guest.name())?;
-    let with_nothing = |index| Ok((vm.create_vcpu(index)?, Box::new(EmptyBus) as Box<dyn VcpuIo + Send>));
-    let vcpus = (0..options.cpus).map(with_nothing).collect::<Result<Vec<_>, Error>>()?;
-    let threads = VcpuThreads::spawn(vcpus)?;
+    let console = console.begun(restored.as_ref().map_or(&[], |restored| &restored.line));
+    let line = console.line();
+    let devices = DomainDevices::default().console(console);
+    let (vm, vcpus) = match &restored {
+        Some(restored) => {
+            restored.finish()?;
+            let vm = hypervisor.restore_domain(&config, &ram, devices, &restored.vm)?;
+            let vcpus = restored.vcpus(&*vm)?;
+            (vm, vcpus)
+        }
+        None => {
+            let vm = hypervisor.create_domain(&config, &ram, devices)?;
+            boot(&vm, options, &session)?;
+            let vcpus =
+                (0..options.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, Error>>()?;
+            (vm, vcpus)
+        }
+    };
+    let with_nothing = |vcpu| (vcpu, Box::new(EmptyBus) as Box<dyn VcpuIo + Send>);
+    let threads = VcpuThreads::spawn(vcpus.into_iter().map(with_nothing).collect())?;
     let pause = threads.pause_handle();
     stop.reaches(move || pause.pause());
     let raw = if matches!(session, Session::Shell(_)) { RawMode::enter()? } else { None };
@@ -78,14 +99,34 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
         let domain = Arc::clone(vm.domain()?);
         read_keys(move |keys| domain.console_input(keys), &watch, raw.is_some())?;
     }
+    let check = restored.as_ref().map(|restored| restored.check_beside(&watch)).transpose()?.flatten();
     let time_is_up = alarm(options.seconds, &stop)?;
+    let snapshot_is_due = options.snapshot.moment(&stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
     confine(&*engine, inherited, options)?;
 
+    watch.begin();
     threads.resume();
-    let mut end = end_by(threads.wait(None), None, &watch, &time_is_up, &AtomicBool::new(false));
-    let vcpus = threads.stop();
-    drop(raw);
+    if let Some(check) = check {
+        check.send(())?;
+    }
+    let mut end = end_by(threads.wait(None), None, &watch, &time_is_up, &snapshot_is_due);
+    let mut vcpus = threads.stop();
+    if let (Ok(End::Snapshot), Some(saving)) = (&end, saving) {
+        let machine = Machine {
+            hypervisor: &hypervisor,
+            config: &config,
+            vm: &*vm,
+            vcpus: &mut vcpus,
+            pc: None,
+            devices: None,
+            ram: &vm.ram()?,
+            session: &session,
+            line: line.bytes(),
+        };
+        saving.finish(machine, &watch)?;
+    }
+    drop((raw, lazy));
     if let Some(reason @ (ShutdownReason::Crash | ShutdownReason::Watchdog)) = vm.shutdown_reason() {
         // A command that ended before has a status of its own.
         if watch.done.load(Ordering::SeqCst) {
@@ -95,4 +136,28 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
         }
     }
     conclude(options, &session, &watch, started, &vcpus, memory, end)
+}
+
+/// What a domain is created from.
+fn config(hypervisor: &XenPvHypervisor, options: &Options) -> VmConfig {
+    let mut config = VmConfig::new(CpuModel::Host).vcpus(options.cpus);
+    if hypervisor.capabilities().tsc_scaling {
+        config.clock.tsc_khz = Some(TSC_KHZ);
+    }
+    config
+}
+
+/// Puts the kernel into a domain that is new.
+fn boot(vm: &XenPvVm, options: &Options, session: &Session) -> Result<()> {
+    let is_saved = options.snapshot.saves();
+    let hardware = Hardware { is_saved, ..Wiring::PvConsole.into() };
+    let guest = Guest::get(options, session, hardware, TSC_KHZ)?;
+    let kernel = KernelImage::parse(&guest.image).with_context(|| guest.name())?;
+    let mut boot =
+        PvBoot::new(&kernel).with_context(|| guest.name())?.command_line(guest.command_line.trim());
+    if let Some(initrd) = &guest.initrd {
+        boot = boot.initrd(initrd);
+    }
+    vm.boot(&boot).with_context(|| guest.name())?;
+    Ok(())
 }

@@ -74,6 +74,8 @@ struct Known {
 struct KnownJson {
     session: Session,
     heard: Heard,
+    /// Of the one console of a paravirtual guest: what has come of a line.
+    line: Vec<u8>,
 }
 
 struct ProgramStates;
@@ -102,10 +104,12 @@ pub(crate) struct Machine<'a> {
     pub(crate) config: &'a VmConfig,
     pub(crate) vm: &'a dyn Vm,
     pub(crate) vcpus: &'a mut [Box<dyn Vcpu>],
-    pub(crate) pc: &'a Pc,
+    /// A paravirtual guest has none.
+    pub(crate) pc: Option<&'a Pc>,
     pub(crate) devices: Option<&'a Served>,
     pub(crate) ram: &'a GuestRam,
     pub(crate) session: &'a Session,
+    pub(crate) line: Vec<u8>,
 }
 
 impl SnapshotOptions {
@@ -129,9 +133,9 @@ impl SnapshotOptions {
     }
 
     /// Opens the snapshot to go on from.
-    pub(crate) fn restored(&self) -> Result<Option<Restored>> {
+    pub(crate) fn restored(&self, has_pc: bool) -> Result<Option<Restored>> {
         let Some(path) = &self.restore_from else { return Ok(None) };
-        Restored::open(path, self.restore_ram).context("--restore-from").map(Some)
+        Restored::open(path, self.restore_ram, has_pc).context("--restore-from").map(Some)
     }
 
     /// Starts the thread that stops the vCPUs when it is time for the snapshot; what tells that it is.
@@ -154,17 +158,17 @@ impl Saving {
     /// Writes the machine, whose vCPUs stand still.
     pub(crate) fn finish(mut self, machine: Machine<'_>, watch: &Watch) -> Result<()> {
         let started = Instant::now();
-        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session } = machine;
+        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session, line } = machine;
         let writer = &mut self.writer;
         // Nothing of the platform and its devices comes to a vCPU that has been saved.
         let finished = devices.map_or(0, Served::pause);
-        let still = pc.still();
+        let still = pc.map(Pc::still);
         let session = match session {
             // Its input is in the guest.
             Session::Command { line, .. } => Session::Command { line: line.clone(), input: None },
             other => other.clone(),
         };
-        let known = KnownJson { session, heard: watch.heard() };
+        let known = KnownJson { session, heard: watch.heard(), line };
         writer.put("program", &Known { text: serde_json::to_string(&known)? })?;
         writer.put("vm/config", &config.resolve(hypervisor, vm)?)?;
         let mut moment = Moment::default();
@@ -180,7 +184,9 @@ impl Saving {
             states.put(writer)?;
             moment.requests = finished + Served::carried(&states);
         }
-        pc.state(&still).put(writer)?;
+        if let (Some(pc), Some(still)) = (pc, &still) {
+            pc.state(still).put(writer)?;
+        }
         // The process has confined itself to the threads that it has.
         let options = RamOptions::new().packed(self.packed).threads(NonZeroUsize::MIN);
         let stats = writer.put_ram(ram, &options)?;
@@ -205,29 +211,37 @@ pub(crate) struct Restored {
     pub(crate) session: Session,
     pub(crate) heard: Heard,
     pub(crate) config: VmConfig,
-    vm: VmState,
+    pub(crate) line: Vec<u8>,
+    pub(crate) vm: VmState,
     cpus: Vec<CpuState>,
-    pc: PcState,
+    pc: Option<PcState>,
 }
 
 impl Restored {
-    fn open(path: &PathBuf, how: RestoreRam) -> Result<Self> {
+    fn open(path: &PathBuf, how: RestoreRam, has_pc: bool) -> Result<Self> {
         let snapshot = Snapshot::open(path)?;
         let Known { text } = snapshot.get("program")?;
-        let KnownJson { session, heard } = serde_json::from_str(&text).context("the state \"program\"")?;
+        let KnownJson { session, heard, line } =
+            serde_json::from_str(&text).context("the state \"program\"")?;
         let config: VmConfig = snapshot.get("vm/config")?;
         ensure!((1..=256).contains(&config.max_vcpus), "a machine of {} vCPUs", config.max_vcpus);
         let cpus = (0..config.max_vcpus).map(|index| snapshot.get(&format!("cpu/{index}")));
         Ok(Self {
             session,
             heard,
+            line,
             vm: snapshot.get("vm")?,
             cpus: cpus.collect::<Result<_, _>>()?,
-            pc: PcState::get(&snapshot)?,
+            pc: if has_pc { Some(PcState::get(&snapshot)?) } else { None },
             config,
             snapshot: Arc::new(snapshot),
             how,
         })
+    }
+
+    /// Nothing of the snapshot is left.
+    pub(crate) fn finish(&self) -> Result<()> {
+        self.snapshot.finish().context("--restore-from")
     }
 
     /// Makes platform and devices what they were, if they are those that the snapshot has.
@@ -235,7 +249,7 @@ impl Restored {
         let states = devices.map(|devices| devices.get(&self.snapshot)).transpose();
         let states = states.and_then(|states| self.snapshot.finish().map(|()| states).map_err(Into::into));
         let states = states.context("--restore-from: other devices are given than it was saved with")?;
-        pc.restore(&self.pc)?;
+        pc.restore(self.pc.as_ref().context("a machine without a PC")?)?;
         if let (Some(devices), Some(states)) = (devices, states) {
             devices.restore(&states)?;
             devices.resume()?;
