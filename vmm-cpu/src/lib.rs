@@ -25,7 +25,6 @@ mod threads;
 #[cfg(feature = "translate")]
 pub mod translate;
 #[cfg(all(any(all(feature = "kvm", target_os = "linux"), feature = "translate"), target_arch = "x86_64"))]
-#[allow(unsafe_code, reason = "the instruction that reads it")]
 mod tsc;
 mod vcpu;
 mod vm;

@@ -90,8 +90,10 @@ fn disk(path: &str, rounds: u64) -> u64 {
         let block = &mut memory[start..start + BLOCK];
         let place = |numbers: &mut Numbers| (numbers.below((DISK as usize) / BLOCK) * BLOCK) as u64;
         disk.read_exact_at(block, place(&mut numbers)).expect("reading the disk");
-        let words: Vec<u64> =
-            block.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes"))).collect();
+        let words: Vec<u64> = block
+            .chunks_exact(8)
+            .map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
+            .collect();
         digest = mix(digest, &words);
         block[..8].copy_from_slice(&digest.to_le_bytes());
         numbers.0 ^= digest | 1;
@@ -106,7 +108,8 @@ fn disk(path: &str, rounds: u64) -> u64 {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let number = |at: usize| arguments.get(at).and_then(|text| text.parse().ok()).expect("ROUNDS THREADS [DISK]");
+    let number =
+        |at: usize| arguments.get(at).and_then(|text| text.parse().ok()).expect("ROUNDS THREADS [DISK]");
     let (rounds, threads): (u64, u64) = (number(1), number(2));
     let digests = thread::scope(|scope| {
         let disk = arguments.get(3).map(|path| scope.spawn(move || disk(path, rounds)));

@@ -142,9 +142,8 @@ impl<M: DeviceMemory> Worker for OutputWorker<M> {
     }
 
     fn pause(&mut self) -> Result<(), QueueError> {
-        let written = |sending: &Sending| {
-            (sending.head, sending.read.saturating_sub(self.piece.len() as u64))
-        };
+        let written =
+            |sending: &Sending| (sending.head, sending.read.saturating_sub(self.piece.len() as u64));
         if let Some(slot) = self.shared.slot(self.id) {
             // One that has not come again yet is where it was.
             lock(slot).sent = self.sending.as_ref().map(written).or(self.begun);

@@ -63,7 +63,7 @@ const COPY: Opcode = opcode::read_write::<Copy>(0xaa, 0x03);
 const ZEROPAGE: Opcode = opcode::read_write::<Zero>(0xaa, 0x04);
 
 /// The requests by which a thread gives pages, for filters of system calls; it also calls `read` and `ppoll`.
-pub(crate) const REQUESTS: [u32; 2] = [COPY as u32, ZEROPAGE as u32];
+pub(crate) const REQUESTS: [u32; 2] = [COPY, ZEROPAGE];
 
 /// Faults of regions that were [added](Self::add).
 #[derive(Debug)]
@@ -79,8 +79,10 @@ impl UserFaults {
         let fd = unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) }?;
         let this = Self { fd, regions: Vec::new() };
         let mut api = Api { api: UFFD_API, ..Api::default() };
-        // SAFETY: the structure is the request's, and the kernel fills in what it offers.
-        unsafe { ioctl(&this.fd, Updater::<API, Api>::new(&mut api)) }?;
+        // SAFETY: the structure is the request's.
+        let request = unsafe { Updater::<API, Api>::new(&mut api) };
+        // SAFETY: the kernel fills in what it offers, and does nothing else.
+        unsafe { ioctl(&this.fd, request) }?;
         Ok(this)
     }
 
@@ -95,9 +97,11 @@ impl UserFaults {
             mode: UFFDIO_REGISTER_MODE_MISSING,
             ..Register::default()
         };
+        // SAFETY: the structure is the request's.
+        let request = unsafe { Updater::<REGISTER, Register>::new(&mut register) };
         // SAFETY: the range is a mapping that `region`, which is kept here, keeps alive. What is missing in it is given as contents that a guest could
         // have put there, which are accessed as volatile memory alone.
-        unsafe { ioctl(&self.fd, Updater::<REGISTER, Register>::new(&mut register)) }?;
+        unsafe { ioctl(&self.fd, request) }?;
         self.regions.push((start, Arc::clone(region)));
         Ok(())
     }
@@ -130,8 +134,10 @@ impl UserFaults {
             len: bytes.len() as u64,
             ..Copy::default()
         };
+        // SAFETY: the structure is the request's.
+        let request = unsafe { Updater::<COPY, Copy>::new(&mut copy) };
         // SAFETY: the kernel reads `bytes`, and writes within a registered region (`place`), where nothing was.
-        let done = unsafe { ioctl(&self.fd, Updater::<COPY, Copy>::new(&mut copy)) };
+        let done = unsafe { ioctl(&self.fd, request) };
         given(done, copy.copied)
     }
 
@@ -139,8 +145,10 @@ impl UserFaults {
     pub(crate) fn give_zero(&self, region: usize, offset: u64, len: u64) -> io::Result<u64> {
         let start = self.place(region, offset, len)?;
         let mut zero = Zero { start, len, ..Zero::default() };
+        // SAFETY: the structure is the request's.
+        let request = unsafe { Updater::<ZEROPAGE, Zero>::new(&mut zero) };
         // SAFETY: within a registered region (`place`), where nothing was.
-        let done = unsafe { ioctl(&self.fd, Updater::<ZEROPAGE, Zero>::new(&mut zero)) };
+        let done = unsafe { ioctl(&self.fd, request) };
         given(done, zero.zeroed)
     }
 
