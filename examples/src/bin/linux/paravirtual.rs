@@ -80,7 +80,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     }
     let time_is_up = alarm(options.seconds, &stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-    confine(&*engine, inherited, options)?;
+    confine(&*engine, inherited, options, None)?;
 
     threads.resume();
     let mut end = end_by(threads.wait(None), None, &watch, &time_is_up);
