@@ -63,7 +63,7 @@ type Right = Box<dyn Fn() -> bool + Send + Sync>;
 #[must_use = "nothing is done yet"]
 pub struct Verb {
     emitter: Emitter,
-    event: Event,
+    event: Box<Event>,
     within: Duration,
     right: Option<Right>,
 }
@@ -79,7 +79,7 @@ impl Verb {
     pub(crate) fn with(emitter: Emitter, event: Event) -> Self {
         let operation = OPERATIONS.fetch_add(1, Ordering::Relaxed) + 1;
         let event = event.attribute("operation", operation.to_string());
-        Self { emitter, event, within: WITHIN, right: None }
+        Self { emitter, event: Box::new(event), within: WITHIN, right: None }
     }
 
     /// Begins only while there is that right.
@@ -97,7 +97,7 @@ impl Verb {
 
     /// Says more of it, in both events: which host a machine goes to, which policy comes into force.
     pub fn attribute(mut self, name: impl Into<Text>, value: impl Into<Text>) -> Self {
-        self.event = self.event.attribute(name, value);
+        self.event.attributes.push((name.into(), value.into()));
         self
     }
 
@@ -115,7 +115,7 @@ impl Verb {
         let Self { emitter, event, within, right } = self;
         let receipt = emitter.admit(&event)?;
         // What is left of the event is for the other one.
-        let ended = Event { rule: None, rule_line: 0, policy: None, ..event };
+        let ended = Event { rule: None, rule_line: 0, policy: None, ..*event };
         let begun = Begun { emitter, event: ended, right, is_told: false };
         let not_begun = match receipt.wait(within) {
             Err(why) => NotBegun::from(why),
