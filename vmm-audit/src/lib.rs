@@ -24,6 +24,7 @@ mod read;
 pub mod report;
 pub mod sink;
 pub mod storage;
+pub mod verb;
 pub mod verify;
 
 pub use digest::{Digest, DigestError};

@@ -3,63 +3,24 @@
 // The lints spare test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
+#[path = "support/written.rs"]
+mod written;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vmm_audit::event::{Action, Event, Kind, Launch, Object, ObjectClass, Outcome, Party, Verdict};
+use vmm_audit::Digest;
+use vmm_audit::event::{Action, Kind, Launch, Object, ObjectClass, Outcome, Party, Verdict};
 use vmm_audit::hooks::cpu::Machine;
 use vmm_audit::hooks::devices::{AuditedGate, AuditedPlatform, misbehaviour};
 use vmm_audit::hooks::policy::PolicyLog;
-use vmm_audit::keys::MemoryKeys;
-use vmm_audit::log::LogOptions;
-use vmm_audit::pipeline::{AuditLog, PipelineOptions};
-use vmm_audit::storage::MemoryStorage;
-use vmm_audit::storage::faulty::{Faults, FaultyStorage};
-use vmm_audit::verify::{VerifyOptions, verify};
-use vmm_audit::{Digest, Entries, Item};
+use vmm_audit::pipeline::PipelineOptions;
 use vmm_cpu::{Error, Halt, VcpuEvents as _, VcpuExit};
 use vmm_devices::channel::{AllowAll, Gatekeeper, NetworkAttach, Refusal, Request, VmIdentity, VsockConnect};
 use vmm_devices::platform::{PlatformEvent, PlatformEvents as _};
 use vmm_policy::{Monitor, Policy, SubjectSpec, Uuid, channel};
-
-const LONG: Duration = Duration::from_secs(60);
-
-struct Written {
-    memory: MemoryStorage,
-    faults: Faults,
-    log: AuditLog,
-}
-
-fn log(options: PipelineOptions) -> Written {
-    let memory = MemoryStorage::new();
-    let (storage, faults) = FaultyStorage::new(memory.clone());
-    let published = LogOptions::new().publish_every(LONG * 60);
-    let opened =
-        AuditLog::open(Arc::new(storage), Box::new(MemoryKeys::new()), "log.example", published, options);
-    Written { memory, faults, log: opened.unwrap().0 }
-}
-
-impl Written {
-    /// Closes the log, and returns the events that were not the log's own, after checking that it is intact.
-    fn events(self) -> Vec<Event> {
-        let key = self.log.verifier().clone();
-        self.log.close().unwrap();
-        let result = verify(&self.memory, &VerifyOptions::new(key), &mut |_, _| ()).unwrap();
-        assert!(result.intact && result.closed, "{:?}", result.findings);
-        let mut entries = Entries::new(Arc::new(self.memory));
-        let mut events = Vec::new();
-        while let Some(item) = entries.next().unwrap() {
-            if let Item::Entry(found) = item
-                && found.source != 0
-            {
-                events.push(found.event.unwrap());
-            }
-        }
-        events.retain(|event| event.kind != Kind::EmitterAttached);
-        events
-    }
-}
+use written::{LONG, log};
 
 fn vm(uuid: u128) -> Party {
     Party::vm(uuid, 1)

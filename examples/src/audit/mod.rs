@@ -16,9 +16,10 @@ mod machine;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -28,6 +29,8 @@ use vmm_audit::keys::FileKeys;
 use vmm_audit::log::{LogOptions, LogWriter};
 use vmm_audit::note::Verifier;
 use vmm_audit::storage::FsStorage;
+
+use crate::confine::Confinement;
 
 pub use machine::{Failure, MachineLog, OnFailure};
 
@@ -44,6 +47,9 @@ pub struct LogProcess {
     monitor: ChildStdin,
     /// And this ends when the log is closed.
     says: BufReader<ChildStdout>,
+    id: u32,
+    /// Waits for its end, whenever that is, so that nothing is left of it.
+    ended: JoinHandle<io::Result<ExitStatus>>,
 }
 
 impl LogProcess {
@@ -60,10 +66,18 @@ impl LogProcess {
         let mut child = command.spawn().context("the process that writes the audit log")?;
         let monitor = child.stdin.take().context("its standard input")?;
         let mut says = BufReader::new(child.stdout.take().context("its standard output")?);
+        let id = child.id();
+        let wait = move || child.wait();
+        let ended = std::thread::Builder::new().name("audit-log-end".to_owned()).spawn(wait)?;
         let mut line = String::new();
         says.read_line(&mut line)?;
         ensure!(line == "ready\n", "the process that writes the audit log did not begin");
-        Ok(Self { socket: dir.join("socket"), monitor, says })
+        Ok(Self { socket: dir.join("socket"), monitor, says, id, ended })
+    }
+
+    /// With what waiting for its end needs: a call that is interrupted is made again.
+    pub fn confinement(&self, confinement: Confinement) -> Confinement {
+        confinement.allow_if(libc::SYS_wait4, 0, self.id.into())
     }
 
     /// A ring of its own for `who`. If the process ends before this one, nothing is admitted any more.
@@ -78,7 +92,7 @@ impl LogProcess {
     /// closed.
     ///
     /// # Errors
-    /// If it does not get closed.
+    /// If it does not get closed, or the process fails.
     pub fn end(mut self, said: &str) -> Result<String> {
         self.monitor.write_all(said.as_bytes()).context("the process that writes the audit log")?;
         drop(self.monitor);
@@ -87,6 +101,9 @@ impl LogProcess {
         ensure!(line == "closed\n", "the audit log was not closed: {line:?}");
         let mut rest = String::new();
         self.says.read_to_string(&mut rest)?;
+        let status =
+            self.ended.join().map_err(|_| anyhow::anyhow!("the thread that waits for it panicked"))??;
+        ensure!(status.success(), "the process that writes the audit log ended with {status}");
         Ok(rest)
     }
 }

@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmm_audit::event::{Event, Kind, Launch, Verdict};
+use vmm_audit::event::{Event, Kind, Launch, Outcome, Party, Verdict};
 use vmm_audit::note::Verifier;
 use vmm_audit::storage::{FsStorage, Storage as _};
 use vmm_audit::verify::{VerifyOptions, verify};
@@ -95,6 +95,14 @@ fn a_guest_that_boots_leaves_a_log_that_verifies() {
     let opened = events.iter().filter(|(_, event)| event.kind == Kind::Opened);
     assert!(opened.clone().all(|(_, event)| event.verdict == Some(Verdict::Allow)) && opened.count() > 0);
 
+    // Who started the program has it launched, which is in the log before the launch is, and after the guest ran.
+    let launching = verbs(&events);
+    let place = |wanted: &Event| events.iter().position(|(_, event)| event == wanted).unwrap();
+    let at = launching.iter().map(|event| place(event)).collect::<Vec<_>>();
+    assert!(at.len() == 2 && at[0] < place(launch) && place(launch) < at[1], "{at:?}");
+    let told = launching.iter().map(|event| (verb(event), event.outcome));
+    assert!(told.eq([("launch", None), ("launch", Some(Outcome::Success))]));
+
     // And by the program, whose answer is its status.
     let program = program();
     let check = |key: &Path| {
@@ -112,6 +120,83 @@ fn a_guest_that_boots_leaves_a_log_that_verifies() {
     let says = String::from_utf8_lossy(&bad.stdout);
     assert_eq!(bad.status.code(), Some(1), "{says}");
     assert!(says.contains("segments/0000000000, byte"), "{says}");
+}
+
+/// What the user wanted of the machine.
+fn verbs(events: &[(u32, Event)]) -> Vec<&Event> {
+    let user = Party::host(format!("uid {}", rustix::process::getuid().as_raw()));
+    let verbs = events.iter().map(|(_, event)| event).filter(|event| event.kind == Kind::Administration);
+    verbs.inspect(|event| assert_eq!(event.subject, Some(user.clone()))).collect()
+}
+
+fn verb(event: &Event) -> &str {
+    event.object.as_ref().unwrap().name.as_ref().unwrap().as_str()
+}
+
+/// A guest that does not end by itself is stopped, which is in the log before its end.
+#[test]
+fn a_guest_whose_time_is_up_is_stopped_by_whoever_started_it() {
+    let _alone = crate::alone();
+    if let Err(error) = debian::kernel(Series::default()) {
+        return println!("skipped: {error:#}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("audit");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_linux"));
+    command.args(["--backend", "translate", "--seconds", "1", "--audit"]).arg(&dir);
+    let ran = command.args(["--command", "sleep 200"]).output().unwrap();
+    assert_eq!(ran.status.code(), Some(124), "{}", String::from_utf8_lossy(&ran.stderr));
+    let events = events(&dir);
+    let verbs = verbs(&events);
+    let told = verbs.iter().map(|event| (verb(event), event.outcome));
+    let done = Some(Outcome::Success);
+    assert!(told.eq([("launch", None), ("launch", done), ("stop", None), ("stop", done)]), "{verbs:?}");
+    assert_eq!(verbs[2].get("why"), Some("its time was up"));
+    let kinds: Vec<_> = events.iter().map(|(_, event)| (event.kind, event.outcome)).collect();
+    let place = |kind, outcome| kinds.iter().rposition(|told| *told == (kind, outcome)).unwrap();
+    let end = place(Kind::Shutdown, Some(Outcome::Killed));
+    assert!(place(Kind::Administration, None) < end, "{kinds:?}");
+}
+
+/// Nothing is left of a process that writes the log and ends before its time, and the monitor goes on.
+#[test]
+fn a_log_that_is_killed_leaves_no_process() {
+    let _alone = crate::alone();
+    if !Path::new("/proc/thread-self/children").exists() {
+        return println!("skipped: /proc does not say whose child a process is");
+    }
+    if let Err(error) = debian::kernel(Series::default()) {
+        return println!("skipped: {error:#}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_linux"));
+    command.args(["--backend", "translate", "--seconds", LONGEST_SECONDS, "--audit"]);
+    command.arg(folder.path().join("audit"));
+    command.args(["--command", "echo it runs; sleep 200"]).stdout(Stdio::piped());
+    let mut linux = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(linux.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "it runs\n");
+
+    // Each thread has children of its own.
+    let children = |linux: u32| -> Vec<u32> {
+        let threads = std::fs::read_dir(format!("/proc/{linux}/task")).unwrap();
+        let of = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("children")).ok();
+        let lists: Vec<String> = threads.filter_map(|thread| of(thread.ok()?)).collect();
+        lists.iter().flat_map(|list| list.split_whitespace()).map(|pid| pid.parse().unwrap()).collect()
+    };
+    let before = children(linux.id());
+    assert_eq!(before.len(), 1, "the process that writes the log");
+    let log = rustix::process::Pid::from_raw(before[0].cast_signed()).unwrap();
+    rustix::process::kill_process(log, rustix::process::Signal::KILL).unwrap();
+    let begun = Instant::now();
+    while !children(linux.id()).is_empty() {
+        assert!(begun.elapsed() < PATIENCE, "it is a zombie");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(linux.try_wait().unwrap().is_none(), "the monitor goes on");
+    linux.kill().unwrap();
+    linux.wait().unwrap();
 }
 
 /// The monitor is killed while its guest runs: the process that writes the log closes it all the same, with all that was in the ring.
@@ -143,6 +228,6 @@ fn a_monitor_that_is_killed_leaves_a_log_that_is_closed() {
     assert!(result.intact && result.closed, "{:?}", result.findings);
     let events = events(&dir);
     let count = |kind| events.iter().filter(|(_, event)| event.kind == kind).count();
-    // Nobody has said how the machine ended; the log says that both of its sources are gone.
-    assert_eq!((count(Kind::Launch), count(Kind::Shutdown), count(Kind::EmitterGone)), (1, 0, 2));
+    // Nobody has said how the machine ended; the log says that its three sources are gone.
+    assert_eq!((count(Kind::Launch), count(Kind::Shutdown), count(Kind::EmitterGone)), (1, 0, 3));
 }

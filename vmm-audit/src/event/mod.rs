@@ -33,6 +33,17 @@
 //! A [`Party`] has 1 `uuid` (16 bytes) and 2 `incarnation` (varint), or 3 `host` (string). An [`Object`] has 1 `class` (varint), 2
 //! `number` (varint), 3 `name` (string). A string has at most [`Text::MAX`] bytes.
 //!
+//! Attributes that [`verb`](crate::verb) and the hooks give, beside what their authors add:
+//!
+//! | attribute | in | what |
+//! |---|---|---|
+//! | `grant` | `opened`, `closed` and the like of `hooks::devices` | which grant of the gatekeeper, from 1 |
+//! | `operation` | `administration` | which verb of the process, from 1: the event before it is carried out has no outcome, the one behind it has |
+//! | `ticket` | `decision`, `administration` | which proposal at the policy's desk, from 1: one for which a second person is asked |
+//! | `confirmed-by` | `decision` with `ask` and `success`, `administration` | the second person, as a [`Party`]'s text; the subject is the first |
+//! | `asked-by` | `decision` with `deny` | whose proposal it was that the subject wanted to confirm |
+//! | `file` | what names a rule | the file of the rule, if the policy's rules are in several |
+//!
 //! The entry in the log, whose hash is the leaf of the Merkle tree, has a byte for the version ([`ENTRY_VERSION`]), the source as
 //! a varint, and the event. The source is a number that the writer of the log gives to each emitter; an event cannot name another.
 //! The sequence number of an entry is its index in the tree.

@@ -95,7 +95,7 @@ named! {
         EmulationFailure = 8 "emulation-failure",
         /// A guest did what no driver of good will does.
         Misbehaviour = 9 "misbehaviour",
-        /// A management verb was carried out.
+        /// A management verb is about to be carried out (without an outcome), or was (with one).
         Administration = 10 "administration",
         /// A policy came into force.
         PolicyLoaded = 11 "policy-loaded",

@@ -134,7 +134,11 @@ pub fn to_ocsf(event: &Event, seq: u64, source: u32) -> Value {
         }
     }
     if class == 6003 {
-        let operation = event.action.map_or_else(|| event.kind.to_string(), |action| action.to_string());
+        // Of a management verb its name says more than that it is one.
+        let verb = event.object.as_ref().filter(|object| object.class == ObjectClass::Verb);
+        let verb = verb.and_then(|object| object.name.as_ref()).map(ToString::to_string);
+        let action = || event.action.map_or_else(|| event.kind.to_string(), |action| action.to_string());
+        let operation = verb.unwrap_or_else(action);
         put("api", json!({ "operation": operation, "service": { "name": "vmm" } }));
         put("actor", json!({ "app_name": event.subject.as_ref().map(ToString::to_string) }));
     }

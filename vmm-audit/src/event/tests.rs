@@ -149,6 +149,10 @@ fn ocsf_has_the_classes_of_the_design() {
     let refused =
         Event::new(Kind::Decision).object(Object::numbered(ObjectClass::Vsock, 22)).peer(Party::vm(1, 1));
     assert_eq!(to_ocsf(&refused, 5, 1)["dst_endpoint"]["port"], 22);
+    let done = Event::new(Kind::Administration).action(Action::Administer).subject(Party::host("alice"));
+    let operation = |event: &Event| to_ocsf(event, 5, 1)["api"]["operation"].clone();
+    assert_eq!(operation(&done), "administer");
+    assert_eq!(operation(&done.object(Object::named(ObjectClass::Verb, "destroy"))), "destroy");
 }
 
 proptest! {

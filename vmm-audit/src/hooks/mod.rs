@@ -5,13 +5,16 @@
 //! |---|---|---|---|
 //! | `vmm-cpu` | `cpu` | `vmm_cpu::VcpuEvents` | launch, with its measurement; reset, shutdown, emulation failure |
 //! | `vmm-devices` | `devices` | `vmm_devices::channel::Gate`, `vmm_devices::platform::PlatformEvents`, `on_failure` of transports | opened, refused, revoked, closed; reset, power-off; a guest's misbehaviour |
-//! | `vmm-policy` | `policy` | `vmm_policy::Observer` | decisions with rule and policy, revocations, policies that come into force |
+//! | `vmm-policy` | `policy` | `vmm_policy::Observer` | decisions with rule and policy, revocations, policies that come into force, what waits for a second person |
+//! | `vmm-policy` | `desk` | around `vmm_policy::trust::Desk` | managers' verbs, before they are carried out and how they end |
 //!
 //! What is about to happen is [admitted](crate::pipeline::Emitter::admit) before it does, so that nothing opens or starts of which there is no record;
 //! what has happened is [emitted](crate::pipeline::Emitter::emit), which never waits.
 
 #[cfg(feature = "vmm-cpu")]
 pub mod cpu;
+#[cfg(feature = "vmm-policy")]
+pub mod desk;
 #[cfg(feature = "vmm-devices")]
 pub mod devices;
 #[cfg(feature = "vmm-policy")]

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use vmm_policy::trust::{DeskError, DeskEvent, TicketId};
 use vmm_policy::{
     Decision, Monitor, Observer, Policy, Principal, Request, Revocation, RevokeOutcome, RuleId, RuleText,
     SubjectId, Value,
@@ -50,7 +51,7 @@ struct Shared {
 }
 
 /// Writes down what a [`Monitor`] decides and takes back, with the rule, its line (and `file`, if the rules are in
-/// several), and the policy's digest. Its clones are the same one: one is
+/// several), and the policy's digest; and what happens at a [`Desk`](vmm_policy::trust::Desk) that asks it. Its clones are the same one: one is
 /// given to the monitor, one names its subjects.
 ///
 /// ```no_run
@@ -86,20 +87,22 @@ impl PolicyLog {
     /// life; those that are not known are named as the monitor counts them.
     pub fn learn(&self, monitor: &Monitor) {
         let named = |(id, principal): (SubjectId, Principal)| {
-            let party = match principal {
-                Principal::Vm(uuid) => {
-                    Party::vm(uuid.as_u128(), monitor.incarnation(id).unwrap_or(id.life()))
-                }
-                Principal::Host(name) => Party::host(&*name),
-                other => Party::host(other.to_string()),
-            };
-            (id, party)
+            (id, party_of(&principal, monitor.incarnation(id).unwrap_or(id.life())))
         };
         let names = monitor.subjects().into_iter().map(named).collect();
         *self.0.names.write().unwrap_or_else(PoisonError::into_inner) = names;
     }
 
-    fn party(&self, id: SubjectId) -> Party {
+    /// Whether it has learned who that is.
+    pub(super) fn knows(&self, id: SubjectId) -> bool {
+        self.0.names.read().unwrap_or_else(PoisonError::into_inner).contains_key(&id)
+    }
+
+    pub(super) fn emitter(&self) -> &Emitter {
+        &self.0.emitter
+    }
+
+    pub(super) fn party(&self, id: SubjectId) -> Party {
         let names = self.0.names.read().unwrap_or_else(PoisonError::into_inner);
         names.get(&id).cloned().unwrap_or_else(|| Party::host(id.to_string()))
     }
@@ -109,7 +112,14 @@ impl PolicyLog {
         self.0.policies.read().unwrap_or_else(PoisonError::into_inner).get(&epoch).map(Arc::clone)
     }
 
-    fn event(&self, kind: Kind, request: &Request<'_>, decision: Option<&Decision>) -> Event {
+    /// With the policy that is in force, for what none of its rules has decided.
+    pub(super) fn in_force(&self, mut event: Event) -> Event {
+        let policies = self.0.policies.read().unwrap_or_else(PoisonError::into_inner);
+        event.policy = event.policy.or(policies.last_key_value().map(|(_, known)| known.digest));
+        event
+    }
+
+    pub(super) fn event(&self, kind: Kind, request: &Request<'_>, decision: Option<&Decision>) -> Event {
         let mut event = Event::new(kind).subject(self.party(request.asker)).object(object(request));
         event.peer = request.peer.map(|peer| self.party(peer));
         event.action = action(request.action);
@@ -127,6 +137,15 @@ impl PolicyLog {
             Some(file) => event.attribute("file", file.clone()),
             None => event,
         }
+    }
+}
+
+/// A principal in one of its lives.
+pub(super) fn party_of(principal: &Principal, incarnation: u64) -> Party {
+    match principal {
+        Principal::Vm(uuid) => Party::vm(uuid.as_u128(), incarnation),
+        Principal::Host(name) => Party::host(&**name),
+        other => Party::host(other.to_string()),
     }
 }
 
@@ -206,6 +225,65 @@ fn object(request: &Request<'_>) -> Object {
     }
 }
 
+/// What happens at a desk.
+impl PolicyLog {
+    /// That nothing comes of a proposal.
+    fn declined(&self, ticket: TicketId, request: &Request<'_>, reason: &str) -> Event {
+        let event = self.event(Kind::Decision, request, None).verdict(Verdict::Deny);
+        self.in_force(event.outcome(Outcome::Refused).reason(reason))
+            .attribute("ticket", ticket.get().to_string())
+    }
+
+    /// That what somebody proposes or answers counts for nothing.
+    fn rejected(
+        &self,
+        id: Option<TicketId>,
+        request: Option<&Request<'_>>,
+        by: SubjectId,
+        why: &DeskError,
+    ) -> Event {
+        let decision = match why {
+            DeskError::Refused(refused) => Some(&refused.decision),
+            _ => None,
+        };
+        let mut event = match request {
+            Some(request) => self.event(Kind::Decision, request, decision),
+            None => Event::new(Kind::Decision).action(Action::Administer),
+        };
+        event = self.in_force(event.subject(self.party(by)).verdict(Verdict::Deny));
+        event = event.outcome(Outcome::Refused).reason(why.to_string());
+        let Some(id) = id else { return event };
+        if let Some(request) = request {
+            event = event.attribute("asked-by", self.party(request.asker).to_string());
+        }
+        event.attribute("ticket", id.get().to_string())
+    }
+
+    fn at_desk(&self, event: &DeskEvent<'_>) -> Option<Event> {
+        Some(match *event {
+            DeskEvent::Waits { ticket, request, decision } => {
+                let event = self.event(Kind::Decision, request, Some(decision));
+                event.attribute("ticket", ticket.id.get().to_string())
+            }
+            DeskEvent::Confirmed { ticket, request, decision, by } => {
+                let event = self.event(Kind::Decision, request, Some(decision)).outcome(Outcome::Success);
+                let event = event.attribute("ticket", ticket.id.get().to_string());
+                event.attribute("confirmed-by", self.party(by).to_string())
+            }
+            DeskEvent::Rejected { id, request, by, why } => self.rejected(id, request, by, why),
+            DeskEvent::Declined { ticket, request, by } => {
+                let by = by.map_or_else(|| "the monitor".to_owned(), |by| self.party(by).to_string());
+                self.declined(ticket.id, request, &format!("{by} has said no"))
+            }
+            DeskEvent::Lapsed { ticket, request } => {
+                self.declined(ticket.id, request, "nobody has confirmed it in time")
+            }
+            // Of a later version.
+            _ => return None,
+        })
+    }
+}
+
 impl Observer for PolicyLog {
     fn decided(&self, request: &Request<'_>, decision: &Decision) {
         let outcome = if decision.permits() { Outcome::Success } else { Outcome::Refused };
@@ -227,6 +305,12 @@ impl Observer for PolicyLog {
         }
         let took = revocation.took.as_micros().to_string();
         emit(&self.0.emitter, &event.outcome(outcome).attribute("took-us", took));
+    }
+
+    fn desk(&self, event: &DeskEvent<'_>) {
+        if let Some(event) = self.at_desk(event) {
+            emit(&self.0.emitter, &event);
+        }
     }
 
     fn reloaded(&self, epoch: u64, policy: &Policy) {

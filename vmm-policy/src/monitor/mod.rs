@@ -28,6 +28,7 @@ use crate::model::{Decision, Principal, Request};
 use crate::policy::Policy;
 use crate::sync::{Mutex, lock};
 use crate::syntax::PolicyError;
+use crate::trust::DeskEvent;
 
 pub use authorize::Judge;
 pub use clock::{Clock, SystemClock};
@@ -90,7 +91,8 @@ pub enum MonitorError {
 
 /// Hears what is decided and done, for an audit log. Called by the thread that asked, with no lock held that a decision takes.
 pub trait Observer: Send + Sync {
-    /// A request has been decided.
+    /// A request has been decided. One that waits for a second person is told by [`desk`](Self::desk) instead, when it is proposed and when
+    /// it is confirmed.
     fn decided(&self, request: &Request<'_>, decision: &Decision) {
         let (_, _) = (request, decision);
     }
@@ -103,6 +105,11 @@ pub trait Observer: Send + Sync {
     /// A policy is in force.
     fn reloaded(&self, epoch: u64, policy: &Policy) {
         let _ = (epoch, policy);
+    }
+
+    /// Something has happened at a [`Desk`](crate::trust::Desk).
+    fn desk(&self, event: &DeskEvent<'_>) {
+        let _ = event;
     }
 
     /// The policy in the shadow would have decided otherwise.
@@ -244,7 +251,7 @@ impl Monitor {
         self.shared.now.load().epoch
     }
 
-    fn observe(&self, tell: impl FnOnce(&dyn Observer)) {
+    pub(crate) fn observe(&self, tell: impl FnOnce(&dyn Observer)) {
         if let Some(observer) = &self.shared.observer {
             tell(&**observer);
         }

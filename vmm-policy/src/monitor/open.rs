@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::Monitor;
 use super::authorize::Mode;
+use super::view::Snapshot;
 use crate::grant::channel::Channel;
 use crate::grant::{Grant, GrantId, Hold, OpenChannel, OwnedRequest, Revocation, Right};
 use crate::model::{Decision, Flow, Request, Verdict};
@@ -99,6 +100,24 @@ impl Monitor {
     /// # Errors
     /// If the request is refused, or answered with what the holder cannot act on.
     pub fn hold(&self, request: &Request<'_>, honours: Honours) -> Result<Hold, Refused> {
+        self.hold_telling(request, honours, |now, decision| self.told(now, request, decision))
+    }
+
+    /// The same for what somebody has said yes to: whoever calls this tells of it, unless it is refused.
+    pub(crate) fn hold_confirmed(&self, request: &Request<'_>) -> Result<Hold, Refused> {
+        self.hold_telling(request, Honours::CONFIRMED, |now, decision| {
+            if let Some(shadow) = &now.shadow {
+                self.compare_shadow(shadow, request, decision);
+            }
+        })
+    }
+
+    fn hold_telling(
+        &self,
+        request: &Request<'_>,
+        honours: Honours,
+        given: impl FnOnce(&Snapshot, &Decision),
+    ) -> Result<Hold, Refused> {
         let id = self.shared.registry.next_id();
         let flow = request.op().map_or(Flow::None, |op| op.flow());
         loop {
@@ -115,7 +134,7 @@ impl Monitor {
             }
             // What was decided by what holds no more, and those who look at what is open have not seen, is decided again.
             if self.shared.registry.insert(generation, &right) {
-                self.told(&now, request, &decision);
+                given(&now, &decision);
                 return Ok(Hold::new(right, Arc::clone(&self.shared.registry)));
             }
             right.release();

@@ -157,6 +157,13 @@ impl Monitor {
         self.shared.now.load().main.seat(id)?.subject().incarnation
     }
 
+    /// The life of a principal that is registered now.
+    pub fn subject_of(&self, principal: &Principal) -> Option<SubjectId> {
+        let now = self.shared.now.load();
+        let mut subjects = now.main.subjects().map(Seat::subject);
+        subjects.find(|subject| subject.principal == *principal).map(|subject| subject.id)
+    }
+
     /// The registered subject of that name: of a machine or host principal that the policy declares, or a host principal's own.
     pub fn subject(&self, name: &str) -> Option<SubjectId> {
         let now = self.shared.now.load();

@@ -17,7 +17,7 @@ mod standing;
 mod tests;
 
 pub use crate::syntax::Step;
-pub use desk::{Desk, DeskError, Proposal, Ticket, TicketId};
+pub use desk::{Desk, DeskError, DeskEvent, Proposal, Ticket, TicketId};
 pub use mediator::{Mediator, Rejected};
 pub use protocol::{OutOfOrder, Protocol, ProtocolBuilder, ProtocolError, Session};
 pub use standing::Standing;

@@ -165,3 +165,154 @@ fn destruction_takes_two() {
     assert!(desk.propose(&verb(bob, "destroy")).is_ok());
     assert!(desk.withdraw(desk.waiting()[0].id));
 }
+
+/// Writes down what it hears, in words.
+#[derive(Clone, Default)]
+struct Heard(std::sync::Arc<std::sync::Mutex<Vec<String>>>);
+
+impl crate::Observer for Heard {
+    fn decided(&self, request: &Request<'_>, decision: &crate::Decision) {
+        self.0.lock().unwrap().push(format!("{} {}", decision.verdict, request.object));
+    }
+
+    fn desk(&self, event: &DeskEvent<'_>) {
+        let line = match event {
+            DeskEvent::Waits { ticket, request, decision } => {
+                format!(
+                    "{} waits: {} for {} ({})",
+                    ticket.id.get(),
+                    ticket.asker,
+                    request.object,
+                    decision.layer
+                )
+            }
+            DeskEvent::Confirmed { ticket, by, decision, .. } => {
+                format!("{} confirmed by {}: {}", ticket.id.get(), by.life(), decision.verdict)
+            }
+            DeskEvent::Rejected { id, request, by, why } => {
+                let (id, what) = (id.map(TicketId::get), request.map(|request| request.object.to_string()));
+                format!("{id:?} {what:?} rejected of {}: {why}", by.life())
+            }
+            DeskEvent::Declined { ticket, by, .. } => {
+                format!("{} declined by {:?}", ticket.id.get(), by.map(SubjectId::life))
+            }
+            DeskEvent::Lapsed { ticket, request } => {
+                format!("{} lapsed: {}", ticket.id.get(), request.object)
+            }
+        };
+        self.0.lock().unwrap().push(line);
+    }
+}
+
+impl Heard {
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+}
+
+#[test]
+fn the_observer_hears_of_whatever_happens_at_a_desk() {
+    let (heard, hand) = (Heard::default(), Hand::default());
+    hand.pass(1000);
+    let builder = Monitor::builder(Policy::parse(DESK).unwrap()).clock(hand.clone());
+    let monitor = builder.observer(heard.clone()).build();
+    let guest = vm(&monitor, 1);
+    let host = |name: &str| monitor.register(SubjectSpec::host(name)).unwrap();
+    let (alice, bob, eve) = (host("alice"), host("bob"), host("eve"));
+    assert_eq!([alice, bob, eve].map(SubjectId::life), [2, 3, 4]);
+    let desk = Desk::new(&monitor);
+    let verb = |who, verb: &'static str| Request::new(who, Action::Administer, Object::verb(verb)).of(guest);
+    let ask = || match desk.propose(&verb(alice, "destroy")).unwrap() {
+        Proposal::Waits(ticket) => ticket.id,
+        Proposal::Granted(_) => panic!("it takes two"),
+    };
+    drop(desk.propose(&verb(alice, "pause")).unwrap());
+    assert!(desk.propose(&verb(eve, "destroy")).is_err());
+    assert_eq!(heard.take(), ["allow pause", "deny destroy"]);
+
+    let id = ask();
+    assert!(
+        desk.confirm(id, alice).is_err() && desk.confirm(id, eve).is_err() && desk.decline(id, eve).is_err()
+    );
+    assert_eq!(desk.waiting().len(), 1, "those change nothing");
+    let granted = desk.confirm(id, bob).unwrap();
+    assert!(desk.confirm(id, bob).is_err());
+    assert_eq!(
+        heard.take(),
+        [
+            "1 waits: host alice for destroy (type)",
+            "Some(1) Some(\"destroy\") rejected of 2: host alice cannot confirm what host alice has asked for",
+            "Some(1) Some(\"destroy\") rejected of 4: host eve is none of those who may confirm it",
+            "Some(1) Some(\"destroy\") rejected of 4: host eve is none of those who may confirm it",
+            "1 confirmed by 3: ask",
+            "Some(1) None rejected of 3: no proposal 1 waits: it has been answered, or its time is over",
+        ]
+    );
+    drop(granted);
+
+    // The asker takes it back, another says no, the monitor itself has it not be done, and time passes.
+    for by in [Some(alice), Some(bob), None] {
+        let id = ask();
+        match by {
+            Some(who) => desk.decline(id, who).unwrap(),
+            None => assert!(desk.withdraw(id) && !desk.withdraw(id)),
+        }
+        assert!(desk.waiting().is_empty());
+    }
+    let late = ask();
+    hand.pass(599);
+    assert_eq!(desk.waiting().len(), 1);
+    hand.pass(1);
+    assert!(desk.decline(late, bob).is_err());
+    let told: Vec<String> = heard.take().into_iter().filter(|line| !line.contains("waits: host")).collect();
+    let rejected =
+        "Some(5) None rejected of 3: no proposal 5 waits: it has been answered, or its time is over";
+    let wanted = [
+        "2 declined by Some(2)",
+        "3 declined by Some(3)",
+        "4 declined by None",
+        "5 lapsed: destroy",
+        rejected,
+    ];
+    assert_eq!(told, wanted);
+
+    // The policy is asked again, and another one may ask somebody else.
+    let id = ask();
+    monitor.set_flag("freeze", true).unwrap();
+    assert!(matches!(desk.confirm(id, bob), Err(DeskError::Refused(_))));
+    let told = heard.take();
+    assert_eq!(told[1], "deny destroy");
+    assert!(told[2].starts_with("Some(6) Some(\"destroy\") rejected of 3: deny (attribute): "), "{told:?}");
+    monitor.set_flag("freeze", false).unwrap();
+    let id = ask();
+    monitor.reload(Policy::parse(&DESK.replace("by operator within", "by eve within")).unwrap()).unwrap();
+    assert!(matches!(desk.confirm(id, bob), Err(DeskError::NotAsked(_))));
+    assert!(desk.confirm(id, eve).is_ok());
+
+    // One who is gone answers nothing, and his desk was full.
+    let many: Vec<_> = (0..129).map(|_| desk.propose(&verb(alice, "destroy"))).collect();
+    assert!(matches!(many.last(), Some(Err(DeskError::Full(128)))));
+    monitor.unregister(eve).unwrap();
+    assert!(matches!(desk.confirm(desk.waiting()[0].id, eve), Err(DeskError::NoSubject(_))));
+    let told = heard.take();
+    let last = &told[told.len() - 2..];
+    assert_eq!(
+        last[0],
+        "None Some(\"destroy\") rejected of 2: 128 proposals wait already, which is the most"
+    );
+    assert!(last[1].ends_with("rejected of 4: subject 4#4 is not registered"), "{last:?}");
+}
+
+#[test]
+fn principals_are_found_while_they_are_registered() {
+    let (monitor, _) = monitor(DESK);
+    let guest = vm(&monitor, 1);
+    let principal = crate::Principal::Vm(Uuid::from_u128(1));
+    assert_eq!(monitor.subject_of(&principal), Some(guest));
+    assert_eq!(monitor.subject_of(&crate::Principal::Host("alice".into())), None);
+    let alice = monitor.register(SubjectSpec::host("alice")).unwrap();
+    assert_eq!(monitor.subject_of(&crate::Principal::Host("alice".into())), Some(alice));
+    monitor.unregister(guest).unwrap();
+    assert_eq!(monitor.subject_of(&principal), None);
+    assert_ne!(monitor.subject_of(&principal), Some(vm(&monitor, 1)));
+}

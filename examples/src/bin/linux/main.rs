@@ -114,7 +114,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let watch = Arc::new(watch);
     let lazy = restored.as_ref().map(|restored| restored.give(&ram)).transpose()?;
     let output = |port| Watch::port(&watch, port);
-    let audit = options.audit.as_deref().map(Audited::start).transpose().context("--audit")?;
+    let mut audit = options.audit.as_deref().map(Audited::start).transpose().context("--audit")?;
     let virtio = options.virtio(&ram, audit.as_ref(), || output(SerialPort::Console))?;
     let Virtio { devices, console, exporter } = virtio;
     let modules = devices.as_ref().map(VirtioDevices::modules).unwrap_or_default();
@@ -178,7 +178,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         let time_is_up = alarm(options.seconds, &stop)?;
         let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-        confine(&*hypervisor, &inherited, options)?;
+        confine(&*hypervisor, &inherited, options, None)?;
         let machine = Machine { vm: &*vm, vcpu: &mut *vcpu, pc: &pc };
         let guest_ended = || pc.end().is_some() || watch.done.load(Ordering::SeqCst);
         let wanted = || {
@@ -234,11 +234,11 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         }
         None => None,
     };
-    if let (Some(audit), Some((guest, _))) = (&audit, &guest) {
+    if let (Some(audit), Some((guest, _))) = (&mut audit, &guest) {
         audit.launch(guest, &config, &*hypervisor).context("--audit")?;
         threads.observe(audit.observer());
     }
-    confine(&*hypervisor, &inherited, options)?;
+    confine(&*hypervisor, &inherited, options, audit.as_ref())?;
 
     watch.begin();
     match &debugger {
@@ -248,6 +248,9 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     if let Some(check) = check {
         check.send(())?;
+    }
+    if let Some(audit) = &mut audit {
+        audit.launched();
     }
     let end = match debugger {
         None => end_by(threads.wait(None), pc.end(), &watch, &time_is_up, &snapshot_is_due),
@@ -352,9 +355,17 @@ fn tell_time(pc: Arc<Pc>) -> Result<()> {
 }
 
 /// Gives up what the process does not need from here on. Where clients may connect, it lets them.
-fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], options: &Options) -> Result<()> {
+fn confine(
+    hypervisor: &dyn Hypervisor,
+    inherited: &[RawFd],
+    options: &Options,
+    audit: Option<&Audited>,
+) -> Result<()> {
     let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
     let mut confinement = Confinement::new(engine).deny_descriptors(inherited);
+    if let Some(audit) = audit {
+        confinement = audit.confinement(confinement);
+    }
     if options.has_clients() {
         confinement = confinement.allow(libc::SYS_accept4).allow(libc::SYS_setsockopt);
     }

@@ -103,7 +103,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     let time_is_up = alarm(options.seconds, &stop)?;
     let snapshot_is_due = options.snapshot.moment(&stop)?;
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
-    confine(&*engine, inherited, options)?;
+    confine(&*engine, inherited, options, None)?;
 
     watch.begin();
     threads.resume();

@@ -8,7 +8,7 @@ use vmm_memory::Access;
 use vmm_policy::{Action, Decision, Policy};
 
 use crate::host::{DATABASE, Host, Role};
-use crate::log::Said;
+use crate::log::{Done, Rejected, Said};
 use crate::machine::{Answer, Machine};
 use crate::trail::{Asked, statement};
 
@@ -35,16 +35,20 @@ pub(crate) enum Try {
 }
 
 /// A row of the table.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Row {
     pub(crate) who: &'static str,
     pub(crate) what: String,
+    /// What the guest says of it; of a verb, what comes of it.
     pub(crate) guest: String,
     pub(crate) verdict: String,
     pub(crate) rule: String,
     pub(crate) good: bool,
     /// The decision by its number, as it has to be in the audit log.
     pub(crate) said: Option<(u64, Said)>,
+    /// A verb that was carried out, or that somebody wanted in vain, likewise.
+    pub(crate) done: Option<Done>,
+    pub(crate) rejected: Option<Rejected>,
 }
 
 impl Try {
@@ -120,7 +124,7 @@ impl Policies {
     }
 
     /// The same, or what there is instead.
-    fn rule(&self, decision: &Decision) -> String {
+    pub(crate) fn rule(&self, decision: &Decision) -> String {
         if let Some(rule) = self.named(decision) {
             return rule;
         }
@@ -132,22 +136,28 @@ impl Policies {
         };
         self.files.iter().find_map(find).unwrap_or_else(|| word.to_owned())
     }
-}
 
-/// What was asked and said, as the audit log has to have it.
-fn said(role: Role, tries: Try, asked: &Asked, policies: &Policies) -> Option<Said> {
-    let (action, object, peer) = tries.asks();
-    let decision = &asked.decision;
-    Some(Said {
-        who: role.name.to_owned(),
-        peer: peer.map(str::to_owned),
-        action: action.to_string(),
-        object,
-        verdict: decision.verdict.to_string(),
-        layer: decision.layer.to_string(),
-        rule: policies.named(decision),
-        policy: Digest::from_bytes(policies.of(decision)?.digest()).to_string(),
-    })
+    /// What was asked and said, as the audit log has to have it: `object` in its words.
+    pub(crate) fn said(
+        &self,
+        who: &str,
+        peer: Option<&str>,
+        action: Action,
+        object: String,
+        decision: &Decision,
+    ) -> Option<Said> {
+        Some(Said {
+            who: who.to_owned(),
+            peer: peer.map(str::to_owned),
+            action: action.to_string(),
+            object,
+            verdict: decision.verdict.to_string(),
+            layer: decision.layer.to_string(),
+            rule: self.named(decision),
+            policy: Digest::from_bytes(self.of(decision)?.digest()).to_string(),
+            confirmed_by: None,
+        })
+    }
 }
 
 /// Has a guest try something. It goes well if the policy lets it and the guest says so, or both say no.
@@ -186,8 +196,11 @@ pub(crate) fn attempt(
         }
     };
     let good = worked == allowed && permits == allowed;
-    let said = asked.and_then(|asked| Some((asked.number, said(role, tries, &asked, policies)?)));
-    Ok(Row { who, what: tries.what(), guest, verdict, rule, good, said })
+    let (action, object, peer) = tries.asks();
+    let said = asked.and_then(|asked| {
+        Some((asked.number, policies.said(role.name, peer, action, object, &asked.decision)?))
+    });
+    Ok(Row { who, what: tries.what(), guest, verdict, rule, good, said, ..Row::default() })
 }
 
 /// Whether the guest got what it tried.

@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use vmm_audit::Digest;
+use vmm_audit::hooks::desk::AuditedDesk;
 use vmm_audit::hooks::devices::AuditedGate;
 use vmm_audit::hooks::policy::PolicyLog;
+use vmm_audit::verb::Begun;
 use vmm_cpu::Hypervisor;
 use vmm_devices::channel::{Gatekeeper, NetworkAttach, Refusal, RegionMap, VmIdentity, VsockListen};
 use vmm_devices::ivshmem::{Hub, Region};
@@ -23,6 +25,7 @@ use vmm_policy::{Monitor, Policy};
 use crate::guest::Image;
 use crate::log::Log;
 use crate::machine::{Machine, Recipe};
+use crate::operators::{Deed, MANAGERS};
 use crate::trail::{Both, Trail};
 
 /// The port of the databases.
@@ -100,6 +103,8 @@ pub(crate) struct Host {
     pub(crate) enforcement: Enforcement,
     pub(crate) trail: Trail,
     told: PolicyLog,
+    /// Where those ask who manage it.
+    pub(crate) desk: AuditedDesk,
     pub(crate) table: Arc<FlowTable<PolicyFlows>>,
     network: Switch,
     vsock: vsock::Switch,
@@ -115,6 +120,10 @@ impl Host {
         // What cannot be written down does not open.
         let enforcement =
             Enforcement::behind(monitor, |gate| AuditedGate::new(gate, log.gate()).without_verdicts());
+        for name in MANAGERS {
+            enforcement.register_host(name)?;
+        }
+        let desk = AuditedDesk::new(enforcement.monitor(), &told);
         let start = Instant::now();
         let clock = move || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let network = Switch::builder("lan", clock).build();
@@ -127,7 +136,7 @@ impl Host {
             let memory = SharedMemory::create(name, REGION)?;
             regions.insert(name, Hub::new(Region::new(name, memory)?, 1)?);
         }
-        Ok(Self { enforcement, trail, told, table, network, vsock: vsock::Switch::new(), regions })
+        Ok(Self { enforcement, trail, told, desk, table, network, vsock: vsock::Switch::new(), regions })
     }
 
     fn gatekeeper(&self) -> Gatekeeper {
@@ -140,21 +149,24 @@ impl Host {
         self.gatekeeper().open(role.identity().into(), None, map).map(drop)
     }
 
-    /// A machine with devices that have taken their rights, and the digest of its launch, which the policy learns with who it is.
+    /// A machine with devices that have taken their rights, and the digest of its launch, which the policy learns with who it is. An operator
+    /// has it launched, which has ended when its guest answers.
     pub(crate) fn machine(
         &self,
         hypervisor: &dyn Hypervisor,
         image: &Image,
         role: Role,
         log: &Log,
-    ) -> Result<(Machine, Digest)> {
+    ) -> Result<(Machine, Digest, Begun)> {
         let (gatekeeper, enforcement, vm) = (self.gatekeeper(), &self.enforcement, role.identity());
         let recipe = Recipe::new(hypervisor, image, &role.setup())?;
         let launch = recipe.launch(hypervisor, &enforcement.monitor().policy())?;
         let log = log.machine(role)?;
-        log.launch(&launch)?;
+        // Whom a verb is about has to be known to the policy.
         enforcement.register_as(vm, |spec| spec.digest(launch.digest().as_bytes()))?;
         self.told.learn(enforcement.monitor());
+        let launching = Deed::new("alice", "launch", role.name).granted(self)?.begin()?;
+        log.launch(&launch)?;
         enforcement.bind_address(vm, role.address_bytes().into());
         let mut devices = VirtioDevices::new(Transport::Pci, false)?.on_failure(log.on_failure());
 
@@ -181,6 +193,6 @@ impl Host {
         }
         let machine = Machine::new(hypervisor, role.name, &recipe, devices, log)
             .with_context(|| format!("machine {}", role.name))?;
-        Ok((machine, launch.digest()))
+        Ok((machine, launch.digest(), launching))
     }
 }

@@ -6,6 +6,8 @@
 //! and its mapped memory are gone, which it says itself; nobody else notices. That no way leads from one tenant to the other, by however many steps,
 //! is proven for both policies, and drawn.
 //!
+//! What operators do to the machines is judged by the same policy: they launch them and put policies in force, and to destroy one takes two of them.
+//!
 //! All that is decided and done is in an audit log, which a process of its own writes: in the end that verifies it and looks for what was shown.
 //!
 //! It ends with 0 if all went as the policies say, and the log says so too.
@@ -15,6 +17,7 @@ mod guest;
 mod host;
 mod log;
 mod machine;
+mod operators;
 mod report;
 mod trail;
 
@@ -36,6 +39,7 @@ use crate::guest::Image;
 use crate::host::{DATABASE, Host, ROLES};
 use crate::log::Log;
 use crate::machine::Machine;
+use crate::operators::{Comes, Deed};
 use crate::report::Report;
 
 /// Two tenants on one host, a gateway, and a policy.
@@ -100,13 +104,14 @@ fn run(options: &Options) -> Result<bool> {
     let log = Log::start(&log_dir).context("--log")?;
     let host = Host::new(open, &log)?;
     let begun = Instant::now();
-    let mut machines = BTreeMap::new();
+    let (mut machines, mut launching) = (BTreeMap::new(), BTreeMap::new());
     for role in ROLES {
-        let (machine, launched) = host.machine(&*hypervisor, &image, role, &log)?;
+        let (machine, launched, begun) = host.machine(&*hypervisor, &image, role, &log)?;
         machines.insert(role.name, machine);
+        launching.insert(role.name, begun);
         report.shown.launched.insert(role.name.to_owned(), launched.to_string());
     }
-    confine(&*hypervisor, &inherited)?;
+    confine(&*hypervisor, &inherited, &log)?;
     for machine in machines.values() {
         machine.start();
     }
@@ -114,6 +119,14 @@ fn run(options: &Options) -> Result<bool> {
         machine.answer().context("the boot")?.map_err(anyhow::Error::msg)?;
     }
     report.booted(hypervisor.name(), begun.elapsed());
+    report.title_of_verbs("What operators do, and others would like to");
+    for (name, begun) in launching {
+        begun.done();
+        report.row(&Deed::new("alice", "launch", name).row(&host, &policies, Comes::Done)?);
+    }
+    for (who, verb, of) in NOT_THEIRS {
+        report.row(&Deed { who, verb, of: *of }.refused(&host, &policies)?);
+    }
 
     serve(&mut machines)?;
     report.title("Attempts, each from inside a guest");
@@ -125,9 +138,7 @@ fn run(options: &Options) -> Result<bool> {
     for (who, tries, allowed) in AFTER {
         report.row(&attempt(&host, &policies, &mut machines, who, *tries, *allowed)?);
     }
-    for machine in machines.into_values() {
-        machine.stop();
-    }
+    destroy(&mut report, &host, &policies, machines)?;
     report.counts(host.trail.counts(), host.table.totals());
     drop(host);
     report.log(&log.end(&report.shown).context("--log")?, &log_dir);
@@ -174,9 +185,10 @@ fn choose(name: &str) -> Result<Box<dyn Hypervisor>> {
 /// Gives up what is not needed from here on, so that a guest which breaks out has no more of the host than this. The tenants are not kept apart by that: for
 /// hosts that run guests of people who do not trust each other, each machine is a process (`linux`, with the programs `net_switch`,
 /// `vsock_switch` and `ivshmem_server` between, whose gates are of the same kind).
-fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd]) -> Result<()> {
+fn confine(hypervisor: &dyn Hypervisor, inherited: &[RawFd], log: &Log) -> Result<()> {
     let engine = if hypervisor.name() == "kvm" { Engine::Kvm } else { Engine::Interpreter };
     let mut confinement = Confinement::new(engine).deny_descriptors(inherited).allow_duplicates();
+    confinement = log.confinement(confinement);
     // A connection between two guests is a pair of sockets.
     confinement = confinement.allow_if(libc::SYS_socketpair, 0, u64::try_from(libc::AF_UNIX)?);
     for call in [
@@ -219,9 +231,13 @@ fn cut(
     }
     prove(report, &lockdown)?;
     policies.push(lockdown.clone());
-    let begun = Instant::now();
-    let cut = host.enforcement.reload(lockdown)?;
-    let took = begun.elapsed();
+    let deed = Deed::of_host("alice", "reload");
+    let (cut, begun, took) = deed.granted(host)?.carry_out(|| {
+        let begun = Instant::now();
+        let cut = host.enforcement.reload(lockdown)?;
+        anyhow::Ok((cut, begun, begun.elapsed()))
+    })?;
+    report.row(&deed.row(host, policies, Comes::Done)?);
     report.cut(&cut, took);
     let red = machines.get_mut("web-red").context("web-red")?;
     let mut heard = Vec::new();
@@ -244,6 +260,55 @@ fn cut(
     report.check("and its memory is there", event.is_none() && blue.must("region")? == "blue");
     Ok(())
 }
+
+/// Ends the machines, as operators want it: two of them, for each.
+fn destroy(
+    report: &mut Report,
+    host: &Host,
+    policies: &Policies,
+    mut machines: BTreeMap<&'static str, Machine>,
+) -> Result<()> {
+    report.title_of_verbs("The end of the machines, which takes two");
+    for role in ROLES {
+        let (mut deed, mut second) = (Deed::new("alice", "destroy", role.name), "bob");
+        let (mut ticket, row) = deed.waits(host, policies)?;
+        report.row(&row);
+        match role.name {
+            "web-red" => {
+                for who in ["alice", "rita"] {
+                    report.row(&deed.not_confirmed(host, ticket, who));
+                }
+            }
+            "gateway" => {
+                report.row(&deed.declined(host, ticket, second));
+                report.row(&deed.not_confirmed(host, ticket, second));
+                (deed, second) = (Deed { who: second, ..deed }, deed.who);
+                let (again, row) = deed.waits(host, policies)?;
+                report.row(&row);
+                ticket = again;
+            }
+            _ => {}
+        }
+        let machine = machines.remove(role.name).context(role.name)?;
+        deed.confirmed(host, ticket, second)?.carry_out(|| {
+            machine.stop();
+            anyhow::Ok(())
+        })?;
+        report.row(&deed.done_by(host, policies, second)?);
+        host.enforcement.unregister(role.identity())?;
+    }
+    // What is gone is nobody any more.
+    report.row(&Deed::new("alice", "destroy", "web-red").refused(host, policies)?);
+    Ok(())
+}
+
+/// Who tries to manage what is not his to manage.
+const NOT_THEIRS: &[(&str, &str, Option<&str>)] = &[
+    ("mallory", "destroy", Some("web-red")),
+    ("rita", "destroy", Some("web-red")),
+    ("rita", "launch", Some("db-blue")),
+    ("rita", "reload", None),
+];
 
 const fn vsock(to: &'static str) -> Try {
     Try::Vsock { to, port: DATABASE }

@@ -11,6 +11,7 @@ use vmm_policy::Path as Way;
 use crate::attempts::Row;
 use crate::host::ROLES;
 use crate::log::{Checks, Shown, Taken};
+use crate::trail::Counts;
 
 /// What the policy calls it.
 fn name(party: &Party) -> String {
@@ -56,15 +57,24 @@ impl Report {
 
     pub(crate) fn title(&self, title: &str) {
         println!("\n{title}");
-        println!(
-            "  {:<5}  {:<9} {:<41} {:<19} {:<16} by",
-            "", "who", "tries to", "guest says", "policy says"
-        );
+        Self::columns("guest says");
+    }
+
+    /// The same for what operators do.
+    pub(crate) fn title_of_verbs(&self, title: &str) {
+        println!("\n{title}");
+        Self::columns("comes of it");
+    }
+
+    fn columns(third: &str) {
+        println!("  {:<5}  {:<9} {:<41} {third:<19} {:<16} by", "", "who", "tries to", "policy says");
     }
 
     pub(crate) fn row(&mut self, row: &Row) {
-        let Row { who, what, guest, verdict, rule, good, said } = row;
+        let Row { who, what, guest, verdict, rule, good, said, done, rejected } = row;
         self.shown.said.extend(said.clone());
+        self.shown.done.extend(done.clone());
+        self.shown.rejected.extend(rejected.clone());
         let mark = self.note(*good);
         println!("  {mark:<5}  {who:<9} {what:<41} {guest:<19} {verdict:<16} {rule}");
     }
@@ -120,9 +130,13 @@ impl Report {
         println!("         {who} says {:.1} ms after that began: {line}", after.as_secs_f64() * 1e3);
     }
 
-    pub(crate) fn counts(&mut self, (allowed, refused): (usize, usize), flows: FlowTotals) {
-        (self.shown.allowed, self.shown.refused) = (allowed as u64, refused as u64);
-        println!("\nthe policy was asked {} times: {allowed} allowed, {refused} refused", allowed + refused);
+    pub(crate) fn counts(&mut self, counts: Counts, flows: FlowTotals) {
+        let Counts { allowed, asked, refused } = counts;
+        self.shown.counts = [allowed, asked, refused].map(|count| count as u64);
+        println!(
+            "\nthe policy was asked {} times: {allowed} allowed, {asked} for a second person, {refused} refused",
+            allowed + asked + refused
+        );
         println!(
             "the switch dropped {} frames that belonged to nothing, {} that were unclear, {} from others' addresses",
             flows.stray, flows.unclear, flows.spoofed

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_audit::hooks::policy::PolicyLog;
-use vmm_policy::{Action, Decision, Layer, Observer, Policy, Request, Revocation, SubjectId};
+use vmm_policy::trust::DeskEvent;
+use vmm_policy::{Action, Decision, Layer, Observer, Policy, Request, Revocation, SubjectId, Verdict};
 
 /// Decisions that are kept: more than a run has, however much its guests ask.
 const MOST: usize = 1 << 16;
@@ -18,12 +19,24 @@ pub(crate) struct Asked {
     pub(crate) action: Action,
     pub(crate) object: String,
     pub(crate) decision: Decision,
+    /// Who has confirmed it, if it takes two.
+    pub(crate) by: Option<SubjectId>,
 }
 
 #[derive(Default)]
 struct Kept {
     next: u64,
     asked: VecDeque<Asked>,
+    /// What was refused without a decision of the policy.
+    refused: usize,
+}
+
+/// How often something was allowed, was to be confirmed or was, and was refused.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Counts {
+    pub(crate) allowed: usize,
+    pub(crate) asked: usize,
+    pub(crate) refused: usize,
 }
 
 /// Keeps all decisions, the last ones if there are too many. Clones are the same.
@@ -32,6 +45,20 @@ pub(crate) struct Trail(Arc<Mutex<Kept>>);
 
 impl Observer for Trail {
     fn decided(&self, request: &Request<'_>, decision: &Decision) {
+        self.keep(request, decision, None);
+    }
+
+    fn desk(&self, event: &DeskEvent<'_>) {
+        match *event {
+            DeskEvent::Waits { request, decision, .. } => self.keep(request, decision, None),
+            DeskEvent::Confirmed { request, decision, by, .. } => self.keep(request, decision, Some(by)),
+            _ => self.refuse(),
+        }
+    }
+}
+
+impl Trail {
+    fn keep(&self, request: &Request<'_>, decision: &Decision, by: Option<SubjectId>) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let number = kept.next;
         kept.next += 1;
@@ -45,11 +72,15 @@ impl Observer for Trail {
             action: request.action,
             object: request.object.to_string(),
             decision: *decision,
+            by,
         });
     }
-}
 
-impl Trail {
+    /// Counts what is refused without a decision of the policy.
+    pub(crate) fn refuse(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).refused += 1;
+    }
+
     /// How many there were.
     pub(crate) fn len(&self) -> u64 {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).next
@@ -61,11 +92,13 @@ impl Trail {
         kept.asked.iter().rev().take_while(|asked| asked.number >= since).find(|asked| is(asked)).cloned()
     }
 
-    /// How many were allowed, and how many not.
-    pub(crate) fn counts(&self) -> (usize, usize) {
+    pub(crate) fn counts(&self) -> Counts {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let allowed = kept.asked.iter().filter(|asked| asked.decision.permits()).count();
-        (allowed, kept.asked.len() - allowed)
+        let count =
+            |is: &dyn Fn(&Decision) -> bool| kept.asked.iter().filter(|asked| is(&asked.decision)).count();
+        let (allowed, asked) =
+            (count(&Decision::permits), count(&|decision| decision.verdict == Verdict::Ask));
+        Counts { allowed, asked, refused: kept.asked.len() - allowed - asked + kept.refused }
     }
 }
 
@@ -84,6 +117,11 @@ impl Observer for Both {
 
     fn reloaded(&self, epoch: u64, policy: &Policy) {
         self.1.reloaded(epoch, policy);
+    }
+
+    fn desk(&self, event: &DeskEvent<'_>) {
+        self.0.desk(event);
+        self.1.desk(event);
     }
 }
 

@@ -3,6 +3,7 @@
 
 #[cfg(test)]
 mod tests;
+mod written;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write as _};
@@ -12,15 +13,17 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use vmm_audit::collector::Attached;
-use vmm_audit::event::{Action, Event, Kind, ObjectClass, Party, Verdict};
+use vmm_audit::event::{Kind, Party, Verdict};
 use vmm_audit::gaps::gaps;
 use vmm_audit::pipeline::Emitter;
 use vmm_audit::storage::FsStorage;
 use vmm_audit::verify::{VerifyOptions, verify};
 use vmm_audit::{Entries, Item};
 use vmm_examples::audit::{Collected, LogProcess, MachineLog, collect};
+use vmm_examples::confine::Confinement;
 
 use crate::host::{ROLES, Role};
+use crate::log::written::{Written, name};
 
 const ORIGIN: &str = "two-tenants.example/audit";
 
@@ -44,6 +47,29 @@ pub(crate) struct Said {
     pub(crate) rule: Option<String>,
     /// The digest of the policy.
     pub(crate) policy: String,
+    /// The second person, where it takes one.
+    pub(crate) confirmed_by: Option<String>,
+}
+
+/// A verb that was carried out, likewise.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Done {
+    pub(crate) who: String,
+    pub(crate) verb: String,
+    pub(crate) of: Option<String>,
+    pub(crate) confirmed_by: Option<String>,
+    pub(crate) rule: Option<String>,
+    pub(crate) policy: String,
+}
+
+/// A verb, or the confirmation of one, that came to nothing for another reason than a rule.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Rejected {
+    pub(crate) who: String,
+    pub(crate) of: Option<String>,
+    pub(crate) ticket: Option<u64>,
+    pub(crate) asked_by: Option<String>,
+    pub(crate) why: String,
 }
 
 /// A right that was taken back, likewise.
@@ -62,8 +88,10 @@ pub(crate) struct Shown {
     /// By their numbers: one may be shown twice.
     pub(crate) said: BTreeMap<u64, Said>,
     pub(crate) taken: Vec<Taken>,
-    pub(crate) allowed: u64,
-    pub(crate) refused: u64,
+    pub(crate) done: Vec<Done>,
+    pub(crate) rejected: Vec<Rejected>,
+    /// Decisions that allowed, that asked for a second person or were confirmed by one, and that refused.
+    pub(crate) counts: [u64; 3],
     /// The digests that the policy was given, by the names of the machines.
     pub(crate) launched: BTreeMap<String, String>,
 }
@@ -99,6 +127,11 @@ impl Log {
         MachineLog::new(&self.process, Party::vm(role.number.into(), role.identity().incarnation()))
     }
 
+    /// With what the log needs.
+    pub(crate) fn confinement(&self, confinement: Confinement) -> Confinement {
+        self.process.confinement(confinement)
+    }
+
     /// Closes it, when all else has ended, and has what was shown looked for.
     pub(crate) fn end(self, shown: &Shown) -> Result<Checks> {
         let Self { process, policy, gate } = self;
@@ -116,41 +149,6 @@ pub(crate) fn write(dir: &Path) -> Result<()> {
     let checks = check(&dir.join("log"), &collected, &shown)?;
     writeln!(io::stdout(), "{}", serde_json::to_string(&checks)?)?;
     Ok(())
-}
-
-/// What is in the log of this run.
-#[derive(Default)]
-struct Written {
-    entries: u64,
-    said: Vec<Said>,
-    /// With the rule, where there is one.
-    taken: Vec<(Taken, Option<String>)>,
-    /// Decisions that were counted and not written one by one, by action and verdict.
-    counted: BTreeMap<(Option<Action>, Option<Verdict>), u64>,
-    /// The first event of each machine.
-    first: BTreeMap<String, Event>,
-}
-
-impl Written {
-    fn add(&mut self, source: &str, event: Event) {
-        self.entries += 1;
-        match (source, event.kind) {
-            (POLICY, Kind::Decision) => self.said.extend(said(&event)),
-            (POLICY, Kind::Revoked) => {
-                let (who, peer) = (name(event.subject.as_ref()), event.peer.as_ref());
-                let peer = peer.map(|peer| name(Some(peer)));
-                let taken = Taken { who, peer, object: object(&event), why: String::new() };
-                self.taken.push((taken, rule(&event)));
-            }
-            (POLICY, Kind::Coalesced) if event.get("of") == Some("decision") => {
-                self.counted.insert((event.action, event.verdict), event.count);
-            }
-            (POLICY | GATE, _) => {}
-            (machine, _) => {
-                self.first.entry(machine.to_owned()).or_insert(event);
-            }
-        }
-    }
 }
 
 fn check(dir: &Path, collected: &Collected, shown: &Shown) -> Result<Checks> {
@@ -184,7 +182,7 @@ fn check(dir: &Path, collected: &Collected, shown: &Shown) -> Result<Checks> {
             found.source
         };
         if let (true, Some(source)) = (found.seq >= collected.before, sources.get(&source)) {
-            written.add(source, event);
+            written.add(found.seq, source, event);
         }
     }
     checks.extend(compare(&written, shown));
@@ -208,15 +206,20 @@ fn compare(written: &Written, shown: &Shown) -> Checks {
     };
     checks.push((what, absent.is_empty() && !shown.said.is_empty()));
 
-    let allowed =
-        written.said.iter().filter(|said| said.verdict == Verdict::Allow.to_string()).count() as u64;
-    let mut counts = (allowed, written.said.len() as u64 - allowed);
-    for ((_, verdict), count) in &written.counted {
-        let of = if *verdict == Some(Verdict::Allow) { &mut counts.0 } else { &mut counts.1 };
-        *of += count;
+    let mut counts = [0; 3];
+    let counted = written.counted.iter().map(|((_, verdict), count)| (verdict, count));
+    for (verdict, count) in written.verdicts.iter().chain(counted) {
+        let [allowed, asked, refused] = &mut counts;
+        *match verdict {
+            Some(Verdict::Allow) => allowed,
+            Some(Verdict::Ask) => asked,
+            _ => refused,
+        } += count;
     }
-    let what = format!("it has all decisions: {} allowed, {} refused", counts.0, counts.1);
-    checks.push((what, counts == (shown.allowed, shown.refused)));
+    let [allowed, asked, refused] = counts;
+    let what =
+        format!("it has all decisions: {allowed} allowed, {asked} for a second person, {refused} refused");
+    checks.push((what, counts == shown.counts));
 
     let is_taken = |taken: &Taken| {
         let same = |(other, rule): &&(Taken, Option<String>)| {
@@ -229,57 +232,33 @@ fn compare(written: &Written, shown: &Shown) -> Checks {
     checks.push((what, shown.taken.iter().all(is_taken) && !shown.taken.is_empty()));
 
     let is_launch = |(who, digest): (&String, &String)| {
-        written.first.get(who).is_some_and(|event| {
+        written.machines.get(who).is_some_and(|[(_, event), _]| {
             let names: Vec<&str> = event.measured.iter().map(|measured| measured.name.as_str()).collect();
             let known = event.launch_digest.map(|launch| launch.to_string());
             event.kind == Kind::Launch && names == MEASURED && known.as_ref() == Some(digest)
         })
     };
-    let machines: BTreeSet<&String> = written.first.keys().collect();
+    let machines: BTreeSet<&String> = written.machines.keys().collect();
     let is_all = machines == shown.launched.keys().collect() && machines.len() == ROLES.len();
     checks.push((
         "each machine's first event is its launch, with the digest that the policy has".to_owned(),
         is_all && shown.launched.iter().all(is_launch),
     ));
+    let sorted = |mut all: Vec<Done>| {
+        all.sort();
+        all
+    };
+    let done = sorted(written.done.iter().map(|(_, done)| done.clone()).collect());
+    let is_all = done == sorted(shown.done.clone()) && written.begun.is_empty() && !done.is_empty();
+    checks.push((
+        format!("it has the {} verbs that were carried out, each before that was done", done.len()),
+        is_all && written.done.iter().all(|done| written.is_before_effect(done)),
+    ));
+    let (mut absent, mut rejected) = (shown.rejected.clone(), written.rejected.clone());
+    absent.sort();
+    rejected.sort();
+    let what = format!("and the {} that somebody wanted in vain, and who that was", rejected.len());
+    checks.push((what, absent == rejected && !rejected.is_empty()));
     checks.push((format!("there are {} entries of this run", written.entries), written.entries > 0));
     checks
-}
-
-/// What the policy calls it.
-fn name(party: Option<&Party>) -> String {
-    let role = |number: u128| ROLES.into_iter().find(|role| u128::from(role.number) == number);
-    match party {
-        Some(Party::Vm(vm)) => role(vm.uuid).map_or_else(|| vm.to_string(), |role| role.name.to_owned()),
-        Some(Party::Host(name)) => name.to_string(),
-        _ => String::new(),
-    }
-}
-
-/// In the policy's words.
-fn object(event: &Event) -> String {
-    let Some(object) = &event.object else { return String::new() };
-    match (object.class, &object.name, object.number) {
-        (ObjectClass::Network, Some(name), Some(number)) => format!("{name} {number}"),
-        (class, _, Some(number)) => format!("{class} {number}"),
-        (class, Some(name), _) => format!("{class} {:?}", name.as_str()),
-        (class, ..) => class.to_string(),
-    }
-}
-
-fn rule(event: &Event) -> Option<String> {
-    let words: Vec<&str> = event.rule.as_ref()?.as_str().split_whitespace().collect();
-    Some(format!("{}:{}: {}", event.get("file").unwrap_or("policy"), event.rule_line, words.join(" ")))
-}
-
-fn said(event: &Event) -> Option<Said> {
-    Some(Said {
-        who: name(event.subject.as_ref()),
-        peer: event.peer.as_ref().map(|peer| name(Some(peer))),
-        action: event.action?.to_string(),
-        object: object(event),
-        verdict: event.verdict?.to_string(),
-        layer: event.reason.as_ref()?.as_str().strip_prefix("layer ")?.to_owned(),
-        rule: rule(event),
-        policy: event.policy?.to_string(),
-    })
 }

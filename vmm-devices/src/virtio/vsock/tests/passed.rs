@@ -266,8 +266,8 @@ struct Rogue {
 }
 
 impl Rogue {
-    /// With a member, to which it sends something beside its answer.
-    fn new(beside: Option<BorrowedFd<'_>>) -> Self {
+    /// With a member, to which it sends something beside its answer, and keeps no copy of that.
+    fn new(beside: Option<OwnedFd>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("broker");
         let listener = listener_at(&path, Kind::SeqPacket);
@@ -276,8 +276,13 @@ impl Rogue {
                 scope.spawn(|| Member::join(&path, 3, reachable(&Gatekeeper::new(AllowAll), 3)).unwrap());
             let socket = accept(&listener).unwrap();
             assert!(recv(&socket, &mut [0; 100], RecvFlags::empty()).is_ok());
-            let joined = Message { what: what::JOINED, ..Message::default() };
-            assert_eq!(joined.send(&socket, beside), Ok(true));
+            let answers = socket.try_clone().unwrap();
+            // Aside: if the member has closed what it got by the time that this does, the last copy is here, and its close waits.
+            std::thread::spawn(move || {
+                let joined = Message { what: what::JOINED, ..Message::default() };
+                assert_eq!(joined.send(&answers, beside.as_ref().map(OwnedFd::as_fd)), Ok(true));
+                drop(beside);
+            });
             (joining.join().unwrap(), socket)
         });
         Self { directory, member: Some(member), socket }
@@ -313,32 +318,31 @@ fn connection() -> (OwnedFd, OwnedFd) {
 fn what_a_broker_passes_does_not_hold_up_its_member() {
     for way in 0..6 {
         let (stubborn, ends) = stubborn();
-        let mut rogue = Rogue::new((way == 0).then_some(stubborn.as_fd()));
+        let (beside, stubborn) = if way == 0 { (Some(stubborn), None) } else { (None, Some(stubborn)) };
+        let mut rogue = Rogue::new(beside);
         let member = rogue.member.take().unwrap();
         let (ours, theirs) = connection();
+        let passed = || stubborn.as_ref().unwrap().as_fd();
         match way {
             0 => {}
             // Neither is a connection; one more than there is to be.
             1 => {
-                assert_eq!(arrived().send(&rogue.socket, Some(stubborn.as_fd())), Ok(true));
+                assert_eq!(arrived().send(&rogue.socket, Some(passed())), Ok(true));
                 let dialed = Message { what: what::DIALED, ..Message::default() };
-                assert_eq!(dialed.send(&rogue.socket, Some(stubborn.as_fd())), Ok(true));
+                assert_eq!(dialed.send(&rogue.socket, Some(passed())), Ok(true));
             }
-            2 => pass(
-                &rogue.socket,
-                &[what::JOINED as u8; 56],
-                &[ours.as_fd(), stubborn.as_fd()],
-                SendFlags::empty(),
-            ),
+            2 => {
+                pass(&rogue.socket, &[what::JOINED as u8; 56], &[ours.as_fd(), passed()], SendFlags::empty())
+            }
             // In a connection that nobody wants; behind a message that looks like the end.
             3 | 4 => {
                 if way == 4 {
                     send(&theirs, b"", SendFlags::empty()).unwrap();
                 }
-                pass(&theirs, b"x", &[stubborn.as_fd()], SendFlags::empty());
+                pass(&theirs, b"x", &[passed()], SendFlags::empty());
                 assert_eq!(arrived().send(&rogue.socket, Some(ours.as_fd())), Ok(true));
             }
-            _ => assert_eq!(arrived().send(&rogue.socket, Some(stubborn.as_fd())), Ok(true)),
+            _ => assert_eq!(arrived().send(&rogue.socket, Some(passed())), Ok(true)),
         }
         drop((stubborn, ours));
         soon("the member", move || {
@@ -405,6 +409,8 @@ fn calls_that_cannot_be_closed_are_bounded() {
     for _ in 0..64 {
         let (stubborn, ends) = stubborn();
         assert_eq!(arrived().send(&rogue.socket, Some(stubborn.as_fd())), Ok(true));
+        // Before the member has it, so that this is never the last copy.
+        drop(stubborn);
         assert!(!member.is_full() && member.next().is_none());
         kept.push(ends);
     }
