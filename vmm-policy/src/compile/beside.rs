@@ -7,7 +7,7 @@
 
 use super::classes::{Class, ClassKey};
 use super::conditions::Facts;
-use super::lookup::{Limits, Ruling};
+use super::lookup::Ruling;
 use super::model::{Model, Strength};
 use super::table::Table;
 use crate::model::{Flow, Layer, Op};
@@ -47,11 +47,11 @@ impl Table {
             return Ruling::denied(Layer::Identity);
         }
         // An object has no state.
-        let facts = || Facts { peer: 0, ..*facts };
-        // Limits are those of the peer.
-        let of_object = self.judge(model, op, asker, object, value, facts, &mut Limits::none());
+        let facts = Facts { peer: 0, ..*facts };
+        let of_object = self.judge(model, op, asker, object, value, &facts);
         if of_object.is_by_rule(model) && of_object.strength() < of_peer.strength() {
-            of_object
+            // Limits are those of the peer.
+            Ruling { limited: of_peer.limited, ..of_object }
         } else {
             of_peer
         }

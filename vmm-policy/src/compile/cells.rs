@@ -155,6 +155,11 @@ impl Cells {
         &self.keys
     }
 
+    /// All of them, in no order.
+    pub(super) fn all(&self) -> impl Iterator<Item = Cell> + '_ {
+        self.lines.iter().flat_map(|Line(cells)| cells).copied().filter(|cell| cell.word != 0)
+    }
+
     #[inline(always)]
     fn line_of(&self, key: u64) -> usize {
         // The upper half of the product, scaled to the number of lines, which is below 2^32: multiply-shift hashing (Dietzfelbinger),

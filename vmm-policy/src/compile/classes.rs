@@ -36,12 +36,23 @@ pub(crate) struct Class {
     pub(crate) wall: u64,
     pub(crate) id: u32,
     /// Of [`Ways`](super::ways::Ways).
-    pub(super) level: u32,
+    pub(super) level: u8,
     pub(crate) secrecy: u8,
     pub(crate) integrity: u8,
     /// Neither levels nor walls are asked about it: a guard, or nobody.
     pub(crate) exempt: bool,
     pub(crate) is_object: bool,
+}
+
+/// What most decisions need to know of a class.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Brief {
+    pub(crate) id: u32,
+    /// One more than its label of the first family of [`Model::wide_families`](super::Model::wide_families); 0 for none.
+    pub(super) family: u32,
+    /// Of [`Ways`](super::ways::Ways).
+    pub(super) level: u8,
+    pub(crate) exempt: bool,
 }
 
 /// What there is to ask of it without a table, in which it would have a number.

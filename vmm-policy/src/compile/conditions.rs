@@ -16,6 +16,9 @@ pub(crate) struct Facts {
     pub(crate) environment: u64,
 }
 
+/// Clauses that are looked at all at once: each of the first has a bit in words of terms.
+pub(crate) const TERMS: usize = 64;
+
 const ATTESTED: u64 = 1 << 8;
 const FIRST_DIGEST: usize = 16;
 const FIRST_FLAG: usize = 32;
@@ -187,6 +190,32 @@ impl Conditions {
         let Some((first, count)) = self.ranges.get(condition as usize) else { return false };
         let clauses = self.clauses.get(*first as usize..(*first + *count) as usize).unwrap_or(&[]);
         clauses.iter().any(|clause| clause.holds(facts))
+    }
+
+    /// The terms of an asker: of the clauses whose part about the asker holds.
+    pub(crate) fn asker_terms(&self, facts: u64) -> u64 {
+        self.terms(|clause| clause.asker.holds(facts))
+    }
+
+    /// Those of a peer. What is among the asker's, the peer's and the host's terms holds.
+    pub(crate) fn peer_terms(&self, facts: u64) -> u64 {
+        self.terms(|clause| clause.peer.holds(facts))
+    }
+
+    /// Those of the host.
+    pub(crate) fn environment_terms(&self, environment: u64) -> u64 {
+        self.terms(|clause| clause.environment.holds(environment))
+    }
+
+    fn terms(&self, holds: impl Fn(&Clause) -> bool) -> u64 {
+        let all = self.clauses.iter().take(TERMS).enumerate();
+        all.filter(|(_, clause)| holds(clause)).fold(0, |terms, (at, _)| terms | 1 << at)
+    }
+
+    /// The terms with each of which a condition holds, if they have bits.
+    pub(super) fn terms_of(&self, condition: u32) -> Option<std::ops::Range<u32>> {
+        let (first, count) = *self.ranges.get(condition as usize)?;
+        Some(first..first + count).filter(|terms| terms.end as usize <= TERMS)
     }
 
     /// The bit of a flag that a condition names.

@@ -2,6 +2,7 @@
 
 use super::cells::{ANY, Cell, cell_key, related, split_key, split_related};
 use super::classes::NOBODY;
+use super::front::Origin;
 use super::model::{Model, Strength, TargetsDef};
 use super::ranges::LIMIT;
 use super::table::Table;
@@ -62,7 +63,10 @@ impl Table {
                 *shapes |= shape(asker, peer);
             }
         }
-        self.cells.extend(fresh);
+        self.cells.extend(fresh.clone());
+        let Self { cells, ranges, objects, keys, .. } = self;
+        let origin = Origin { cells, ranges, objects, classes: keys.len() };
+        self.front.extend(model, &origin, &fresh);
         Ok(())
     }
 

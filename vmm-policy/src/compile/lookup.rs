@@ -1,4 +1,4 @@
-//! Decisions. As much work for ten rules as for a hundred thousand, and no allocation.
+//! Decisions, where the table's [front](super::front) does not tell. As much work for ten rules as for a hundred thousand, and no allocation.
 
 use super::cells::{ANY, cell_key, related};
 use super::classes::{Class, NOBODY};
@@ -6,7 +6,7 @@ use super::conditions::Facts;
 use super::model::{Model, Strength};
 use super::said::Said;
 use super::table::Table;
-use crate::model::{Flow, Layer, Object, Op, Rate, RuleId, Value, Verdict};
+use crate::model::{Decision, Flow, Layer, Object, Op, Rate, RuleId, Value, Verdict};
 
 /// Families of which there are cells for all that have the same label, or different ones.
 pub(super) const WIDE_FAMILIES: usize = 4;
@@ -17,13 +17,20 @@ pub(crate) const CELLS: usize = 6 + WIDE_FAMILIES;
 /// What the table says, in the words of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ruling {
-    said: Said,
+    pub(super) said: Said,
     pub(crate) layer: Layer,
+    /// There may be [limits](Table::limits_of).
+    pub(crate) limited: bool,
 }
 
 impl Ruling {
+    #[inline(always)]
+    pub(super) fn new(said: Said, layer: Layer, limited: bool) -> Self {
+        Self { said, layer, limited }
+    }
+
     pub(crate) fn denied(layer: Layer) -> Self {
-        Self { said: Said::NOTHING, layer }
+        Self::new(Said::NOTHING, layer, false)
     }
 
     pub(super) fn strength(self) -> Strength {
@@ -42,6 +49,19 @@ impl Ruling {
         !self.said.strength().opens()
     }
 
+    /// All bits if it is allowed in whatever way, and none if not.
+    #[inline(always)]
+    pub(crate) fn all_if_opens(self) -> u64 {
+        const ALL: [u64; 7] = [0, 0, u64::MAX, u64::MAX, u64::MAX, u64::MAX, u64::MAX];
+        ALL.get(self.said.strength() as usize).copied().unwrap_or(0)
+    }
+
+    /// Whether it is slowed down: the rule says to what.
+    #[inline(always)]
+    pub(crate) fn is_throttled(self) -> bool {
+        self.said.strength() == Strength::Throttle
+    }
+
     #[inline(always)]
     pub(crate) fn rule(self) -> Option<RuleId> {
         self.said.rule().map(RuleId)
@@ -49,6 +69,20 @@ impl Ruling {
 
     #[inline(always)]
     pub(crate) fn verdict(self, model: &Model) -> Verdict {
+        if self.is_throttled() {
+            return self.rule().and_then(|rule| model.rule(rule)).map_or(Verdict::Deny, |rule| rule.verdict);
+        }
+        self.plain_verdict()
+    }
+
+    /// The decision, whose verdict is another one if it is throttled.
+    #[inline(always)]
+    pub(crate) fn decision(self, epoch: u64) -> Decision {
+        Decision { verdict: self.plain_verdict(), layer: self.layer, rule: self.rule(), epoch }
+    }
+
+    #[inline(always)]
+    fn plain_verdict(self) -> Verdict {
         // Whether it is allowed nobody can foresee: that is no branch. What is throttled is in the rule, with its rate.
         const NO_RATE: Rate = Rate { bytes: 0, seconds: 1 };
         const ALL: [Verdict; 7] = [
@@ -60,36 +94,23 @@ impl Ruling {
             Verdict::Throttle(NO_RATE),
             Verdict::Allow,
         ];
-        let strength = self.said.strength();
-        if strength == Strength::Throttle {
-            return self.rule().and_then(|rule| model.rule(rule)).map_or(Verdict::Deny, |rule| rule.verdict);
-        }
-        ALL.get(strength as usize).copied().unwrap_or(Verdict::Deny)
+        ALL.get(self.said.strength() as usize).copied().unwrap_or(Verdict::Deny)
     }
 }
 
 /// The lists of limits that a request falls under.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Limits {
     lists: [u32; CELLS],
     count: usize,
 }
 
 impl Limits {
-    pub(crate) fn none() -> Self {
-        Self { lists: [0; CELLS], count: 0 }
-    }
-
     pub(crate) fn lists(&self) -> &[u32] {
         self.lists.get(..self.count).unwrap_or(&[])
     }
 
-    #[inline(always)]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
-    fn add(&mut self, list: u32) {
+    pub(super) fn add(&mut self, list: u32) {
         if list != 0
             && let Some(place) = self.lists.get_mut(self.count)
         {
@@ -104,6 +125,7 @@ impl Limits {
 struct Best {
     said: Said,
     missed: Said,
+    limited: bool,
 }
 
 impl Best {
@@ -206,7 +228,6 @@ impl Table {
     }
 
     /// Whether two histories, neither of which has had to do with two labels of one wall, have together.
-    #[inline]
     pub(crate) fn walls_meet(&self, one: u64, other: u64) -> bool {
         let both = one | other;
         // Where one of them has the other's labels, both are that one.
@@ -214,13 +235,18 @@ impl Table {
     }
 
     /// Whether a history has had to do with two of the labels of one wall.
-    #[inline]
     pub(crate) fn wall_is_hit(&self, history: u64) -> bool {
         self.walls.iter().any(|wall| {
             let labels = history & wall;
             // More than the lowest bit is there.
             labels & labels.wrapping_sub(1) != 0
         })
+    }
+
+    /// The labels at walls that nobody with a history may have to do with.
+    pub(crate) fn forbidden_by(&self, history: u64) -> u64 {
+        let met = self.walls.iter().filter(|wall| history & *wall != 0);
+        met.fold(0, |all, wall| all | wall) & !history
     }
 
     /// What the policy says between two classes, walls' histories and limits apart.
@@ -238,13 +264,11 @@ impl Table {
         };
         match self.barrier(op, asker, peer) {
             Some(layer) => Ruling::denied(layer),
-            None => self.judge(model, op, asker, peer, value, || *facts, &mut Limits::none()),
+            None => self.judge(model, op, asker, peer, value, facts),
         }
     }
 
-    /// What rules say, and which limits there are.
-    #[inline(always)]
-    #[allow(clippy::too_many_arguments, reason = "what a request is takes so many")]
+    /// What rules say.
     pub(crate) fn judge(
         &self,
         model: &Model,
@@ -252,44 +276,47 @@ impl Table {
         asker: &Class,
         peer: &Class,
         value: u64,
-        facts: impl Fn() -> Facts,
-        limits: &mut Limits,
+        facts: &Facts,
     ) -> Ruling {
-        let mut best = Best { said: Said::NOTHING, missed: Said::NOTHING };
+        let mut best = Best { said: Said::NOTHING, missed: Said::NOTHING, limited: false };
         self.cell_keys_of(op, asker, peer, |key| {
             let said = self.said(key, value);
             // In most cases there is nothing more to it, and whether a rule is there or not is no branch.
             if said.is_plain() {
                 best.said = best.said.min(said);
             } else {
-                best = self.consider(said, best, model, &facts(), limits);
+                best = self.consider(said, best, model, facts);
             }
         });
         let said = best.said;
         if (said == Said::NOTHING) & (best.missed != Said::NOTHING) {
             let said = Said::missed(best.missed.rule().unwrap_or(0));
-            return Ruling { said, layer: Layer::Attribute };
+            return Ruling::new(said, Layer::Attribute, best.limited);
         }
         let layer = if said.condition() == 0 { Layer::Type } else { Layer::Attribute };
-        Ruling { said, layer }
+        Ruling::new(said, layer, best.limited)
+    }
+
+    /// The limits that a request falls under.
+    pub(crate) fn limits_of(&self, op: Op, asker: &Class, peer: &Class, value: u64) -> Limits {
+        let mut limits = Limits::default();
+        self.cell_keys_of(op, asker, peer, |key| {
+            if let Some(list) = self.said(key, value).listed() {
+                limits.add(self.ranges.listed(list).1);
+            }
+        });
+        limits
     }
 
     /// A rule with a condition, or rules and limits.
     #[inline(never)]
-    fn consider(
-        &self,
-        said: Said,
-        mut best: Best,
-        model: &Model,
-        facts: &Facts,
-        limits: &mut Limits,
-    ) -> Best {
+    fn consider(&self, said: Said, mut best: Best, model: &Model, facts: &Facts) -> Best {
         let Some(list) = said.listed() else {
             best.consider(said, said.condition(), model, facts);
             return best;
         };
         let (entries, list) = self.ranges.listed(list);
-        limits.add(list);
+        best.limited |= list != 0;
         // Up to the first that holds.
         for entry in entries {
             if !best.consider(Said::of_list(*entry), entry.condition, model, facts) {

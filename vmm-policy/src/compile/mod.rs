@@ -5,6 +5,7 @@
 //! 3. [`fill`]: for each action, class that asks and class that is asked a [cell](cells), with the [ranges] of objects and the rules for each,
 //!    strongest first; together the [`Table`]. Where a rule says `any`, there is one cell for it and not one for each class, so
 //!    that there are at most ten cells to look at, however many rules there are.
+//!    What most decisions read of it lies together in its [`front`].
 //! 4. [`check`]: what `never` says.
 //!
 //! Maps by what a policy chooses have the standard library's hash, whose seed nobody knows: a policy does not choose names that take
@@ -16,6 +17,7 @@ mod check;
 mod classes;
 mod conditions;
 mod fill;
+mod front;
 mod lookup;
 mod model;
 mod names;
@@ -31,8 +33,9 @@ mod who;
 
 pub(crate) use beside::contradiction;
 pub(crate) use check::check;
-pub(crate) use classes::{Class, ClassKey, ClassKind, NOBODY};
-pub(crate) use conditions::{Facts, environment_bits, subject_facts};
+pub(crate) use classes::{Brief, Class, ClassKey, ClassKind, NOBODY};
+pub(crate) use conditions::{Conditions, Facts, environment_bits, subject_facts};
+pub(crate) use front::{Asked, Row};
 pub(crate) use lookup::{Limits, Ruling};
 pub(crate) use model::{LimitDef, Model, PartyDef, RuleDef, Strength};
 pub(crate) use pairs::Steps;

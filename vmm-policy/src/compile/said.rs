@@ -60,7 +60,7 @@ impl Said {
         Self(bits)
     }
 
-    pub(super) fn bits(self) -> u32 {
+    pub(super) const fn bits(self) -> u32 {
         self.0
     }
 
@@ -77,6 +77,17 @@ impl Said {
     /// One rule of a list, whose condition stands there: here is that it has one.
     pub(super) fn of_list(entry: Entry) -> Self {
         Self::new(entry.rank >> 29, entry.rule(), u32::from(entry.condition != 0))
+    }
+
+    /// Nothing, and a number that is not too high for it.
+    pub(super) fn nothing_but(number: u32) -> Option<Self> {
+        (number < RULES).then(|| Self::new(7, number, 0))
+    }
+
+    /// Whether it is one rule and not nothing, with a number or without one.
+    #[inline(always)]
+    pub(super) fn is_rule(self) -> bool {
+        self.0 < 7 << (RULE_BITS + CONDITION_BITS)
     }
 
     pub(super) fn list(number: u32) -> Self {

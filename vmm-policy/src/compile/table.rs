@@ -4,7 +4,8 @@ use fixedbitset::FixedBitSet;
 use std::collections::HashMap;
 
 use super::cells::Cells;
-use super::classes::{Class, ClassKey, ClassKind, NOBODY};
+use super::classes::{Brief, Class, ClassKey, ClassKind, NOBODY};
+use super::front::Front;
 use super::lookup::WIDE_FAMILIES;
 use super::model::Model;
 use super::ranges::Ranges;
@@ -32,6 +33,7 @@ pub(crate) struct Table {
     pub(super) shapes: Vec<u16>,
     pub(super) cells: Cells,
     pub(super) ranges: Ranges,
+    pub(super) front: Front,
     pub(super) walls: Vec<u64>,
     pub(super) ways: Ways,
 }
@@ -51,6 +53,7 @@ impl Table {
             shapes: vec![0; Op::COUNT],
             cells: Cells::default(),
             ranges: Ranges::new(),
+            front: Front::new(model),
             walls: model.walls.iter().map(|(_, mask)| *mask).collect(),
             ways: Ways::new(),
         };
@@ -147,6 +150,13 @@ impl Table {
 
     pub(crate) fn class_of(&self, key: &ClassKey) -> Option<u32> {
         self.class_index.get(key).copied()
+    }
+
+    /// What most decisions need to know of a class.
+    pub(crate) fn brief(&self, class: u32) -> Brief {
+        let made = self.class(class).copied().unwrap_or_default();
+        let [family, ..] = self.families.get(class as usize).copied().unwrap_or_default();
+        Brief { id: made.id, family, level: made.level, exempt: made.exempt }
     }
 
     pub(crate) fn class_count(&self) -> u32 {

@@ -149,10 +149,19 @@ pub(crate) fn random_facts(rng: &mut fastrand::Rng) -> Facts {
     Facts { asker: subject(rng), peer: subject(rng), environment: rng.u64(..4) << 32 }
 }
 
+/// How many answers there were.
+#[derive(Default)]
+struct Compared {
+    /// That open something.
+    opened: usize,
+    /// By the table's front, at a glance and lane by lane.
+    at_a_glance: usize,
+    by_lanes: usize,
+}
+
 /// Compares table and rules for one request of each pair and action.
-fn compare(policy: &Policy, table: &Table, rng: &mut fastrand::Rng, text: &str) -> usize {
+fn compare(policy: &Policy, table: &Table, rng: &mut fastrand::Rng, text: &str, counts: &mut Compared) {
     let model = &*policy.model;
-    let mut opened = 0;
     for asker in
         (1..table.class_count()).filter(|class| table.keys[*class as usize].kind != ClassKind::Object)
     {
@@ -175,27 +184,78 @@ fn compare(policy: &Policy, table: &Table, rng: &mut fastrand::Rng, text: &str) 
                     wanted,
                     "class {asker} to {op} {value} of class {peer}, {facts:?}\n{text}"
                 );
-                opened += usize::from(!found.denies());
+                counts.opened += usize::from(!found.denies());
+                // Declared objects are not asked of the front.
+                if key(peer).kind != ClassKind::Object {
+                    let (glanced, looked) =
+                        front(policy, table, (op, asker, peer, value), &facts, found, text);
+                    counts.at_a_glance += usize::from(glanced);
+                    counts.by_lanes += usize::from(looked);
+                }
             }
         }
     }
-    opened
+}
+
+/// Compares the table's front, whether it tells at a glance and whether lane by lane, with what the table has found.
+pub(super) fn front(
+    policy: &Policy,
+    table: &Table,
+    (op, asker, peer, value): (Op, u32, u32, u64),
+    facts: &Facts,
+    found: Ruling,
+    text: &str,
+) -> (bool, bool) {
+    let (model, conditions) = (&*policy.model, &policy.model.conditions);
+    let (one, other) = (table.class(asker).unwrap(), table.class(peer).unwrap());
+    let asked = Asked {
+        row: table.row(op.kind(), op.action()).unwrap(),
+        asker: &table.brief(asker),
+        peer: &table.brief(peer),
+        value,
+        terms: conditions.asker_terms(facts.asker)
+            & conditions.peer_terms(facts.peer)
+            & conditions.environment_terms(facts.environment),
+        walled: table.forbidden_by(one.wall) & other.wall != 0,
+    };
+    let wanted = (found.verdict(model), found.layer, found.rule());
+    let limits = |limits: &Limits| {
+        let mut all: Vec<u32> = limits.lists().to_vec();
+        all.sort_unstable();
+        all
+    };
+    let of_table = limits(&table.limits_of(op, one, other, value));
+    let shown = || format!("class {asker} to {op} {value} of class {peer}, {facts:?}\n{text}");
+    let glanced = table.glance(&asked);
+    if let Some(ruling) = glanced {
+        let found = (ruling.verdict(model), ruling.layer, ruling.rule());
+        assert_eq!(found, wanted, "at a glance: {}", shown());
+        assert!(ruling.limited || of_table.is_empty(), "at a glance: limits of {}", shown());
+    }
+    let looked = table.look(&asked);
+    if let Some((ruling, of_front)) = &looked {
+        let found = (ruling.verdict(model), ruling.layer, ruling.rule());
+        assert_eq!(found, wanted, "lane by lane: {}", shown());
+        assert_eq!(limits(of_front), of_table, "lane by lane: limits of {}", shown());
+    }
+    (glanced.is_some(), looked.is_some())
 }
 
 #[test]
 fn the_table_says_what_the_rules_say() {
     let mut rng = fastrand::Rng::with_seed(1);
-    let (mut read, mut opened) = (0, 0);
+    let (mut read, mut counts) = (0, Compared::default());
     for _ in 0..300 {
         let rules = rng.usize(..30);
         let text = random_policy(&mut rng, rules, true);
         let Ok(policy) = Policy::parse(&text) else { continue };
         read += 1;
-        opened += compare(&policy, &policy.table, &mut rng, &text);
+        compare(&policy, &policy.table, &mut rng, &text, &mut counts);
     }
+    let Compared { opened, at_a_glance, by_lanes } = counts;
     assert!(
-        read > 250 && opened > 10_000,
-        "{read} policies with {opened} answers that open something test little"
+        read > 250 && opened > 10_000 && at_a_glance > 100_000 && by_lanes > at_a_glance + 10_000,
+        "{read} policies with {opened} answers that open something, {at_a_glance} at a glance and {by_lanes} lane by lane, test little"
     );
 }
 
@@ -223,7 +283,7 @@ fn a_table_that_grew_is_the_one_that_was_made_whole() {
             }
             keys.push(key);
         }
-        compare(&policy, &grown, &mut rng, &text);
+        compare(&policy, &grown, &mut rng, &text, &mut Compared::default());
         let whole = Table::new(model, &keys).unwrap();
         assert_eq!(
             (whole.class_count(), whole.cells.keys().len()),

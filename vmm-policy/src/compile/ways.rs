@@ -24,14 +24,14 @@ impl Ways {
     }
 
     /// The number of a class's level.
-    pub(super) fn level(&mut self, class: &Class) -> u32 {
+    pub(super) fn level(&mut self, class: &Class) -> u8 {
         let of = |class: &Class| (class.secrecy, class.integrity, class.categories, class.exempt);
         if let Some(known) = self.levels.iter().position(|known| of(known) == of(class)) {
-            return known as u32;
+            return known as u8;
         }
         let next = self.levels.len();
         if next == LEVELS {
-            return LEVELS as u32;
+            return LEVELS as u8;
         }
         self.levels.push(*class);
         for (at, other) in self.levels.iter().enumerate() {
@@ -46,15 +46,19 @@ impl Ways {
                 }
             }
         }
-        next as u32
+        next as u8
+    }
+
+    /// Whether information may go so between levels; nothing if classes are to be compared.
+    #[inline(always)]
+    pub(super) fn known(&self, asker: u8, peer: u8, flow: Flow) -> Option<bool> {
+        let bits = self.bits.get(usize::from(asker) * ROW + usize::from(peer)).copied().unwrap_or(COMPARE);
+        (bits & COMPARE == 0).then_some(bits & flow as u8 == flow as u8)
     }
 
     /// As [`Class::permits`].
-    #[inline(always)]
     pub(super) fn permit(&self, asker: &Class, peer: &Class, flow: Flow) -> bool {
-        let bits =
-            self.bits.get(asker.level as usize * ROW + peer.level as usize).copied().unwrap_or(COMPARE);
-        bits & flow as u8 == flow as u8 || (bits & COMPARE != 0 && asker.permits(peer, flow))
+        self.known(asker.level, peer.level, flow).unwrap_or_else(|| asker.permits(peer, flow))
     }
 }
 

@@ -290,6 +290,12 @@ impl Op {
         self.flow
     }
 
+    /// The [`index`](Self::index) of `action` on a `kind`, whether that can be or not.
+    #[inline(always)]
+    pub(crate) fn index_of(kind: Kind, action: Action) -> usize {
+        index(kind, action)
+    }
+
     #[inline(always)]
     pub(crate) fn index(self) -> usize {
         index(self.kind, self.action)

@@ -1,6 +1,7 @@
 //! Who takes part.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -29,16 +30,14 @@ impl fmt::Display for Principal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SubjectId {
     pub(crate) slot: u32,
-    pub(crate) life: u64,
+    /// There is none in the place of nobody, so that a request has no choice to make between a peer and none.
+    pub(crate) life: NonZeroU64,
 }
 
 impl SubjectId {
-    /// Whoever is meant by a request that leads to nobody. No subject has that slot or that life.
-    pub(crate) const NOBODY: Self = Self { slot: 0, life: 0 };
-
     /// Which life, counted over all subjects of the monitor; never used twice.
     pub fn life(self) -> u64 {
-        self.life
+        self.life.get()
     }
 }
 

@@ -74,21 +74,37 @@ impl Monitor {
         mode: Mode,
         charges: Option<&mut Vec<Charge>>,
     ) -> Decision {
+        // Nothing that is worked out for the one is kept for the other, so that the one has what it needs in registers.
+        match now.main.glance(request) {
+            Some(ruling) => ruling.decision(now.epoch),
+            None => self.decide_closely(now, request, mode, charges),
+        }
+    }
+
+    /// The same, where there is more to do than to say so, or it cannot be told at a glance.
+    #[inline(never)]
+    fn decide_closely(
+        &self,
+        now: &Arc<Snapshot>,
+        request: &Request<'_>,
+        mode: Mode,
+        charges: Option<&mut Vec<Charge>>,
+    ) -> Decision {
         let (epoch, view) = (now.epoch, &now.main);
         let Some(resolved) = view.resolve(request) else {
             return denied(Layer::Identity, None, epoch);
         };
-        let mut limits = Limits::none();
-        let ruling = view.judge(&resolved, resolved.histories(), &mut limits);
-        // Whether it is allowed nobody can foresee; whether there is more to do than to say so, one can.
-        let more = resolved.learns() | !limits.is_empty();
-        if !ruling.denies() & more & (mode != Mode::Look)
+        let (ruling, limits) = view.look(&resolved);
+        let more = ruling.limited || resolved.gained() != 0;
+        if !ruling.denies()
+            && more
+            && mode != Mode::Look
             && let Some(refused) = self.take(now, request, &resolved, &limits, mode, charges)
         {
             return refused;
         }
         let verdict = ruling.verdict(&view.policy.model);
-        Decision { verdict, layer: ruling.layer, rule: ruling.rule(), epoch }
+        Decision { verdict, ..ruling.decision(epoch) }
     }
 
     /// Histories grow and limits are taken; nothing, or what is said if that cannot be.
@@ -102,7 +118,7 @@ impl Monitor {
         charges: Option<&mut Vec<Charge>>,
     ) -> Option<Decision> {
         let (epoch, view) = (now.epoch, &now.main);
-        if resolved.learns() && !self.learn(now, resolved) {
+        if resolved.gained() != 0 && !self.learn(now, resolved) {
             // Histories are those of the policy in force; once for each that was put in force meanwhile.
             let current = self.shared.now.load_full();
             if current.epoch != epoch {

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use super::subjects::class_key;
-use super::view::{Seat, Snapshot, Subject, View};
+use super::view::{Environment, Seat, Snapshot, Subject, View};
 use super::{Monitor, MonitorError};
 use crate::analysis::Change;
 use crate::compile::environment_bits;
 use crate::grant::{OpenChannel, Revocation};
 use crate::model::{Decision, SubjectId};
 use crate::policy::Policy;
-use crate::sync::{AtomicU64, Ordering, lock};
+use crate::sync::lock;
 
 /// What putting a policy in force has done.
 #[derive(Debug)]
@@ -86,15 +86,15 @@ impl Monitor {
         flags: impl IntoIterator<Item = &'a str>,
     ) -> Result<(View, Vec<(SubjectId, String)>), MonitorError> {
         let conditions = &policy.model.conditions;
-        let environment = AtomicU64::new(environment_bits(conditions, self.shared.clock.wall(), flags));
+        let bits = environment_bits(conditions, self.shared.clock.wall(), flags);
         let mut view = View {
             policy: policy.clone(),
             table: Arc::clone(&policy.table),
             seats: before.seats.iter().map(|_| None).collect(),
-            environment,
+            environment: Environment::new(policy, bits),
         };
         if let Some(first) = view.seats.first_mut() {
-            *first = Some(Seat::nobody());
+            *first = Some(Seat::nobody(policy));
         }
         let mut forgotten = Vec::new();
         let mut known = Vec::new();
@@ -122,7 +122,7 @@ impl Monitor {
         for (subject, key) in &known {
             let seat = self.seat(&view, key, subject, &before.meters_of(subject.id))?;
             if let Some(slot) = view.seats.get_mut(subject.id.slot as usize) {
-                *slot = Some(Arc::new(seat));
+                *slot = Some(seat);
             }
         }
         Ok((view, forgotten))
@@ -172,7 +172,7 @@ impl Monitor {
         for view in std::iter::once(&now.main).chain(&now.shadow) {
             let bits =
                 environment_bits(&view.policy.model.conditions, seconds, flags.iter().map(String::as_str));
-            changed |= view.environment.swap(bits, Ordering::AcqRel) != bits;
+            changed |= view.environment.set(&view.policy, bits);
         }
         changed
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::view::{Snapshot, View};
 use super::{Monitor, MonitorError};
-use crate::compile::{Limits, Ruling};
+use crate::compile::Ruling;
 use crate::model::{Decision, Layer, Request, RuleId, Verdict};
 use crate::policy::Policy;
 use crate::sync::{Ordering, lock};
@@ -51,10 +51,11 @@ impl Monitor {
 
     pub(super) fn compare_shadow(&self, shadow: &View, request: &Request<'_>, decided: &Decision) {
         let resolved = shadow.resolve(request);
-        let ruling = resolved.map_or(Ruling::denied(Layer::Identity), |resolved| {
-            let walls = (resolved.asker.class.wall, resolved.peer_class().wall);
-            shadow.judge(&resolved, walls, &mut Limits::none())
+        let ruling = resolved.and_then(|resolved| {
+            let (asker, peer) = shadow.classes(&resolved)?;
+            Some(shadow.judge(&resolved, (asker.wall, peer.wall)))
         });
+        let ruling = ruling.unwrap_or(Ruling::denied(Layer::Identity));
         let verdict = ruling.verdict(&shadow.policy.model);
         // What a limit or a history has refused would not have come to the rules.
         if verdict == decided.verdict || matches!(decided.layer, Layer::Quota | Layer::Wall) {

@@ -1,6 +1,7 @@
 //! Who is there.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::view::{Seat, Snapshot, State, Subject, View};
@@ -9,7 +10,7 @@ use crate::compile::{ClassKey, ClassKind, Model, NOBODY, PartyDef};
 use crate::grant::Revocation;
 use crate::model::{Lifecycle, Principal, SubjectId, SubjectSpec};
 use crate::policy::Policy;
-use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{Mutex, lock};
 use crate::syntax::{PolicyError, did_you_mean};
 
 impl Monitor {
@@ -34,7 +35,7 @@ impl Monitor {
         }
         let free = before.main.seats.iter().position(Option::is_none);
         let slot = free.unwrap_or(before.main.seats.len());
-        let id = SubjectId { slot: slot as u32, life: writer.lives + 1 };
+        let id = SubjectId { slot: slot as u32, life: NonZeroU64::MIN.saturating_add(writer.lives) };
         let declared = party(&before.main.policy.model, &principal);
         if let (Some(party), false) = (declared, labels.is_empty()) {
             return Err(MonitorError::Declared(party.name.to_string()));
@@ -62,6 +63,8 @@ impl Monitor {
     pub fn unregister(&self, id: SubjectId) -> Result<Vec<Revocation>, MonitorError> {
         {
             let _writer = lock(&self.shared.writer);
+            // Histories are copied.
+            let _wall = lock(&self.shared.wall);
             let before = self.shared.now.load_full();
             before.main.seat(id).ok_or(MonitorError::NoSubject(id))?;
             let without = |view: &View| {
@@ -139,7 +142,7 @@ impl Monitor {
             change(&mut lock(&seat.subject().state));
             for view in std::iter::once(&now.main).chain(&now.shadow) {
                 if let Some(seat) = view.seat(id) {
-                    seat.facts.store(View::facts_of(&view.policy, seat.subject()), Ordering::Release);
+                    seat.look_at_state(&view.policy);
                 }
             }
         }
@@ -187,9 +190,9 @@ impl Monitor {
         let mut wider = view.clone_view();
         wider.table = table;
         let seat = self.seat(&wider, &key, subject, &view.meters_of(subject.id))?;
-        wider.seats.resize(wider.seats.len().max(slot + 1), None);
+        wider.seats.resize_with(wider.seats.len().max(slot + 1), || None);
         if let Some(free) = wider.seats.get_mut(slot) {
-            *free = Some(Arc::new(seat));
+            *free = Some(seat);
         }
         Ok(wider)
     }
@@ -203,6 +206,7 @@ impl Monitor {
         meters: &[(String, Arc<super::meter::Meter>)],
     ) -> Result<Seat, MonitorError> {
         let model = &*view.policy.model;
+        // The table was extended by the key.
         let class = view.table.class_of(key).unwrap_or(NOBODY);
         let mut history = 0;
         if !key.guard {
@@ -214,21 +218,19 @@ impl Monitor {
         if let Some(wall) = model.wall_conflict(history) {
             return Err(MonitorError::Wall { principal: subject.principal.clone(), wall: wall.to_owned() });
         }
-        let facts = View::facts_of(&view.policy, subject);
         let meters = View::meters(&view.policy, &view.table, class, meters);
-        // The table was extended by the key.
-        let class = view.table.class(class).copied().unwrap_or_default();
-        Ok(Seat::new(Arc::clone(subject), class, facts, history, meters))
+        Ok(Seat::new(&view.policy, &view.table, Arc::clone(subject), class, history, meters))
     }
 }
 
 impl View {
+    /// Nobody changes states or histories meanwhile: they go on in the copy.
     pub(super) fn clone_view(&self) -> Self {
         Self {
             policy: self.policy.clone(),
             table: Arc::clone(&self.table),
-            seats: self.seats.clone(),
-            environment: AtomicU64::new(self.environment.load(Ordering::Acquire)),
+            seats: self.seats.iter().map(|seat| seat.as_ref().map(Seat::copy)).collect(),
+            environment: self.environment.copy(),
         }
     }
 }

@@ -9,19 +9,24 @@ use std::sync::Arc;
 
 use super::Monitor;
 use super::view::{Resolved, Seat, Snapshot, View};
-use crate::model::SubjectId;
-use crate::sync::{Ordering, lock};
+use crate::model::{Flow, SubjectId};
+use crate::sync::lock;
+
+/// What the history of one of two gains, of histories with those of the object.
+#[inline(always)]
+pub(super) fn gained(flow: Flow, asker: &Seat, peer: &Seat, (of_asker, of_peer): (u64, u64)) -> u64 {
+    let all_if = |so: bool| u64::from(so).wrapping_neg();
+    let guarded = asker.guard() | (peer.is_subject() & peer.guard());
+    let read = of_peer & !of_asker & all_if(flow.reads() & !guarded);
+    let written = of_asker & !of_peer & all_if(flow.writes() & peer.is_subject() & !guarded);
+    read | written
+}
 
 impl Resolved<'_> {
-    /// Whether somebody's history grows, if this is allowed. That no wall is between the two has been seen to; guards have no history, and
+    /// What somebody's history gains, if this is allowed. That no wall is between the two has been seen to; guards have no history, and
     /// learn none.
-    #[inline(always)]
-    pub(super) fn learns(&self) -> bool {
-        let ((asker, peer), flow) = (self.histories(), self.op.flow());
-        let both = asker | peer;
-        let reads = flow.reads() & (both != asker);
-        let writes = flow.writes() & (both != peer) & self.is_of_subject();
-        (reads | writes) & !self.asker.guard() & !(self.is_of_subject() & self.peer.guard())
+    pub(super) fn gained(&self) -> u64 {
+        gained(self.op.flow(), self.asker, self.peer, self.histories())
     }
 }
 
@@ -35,8 +40,9 @@ impl Monitor {
         // A policy that was put in force meanwhile has histories of its own, and asks again about what is open.
         let current = self.shared.now.load_full();
         let view = &current.main;
-        let (asker, peer) = resolved.histories();
-        let both = asker | peer;
+        // The histories of now, which may be those of another snapshot.
+        let of = |seat: &Seat| view.seat(seat.subject().id).unwrap_or(seat).history();
+        let both = of(resolved.asker) | of(resolved.peer) | resolved.object.wall;
         let mut gained: BTreeMap<SubjectId, u64> = BTreeMap::new();
         if flow.reads() {
             gained.insert(resolved.asker.subject().id, both);
@@ -52,7 +58,7 @@ impl Monitor {
         let open: Vec<_> = self.shared.registry.all().into_iter().filter(|right| right.is_live()).collect();
         let mut work: Vec<SubjectId> = gained.keys().copied().collect();
         let whole = |view: &View, gained: &BTreeMap<SubjectId, u64>, id: SubjectId| {
-            let own = view.seat(id).map_or(0, |seat| seat.history.load(Ordering::Acquire));
+            let own = view.seat(id).map_or(0, Seat::history);
             own | gained.get(&id).copied().unwrap_or(0)
         };
         // Each round adds a bit to somebody, and there are 64 of them.
@@ -87,7 +93,7 @@ impl Monitor {
         let model = &*view.policy.model;
         for (id, history) in gained {
             let Some(seat) = view.seat(*id) else { continue };
-            let before = seat.history.load(Ordering::Acquire);
+            let before = seat.history();
             for (bit, label) in model.wall_labels.iter().enumerate() {
                 if (history & !before) >> bit & 1 == 0 {
                     continue;
@@ -101,7 +107,7 @@ impl Monitor {
         // All of it is kept; what is kept and not done does no harm.
         for (id, history) in gained {
             if let Some(seat) = view.seat(*id) {
-                seat.history.fetch_or(*history, Ordering::AcqRel);
+                seat.learn(&view.table, *history);
             }
         }
         true

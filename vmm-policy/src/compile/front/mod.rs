@@ -1,0 +1,273 @@
+//! The table's front: what most decisions read of it, two or three lines of the processor's cache.
+//!
+//! A [line](line) has four lanes; a lane is a rule, the objects that it is about, and who asks whom for what. All lanes of a line are compared
+//! without a branch, as nobody can foresee which of them it is. Those of one asker and peer lie in two lines, the strongest first, so that
+//! two loads, none of which waits for the other, answer where a [cell](super::cells) has several ranges and rules with conditions, too. What is
+//! said of whomever, or of those who have the same label of a family, lies in a line for each action and for what the two have to do with each
+//! other: no key is looked up for that.
+//!
+//! The rest is left to the [table](super::lookup), and lanes say so: more rules for one pair than a block has lanes, numbers that do not
+//! fit, conditions behind the first [`TERMS`](super::conditions::TERMS) ways to hold. Declared objects are not asked for here, and a policy whose
+//! actions and classes together have no number of 32 bits has no front.
+
+mod build;
+mod line;
+#[cfg(test)]
+mod tests;
+
+pub(super) use build::Origin;
+use line::{Line, Word};
+
+use super::classes::{Brief, NOBODY};
+use super::lookup::{Limits, Ruling};
+use super::said::Said;
+use super::table::Table;
+use crate::model::{Action, Flow, Kind, Layer, Op};
+
+/// Lines for a key that has no room among the others.
+const BLOCK: usize = 3;
+
+/// What the front knows of an action.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Row {
+    /// From 1 on, among the actions that rules are about; 0 if none is.
+    number: u16,
+    /// What there is to look at beside the lines of asker and peer.
+    more: u8,
+    pub(crate) flow: Flow,
+}
+
+impl Row {
+    /// Rules of whomever.
+    const WIDE: u8 = 1;
+    /// Rules of an asker, whoever the peer is.
+    const ANY_PEER: u8 = 2;
+    /// Rules of a peer, whoever asks.
+    const ANY_ASKER: u8 = 4;
+    /// The table.
+    const TABLE: u8 = 8;
+    /// There is no such action.
+    const NONE: u8 = 16;
+}
+
+/// What asker and peer have to do with each other: there is no peer, they have no labels of the first family that rules name so, the same one,
+/// different ones.
+const RELATIONS: usize = 4;
+
+#[inline(always)]
+fn relation(asker: &Brief, peer: &Brief) -> usize {
+    let both = (asker.family != 0) & (peer.family != 0);
+    let differ = asker.family != peer.family;
+    usize::from(peer.id != NOBODY) + usize::from(both) + usize::from(both & differ)
+}
+
+/// Asker, peer and object of a request, and what holds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked<'s> {
+    /// Of the action.
+    pub(crate) row: Row,
+    pub(crate) asker: &'s Brief,
+    /// A subject's, or nobody's.
+    pub(crate) peer: &'s Brief,
+    pub(crate) value: u64,
+    /// Of [`Conditions`](super::Conditions).
+    pub(crate) terms: u64,
+    /// A wall is between the two.
+    pub(crate) walled: bool,
+}
+
+/// What rules say.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    said: Said,
+    /// A condition has a say in it.
+    conditional: bool,
+    /// There may be limits.
+    limited: bool,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(super) struct Front {
+    /// By action.
+    rows: Box<[Row; Op::COUNT]>,
+    /// By two hashes of who asks whom for what.
+    lines: Vec<Line>,
+    /// What does not fit there, [`BLOCK`] of them for a key.
+    blocks: Vec<Line>,
+    /// By an action's number and a relation.
+    wide: Vec<Line>,
+    /// Odd.
+    factor: u64,
+    /// Bits of a class in a key.
+    class_bits: u32,
+    /// Lanes that are not free.
+    used: usize,
+}
+
+impl Front {
+    #[inline(always)]
+    fn key(&self, number: u16, asker: u32, peer: u32) -> u32 {
+        (u32::from(number) << self.class_bits | asker) << self.class_bits | peer
+    }
+
+    /// A class that is none, and stands for whomever.
+    fn any(&self) -> u32 {
+        (1 << self.class_bits) - 1
+    }
+
+    /// The two lines in which the lanes of a key can be. With a choice of two, hardly one has no room where three of eight lanes are free
+    /// (Azar, Broder, Karlin and Upfal, Balanced Allocations, 1994).
+    #[inline(always)]
+    fn places(&self, key: u32) -> [usize; 2] {
+        // Both halves of the product, scaled to the number of lines: as for the table's cells, no two keys are likely to lie together.
+        let hash = u64::from(key).wrapping_mul(self.factor);
+        let scaled = |hash: u64| ((u128::from(hash) * self.lines.len() as u128) >> 64) as usize;
+        [scaled(hash), scaled(hash << 32)]
+    }
+
+    #[inline(always)]
+    fn lines(&self, key: u32) -> Option<(&Line, &Line)> {
+        let [one, other] = self.places(key);
+        Some((self.lines.get(one)?, self.lines.get(other)?))
+    }
+
+    #[inline(always)]
+    fn wide(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<&Line> {
+        self.wide.get(usize::from(row.number) * RELATIONS + relation(asker, peer))
+    }
+
+    /// What rules say, in most cases.
+    #[inline(always)]
+    fn glance(&self, asked: &Asked<'_>) -> Option<Found> {
+        let Asked { row, asker, peer, value, terms, .. } = *asked;
+        if row.more & !Row::WIDE != 0 {
+            return None;
+        }
+        let key = self.key(row.number, asker.id, peer.id);
+        let (one, other) = self.lines(key)?;
+        let value = clamped(value);
+        let asked = u64::from(key) << 32 | value;
+        let spilled = one.is_spilled() & other.is_spilled();
+        let (one, other) = (one.first(asked), other.first(asked));
+        let mut wide = Word::NOTHING;
+        // This can be foreseen as well as the action can.
+        if row.more != 0 {
+            wide = self.wide(row, asker, peer)?.first(value);
+        }
+        let all = one | other | wide;
+        let holds = one.holds(terms) & other.holds(terms) & wide.holds(terms);
+        if (holds == 0) | all.is_far() | spilled {
+            return None;
+        }
+        let word = one.stronger(other).stronger(wide);
+        Some(Found { said: word.said(), conditional: word.is_conditional(), limited: all.is_limited() })
+    }
+
+    /// Each word that is about what is asked, whether it holds or not; nothing if the table is to be asked.
+    fn each(&self, asked: &Asked<'_>, mut each: impl FnMut(Word)) -> Option<()> {
+        let Asked { row, asker, peer, .. } = *asked;
+        let value = clamped(asked.value);
+        if row.more & (Row::TABLE | Row::NONE) != 0 {
+            return None;
+        }
+        let named = peer.id != NOBODY;
+        let keys = [
+            (true, asker.id, peer.id),
+            (named && row.more & Row::ANY_PEER != 0, asker.id, self.any()),
+            (named && row.more & Row::ANY_ASKER != 0, self.any(), peer.id),
+        ];
+        for (_, asker, peer) in keys.into_iter().filter(|(wanted, ..)| *wanted) {
+            let key = self.key(row.number, asker, peer);
+            let asked = u64::from(key) << 32 | value;
+            let (one, other) = self.lines(key)?;
+            if one.is_spilled() && other.is_spilled() {
+                return None;
+            }
+            let mut block = None;
+            let other = Some(other).filter(|other| !std::ptr::eq(*other, one));
+            for word in std::iter::once(one).chain(other).flat_map(|line| line.all(asked)) {
+                if word.is_far() { block = Some(word.block()?) } else { each(word) }
+            }
+            let Some(block) = block else { continue };
+            for line in self.blocks.iter().skip(block * BLOCK).take(BLOCK) {
+                line.all(asked).for_each(&mut each);
+            }
+        }
+        for word in self.wide(row, asker, peer)?.all(value) {
+            if word.is_far() {
+                return None;
+            }
+            each(word);
+        }
+        Some(())
+    }
+}
+
+/// A value as lanes have it: what is above is in lanes without an end.
+#[inline(always)]
+fn clamped(value: u64) -> u64 {
+    value.min(u32::MAX.into())
+}
+
+impl Table {
+    /// What the front knows of an action, whether there is such or not.
+    #[inline(always)]
+    pub(crate) fn row(&self, kind: Kind, action: Action) -> Option<Row> {
+        self.front.rows.get(Op::index_of(kind, action)).copied()
+    }
+
+    /// What is said between two subjects, or an asker and nobody, in most cases; otherwise nothing, and it is to be
+    /// [looked](Self::look) closer. The condition of what is said is another one than the rule's.
+    #[inline(always)]
+    pub(crate) fn glance(&self, asked: &Asked<'_>) -> Option<Ruling> {
+        let found = self.front.glance(asked)?;
+        self.ruling(asked, found)
+    }
+
+    /// The same, lane by lane, and the limits that the request falls under; nothing if [`judge`](Self::judge) and
+    /// [`limits_of`](Self::limits_of) are to be asked.
+    #[inline(never)]
+    pub(crate) fn look(&self, asked: &Asked<'_>) -> Option<(Ruling, Limits)> {
+        let mut found = Found { said: Said::NOTHING, conditional: false, limited: false };
+        let mut missed = Said::NOTHING;
+        let mut limits = Limits::default();
+        self.front.each(asked, |word| {
+            limits.add(word.limits());
+            let said = word.said();
+            if word.holds(asked.terms) != 0 {
+                found.said = found.said.min(said);
+            } else if said.strength().opens() {
+                missed = missed.min(said);
+            }
+        })?;
+        found.conditional = found.said.condition() != 0;
+        found.limited = !limits.lists().is_empty();
+        if found.said == Said::NOTHING && missed != Said::NOTHING {
+            found = Found { said: Said::missed(missed.rule().unwrap_or(0)), conditional: true, ..found };
+        }
+        Some((self.ruling(asked, found)?, limits))
+    }
+
+    /// What all layers say, if levels need not be compared.
+    #[inline(always)]
+    fn ruling(&self, asked: &Asked<'_>, found: Found) -> Option<Ruling> {
+        let flow = asked.row.flow;
+        let permits = self.ways.known(asked.asker.level, asked.peer.level, flow)?;
+        let walled = asked.walled & (flow != Flow::None);
+        // Which layer it is nobody can foresee: no branch.
+        const LAYERS: [Layer; 8] = [
+            Layer::Type,
+            Layer::Attribute,
+            Layer::Wall,
+            Layer::Wall,
+            Layer::Lattice,
+            Layer::Lattice,
+            Layer::Lattice,
+            Layer::Lattice,
+        ];
+        let at = usize::from(found.conditional) | usize::from(walled) << 1 | usize::from(!permits) << 2;
+        let layer = LAYERS.get(at).copied().unwrap_or(Layer::Lattice);
+        Some(Ruling::new(found.said.only_if(permits & !walled), layer, found.limited))
+    }
+}
