@@ -1,7 +1,9 @@
 //! The generation of the machine as a kernel finds it: where the number lies, and the event by which it hears of a new one ("Virtual Machine
 //! Generation ID", Microsoft 2012; ACPI 6.5, 5.6.9).
 
-use acpi_tables::aml::{Arg, Device, Equal, If, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate};
+use acpi_tables::aml::{
+    Arg, Device, Equal, If, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate,
+};
 use acpi_tables::{Aml, AmlSink};
 
 use crate::acpi::dsdt::Encoded;

@@ -10,15 +10,15 @@ use crate::clock::ManualClock;
 use crate::interrupt::{Unconnected, lock};
 use crate::net::{MacAddr, Offloads, RxFilter};
 use crate::pci::{
-    Bar, ConfigBuilder, ConfigSpace, ConfigState, HostBridge, HostBridgeState, Identity, Msix, MsixEntry, MsixPlace,
-    MsixState, PciLayout,
+    Bar, ConfigBuilder, ConfigSpace, ConfigState, HostBridge, HostBridgeState, Identity, Msix, MsixEntry,
+    MsixPlace, MsixState, PciLayout,
 };
 use crate::platform::i8042::I8042Argument;
 use crate::platform::pic::{PicChipState, PicPhase};
 use crate::platform::pit::channel::{Bytes, ChannelState, Mode, Run};
 use crate::platform::{
-    AcpiPm, AcpiPmState, I8042, I8042State, IoApic, IoApicState, Pic, PicState, Pit, PitState, PlatformEvent, Rtc,
-    RtcState, Uart16550, UartState,
+    AcpiPm, AcpiPmState, I8042, I8042State, IoApic, IoApicState, Pic, PicState, Pit, PitState, PlatformEvent,
+    Rtc, RtcState, Uart16550, UartState,
 };
 use crate::testkit::{MsiRecorder, OutputRecorder, TestNetwork, guest_memory};
 use crate::virtio::balloon::{BalloonState, MemoryRelease};
@@ -29,8 +29,8 @@ use crate::virtio::console::{
 use crate::virtio::net::{Net, NetState};
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{
-    Balloon, DeviceState, Rng, VirtioDevice, VirtioMmio, VirtioMmioState, VirtioPci, VirtioPciState, VirtioState,
-    VirtqueueState,
+    Balloon, DeviceState, Rng, VirtioDevice, VirtioMmio, VirtioMmioState, VirtioPci, VirtioPciState,
+    VirtioState, VirtqueueState,
 };
 
 type Memory = crate::testkit::Memory;
@@ -95,7 +95,10 @@ fn platform() -> Vec<Sample> {
         read_in_service: true,
         ..PicChipState::default()
     };
-    let pic = PicState { first: chip.clone(), second: PicChipState { vector_base: 0x38, special_mask: true, ..chip } };
+    let pic = PicState {
+        first: chip.clone(),
+        second: PicChipState { vector_base: 0x38, special_mask: true, ..chip },
+    };
     let timer = ChannelState {
         mode: Mode::RateGenerator,
         bytes: Bytes::Both,
@@ -108,7 +111,13 @@ fn platform() -> Vec<Sample> {
         latched_count: Some(77),
         latched_status: Some(0x34),
     };
-    let speaker = ChannelState { mode: Mode::SquareWave, run: Run::Paused(3), count: 9, bcd: true, ..ChannelState::default() };
+    let speaker = ChannelState {
+        mode: Mode::SquareWave,
+        run: Run::Paused(3),
+        count: 9,
+        bcd: true,
+        ..ChannelState::default()
+    };
     let pit = PitState { channels: [timer, ChannelState::default(), speaker], control: 2, now: 123_456 };
     let mut rtc = Rtc::new(ManualClock::new(0), Unconnected).state();
     rtc = RtcState {
@@ -294,9 +303,8 @@ fn pci_virtio(name: &'static str, make: Make, device: VirtioState) -> Sample {
 
 fn virtio() -> Vec<Sample> {
     let rng: Make = || Box::new(Rng::new(std::io::repeat(7)));
-    let block: Make = || {
-        Box::new(Block::builder(Arc::new(MemoryDisk::new(1 << 20))).serial("disk").build().unwrap())
-    };
+    let block: Make =
+        || Box::new(Block::builder(Arc::new(MemoryDisk::new(1 << 20))).serial("disk").build().unwrap());
     let console: Make = || {
         let (console, ports) = Console::multiport(2).unwrap();
         ports.add(1, PortConfig::channel("agent", OutputRecorder::default()).size(80, 25)).unwrap();
@@ -311,7 +319,8 @@ fn virtio() -> Vec<Sample> {
 
     let mut serial = [0; 20];
     serial[..4].copy_from_slice(b"disk");
-    let disk = BlockState { sectors: 2048, block_size: 512, read_only: false, serial, writeback: Some(false) };
+    let disk =
+        BlockState { sectors: 2048, block_size: 512, read_only: false, serial, writeback: Some(false) };
     let told = ConsoleTold { added: true, ready: true, name_due: true, open: true, ..ConsoleTold::default() };
     let port = ConsolePortState {
         console: false,
@@ -321,7 +330,10 @@ fn virtio() -> Vec<Sample> {
         input: b"hello".to_vec(),
     };
     let places = vec![
-        ConsolePlaceState { told: ConsoleTold { removal_due: true, ..ConsoleTold::default() }, ..Default::default() },
+        ConsolePlaceState {
+            told: ConsoleTold { removal_due: true, ..ConsoleTold::default() },
+            ..Default::default()
+        },
         ConsolePlaceState { port: Some(port), told, sent: Some((5, 3)) },
     ];
     let ports = ConsoleState { listening: true, places };
@@ -334,11 +346,8 @@ fn virtio() -> Vec<Sample> {
     let features = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 7 | 1 << 16 | 1 << 17 | 1 << 18 | 1 << 22;
     let frames = NetState { mac: MAC, mtu: Some(1500), filter, offloads: 2, pairs: 2, announce: true };
     let pages = BalloonState { target: 500, actual: 300, poison: 0xaa, requested: true };
-    let begun = VirtioState {
-        status: 3,
-        queues: queues(&[64], 0),
-        ..at_work(rng, 0, 1, DeviceState::Stateless)
-    };
+    let begun =
+        VirtioState { status: 3, queues: queues(&[64], 0), ..at_work(rng, 0, 1, DeviceState::Stateless) };
     vec![
         mmio("virtio-begun", rng, begun),
         mmio("virtio-rng", rng, at_work(rng, 0, 1, DeviceState::Stateless)),

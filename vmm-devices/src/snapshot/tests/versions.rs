@@ -88,5 +88,8 @@ fn the_envelope_says_which_version_it_is() {
     writer.put("pm", &WithLid { lid_closed: true, ..WithLid::default() }).unwrap();
     writer.finish().unwrap();
     let error = Snapshot::open(&path).unwrap().get::<AcpiPmState>("pm").unwrap_err().to_string();
-    assert!(error.ends_with("the state \"pm\" of vmm-devices is of version 2; this release knows 1 to 1"), "{error}");
+    assert!(
+        error.ends_with("the state \"pm\" of vmm-devices is of version 2; this release knows 1 to 1"),
+        "{error}"
+    );
 }

@@ -49,9 +49,9 @@ impl Block {
         let [first, second, third, fourth, ..] = state.serial;
         let begin = u32::from_be_bytes([first, second, third, fourth]);
         same(state.serial == own.serial, "serial (its first four bytes)", begin.into())?;
-        self.chosen = state.writeback.map(|writeback| {
-            if writeback { CacheMode::WriteBack } else { CacheMode::WriteThrough }
-        });
+        self.chosen = state
+            .writeback
+            .map(|writeback| if writeback { CacheMode::WriteBack } else { CacheMode::WriteThrough });
         // Until it is activated, which looks at what was agreed upon.
         if let Some(mode) = self.chosen.filter(|_| features & feature::CONFIG_WCE != 0) {
             self.set_cache(mode);

@@ -83,7 +83,8 @@ impl Slot {
 
     /// Whether there is something that a driver which is `listening` is to be told.
     pub(super) fn has_news(&self, listening: bool) -> bool {
-        let Told { removal_due, added, ready, console_due, size_due, name_due, open, blinked } = self.told.clone();
+        let Told { removal_due, added, ready, console_due, size_due, name_due, open, blinked } =
+            self.told.clone();
         if removal_due {
             return true;
         }

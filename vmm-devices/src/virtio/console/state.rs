@@ -98,7 +98,8 @@ impl Console {
     /// Checks a state, which counts from the activation on.
     pub(super) fn take_over(&mut self, state: &DeviceState) -> Result<(), StateError> {
         let DeviceState::Console(state) = state else { return Err(state.of_another(DEVICE)) };
-        let check = |valid, field, value: u64, allowed| StateError::check(valid, DEVICE, field, value, allowed);
+        let check =
+            |valid, field, value: u64, allowed| StateError::check(valid, DEVICE, field, value, allowed);
         let places = state.places.len() as u64;
         check(places == u64::from(self.shared.ports()), "places", places, "those of the device")?;
         for ((id, slot), place) in self.shared.slots().zip(&state.places) {

@@ -196,9 +196,8 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
 
     /// Whether the device can be in that state, as far as that is not for the device itself to say.
     fn check(&self, state: &VirtioState) -> Result<(), StateError> {
-        let check = |valid: bool, field, value: u64, allowed| {
-            StateError::check(valid, DEVICE, field, value, allowed)
-        };
+        let check =
+            |valid: bool, field, value: u64, allowed| StateError::check(valid, DEVICE, field, value, allowed);
         let has = |bit: u8| state.status & bit != 0;
         let kind = self.device.device_type().0;
         check(state.device_type == kind, "device_type", state.device_type.into(), "the device's")?;

@@ -166,7 +166,10 @@ struct ThreadsRunning(Vec<Served>);
 
 impl ThreadsRunning {
     /// Ends the threads; their workers come to rest by `rest`.
-    fn halt(&mut self, rest: impl FnOnce(Vec<Box<dyn Worker>>) -> Vec<Box<dyn Worker>>) -> Vec<Box<dyn Worker>> {
+    fn halt(
+        &mut self,
+        rest: impl FnOnce(Vec<Box<dyn Worker>>) -> Vec<Box<dyn Worker>>,
+    ) -> Vec<Box<dyn Worker>> {
         let workers = Vec::from_iter(self.0.iter_mut().flat_map(|served| served.running.take()));
         let workers = rest(workers);
         for mut served in self.0.drain(..) {

@@ -2,9 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
+use super::Net;
 use super::config::{self, GUEST_OFFLOADS, feature};
 use super::shared::read;
-use super::Net;
 use crate::error::StateError;
 use crate::interrupt::lock;
 use crate::net::{MAX_MAC_ENTRIES, MacAddr, MacTable, NetError, RxFilter};
@@ -52,7 +52,8 @@ impl Net {
     /// Checks a state, which counts from the activation on.
     pub(super) fn take_over(&mut self, state: &DeviceState, features: u64) -> Result<(), StateError> {
         let DeviceState::Net(state) = state else { return Err(state.of_another(DEVICE)) };
-        let check = |valid, field, value: u64, allowed| StateError::check(valid, DEVICE, field, value, allowed);
+        let check =
+            |valid, field, value: u64, allowed| StateError::check(valid, DEVICE, field, value, allowed);
         let has = |bit: u64| features & bit != 0;
         let number = |MacAddr([a, b, c, d, e, f]): MacAddr| u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
         check(state.mac == self.shared.mac, "mac", number(state.mac), "that of the device")?;

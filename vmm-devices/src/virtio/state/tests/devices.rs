@@ -64,7 +64,8 @@ fn what_was_signalled_is_so_elsewhere() {
 
     // On PCI, a vector that is masked.
     let pci = Arc::new(Mutex::new(
-        VirtioPci::new(Rng::new(std::io::repeat(1)), guest_memory(RAM).unwrap(), MsiRecorder::default()).unwrap(),
+        VirtioPci::new(Rng::new(std::io::repeat(1)), guest_memory(RAM).unwrap(), MsiRecorder::default())
+            .unwrap(),
     ));
     let driver = PciDriver::new(pci.clone()).unwrap();
     let mut queue = DriverQueue::new(guest_memory(RAM).unwrap(), 0x1000, 16).unwrap();
@@ -102,7 +103,10 @@ fn a_device_that_gave_up_stays_so_until_it_is_reset() {
         machine.driver.notify(0);
         assert_eq!(machine.driver.status(), 0x4f);
         let machine = machine.moved(Rng::new(std::io::repeat(1)));
-        assert_eq!((machine.driver.status(), queue.moved_to(machine.memory.clone()).used_index().unwrap()), (0x4f, 0));
+        assert_eq!(
+            (machine.driver.status(), queue.moved_to(machine.memory.clone()).used_index().unwrap()),
+            (0x4f, 0)
+        );
         let [mut queue] = queues(&machine);
         start(&machine, 0, &[&queue]);
         queue.chain().writable(0x8000, 8).submit().unwrap();
@@ -169,7 +173,8 @@ fn output_of_which_a_part_was_written_and_input_that_waits() {
 #[test]
 fn another_terminal_is_told_of_and_the_same_is_not() {
     for (columns, causes) in [(80, 0), (132, 2)] {
-        let console = |columns| Console::new(PortConfig::console(std::io::sink()).size(columns, 25)).unwrap().0;
+        let console =
+            |columns| Console::new(PortConfig::console(std::io::sink()).size(columns, 25)).unwrap().0;
         let machine = Machine::new(Bus::Mmio, console(80));
         let [rx, tx] = queues(&machine);
         start(&machine, 1, &[&rx, &tx]);
@@ -403,12 +408,17 @@ fn sockets_end_and_the_driver_is_told() {
         assert!(rx.take_used().unwrap().is_some());
         machine.pause();
         machine.resume();
-        assert_eq!((handle.counters().connections, event.take_used().unwrap()), (1, None), "a pause ends nothing");
+        assert_eq!(
+            (handle.counters().connections, event.take_used().unwrap()),
+            (1, None),
+            "a pause ends nothing"
+        );
         let vsock = device(4);
         let handle = vsock.handle();
         let machine = machine.moved(vsock);
         assert_eq!(std::io::Read::read(&mut stream, &mut [0; 8]).unwrap(), 0, "its end");
-        let (mut rx, mut event) = (rx.moved_to(machine.memory.clone()), event.moved_to(machine.memory.clone()));
+        let (mut rx, mut event) =
+            (rx.moved_to(machine.memory.clone()), event.moved_to(machine.memory.clone()));
         assert_eq!(event.take_used().unwrap(), Some((0, 4)));
         assert_eq!(event.get(0x9000, 4).unwrap(), [0; 4], "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
         let mut cid = [0; 8];

@@ -125,7 +125,8 @@ fn stream(bus: Bus, executor: &Arc<dyn Executor>, device: impl Fn() -> Block) {
 }
 
 fn executors() -> Vec<(Arc<dyn Executor>, Option<Box<dyn std::any::Any>>)> {
-    let mut executors: Vec<(Arc<dyn Executor>, Option<Box<dyn std::any::Any>>)> = vec![(Arc::new(Inline), None)];
+    let mut executors: Vec<(Arc<dyn Executor>, Option<Box<dyn std::any::Any>>)> =
+        vec![(Arc::new(Inline), None)];
     #[cfg(feature = "event-loop")]
     {
         use crate::virtio::{EventLoop, ThreadPerQueue};
@@ -242,7 +243,9 @@ fn chains_in_flight_keep_their_order_and_their_interrupt() {
     let mut heads = Vec::new();
     for index in 0..5 {
         let chain = driver.chain().readable(0x8000 + index, 1).writable(0x9000, 2);
-        heads.push(if index % 2 == 0 { chain.submit() } else { chain.submit_indirect(0xa000 + 64 * index) }.unwrap());
+        heads.push(
+            if index % 2 == 0 { chain.submit() } else { chain.submit_indirect(0xa000 + 64 * index) }.unwrap(),
+        );
     }
     for _ in 0..4 {
         queue.pop(queue.memory()).unwrap().unwrap();
@@ -279,7 +282,8 @@ fn chains_in_flight_keep_their_order_and_their_interrupt() {
     // A driver that makes one available again, which comes again as well, is found out.
     let queue = Queue::try_from(state).unwrap();
     let mut queue =
-        Virtqueue::restored(queue, 0, memory, Arc::new(link), (told, &[heads[4], heads[0], heads[2]])).unwrap();
+        Virtqueue::restored(queue, 0, memory, Arc::new(link), (told, &[heads[4], heads[0], heads[2]]))
+            .unwrap();
     for _ in 0..3 {
         queue.pop(queue.memory()).unwrap().unwrap();
     }
@@ -302,7 +306,8 @@ fn another_disk_is_refused() {
             (device(disk()).read_only(true), "read_only is 0x0"),
         ];
         for (other, problem) in others {
-            let there = Machine::with(bus, other.build().unwrap(), copy_of(&machine.memory), Arc::new(Inline));
+            let there =
+                Machine::with(bus, other.build().unwrap(), copy_of(&machine.memory), Arc::new(Inline));
             let before = there.save();
             let error = there.restore(&saved).unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");

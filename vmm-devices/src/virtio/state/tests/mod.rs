@@ -10,9 +10,7 @@ use vmm_memory::vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace as _};
 
 use super::*;
 use crate::interrupt::lock;
-use crate::testkit::{
-    Driver, LineRecorder, Memory, MmioDriver, MsiRecorder, PciDriver, guest_memory,
-};
+use crate::testkit::{Driver, LineRecorder, Memory, MmioDriver, MsiRecorder, PciDriver, guest_memory};
 use crate::virtio::{Executor, Inline, VirtioDevice, VirtioMmio, VirtioPci};
 
 const RAM: u64 = 1 << 20;
@@ -94,7 +92,8 @@ impl Machine {
         let (line, messages) = (LineRecorder::default(), MsiRecorder::default());
         let (transport, driver): (_, Box<dyn Driver>) = match bus {
             Bus::Mmio => {
-                let mmio = VirtioMmio::builder(device, memory.clone(), line.clone()).executor(executor).build();
+                let mmio =
+                    VirtioMmio::builder(device, memory.clone(), line.clone()).executor(executor).build();
                 let mmio = Arc::new(Mutex::new(mmio.unwrap()));
                 (Transport::Mmio(Arc::clone(&mmio)), Box::new(MmioDriver::new(mmio)))
             }
