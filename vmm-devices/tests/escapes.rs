@@ -33,7 +33,7 @@ fn fifos_are_overfilled_in_every_state() {
                 machine.perform(&Action::Input { count: 255 });
                 machine.pio.write(0x3f8, 1, b"o");
                 let uart = machine.uart.lock().unwrap();
-                assert!(uart.state().in_buffer.len() <= INPUT_CAPACITY);
+                assert!(uart.state().input.len() <= INPUT_CAPACITY);
             }
         }
     }
@@ -64,7 +64,7 @@ fn a_flood_with_no_reader_is_not_kept() {
     // Looped back, so that output becomes input.
     machine.pio.write(0x3fc, 1, &[0x10]);
     assert!(machine.pio.write(0x3f8, 1, &flood));
-    assert_eq!(machine.uart.lock().unwrap().state().in_buffer.len(), INPUT_CAPACITY);
+    assert_eq!(machine.uart.lock().unwrap().state().input.len(), INPUT_CAPACITY);
     // And events that nobody takes leave nothing in the devices that report them.
     assert!(machine.pio.write(0x64, 1, &vec![0xfe; 1 << 16]));
 }

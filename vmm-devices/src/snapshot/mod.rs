@@ -9,7 +9,7 @@
 //!
 //! All that knows of `versionize` is in here. It writes plain data without tags or lengths, and takes an unknown version for the newest
 //! one: versions and lengths are looked at around it. A field that is added gets `#[version(start = N)]` in the mirror of its
-//! structure, [`FORMAT`] the version N, and [`versions`] says which structure it was; where a state says something that an older version
+//! structure, `FORMAT` the version N, and `versions` says which structure it was; where a state says something that an older version
 //! has no field for, `ser_fn` refuses to write it in that one, as the tests show.
 //!
 //! # Threat model

@@ -215,16 +215,16 @@ type Words = [u64; VLANS as usize / 64];
 
 #[derive(Versionize)]
 struct Vlans {
-    words: Words,
+    words: Box<Words>,
 }
 
 impl Mirror<Box<Words>> for Vlans {
     fn of(words: &Box<Words>) -> Self {
-        Self { words: **words }
+        Self { words: words.clone() }
     }
 
     fn back(self) -> Result<Box<Words>, StateError> {
-        Ok(Box::new(self.words))
+        Ok(self.words)
     }
 }
 

@@ -208,6 +208,8 @@ enum AtWork {
 
 type Positions = Vec<Option<Arc<Position>>>;
 type Queues<M> = Vec<Option<Virtqueue<M>>>;
+/// Who serves the queues, and by which doorbells.
+type Activated = (Arc<Doorbells>, Vec<Box<dyn Worker>>);
 
 impl Started {
     /// Ends its work for good.
@@ -368,10 +370,7 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
         Ok((queues, positions))
     }
 
-    fn activate(
-        &mut self,
-        queues: Queues<M>,
-    ) -> Result<(Arc<Doorbells>, Vec<Box<dyn Worker>>), ActivateError> {
+    fn activate(&mut self, queues: Queues<M>) -> Result<Activated, ActivateError> {
         let notifiers = Arc::clone(&self.notifiers);
         let doorbells = Arc::new(Doorbells::with_notifiers(self.queues.len(), notifiers));
         let link: Arc<dyn DriverLink> = Arc::<Link<S>>::clone(&self.link);

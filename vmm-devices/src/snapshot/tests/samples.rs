@@ -35,13 +35,16 @@ use crate::virtio::{
 
 type Memory = crate::testkit::Memory;
 
+/// Something that is asked of bytes.
+pub(super) type Question = Box<dyn Fn(&[u8]) -> bool>;
+
 pub(super) struct Sample {
     pub(super) name: &'static str,
     pub(super) bytes: Vec<u8>,
     /// Whether bytes are that state.
-    pub(super) is_it: Box<dyn Fn(&[u8]) -> bool>,
+    pub(super) is_it: Question,
     /// Whether a new device takes bytes over. If not, it is as it was.
-    pub(super) restore: Box<dyn Fn(&[u8]) -> bool>,
+    pub(super) restore: Question,
 }
 
 fn sample<S: SnapshotState + PartialEq + 'static>(

@@ -244,7 +244,9 @@ impl<M: DeviceMemory> VirtioDevice<M> for Console {
             };
             let (input, output) = (Arc::clone(shared), Arc::clone(shared));
             workers.push(Box::new(InputWorker { id, queue: rx, shared: input, spare: None }));
-            workers.push(Box::new(OutputWorker::new(id, tx, output)));
+            let place = usize::try_from(id).ok().and_then(|id| resumed.as_ref()?.places.get(id));
+            let begun = place.and_then(|place| place.sent);
+            workers.push(Box::new(OutputWorker::new(id, tx, output, begun)));
         }
         if let Some(state) = resumed {
             shared.go_on(state);

@@ -49,8 +49,8 @@ enum Step {
 }
 
 impl<M: DeviceMemory> OutputWorker<M> {
-    pub(super) fn new(id: u32, queue: Virtqueue<M>, shared: Arc<Shared>) -> Self {
-        let begun = shared.slot(id).and_then(|slot| lock(slot).sent);
+    /// `begun` is how much was written of which chain, before the device was saved.
+    pub(super) fn new(id: u32, queue: Virtqueue<M>, shared: Arc<Shared>, begun: Option<(u16, u64)>) -> Self {
         let begun = begun.filter(|_| queue.left_in_flight() > 0);
         Self { id, queue, shared, sending: None, begun, piece: Vec::new() }
     }

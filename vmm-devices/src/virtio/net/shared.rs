@@ -222,7 +222,9 @@ impl Shared {
     /// As it is before a driver says anything.
     pub(super) fn reset(&self) {
         self.announced();
-        self.wish(|wishes| wishes.filter = Arc::new(RxFilter::everything(self.mac)));
+        self.use_pairs(1);
+        let filter = Arc::new(RxFilter::everything(self.mac));
+        self.wish(|wishes| (wishes.filter, wishes.offloads) = (filter, Offloads::NONE));
     }
 
     /// When something begins, if anybody wants to know.

@@ -124,17 +124,27 @@ fn stream(bus: Bus, executor: &Arc<dyn Executor>, device: impl Fn() -> Block) {
     stream.finish(&machine);
 }
 
+<<<<<<< HEAD
 fn executors() -> Vec<(Arc<dyn Executor>, Option<Box<dyn std::any::Any>>)> {
     let mut executors: Vec<(Arc<dyn Executor>, Option<Box<dyn std::any::Any>>)> =
         vec![(Arc::new(Inline), None)];
+=======
+/// An executor, and what it is to be kept with.
+type Kept = (Arc<dyn Executor>, Box<dyn std::any::Any>);
+
+fn executors() -> Vec<Kept> {
+    let executors: Vec<Kept> = vec![(Arc::new(Inline), Box::new(()))];
+>>>>>>> origin/devstate
     #[cfg(feature = "event-loop")]
-    {
-        use crate::virtio::{EventLoop, ThreadPerQueue};
-        let thread = EventLoop::new(|| 0).unwrap().spawn("disks").unwrap();
-        executors.push((thread.executor(), Some(Box::new(thread))));
-        executors.push((Arc::new(ThreadPerQueue::new(|| 0)), None));
-    }
+    let executors = executors.into_iter().chain(threads()).collect();
     executors
+}
+
+#[cfg(feature = "event-loop")]
+fn threads() -> [Kept; 2] {
+    use crate::virtio::{EventLoop, ThreadPerQueue};
+    let thread = EventLoop::new(|| 0).unwrap().spawn("disks").unwrap();
+    [(thread.executor(), Box::new(thread)), (Arc::new(ThreadPerQueue::new(|| 0)), Box::new(()))]
 }
 
 #[test]
@@ -173,7 +183,7 @@ fn a_stream_of_requests_that_the_kernel_does_goes_on() {
     }
     let pool = ThreadPool::new(NonZeroUsize::MIN).unwrap();
     for bus in BUSES {
-        for (executor, _kept) in executors().into_iter().skip(1) {
+        for (executor, _kept) in threads() {
             let file = tempfile::tempfile().unwrap();
             file.set_len(DISK).unwrap();
             let device = || {

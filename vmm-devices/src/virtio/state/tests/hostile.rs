@@ -83,7 +83,8 @@ fn interrupts_that_cannot_be_are_refused() {
 
     let from = machine(Bus::Pci);
     let Saved::Pci(saved) = from.save() else { panic!("which it is") };
-    let changes: [(fn(&mut VirtioPciState), &str); 7] = [
+    type Change = fn(&mut VirtioPciState);
+    let changes: [(Change, &str); 7] = [
         (|state| state.isr = 4, "isr is 0x4"),
         (|state| state.config_vector = 2, "vector is 0x2"),
         (|state| state.queue_vectors[0] = 0xfffe, "vector is 0xfffe"),

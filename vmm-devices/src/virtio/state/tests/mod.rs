@@ -53,19 +53,18 @@ impl Saved {
     }
 
     /// As it comes out of a snapshot.
-    fn through_bytes(self) -> Self {
-        #[cfg(feature = "snapshot")]
-        {
-            use crate::snapshot::SnapshotState as _;
-            return match &self {
-                Self::Mmio(state) => {
-                    Self::Mmio(VirtioMmioState::decode(&state.encode(1).unwrap(), 1).unwrap())
-                }
-                Self::Pci(state) => Self::Pci(VirtioPciState::decode(&state.encode(1).unwrap(), 1).unwrap()),
-            };
+    #[cfg(feature = "snapshot")]
+    fn through_bytes(&self) -> Self {
+        use crate::snapshot::SnapshotState as _;
+        match self {
+            Self::Mmio(state) => Self::Mmio(VirtioMmioState::decode(&state.encode(1).unwrap(), 1).unwrap()),
+            Self::Pci(state) => Self::Pci(VirtioPciState::decode(&state.encode(1).unwrap(), 1).unwrap()),
         }
-        #[cfg(not(feature = "snapshot"))]
-        self
+    }
+
+    #[cfg(not(feature = "snapshot"))]
+    fn through_bytes(&self) -> Self {
+        self.clone()
     }
 }
 
@@ -151,7 +150,7 @@ impl Machine {
         let memory = copy_of(&self.memory);
         let there = Self::with(self.bus(), device, memory, executor);
         drop(self);
-        there.restore(&saved.clone().through_bytes()).unwrap();
+        there.restore(&saved.through_bytes()).unwrap();
         let mut again = there.save();
         // It counts on, so that a driver in the middle of reading notices.
         again.device().config_generation = again.device().config_generation.wrapping_sub(1);
