@@ -72,7 +72,7 @@ impl Soak {
         // A copy for this machine, and the guest's; what is in them is the same.
         let (here, there) = (self.directory.join("disk-here"), self.directory.join("disk"));
         for path in [&here, &there] {
-            std::fs::write(path, (0..DISK).map(|at| (at / 7) as u8).collect::<Vec<_>>())?;
+            std::fs::write(path, (0..DISK).map(|at| (at / 7).to_le_bytes()[0]).collect::<Vec<_>>())?;
         }
         let mut native = Command::new(DIGEST);
         native.args([&rounds.to_string(), &threads]);

@@ -124,17 +124,11 @@ fn stream(bus: Bus, executor: &Arc<dyn Executor>, device: impl Fn() -> Block) {
     stream.finish(&machine);
 }
 
-<<<<<<< HEAD
-fn executors() -> Vec<(Arc<dyn Executor>, Option<Box<dyn std::any::Any>>)> {
-    let mut executors: Vec<(Arc<dyn Executor>, Option<Box<dyn std::any::Any>>)> =
-        vec![(Arc::new(Inline), None)];
-=======
 /// An executor, and what it is to be kept with.
 type Kept = (Arc<dyn Executor>, Box<dyn std::any::Any>);
 
 fn executors() -> Vec<Kept> {
     let executors: Vec<Kept> = vec![(Arc::new(Inline), Box::new(()))];
->>>>>>> origin/devstate
     #[cfg(feature = "event-loop")]
     let executors = executors.into_iter().chain(threads()).collect();
     executors
