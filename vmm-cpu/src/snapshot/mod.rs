@@ -36,6 +36,8 @@
 mod config;
 mod cpu;
 mod vm;
+#[cfg(feature = "xen-pv")]
+mod xen_pv;
 
 use vmm_memory::snapshot::StateFormat;
 use vmm_memory::snapshot::mirror::{Family, VersionMap};

@@ -63,7 +63,10 @@ impl XsaveArea {
     }
 
     /// Puts the components beyond x87 and SSE that are not in `components` into their initial state.
-    #[cfg(all(feature = "kvm", feature = "translate", target_os = "linux", target_arch = "x86_64"))]
+    #[cfg(any(
+        all(feature = "kvm", feature = "translate", target_os = "linux", target_arch = "x86_64"),
+        all(feature = "xen-pv", feature = "snapshot")
+    ))]
     pub(crate) fn retain(&mut self, components: u64) {
         let in_use = self.xstate_bv() & (components | 3);
         self.put(512, &in_use.to_le_bytes());

@@ -155,3 +155,20 @@ impl Inner {
         Ok(true)
     }
 }
+
+#[cfg(feature = "snapshot")]
+impl Console {
+    /// The frame of the ring, and input that waits.
+    pub(crate) fn save(&self) -> (Option<u64>, Vec<u8>) {
+        let inner = self.lock();
+        (inner.ring, inner.input.iter().copied().collect())
+    }
+
+    /// Takes over what was saved; `false` if it is more input than there can be.
+    pub(crate) fn restore(&self, ring: Option<u64>, input: &[u8]) -> bool {
+        let mut inner = self.lock();
+        inner.ring = ring;
+        inner.input.extend(input);
+        input.len() <= QUEUE
+    }
+}

@@ -84,6 +84,18 @@ pub struct Domain {
     /// Hypercalls that do not exist, by number.
     unknown: [AtomicU64; COUNTED],
     shutdown_code: AtomicU8,
+    /// Whether the times were written again, of a restored domain.
+    pub(super) republished: Option<OnceLock<()>>,
+}
+
+/// What new domains have empty, and restored ones do not.
+pub(super) struct Parts {
+    pub(super) memory: DomainMemory,
+    pub(super) tables: Tables,
+    pub(super) ports: Ports,
+    pub(super) grants: Grants,
+    pub(super) processors: Box<[Processor]>,
+    pub(super) restored: bool,
 }
 
 impl Domain {
@@ -100,34 +112,39 @@ impl Domain {
             ));
         }
         let memory = DomainMemory::new(&config.ram, config.layout)?;
-        let shared = memory.shared_info();
-        let processors = (0..config.vcpus)
-            .map(|index| {
-                Processor::new(
-                    shared + shared_info::VCPU_INFO + u64::from(index) * shared_info::VCPU_INFO_SIZE,
-                )
-            })
-            .collect();
-        let domain = Self {
+        let parts = Parts {
             tables: Tables::shown(memory.map(), config.layout),
             ports: Ports::new(config.vcpus),
             grants: Grants::new(),
+            processors: (0..config.vcpus).map(|index| Processor::new(memory.legacy_info(index))).collect(),
+            memory,
+            restored: false,
+        };
+        let domain = Self::assemble(config, parts)?;
+        domain.initialise_shared_info().map_err(|_| {
+            Error::invalid("guest memory", "no shared information page", "all parts of the layout")
+        })?;
+        Ok(Arc::new(domain))
+    }
+
+    pub(super) fn assemble(config: DomainConfig, parts: Parts) -> Result<Self> {
+        Ok(Self {
+            memory: parts.memory,
+            tables: parts.tables,
+            ports: parts.ports,
+            grants: parts.grants,
             console: Console::new(config.console),
             console_port: OnceLock::new(),
             clock: Clock::new(config.tsc_khz, config.boot_time)?,
             cpuid: config.cpuid,
             gate: config.gate,
-            processors,
+            processors: parts.processors,
             assists: AtomicU64::new(0),
             shutdown: Mutex::new(None),
             unknown: [const { AtomicU64::new(0) }; COUNTED],
             shutdown_code: AtomicU8::new(u8::MAX),
-            memory,
-        };
-        domain.initialise_shared_info().map_err(|_| {
-            Error::invalid("guest memory", "no shared information page", "all parts of the layout")
-        })?;
-        Ok(Arc::new(domain))
+            republished: parts.restored.then(OnceLock::new),
+        })
     }
 
     fn initialise_shared_info(&self) -> Result<(), Errno> {
@@ -141,16 +158,18 @@ impl Domain {
         Ok(())
     }
 
-    /// Writes the wall-clock time of system time 0, which begins with the first virtual processor's first entry.
+    /// Writes the wall-clock time of system time 0, which begins with the first virtual processor's first entry. The version is
+    /// odd meanwhile, and another one after, for who reads on another processor, or was saved in the middle of that.
     pub(crate) fn publish_wall_clock(&self) -> Result<(), Errno> {
         let page = self.memory.shared_info();
         let boot = self.clock.boot_time();
         let [low, high] = split(boot.as_secs());
-        self.memory.store_u32(page + shared_info::WC_VERSION, 1)?;
+        let odd = self.memory.load_u32(page + shared_info::WC_VERSION)? | 1;
+        self.memory.store_u32(page + shared_info::WC_VERSION, odd)?;
         self.memory.store_u32(page + shared_info::WC_SEC, low)?;
         self.memory.store_u32(page + shared_info::WC_SEC_HI, high)?;
         self.memory.store_u32(page + shared_info::WC_NSEC, boot.subsec_nanos())?;
-        self.memory.store_u32(page + shared_info::WC_VERSION, 2)
+        self.memory.store_u32(page + shared_info::WC_VERSION, odd.wrapping_add(1))
     }
 
     /// Frame of the shared information.
@@ -200,7 +219,7 @@ impl Domain {
         let sink = Arc::new(ConsoleChannel(Arc::downgrade(self)));
         let port = self
             .ports
-            .allocate_outside(domid::BACKEND, 1, sink)
+            .allocate_outside(domid::BACKEND, 1, false, sink)
             .map_err(|_| Error::invalid("event channels", PORTS, "a free one for the console"))?;
         if self.console_port.set(port).is_err() {
             // Another thread was faster. Nobody knows of this port.
@@ -279,6 +298,18 @@ impl Domain {
         if let Some(counter) = self.counter(nr) {
             counter.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// The reason that [`Domain::latch_shutdown`] was told.
+    #[cfg(feature = "snapshot")]
+    pub(super) fn latched_shutdown(&self) -> Option<ShutdownReason> {
+        ShutdownReason::from_number(self.shutdown_code.load(Ordering::Acquire).into())
+    }
+
+    #[cfg(feature = "snapshot")]
+    pub(super) fn set_shutdown(&self, reason: Option<ShutdownReason>, latched: Option<ShutdownReason>) {
+        *self.shutdown_lock() = reason;
+        self.shutdown_code.store(latched.map_or(u8::MAX, ShutdownReason::number), Ordering::Release);
     }
 
     fn counter(&self, nr: u64) -> Option<&AtomicU64> {
@@ -399,7 +430,7 @@ fn split(value: u64) -> [u32; 2] {
 
 /// The host's end of the console's channel.
 #[derive(Debug)]
-struct ConsoleChannel(std::sync::Weak<Domain>);
+pub(super) struct ConsoleChannel(pub(super) std::sync::Weak<Domain>);
 
 impl EventSink for ConsoleChannel {
     fn notify(&self) {
@@ -421,18 +452,22 @@ impl EventChannels {
     pub fn allocate(&self, domid: u16, sink: Arc<dyn EventSink>) -> Result<u32> {
         self.0
             .ports
-            .allocate_outside(domid, 1, sink)
+            .allocate_outside(domid, 1, false, sink)
             .map_err(|_| Error::invalid("event channels", PORTS, "a free one"))
     }
 
-    /// Connects `sink` with a port that the guest keeps for `domid`.
+    /// Connects `sink` with a port that the guest keeps for `domid`; in a restored domain also with one that `domid` was connected
+    /// with when the domain was saved. What the guest sent there meanwhile comes at once.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the guest has no such port or keeps it for somebody else.
     pub fn connect(&self, port: u32, domid: u16, sink: Arc<dyn EventSink>) -> Result<()> {
-        self.0.ports.connect(port, domid, sink).map_err(|_| {
+        let sent = self.0.ports.connect(port, domid, Arc::clone(&sink)).map_err(|_| {
             Error::invalid("event channel", port, format_args!("one that waits for domain {domid}"))
         })?;
+        if sent {
+            sink.notify();
+        }
         // What was sent before somebody listened is not lost.
         self.0.set_pending(port);
         Ok(())

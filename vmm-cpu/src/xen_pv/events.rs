@@ -23,7 +23,9 @@ pub(crate) enum Binding {
     Outside {
         remote: u16,
         remote_port: u32,
-        sink: Arc<dyn EventSink>,
+        /// The guest asked for it; else it was a back end.
+        by_guest: bool,
+        end: End,
     },
     /// Connected with another port of this domain.
     Loop {
@@ -33,6 +35,16 @@ pub(crate) enum Binding {
         virq: u32,
     },
     Ipi,
+}
+
+/// Who is at the other end of a channel to the outside.
+#[derive(Clone, Debug)]
+pub(crate) enum End {
+    Sink(Arc<dyn EventSink>),
+    /// Nobody until the back end of a restored domain connects again; whether the guest sent something meanwhile.
+    Away {
+        sent: bool,
+    },
 }
 
 /// A port.
@@ -118,24 +130,31 @@ impl Ports {
         self.lock().allocate(Port { binding: Binding::Unbound { remote }, vcpu: 0 })
     }
 
-    /// A port connected with something outside.
+    /// A port connected with something outside, by the guest or by a back end.
     pub(crate) fn allocate_outside(
         &self,
         remote: u16,
         remote_port: u32,
+        by_guest: bool,
         sink: Arc<dyn EventSink>,
     ) -> Result<u32, Errno> {
-        self.lock().allocate(Port { binding: Binding::Outside { remote, remote_port, sink }, vcpu: 0 })
+        let binding = Binding::Outside { remote, remote_port, by_guest, end: End::Sink(sink) };
+        self.lock().allocate(Port { binding, vcpu: 0 })
     }
 
-    /// Connects something outside with a port that waits for it.
-    pub(crate) fn connect(&self, port: u32, from: u16, sink: Arc<dyn EventSink>) -> Result<(), Errno> {
+    /// Connects something outside with a port that waits for it. Whether the guest sent something that nobody took.
+    pub(crate) fn connect(&self, port: u32, from: u16, sink: Arc<dyn EventSink>) -> Result<bool, Errno> {
         let mut table = self.lock();
         let entry = table.bound(port)?;
-        match entry.binding {
-            Binding::Unbound { remote } if remote == from => {
-                entry.binding = Binding::Outside { remote, remote_port: port, sink };
-                Ok(())
+        match &mut entry.binding {
+            Binding::Unbound { remote } if *remote == from => {
+                let (remote, end) = (*remote, End::Sink(sink));
+                entry.binding = Binding::Outside { remote, remote_port: port, by_guest: false, end };
+                Ok(false)
+            }
+            Binding::Outside { remote, end: end @ End::Away { .. }, .. } if *remote == from => {
+                let away = std::mem::replace(end, End::Sink(sink));
+                Ok(matches!(away, End::Away { sent: true }))
             }
             _ => Err(Errno::EINVAL),
         }
@@ -234,8 +253,12 @@ impl Ports {
     /// What an event sent by the guest on `port` reaches.
     pub(crate) fn target(&self, port: u32) -> Result<Target, Errno> {
         let mut table = self.lock();
-        Ok(match &table.bound(port)?.binding {
-            Binding::Outside { sink, .. } => Target::Outside(Arc::clone(sink)),
+        Ok(match &mut table.bound(port)?.binding {
+            Binding::Outside { end: End::Sink(sink), .. } => Target::Outside(Arc::clone(sink)),
+            Binding::Outside { end: End::Away { sent }, .. } => {
+                *sent = true;
+                Target::Nobody
+            }
             Binding::Loop { other } => Target::Port(*other),
             Binding::Ipi => Target::Port(port),
             Binding::Unbound { .. } => Target::Nobody,
@@ -252,12 +275,14 @@ impl Ports {
         let Some(entry) = table.port(port) else {
             return Ok(event::Status { status: status::CLOSED, ..Default::default() });
         };
-        let (status, detail, remote_port) = match entry.binding {
+        let (status, detail, remote_port) = match &entry.binding {
             Binding::Free => (status::CLOSED, 0, 0),
-            Binding::Unbound { remote } => (status::UNBOUND, remote.into(), 0),
-            Binding::Outside { remote, remote_port, .. } => (status::INTERDOMAIN, remote.into(), remote_port),
-            Binding::Loop { other } => (status::INTERDOMAIN, domid::SELF.into(), other),
-            Binding::Virq { virq } => (status::VIRQ, virq, 0),
+            Binding::Unbound { remote } => (status::UNBOUND, (*remote).into(), 0),
+            Binding::Outside { remote, remote_port, .. } => {
+                (status::INTERDOMAIN, (*remote).into(), *remote_port)
+            }
+            Binding::Loop { other } => (status::INTERDOMAIN, domid::SELF.into(), *other),
+            Binding::Virq { virq } => (status::VIRQ, *virq, 0),
             Binding::Ipi => (status::IPI, 0, 0),
         };
         Ok(event::Status { status, vcpu: entry.vcpu, detail, remote_port, ..Default::default() })
@@ -269,5 +294,90 @@ impl Port {
     /// notify.
     fn vcpu_of_virq(&self, virq: u32) -> u32 {
         if virq::is_per_vcpu(virq) { self.vcpu } else { 0 }
+    }
+}
+
+#[cfg(feature = "snapshot")]
+mod saved {
+    //! The ports of a saved domain.
+
+    use super::*;
+    use crate::error::{Error, Result};
+    use crate::xen_pv::saved::{PortKind, PortState, invalid};
+
+    impl Ports {
+        pub(crate) fn save(&self) -> Vec<PortState> {
+            self.lock().ports.iter().map(save).collect()
+        }
+
+        /// The ports that were saved, of a domain with so many virtual processors. At the other end of those that lead to the
+        /// outside is nobody.
+        pub(crate) fn restore(ports: &[PortState], vcpus: u32) -> Result<Self> {
+            let restored = Self::new(vcpus);
+            if ports.len() > PORTS as usize {
+                return Err(problem(ports.len(), &format!("ports, allowed are up to {PORTS}")));
+            }
+            let mut table = restored.lock();
+            for (number, port) in (0_u32..).zip(ports) {
+                if port.vcpu >= vcpus {
+                    return Err(problem(number, &format!("virtual processor {} of {vcpus}", port.vcpu)));
+                }
+                let binding = match port.kind {
+                    PortKind::Free => Binding::Free,
+                    _ if number == 0 => return Err(problem(number, "in use, which port 0 never is")),
+                    PortKind::Unbound => Binding::Unbound { remote: port.remote },
+                    PortKind::Backend | PortKind::Bound => {
+                        let by_guest = port.kind == PortKind::Bound;
+                        let end = End::Away { sent: port.sent };
+                        Binding::Outside { remote: port.remote, remote_port: port.other, by_guest, end }
+                    }
+                    PortKind::Loop => {
+                        let peer = ports.get(port.other as usize).filter(|_| port.other != number);
+                        if !peer.is_some_and(|peer| peer.kind == PortKind::Loop && peer.other == number) {
+                            return Err(problem(
+                                number,
+                                &format!("connected with port {}, which is not", port.other),
+                            ));
+                        }
+                        Binding::Loop { other: port.other }
+                    }
+                    PortKind::Virq => {
+                        let virq = port.other;
+                        let owner = if virq::is_per_vcpu(virq) { port.vcpu } else { 0 };
+                        let slot = table.virq_slot(owner, virq);
+                        match slot {
+                            Ok(slot) if *slot == 0 => *slot = number,
+                            Ok(_) => return Err(problem(number, &format!("a second one of VIRQ {virq}"))),
+                            Err(_) => return Err(problem(number, &format!("VIRQ {virq}, which is none"))),
+                        }
+                        Binding::Virq { virq }
+                    }
+                    PortKind::Ipi => Binding::Ipi,
+                };
+                table.ports.push(Port { binding, vcpu: port.vcpu });
+            }
+            drop(table);
+            Ok(restored)
+        }
+    }
+
+    fn save(port: &Port) -> PortState {
+        let (kind, remote, other) = match &port.binding {
+            Binding::Free => (PortKind::Free, 0, 0),
+            Binding::Unbound { remote } => (PortKind::Unbound, *remote, 0),
+            Binding::Outside { remote, remote_port, by_guest: false, .. } => {
+                (PortKind::Backend, *remote, *remote_port)
+            }
+            Binding::Outside { remote, remote_port, .. } => (PortKind::Bound, *remote, *remote_port),
+            Binding::Loop { other } => (PortKind::Loop, 0, *other),
+            Binding::Virq { virq } => (PortKind::Virq, 0, *virq),
+            Binding::Ipi => (PortKind::Ipi, 0, 0),
+        };
+        let sent = matches!(port.binding, Binding::Outside { end: End::Away { sent: true }, .. });
+        PortState { kind, remote, other, vcpu: port.vcpu, sent }
+    }
+
+    fn problem(number: impl std::fmt::Display, what: &str) -> Error {
+        invalid("backend.ports", format!("{number}: {what}"))
     }
 }

@@ -156,6 +156,37 @@ impl Grants {
     }
 }
 
+#[cfg(feature = "snapshot")]
+impl Grants {
+    /// The table of a saved domain. Nobody uses any of its grants yet: back ends take what they had again, and what they do not
+    /// take is the guest's again.
+    pub(crate) fn restore(frames: u32, memory: &DomainMemory) -> crate::Result<Self> {
+        let (_, max) = memory.grant_frames();
+        if frames == 0 || u64::from(frames) > max {
+            let problem = format!("{frames}, allowed are 1 to {max}");
+            return Err(crate::xen_pv::saved::invalid("backend.grant_frames", problem));
+        }
+        let grants = Self::new();
+        grants.grow(frames);
+        Ok(grants)
+    }
+
+    /// Takes the marks of use away, once the frames are there.
+    pub(crate) fn forget_uses(&self, memory: &DomainMemory) {
+        for reference in 0..self.frames().saturating_mul(ENTRIES_PER_FRAME) {
+            let Ok(at) = self.place(memory, reference) else { return };
+            let Ok(entry) = Self::read(memory, at) else { return };
+            let marks = entry.flags & (gtf::READING | gtf::WRITING);
+            if entry.flags & gtf::TYPE_MASK == gtf::PERMIT_ACCESS
+                && marks != 0
+                && memory.exchange_u16(at, entry.flags, entry.flags & !marks).is_err()
+            {
+                tracing::debug!(reference, "no such entry");
+            }
+        }
+    }
+}
+
 /// A grant of the guest in use by a back end, until dropped.
 #[derive(Debug)]
 pub struct GrantedFrame {

@@ -6,7 +6,7 @@ use vmm_memory::GuestRam;
 
 use super::console::{ConsoleSink, NoConsole};
 use super::gate::{BackendsOnly, Gate};
-use super::vm::XenPvVm;
+use super::vm::{Resumes, XenPvVm};
 use super::{NAME, pv_cpuid};
 use crate::cpuid::CpuidTable;
 use crate::error::{Error, Result};
@@ -97,12 +97,36 @@ impl XenPvHypervisor {
         ram: &GuestRam,
         devices: DomainDevices,
     ) -> Result<Arc<XenPvVm>> {
-        let vm = self.create(config, ram.clone(), devices)?;
+        let vm = self.create(config, ram.clone(), devices, None)?;
         vm.built()?;
         Ok(vm)
     }
 
-    fn create(&self, config: &VmConfig, ram: GuestRam, devices: DomainDevices) -> Result<Arc<XenPvVm>> {
+    /// Creates a domain that goes on from a saved one: with its RAM, as [`XenPvVm::ram`] has it, and `state`. Its vCPUs follow
+    /// with [`Vm::restore_vcpu`]; all of them, before the first one runs. What was connected with its event channels connects again
+    /// ([`EventChannels::connect`](super::EventChannels::connect)), and takes its grants into use anew.
+    ///
+    /// # Errors
+    /// As [`XenPvHypervisor::create_domain`] and [`Hypervisor::restore_vm`].
+    pub fn restore_domain(
+        &self,
+        config: &VmConfig,
+        ram: &GuestRam,
+        devices: DomainDevices,
+        state: &VmState,
+    ) -> Result<Arc<XenPvVm>> {
+        let vm = self.create(config, ram.clone(), devices, Some(resumes(config, state)?))?;
+        vm.built()?;
+        Ok(vm)
+    }
+
+    fn create(
+        &self,
+        config: &VmConfig,
+        ram: GuestRam,
+        devices: DomainDevices,
+        resumes: Option<Resumes>,
+    ) -> Result<Arc<XenPvVm>> {
         let limit = self.capabilities.max_vcpus;
         if config.max_vcpus > limit {
             let reason = "limit of the paravirtual backend on this engine";
@@ -118,8 +142,24 @@ impl XenPvHypervisor {
             return Err(Error::unsupported("a deterministic clock", "Xen's timers follow the host's"));
         }
         let cpuid = config.cpu.resolve(&self.cpuid)?;
-        Ok(Arc::new(XenPvVm::new(Arc::clone(&self.below), self.shim, config, cpuid, ram, devices)))
+        let below = Arc::clone(&self.below);
+        Ok(Arc::new(XenPvVm::new(below, self.shim, config, cpuid, ram, devices, resumes)))
     }
+}
+
+#[cfg(feature = "snapshot")]
+fn resumes(config: &VmConfig, state: &VmState) -> Result<Resumes> {
+    Ok(Resumes { clock: state.clock, domain: super::saved::check_config(config, state)? })
+}
+
+#[cfg(not(feature = "snapshot"))]
+fn resumes(_: &VmConfig, _: &VmState) -> Result<Resumes> {
+    Err(Error::unsupported("restoring a paravirtual domain", super::NO_SNAPSHOTS))
+}
+
+fn no_ram() -> Result<GuestRam> {
+    let failed = |source| Error::Backend { backend: NAME, source: Box::new(source) };
+    GuestRam::builder().build().map_err(failed)
 }
 
 impl Hypervisor for XenPvHypervisor {
@@ -136,13 +176,11 @@ impl Hypervisor for XenPvHypervisor {
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<Arc<dyn Vm>> {
-        let ram = GuestRam::builder()
-            .build()
-            .map_err(|source| Error::Backend { backend: NAME, source: Box::new(source) })?;
-        Ok(self.create(config, ram, DomainDevices::default())?)
+        Ok(self.create(config, no_ram()?, DomainDevices::default(), None)?)
     }
 
-    fn restore_vm(&self, _: &VmConfig, _: &VmState) -> Result<Arc<dyn Vm>> {
-        Err(Error::unsupported("restoring a paravirtual domain", "its guest suspends itself by a hypercall"))
+    fn restore_vm(&self, config: &VmConfig, state: &VmState) -> Result<Arc<dyn Vm>> {
+        let resumes = resumes(config, state)?;
+        Ok(self.create(config, no_ram()?, DomainDevices::default(), Some(resumes))?)
     }
 }

@@ -20,11 +20,14 @@ mod m2p;
 mod memory;
 mod processor;
 mod repair;
+#[cfg(feature = "snapshot")]
+pub(crate) mod saved;
 mod start;
 mod tables;
 #[cfg(test)]
 mod test_support;
 mod time;
+mod time_info;
 mod trap;
 mod vcpu;
 mod vcpu_abi;
@@ -42,3 +45,6 @@ pub use vm::XenPvVm;
 
 /// Name of the backend.
 pub const NAME: &str = "xen-pv";
+
+#[cfg(not(feature = "snapshot"))]
+const NO_SNAPSHOTS: &str = "vmm-cpu was built without its feature `snapshot`";

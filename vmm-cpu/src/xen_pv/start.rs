@@ -1,11 +1,11 @@
 //! Starts: the root that the domain builder made, and virtual processors that another one initialised.
 
-use super::abi::PAGE_SIZE;
-use super::abi::shared_info;
+use super::abi::errno::Errno;
 use super::abi::vcpu::{VcpuGuestContext, runstate, vgcf};
+use super::abi::{FIRST_RESERVED_GDT_ENTRY, PAGE_SIZE, shared_info};
 use super::engine::{Engine, GuestMode};
 use super::hypercall::{Call, Failure};
-use super::memory::frame_of;
+use super::memory::{DomainMemory, frame_of, is_canonical};
 use super::vcpu_abi::{Callback, VcpuAbi};
 use crate::error::{Error, Result};
 use crate::state::{GeneralRegisters, rflags};
@@ -150,6 +150,32 @@ impl VcpuAbi {
         let bases = (start.gs_base_kernel, start.gs_base_user);
         (context.gs_base, context.other_gs_base) = if in_kernel { bases } else { (bases.1, bases.0) };
     }
+}
+
+/// What can be told of a start before the virtual processor makes it.
+pub(crate) fn check_start(memory: &DomainMemory, context: &VcpuGuestContext) -> Result<(), Errno> {
+    let [_, user_root, _, root, ..] = context.ctrlreg;
+    // The user root is kept in place of CR1, where 0 is none.
+    let users = user_root == 0 || memory.is_ram(frame_of(user_root));
+    if !memory.is_ram(frame_of(root)) || !users {
+        return Err(Errno::EINVAL);
+    }
+    let addresses = [
+        context.fs_base,
+        context.gs_base_kernel,
+        context.gs_base_user,
+        context.event_callback_eip,
+        context.failsafe_callback_eip,
+        context.syscall_callback_eip,
+    ];
+    let traps = context.traps.iter().map(|trap| trap.address);
+    if !addresses.into_iter().chain(traps).all(is_canonical) {
+        return Err(Errno::EINVAL);
+    }
+    if context.gdt_ents > FIRST_RESERVED_GDT_ENTRY || context.ldt_ents != 0 {
+        return Err(Errno::EINVAL);
+    }
+    Ok(())
 }
 
 fn selector(value: u64) -> u16 {

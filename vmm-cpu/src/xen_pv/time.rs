@@ -2,6 +2,7 @@
 //! guest uses (public/xen.h, `struct vcpu_time_info`), so that both always agree.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::abi::vcpu::TimeInfo;
@@ -17,9 +18,11 @@ const NS: u128 = 1_000_000_000;
 pub struct Clock {
     multiplier: u32,
     shift: i8,
-    /// The counter when the domain started.
+    /// System time when the counter was at the base: that of before the domain was restored.
+    start: AtomicU64,
+    /// The counter when the domain started, or went on.
     base: OnceLock<u64>,
-    /// Wall-clock time at that moment, since the Unix epoch.
+    /// Wall-clock time of system time 0, since the Unix epoch.
     boot: OnceLock<Duration>,
 }
 
@@ -45,6 +48,7 @@ impl Clock {
         let clock = Self {
             multiplier: u32::try_from(scaled).unwrap_or(u32::MAX),
             shift,
+            start: AtomicU64::new(0),
             base: OnceLock::new(),
             boot: OnceLock::new(),
         };
@@ -54,10 +58,15 @@ impl Clock {
         Ok(clock)
     }
 
-    /// System time in nanoseconds at the moment when the counter stood at `tsc`. The first call is time 0.
+    /// System time in nanoseconds at the moment when the counter stood at `tsc`. The first call is time 0, or that at which a
+    /// restored domain goes on.
     pub fn system_time(&self, tsc: u64) -> u64 {
         let base = *self.base.get_or_init(|| tsc);
-        self.scale(tsc.saturating_sub(base))
+        self.start().saturating_add(self.scale(tsc.saturating_sub(base)))
+    }
+
+    fn start(&self) -> u64 {
+        self.start.load(Ordering::Relaxed)
     }
 
     fn scale(&self, ticks: u64) -> u64 {
@@ -71,17 +80,18 @@ impl Clock {
         u64::try_from((shifted * u128::from(self.multiplier)) >> 32).unwrap_or(u64::MAX)
     }
 
-    /// Wall-clock time of system time 0.
+    /// Wall-clock time of system time 0, to be asked for when the clock starts or goes on.
     pub(crate) fn boot_time(&self) -> Duration {
-        *self.boot.get_or_init(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        *self.boot.get_or_init(|| now().saturating_sub(Duration::from_nanos(self.start())))
     }
 
-    /// What the guest computes system time from. Holds for the domain's whole life, since rate and base never change.
+    /// What the guest computes system time from. Holds until the domain is restored elsewhere, since rate and base never change.
     pub(crate) fn info(&self, tsc: u64) -> TimeInfo {
         TimeInfo {
             version: 2,
             tsc_timestamp: *self.base.get_or_init(|| tsc),
-            system_time: 0,
+            system_time: self.start(),
             tsc_to_system_mul: self.multiplier,
             tsc_shift: self.shift,
             flags: TSC_STABLE,
@@ -90,9 +100,42 @@ impl Clock {
     }
 }
 
+#[cfg(feature = "snapshot")]
+impl Clock {
+    /// System time as [`Clock::system_time`], without starting the clock.
+    pub(crate) fn stands_at(&self, tsc: u64) -> u64 {
+        if self.base.get().is_some() { self.system_time(tsc) } else { self.start() }
+    }
+
+    /// Lets the clock go on from that system time, when it is first asked. Of several the latest counts: nobody sees a time from
+    /// before one that was seen.
+    pub(crate) fn go_on_from(&self, system_time: u64) {
+        self.start.fetch_max(system_time, Ordering::Relaxed);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "snapshot")]
+    #[test]
+    fn a_restored_clock_goes_on_at_another_rate_and_in_another_year() {
+        let before = Clock::new(1_000_000, None).unwrap();
+        assert_eq!(before.stands_at(1 << 40), 0, "it did not start");
+        before.system_time(1 << 40);
+        let (first, second) = (before.stands_at((1 << 40) + 5_000), before.stands_at((1 << 40) + 9_000));
+        let after = Clock::new(3_000_000, None).unwrap();
+        after.go_on_from(second);
+        after.go_on_from(first);
+        assert_eq!(after.stands_at(77), 9_000, "it stands until it is asked");
+        let info = after.info(1_000);
+        assert_eq!((info.tsc_timestamp, info.system_time), (1_000, 9_000));
+        assert_eq!(after.system_time(1_000 + 3_000_000) / 1_000, 1_009);
+        let wall = after.boot_time() + Duration::from_nanos(9_000);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        assert!(now - wall < Duration::from_secs(60), "{now:?}, {wall:?}");
+    }
 
     #[test]
     fn rates_are_exact_to_a_millionth() {

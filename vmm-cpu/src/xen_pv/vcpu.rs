@@ -16,11 +16,11 @@ use crate::error::{Error, Result};
 use crate::state::{CpuState, GeneralRegisters, Segment, SystemRegisters};
 use crate::vcpu::{Halt, Vcpu, VcpuHandle, VcpuIo};
 
-mod msr {
-    pub(super) const TSC: u32 = 0x10;
+pub(super) mod msr {
+    pub(in crate::xen_pv) const TSC: u32 = 0x10;
     pub(super) const FS_BASE: u32 = 0xc000_0100;
     pub(super) const GS_BASE: u32 = 0xc000_0101;
-    pub(super) const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    pub(in crate::xen_pv) const KERNEL_GS_BASE: u32 = 0xc000_0102;
 }
 
 /// What left the guest, since the vCPU's creation.
@@ -37,13 +37,14 @@ struct Counts {
 /// A virtual processor of a paravirtual domain.
 #[derive(Debug)]
 pub(super) struct XenPvVcpu {
-    engine: Ring3,
-    abi: VcpuAbi,
+    pub(super) engine: Ring3,
+    pub(super) abi: VcpuAbi,
     index: u32,
     alarm: Alarm,
     /// The deadline that the alarm is set for, in system time.
     armed: Option<u64>,
     counts: Counts,
+    pub(super) has_run: bool,
 }
 
 impl XenPvVcpu {
@@ -51,7 +52,7 @@ impl XenPvVcpu {
         let index = abi.index;
         abi.domain().set_handle(index, engine.handle())?;
         let alarm = Alarm::new(index, engine.handle())?;
-        Ok(Self { engine, abi, index, alarm, armed: None, counts: Counts::default() })
+        Ok(Self { engine, abi, index, alarm, armed: None, counts: Counts::default(), has_run: false })
     }
 
     /// Lets the alarm ring when the next timer of the guest runs out.
@@ -148,6 +149,7 @@ impl Vcpu for XenPvVcpu {
     }
 
     fn run(&mut self, _: &mut dyn VcpuIo) -> Result<Halt> {
+        self.has_run = true;
         loop {
             if let Some(reason) = self.abi.domain().shutdown_reason() {
                 return Ok(halt(reason));
@@ -276,12 +278,24 @@ impl Vcpu for XenPvVcpu {
         Ok(frame.map(|frame| GuestAddress((frame * PAGE_SIZE) | gva & (PAGE_SIZE - 1))))
     }
 
+    #[cfg(feature = "snapshot")]
     fn save(&mut self) -> Result<CpuState> {
-        Err(Error::unsupported("saving a paravirtual vCPU", "the guest suspends itself by a hypercall"))
+        self.saved()
     }
 
+    #[cfg(feature = "snapshot")]
+    fn restore(&mut self, state: &CpuState) -> Result<()> {
+        self.restore_saved(state)
+    }
+
+    #[cfg(not(feature = "snapshot"))]
+    fn save(&mut self) -> Result<CpuState> {
+        Err(Error::unsupported("saving a paravirtual vCPU", super::NO_SNAPSHOTS))
+    }
+
+    #[cfg(not(feature = "snapshot"))]
     fn restore(&mut self, _: &CpuState) -> Result<()> {
-        Err(Error::unsupported("restoring a paravirtual vCPU", "the guest suspends itself by a hypercall"))
+        Err(Error::unsupported("restoring a paravirtual vCPU", super::NO_SNAPSHOTS))
     }
 
     fn exit_counts(&self) -> Vec<(&'static str, u64)> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::abi::sched::ShutdownReason;
-use super::abi::vcpu::{TimeInfo, TrapInfo, runstate};
+use super::abi::vcpu::{TrapInfo, runstate};
 use super::abi::{shared_info, virq, vm_assist};
 use super::domain::Domain;
 use super::emulate::CR4_AT_START;
@@ -90,7 +90,7 @@ pub struct VcpuAbi {
     /// A timer was set, or may have run out.
     pub(crate) timers_due: bool,
     pub(crate) polling: Option<Polling>,
-    time_published: bool,
+    pub(crate) time_published: bool,
     /// It goes on by itself; else [`VcpuAbi::start`] comes before anything.
     pub(crate) online: bool,
 }
@@ -105,7 +105,9 @@ impl VcpuAbi {
         let processor = domain.processor(index).ok_or_else(|| {
             crate::Error::invalid("virtual processor", index, format_args!("less than {limit}"))
         })?;
-        if index == 0 {
+        // In a restored domain it is what it was, and is told by its own state.
+        let starts = index == 0 && domain.republished.is_none();
+        if starts {
             processor.initialise(None);
             processor.set_up(true);
             processor.set_runstate(runstate::RUNNING, 0);
@@ -129,7 +131,7 @@ impl VcpuAbi {
             timers_due: false,
             polling: None,
             time_published: false,
-            online: index == 0,
+            online: starts,
         })
     }
 
@@ -342,33 +344,6 @@ impl VcpuAbi {
             polling.until.is_some_and(|until| until <= now)
                 || polling.ports.iter().any(|port| self.domain.is_pending(*port).unwrap_or(true))
         })
-    }
-
-    /// Writes what the guest computes the time from. It holds for the domain's life.
-    pub(crate) fn publish_time(&mut self, engine: &mut dyn Engine) -> Result<()> {
-        self.time_published = true;
-        let info = self.domain.clock.info(engine.time_stamp()?);
-        let place = self.info() + shared_info::TIME;
-        self.write_time(place, &info);
-        if self.index == 0 && self.domain.publish_wall_clock().is_err() {
-            tracing::debug!("no wall clock could be written");
-        }
-        Ok(())
-    }
-
-    /// Writes the time information under an odd version, so that a reader on another processor takes it whole.
-    fn write_time(&self, gpa: u64, info: &TimeInfo) {
-        use zerocopy::IntoBytes;
-        let memory = &self.domain.memory;
-        let bytes = info.as_bytes();
-        // The place was checked when it was registered.
-        let written = memory
-            .store_u32(gpa, info.version | 1)
-            .and_then(|()| memory.write(gpa + 4, bytes.get(4..).unwrap_or_default()))
-            .and_then(|()| memory.store_u32(gpa, info.version.wrapping_add(2) & !1));
-        if written.is_err() {
-            tracing::debug!(gpa, "no time information could be written");
-        }
     }
 
     /// Copies the run state to where the guest wants it.

@@ -17,7 +17,7 @@ use super::{NAME, pv_cpuid};
 use crate::cpuid::{CpuModel, CpuidTable};
 use crate::error::{Error, Result};
 use crate::hypervisor::{Hypervisor, VmConfig};
-use crate::state::VmState;
+use crate::state::{ClockState, VmState};
 use crate::vcpu::Vcpu;
 use crate::vm::{GuestAccess, Vm, VmClock};
 
@@ -36,6 +36,15 @@ pub struct XenPvVm {
     built: OnceLock<Built>,
     created: Mutex<BTreeSet<u32>>,
     entry: Mutex<Option<PvEntry>>,
+    resumes: Option<Resumes>,
+}
+
+/// What a domain goes on from.
+#[derive(Debug)]
+pub(super) struct Resumes {
+    pub(super) clock: Option<ClockState>,
+    #[cfg(feature = "snapshot")]
+    pub(super) domain: super::saved::DomainState,
 }
 
 /// What there is once the memory is known.
@@ -53,6 +62,7 @@ impl XenPvVm {
         cpuid: CpuidTable,
         ram: GuestRam,
         devices: DomainDevices,
+        resumes: Option<Resumes>,
     ) -> Self {
         Self {
             below,
@@ -64,6 +74,7 @@ impl XenPvVm {
             built: OnceLock::new(),
             created: Mutex::default(),
             entry: Mutex::default(),
+            resumes,
         }
     }
 
@@ -85,6 +96,7 @@ impl XenPvVm {
             .cpu(CpuModel::Exact(engine_cpuid))
             .clock(self.config.clock)
             .store_in_guest(self.below.capabilities().shadowed_page_tables)
+            .resumes(self.resumes.as_ref().and_then(|resumes| resumes.clock))
             .shim(self.shim);
         let machine = Ring3Machine::new(&*self.below, &ring3, &self.ram)?;
         let mut config = DomainConfig::new(self.ram.clone(), layout, machine.capabilities().tsc_khz);
@@ -93,17 +105,33 @@ impl XenPvVm {
         if let Some(devices) = devices.take() {
             (config.console, config.gate) = (devices.console, devices.gate);
         }
-        let domain = Domain::new(config)?;
+        let domain = self.new_domain(config, &machine)?;
         Ok(self.built.get_or_init(|| Built { machine, domain }))
+    }
+
+    #[cfg(feature = "snapshot")]
+    fn new_domain(&self, config: DomainConfig, machine: &Ring3Machine) -> Result<Arc<Domain>> {
+        let compatibility_mode = machine.capabilities().compatibility_mode;
+        match &self.resumes {
+            Some(resumes) => Domain::restore(config, compatibility_mode, &resumes.domain),
+            None => Domain::new(config),
+        }
+    }
+
+    #[cfg(not(feature = "snapshot"))]
+    #[allow(clippy::unused_self, reason = "as with the feature")]
+    fn new_domain(&self, config: DomainConfig, _: &Ring3Machine) -> Result<Arc<Domain>> {
+        Domain::new(config)
     }
 
     /// Loads a kernel, which the first virtual processor starts with when it is created.
     ///
     /// # Errors
-    /// What the builder says, as [`Error::Backend`]; [`Error::InvalidArgument`] if there is a kernel already.
+    /// What the builder says, as [`Error::Backend`]; [`Error::InvalidArgument`] if there is a kernel already, as in a domain that
+    /// was restored.
     pub fn boot(&self, boot: &PvBoot<'_>) -> Result<PvEntry> {
         let mut entry = lock(&self.entry);
-        if entry.is_some() {
+        if entry.is_some() || self.resumes.is_some() {
             return Err(Error::invalid("kernels of a domain", 2, "one"));
         }
         let Built { machine, domain } = self.built()?;
@@ -120,6 +148,22 @@ impl XenPvVm {
     /// [`Error::InvalidArgument`] while it has no memory that a domain can have.
     pub fn domain(&self) -> Result<&Arc<Domain>> {
         Ok(&self.built()?.domain)
+    }
+
+    /// The domain's RAM: what a snapshot has to hold beside the states. The handle that the domain was made with shows what the
+    /// backend keeps above it, too, for as long as the domain lives.
+    ///
+    /// # Errors
+    /// As [`XenPvVm::domain`].
+    pub fn ram(&self) -> Result<GuestRam> {
+        let end = self.built()?.machine.layout().ram();
+        let failed =
+            |source: vmm_memory::MemoryError| Error::Backend { backend: NAME, source: Box::new(source) };
+        let ram = GuestRam::builder().build().map_err(failed)?;
+        for region in self.ram.regions().into_iter().filter(|region| region.start_addr().0 < end) {
+            ram.insert(region).map_err(failed)?;
+        }
+        Ok(ram)
     }
 
     /// Event channels, for back ends.
@@ -183,8 +227,15 @@ impl Vm for XenPvVm {
         Ok(Box::new(vcpu))
     }
 
+    #[cfg(feature = "snapshot")]
     fn save(&self) -> Result<VmState> {
-        Err(Error::unsupported("saving a paravirtual domain", "its guest suspends itself by a hypercall"))
+        let Built { machine, domain } = self.built()?;
+        domain.save(machine.capabilities().compatibility_mode, machine.vm().save()?.clock)
+    }
+
+    #[cfg(not(feature = "snapshot"))]
+    fn save(&self) -> Result<VmState> {
+        Err(Error::unsupported("saving a paravirtual domain", super::NO_SNAPSHOTS))
     }
 
     fn clock(&self) -> Option<Arc<dyn VmClock>> {

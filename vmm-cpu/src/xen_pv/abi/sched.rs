@@ -41,6 +41,17 @@ impl ShutdownReason {
             _ => return None,
         })
     }
+
+    /// Xen's number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::PowerOff => 0,
+            Self::Reboot => 1,
+            Self::Suspend => 2,
+            Self::Crash => 3,
+            Self::Watchdog => 4,
+        }
+    }
 }
 
 /// `struct sched_poll`.

@@ -14,6 +14,7 @@ use super::{Engine as _, EngineCapabilities};
 use crate::cpuid::{CpuModel, CpuidTable, Feature};
 use crate::error::{Error, Result};
 use crate::hypervisor::{ClockConfig, Hypervisor, VmConfig};
+use crate::state::{ClockState, VmState};
 use crate::vm::Vm;
 
 /// A virtual machine whose guest, kernel and programs alike, runs in ring 3 of long mode.
@@ -56,6 +57,8 @@ pub struct Ring3Config {
     pub store_in_guest: bool,
     /// Whether code in the guest does what needs no VMM: system calls, page faults, frequent hypercalls.
     pub shim: bool,
+    /// The time that the clock goes on from.
+    pub resumes: Option<ClockState>,
 }
 
 impl Ring3Config {
@@ -68,6 +71,7 @@ impl Ring3Config {
             clock: ClockConfig::default(),
             store_in_guest: false,
             shim: false,
+            resumes: None,
         }
     }
 
@@ -96,6 +100,13 @@ impl Ring3Config {
     #[must_use]
     pub fn shim(mut self, yes: bool) -> Self {
         self.shim = yes;
+        self
+    }
+
+    /// Sets [`Ring3Config::resumes`].
+    #[must_use]
+    pub fn resumes(mut self, clock: Option<ClockState>) -> Self {
+        self.resumes = clock;
         self
     }
 
@@ -149,7 +160,7 @@ impl Ring3Machine {
             None => 0,
         };
         let below = VmConfig::new(CpuModel::Exact(table.clone())).vcpus(config.vcpus).clock(config.clock);
-        let vm = hypervisor.create_vm(&below)?;
+        let vm = create_vm(hypervisor, below, config.resumes)?;
         let abi = layout.abi_frames();
         let mut above = Above { ram: ram.clone(), regions: Vec::new() };
         above.add(abi.start * PAGE_SIZE, abi.end * PAGE_SIZE)?;
@@ -259,6 +270,28 @@ impl Drop for Above {
                 tracing::debug!(%error, "somebody else took a region of the engine's away");
             }
         }
+    }
+}
+
+/// A virtual machine whose clock goes on. Its counter has the rate that it had, if the backend and the configuration leave that open;
+/// else the guest is told of the new one.
+fn create_vm(
+    hypervisor: &dyn Hypervisor,
+    mut config: VmConfig,
+    resumes: Option<ClockState>,
+) -> Result<Arc<dyn Vm>> {
+    let Some(clock) = resumes else { return hypervisor.create_vm(&config) };
+    if hypervisor.capabilities().tsc_scaling {
+        config.clock.tsc_khz.get_or_insert(clock.tsc_khz);
+    }
+    let restore =
+        |clock| hypervisor.restore_vm(&config, &VmState { clock: Some(clock), ..VmState::default() });
+    match restore(clock) {
+        Err(Error::InvalidState { element: "clock.tsc_khz", .. }) => {
+            let tsc_khz = hypervisor.create_vm(&config)?.clock().map_or(0, |clock| clock.tsc_khz());
+            restore(ClockState { tsc_khz, ..clock })
+        }
+        vm => vm,
     }
 }
 

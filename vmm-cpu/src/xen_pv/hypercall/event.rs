@@ -101,7 +101,7 @@ impl Call<'_> {
             self.domain.ports.bind_loop(request.remote_port)?
         } else {
             let sink = self.domain.gate.bind(request.remote_dom, request.remote_port).ok_or(Errno::ESRCH)?;
-            self.domain.ports.allocate_outside(request.remote_dom, request.remote_port, sink)?
+            self.domain.ports.allocate_outside(request.remote_dom, request.remote_port, true, sink)?
         };
         let outcome = self.answer(at, &request, request.local_port)?;
         // What the other side sent before is not lost.

@@ -12,7 +12,7 @@ mod mmu;
 mod mmuext;
 mod multicall;
 mod sched;
-mod vcpu;
+pub(crate) mod vcpu;
 mod version;
 
 use std::sync::Arc;

@@ -6,14 +6,15 @@ use super::super::abi::vcpu::{
     vcpuop,
 };
 use super::super::abi::{PAGE_SIZE, nr, shared_info};
+use super::super::start::check_start;
 use super::super::vcpu_abi::Action;
 use super::{Call, Done, Outcome};
 
 /// The shortest period of a periodic timer, as Xen has it.
-const MIN_PERIOD: u64 = 1_000_000;
+pub(crate) const MIN_PERIOD: u64 = 1_000_000;
 
 /// The longest, as Xen has it: 5 years.
-const MAX_PERIOD: u64 = 5 * 365 * 24 * 3600 * 1_000_000_000;
+pub(crate) const MAX_PERIOD: u64 = 5 * 365 * 24 * 3600 * 1_000_000_000;
 
 impl Call<'_> {
     /// Arguments: command, virtual processor, structure.
@@ -65,10 +66,11 @@ impl Call<'_> {
             vcpuop::REGISTER_VCPU_TIME_MEMORY_AREA => {
                 let area: u64 = self.space().read(at)?;
                 if area != 0 {
-                    // It holds for the domain's life, and for all of its processors.
+                    // It holds for all processors, and until the domain is restored elsewhere.
                     let info = self.domain.clock.info(self.engine.time_stamp()?);
                     self.space().write::<TimeInfo>(area, &info)?;
                 }
+                processor.set_time_area(area);
                 Ok(Done::OK)
             }
             vcpuop::STOP_PERIODIC_TIMER if !own && !processor.is_up() => Ok(Done::OK),
@@ -116,40 +118,13 @@ impl Call<'_> {
 
     fn initialise(&mut self, index: u32, at: u64) -> Outcome {
         let context: Box<VcpuGuestContext> = Box::new(self.space().read(at)?);
-        self.check_start(&context)?;
+        check_start(&self.domain.memory, &context)?;
         let processor = self.domain.processor(index).ok_or(Errno::ENOENT)?;
         if !processor.initialise(Some(context)) {
             return Err(Errno::EEXIST.into());
         }
         processor.set_runstate(runstate::OFFLINE, self.vcpu.now(self.engine)?);
         Ok(Done::OK)
-    }
-
-    /// What can be told of a start before the virtual processor makes it.
-    fn check_start(&self, context: &VcpuGuestContext) -> Result<(), Errno> {
-        use super::super::memory::{frame_of, is_canonical};
-        let [_, user_root, _, root, ..] = context.ctrlreg;
-        self.domain.frame_address(frame_of(root))?;
-        // The user root is kept in place of CR1, where 0 is none.
-        if user_root != 0 {
-            self.domain.frame_address(frame_of(user_root))?;
-        }
-        let addresses = [
-            context.fs_base,
-            context.gs_base_kernel,
-            context.gs_base_user,
-            context.event_callback_eip,
-            context.failsafe_callback_eip,
-            context.syscall_callback_eip,
-        ];
-        let traps = context.traps.iter().map(|trap| trap.address);
-        if !addresses.into_iter().chain(traps).all(is_canonical) {
-            return Err(Errno::EINVAL);
-        }
-        if context.gdt_ents > super::super::abi::FIRST_RESERVED_GDT_ENTRY || context.ldt_ents != 0 {
-            return Err(Errno::EINVAL);
-        }
-        Ok(())
     }
 
     fn register_vcpu_info(&mut self, index: u32, at: u64) -> Outcome {

@@ -93,41 +93,43 @@ impl Engine for Ring3 {
     }
 
     fn set_debug_register(&mut self, number: u8, value: u64) -> Result<()> {
-        /// What is always set, and what can be.
-        const DR6: (u64, u64) = (0xffff_0ff0, 0xffff_efff);
-        /// General detect would stop the engine's own code.
-        const DR7: (u64, u64) = (0x400, 0xffff_07ff);
-        let refused = |allowed: &str| {
-            let what = format!("{value:#x} in DR{number}");
-            Err(Error::invalid("debug register", what, allowed))
-        };
+        let value = debug_value(number, value).map_err(|allowed| {
+            Error::invalid("debug register", format_args!("{value:#x} in DR{number}"), allowed)
+        })?;
         self.rare_changed = true;
         match number {
-            0..=3 if !is_canonical(value) || is_reserved(value) => {
-                refused("a canonical address outside of the engine's range")
-            }
-            6 => {
-                self.system.dr6 = value & DR6.1 | DR6.0;
-                Ok(())
-            }
-            7 if value >> 32 != 0 => refused("32 bits"),
-            7 => {
-                self.system.dr7 = value & DR7.1 | DR7.0;
-                Ok(())
-            }
-            _ => match self.system.dr.get_mut(usize::from(number)) {
-                Some(register) => {
+            6 => self.system.dr6 = value,
+            7 => self.system.dr7 = value,
+            _ => {
+                if let Some(register) = self.system.dr.get_mut(usize::from(number)) {
                     *register = value;
-                    Ok(())
                 }
-                None => refused("DR0 to DR3, DR6 or DR7"),
-            },
+            }
         }
+        Ok(())
+    }
+}
+
+/// What becomes of a value in a debug register; what is allowed, if it cannot be there.
+pub(super) fn debug_value(number: u8, value: u64) -> Result<u64, &'static str> {
+    /// What is always set, and what can be.
+    const DR6: (u64, u64) = (0xffff_0ff0, 0xffff_efff);
+    /// General detect would stop the engine's own code.
+    const DR7: (u64, u64) = (0x400, 0xffff_07ff);
+    match number {
+        0..=3 if !is_canonical(value) || is_reserved(value) => {
+            Err("a canonical address outside of the engine's range")
+        }
+        0..=3 => Ok(value),
+        6 => Ok(value & DR6.1 | DR6.0),
+        7 if value >> 32 != 0 => Err("32 bits"),
+        7 => Ok(value & DR7.1 | DR7.0),
+        _ => Err("DR0 to DR3, DR6 or DR7"),
     }
 }
 
 /// Whether the processor takes the value (Intel SDM 3A 2.6): components that build upon others come with them.
-fn is_consistent(xcr0: u64) -> bool {
+pub(super) fn is_consistent(xcr0: u64) -> bool {
     const X87: u64 = 1;
     const SSE: u64 = 1 << 1;
     const AVX: u64 = 1 << 2;

@@ -9,6 +9,8 @@ mod control;
 mod held;
 mod mmu;
 mod probe;
+#[cfg(feature = "snapshot")]
+mod saved;
 mod shim;
 
 use std::sync::Arc;
