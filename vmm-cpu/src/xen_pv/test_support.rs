@@ -240,8 +240,25 @@ impl Guest {
         configure(&mut config);
         let domain = Domain::new(config).unwrap();
         domain.identity_m2p().unwrap();
-        let engine = TestEngine {
-            ram,
+        let engine = Self::engine_on(&ram);
+        domain.set_handle(0, engine.handle()).unwrap();
+        let vcpu = VcpuAbi::new(Arc::clone(&domain), 0).unwrap();
+        let mut guest = Self { domain, vcpu, engine, printed, arena: ARENA };
+        guest.map_everything();
+        let Self { vcpu, engine, .. } = &mut guest;
+        vcpu.adopt_initial_root(engine, L4).unwrap();
+        assert_eq!(vcpu.before_entry(engine).unwrap(), Action::Continue);
+        engine.prepared.clear();
+        engine.live_stores.clear();
+        engine.context.general.rsp = STACK;
+        engine.context.general.rip = 0xffff_ffff_8100_0002;
+        guest
+    }
+
+    /// An engine that was told nothing yet.
+    pub(crate) fn engine_on(ram: &GuestRam) -> TestEngine {
+        TestEngine {
+            ram: ram.clone(),
             context: Context::default(),
             kernel_root: 0,
             user_root: None,
@@ -255,19 +272,7 @@ impl Guest {
             xcr0: 1,
             tsc: Arc::default(),
             handle: Arc::default(),
-        };
-        domain.set_handle(0, engine.handle()).unwrap();
-        let vcpu = VcpuAbi::new(Arc::clone(&domain), 0).unwrap();
-        let mut guest = Self { domain, vcpu, engine, printed, arena: ARENA };
-        guest.map_everything();
-        let Self { vcpu, engine, .. } = &mut guest;
-        vcpu.adopt_initial_root(engine, L4).unwrap();
-        assert_eq!(vcpu.before_entry(engine).unwrap(), Action::Continue);
-        engine.prepared.clear();
-        engine.live_stores.clear();
-        engine.context.general.rsp = STACK;
-        engine.context.general.rip = 0xffff_ffff_8100_0002;
-        guest
+        }
     }
 
     fn map_everything(&mut self) {

@@ -42,6 +42,12 @@ impl Kernel {
         Self { notes, paddr: 0x100_0000, memsz: 0x5000, code: vec![0xc0; 16] }
     }
 
+    /// The same with so many bytes of memory from its entry on.
+    #[cfg(feature = "snapshot")]
+    pub(in crate::xen_pv) fn with_memory(self, memsz: u64) -> Self {
+        Self { memsz, ..self }
+    }
+
     fn with(mut self, kind: u32, desc: Vec<u8>) -> Self {
         self.notes.retain(|(other, _)| *other != kind);
         self.notes.push((kind, desc));

@@ -46,7 +46,8 @@ impl Ring3 {
         // Programs use what they find in XCR0, and the guest kernel saves what it found.
         let saved = system.xcr0;
         let fits = match xcr0 {
-            0 => saved & !LEGACY == 0,
+            // Nobody can set it.
+            0 => saved & !LEGACY == 0 && saved & 1 != 0,
             _ if self.xcr0_fixed => saved == xcr0,
             _ => saved & !xcr0 == 0 && is_consistent(saved),
         };
