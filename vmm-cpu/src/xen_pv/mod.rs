@@ -11,6 +11,7 @@ mod cpuid;
 mod domain;
 mod emulate;
 pub mod engine;
+mod event_channels;
 mod events;
 mod gate;
 mod grants;
@@ -35,7 +36,8 @@ mod vm;
 
 pub use console::{ConsoleSink, ConsoleSource, NoConsole};
 pub use cpuid::pv_cpuid;
-pub use domain::{Domain, DomainConfig, EventChannels};
+pub use domain::{Domain, DomainConfig};
+pub use event_channels::EventChannels;
 pub use gate::{BackendsOnly, EventSink, Gate};
 pub use grants::{GrantError, GrantedFrame};
 pub use hypervisor::{DomainDevices, XenPvHypervisor};

@@ -44,6 +44,7 @@ pub(super) struct XenPvVcpu {
     /// The deadline that the alarm is set for, in system time.
     armed: Option<u64>,
     counts: Counts,
+    #[cfg_attr(not(feature = "snapshot"), allow(dead_code, reason = "there are no restored domains"))]
     pub(super) has_run: bool,
 }
 

@@ -8,8 +8,9 @@ use vmm_memory::{GuestRam, GuestRegion};
 
 use super::abi::sched::ShutdownReason;
 use super::builder::{PvBoot, PvEntry, Rings};
-use super::domain::{Domain, DomainConfig, EventChannels};
+use super::domain::{Domain, DomainConfig};
 use super::engine::{Layout, Ring3Config, Ring3Machine};
+use super::event_channels::EventChannels;
 use super::hypervisor::DomainDevices;
 use super::vcpu::XenPvVcpu;
 use super::vcpu_abi::VcpuAbi;
@@ -41,6 +42,7 @@ pub struct XenPvVm {
 
 /// What a domain goes on from.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "snapshot"), allow(dead_code, reason = "there are no restored domains"))]
 pub(super) struct Resumes {
     pub(super) clock: Option<ClockState>,
     #[cfg(feature = "snapshot")]
