@@ -200,6 +200,48 @@ fn damage_to_what_was_acknowledged_is_never_cut_off() {
 }
 
 /// A guest's disk requests, each of which is written down, while the log's disk stands still: they take what they take otherwise.
+/// A tile and the published checkpoint are made of the segments: one that has become whatever it is, of whatever length, is made again.
+#[test]
+fn what_is_made_of_the_segments_is_made_again_however_long_it_has_become() {
+    for length in [1, 8192, 1 << 20] {
+        let (storage, keys, key) = support::small_log(10, 2);
+        let spoiled: Vec<String> = storage
+            .files()
+            .into_keys()
+            .filter(|path| path.contains(".p/") || path == "checkpoint")
+            .inspect(|path| storage.put(path, vec![b'x'; length]))
+            .collect();
+        assert!(spoiled.len() >= 2, "{spoiled:?}");
+        assert!(!check(&storage, &key).intact);
+        open(&storage, &keys).unwrap().close().unwrap();
+        let result = check(&storage, &key);
+        assert!(result.intact && result.closed, "{length}: {:?}", result.findings);
+    }
+}
+
+#[test]
+fn a_log_that_is_refused_is_left_as_it_is() {
+    let Begun { memory, keys, faults, mut log, .. } = begun();
+    let others = keys.copy();
+    log.rotate().unwrap();
+    append(&mut log, 1);
+    faults.disk_has_room_for(Some(40));
+    assert!(log.commit().unwrap_err().is_transient());
+    drop(log);
+    let name = "segments/0000000001";
+    let mut bytes = memory.files().remove(name).unwrap();
+    // A tail that nobody has acknowledged, and the keys of the epoch before.
+    bytes.extend_from_slice(b"tail");
+    memory.put(name, bytes);
+    let before = memory.files();
+    let error = open(&memory, &others).err().unwrap();
+    assert!(error.to_string().contains("the key store has a key of epoch 0"), "{error}");
+    assert!(memory.files() == before, "something has changed");
+    // With its own keys it is opened, and the tail is kept.
+    drop(open(&memory, &keys).unwrap());
+    assert!(memory.files().keys().any(|path| path.starts_with("cut/")));
+}
+
 #[test]
 fn a_disk_that_stands_still_is_not_felt_by_a_guest() {
     use std::os::unix::fs::FileExt as _;

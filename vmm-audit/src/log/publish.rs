@@ -1,5 +1,6 @@
 //! What the outside sees of a log without reading its segments: the tiles and the checkpoint that they are there for.
 
+use std::io::ErrorKind;
 use std::time::Instant;
 
 use super::{LogError, LogWriter};
@@ -62,7 +63,11 @@ impl LogWriter {
                 let path = format!("{folder}/{}", listed.name);
                 let narrower = TileId::parse(&path).and_then(|id| usize::try_from(id.width * 32).ok());
                 let Some(expected) = narrower.and_then(|length| bytes.get(..length)) else { continue };
-                let there = self.storage.read(&path, TILE_WIDTH * 32).map_err(LogError::io(path.clone()))?;
+                let there = match self.storage.read(&path, TILE_WIDTH * 32) {
+                    // Whatever it is, it is no tile.
+                    Err(error) if error.kind() == ErrorKind::FileTooLarge => None,
+                    there => there.map_err(LogError::io(path.clone()))?,
+                };
                 if there.as_deref() != Some(expected) {
                     tracing::warn!(path, "a tile of the audit log is written again");
                     self.storage.replace(&path, expected, false).map_err(LogError::io(path))?;

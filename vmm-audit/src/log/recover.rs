@@ -4,6 +4,7 @@
 //! before a checkpoint, then acknowledged entries are damaged, and the log is left as it is.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -85,6 +86,9 @@ impl LogWriter {
         recovered.closed = state.scan.last.as_ref().is_some_and(|last| last.checkpoint.closed);
         check_published(&*storage, &chain, size)?;
         let tree = load_tree(&*storage, &state, committed, first)?;
+        // Last of what can refuse it: what is refused is left as it is.
+        let rotation =
+            interrupted_rotation(&keys, &chain, state.scan.last.as_ref().map(|last| &last.checkpoint))?;
 
         // The tail, and the file if it has nothing but a tail.
         let name = path(last);
@@ -123,7 +127,7 @@ impl LogWriter {
             changed_rings: state.scan.rings.keys().copied().collect(),
             rings: state.scan.rings,
             poisoned: None,
-            rotation: None,
+            rotation,
             remove_below: first,
             tiles: Vec::new(),
             published: (0, Instant::now()),
@@ -142,7 +146,6 @@ impl LogWriter {
             writer.storage.remove(&name).map_err(LogError::io(name))?;
             writer.remake_segment(last)?;
         }
-        writer.settle_keys(&chain, state.scan.last.as_ref().map(|last| &last.checkpoint))?;
         writer.finish_rotation()?;
         writer.record(&mut recovered)?;
         Ok((writer, recovered))
@@ -218,32 +221,6 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Goes on where a change of keys was interrupted.
-    fn settle_keys(&mut self, chain: &KeyChain, last: Option<&Checkpoint>) -> Result<(), LogError> {
-        let damaged = |why: String| LogError::Damaged { path: "keys".to_owned(), offset: 0, why };
-        let current = self.keys.current.verifier();
-        if let Some(named) = last.and_then(|last| last.next.as_ref()) {
-            // The segment has ended. Either the key file is next, or the new segment.
-            if self.keys.next.as_ref().is_some_and(|next| next.verifier().to_string() == *named) {
-                self.rotation = Some(Rotation::KeyFile);
-                return Ok(());
-            }
-            if current.to_string() == *named {
-                self.rotation = Some(Rotation::Publish);
-                return Ok(());
-            }
-            return Err(damaged("the log names a next key that the key store does not have".to_owned()));
-        }
-        match chain.key(self.keys.epoch) {
-            Some(key) if key == current && chain.last_epoch() == self.keys.epoch => Ok(()),
-            _ => Err(damaged(format!(
-                "the key store has a key of epoch {}, and the log is at epoch {}, or has another key",
-                self.keys.epoch,
-                chain.last_epoch()
-            ))),
-        }
-    }
-
     /// Writes down what was found, and that there is a writer now.
     fn record(&mut self, recovered: &mut Recovered) -> Result<(), LogError> {
         for name in cut_files(&*self.storage, self.acknowledged)? {
@@ -276,9 +253,41 @@ pub(crate) fn boot_id() -> Option<u128> {
     parse_uuid(text.trim())
 }
 
+/// Where a change of keys was interrupted, if one was.
+fn interrupted_rotation(
+    keys: &Keys,
+    chain: &KeyChain,
+    last: Option<&Checkpoint>,
+) -> Result<Option<Rotation>, LogError> {
+    let damaged = |why: String| LogError::Damaged { path: "keys".to_owned(), offset: 0, why };
+    let current = keys.current.verifier();
+    if let Some(named) = last.and_then(|last| last.next.as_ref()) {
+        // The segment has ended. Either the key file is next, or the new segment.
+        if keys.next.as_ref().is_some_and(|next| next.verifier().to_string() == *named) {
+            return Ok(Some(Rotation::KeyFile));
+        }
+        if current.to_string() == *named {
+            return Ok(Some(Rotation::Publish));
+        }
+        return Err(damaged("the log names a next key that the key store does not have".to_owned()));
+    }
+    match chain.key(keys.epoch) {
+        Some(key) if key == current && chain.last_epoch() == keys.epoch => Ok(None),
+        _ => Err(damaged(format!(
+            "the key store has a key of epoch {}, and the log is at epoch {}, or has another key",
+            keys.epoch,
+            chain.last_epoch()
+        ))),
+    }
+}
+
 /// The published checkpoint must not be ahead of the log.
 fn check_published(storage: &dyn Storage, keys: &KeyChain, size: u64) -> Result<(), LogError> {
-    let note = storage.read("checkpoint", MAX_NOTE as u64).map_err(LogError::io("checkpoint"))?;
+    let note = match storage.read("checkpoint", MAX_NOTE as u64) {
+        // Damaged as any other that is none.
+        Err(error) if error.kind() == ErrorKind::FileTooLarge => Some(Vec::new()),
+        note => note.map_err(LogError::io("checkpoint"))?,
+    };
     match note.map(|note| keys.open(&note)) {
         Some(Ok(published)) if published.size > size => {
             Err(LogError::RolledBack { found: size, published: published.size })
