@@ -279,6 +279,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
             ram: &ram,
             session: &session,
             line: Vec::new(),
+            events: 0,
         };
         saving.finish(machine, &watch)?;
     }

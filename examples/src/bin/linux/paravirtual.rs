@@ -14,8 +14,8 @@ use vmm_examples::guest_command::{Hardware, Session, Wiring};
 use vmm_examples::pv_console::PvConsole;
 use vmm_examples::terminal::RawMode;
 use vmm_memory::boot::KernelImage;
-use vmm_memory::vm_memory::GuestAddress;
-use vmm_memory::{GuestRam, RegionConfig};
+use vmm_memory::vm_memory::{Bytes as _, GuestAddress};
+use vmm_memory::{GuestRam, PAGE_SIZE, RegionConfig};
 
 use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
@@ -123,6 +123,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
             ram: &vm.ram()?,
             session: &session,
             line: line.bytes(),
+            events: pending(&vm)?,
         };
         saving.finish(machine, &watch)?;
     }
@@ -160,4 +161,16 @@ fn boot(vm: &XenPvVm, options: &Options, session: &Session) -> Result<()> {
     }
     vm.boot(&boot).with_context(|| guest.name())?;
     Ok(())
+}
+
+/// Event channels that are pending and not masked.
+fn pending(vm: &XenPvVm) -> Result<u32> {
+    // In shared_info (Xen public/xen.h) 64 words of each follow 32 vcpu_info of 64 bytes.
+    let mut words = [[0_u64; 64]; 2];
+    let start = vm.domain()?.shared_info_frame() * PAGE_SIZE + 32 * 64;
+    for (at, word) in (start..).step_by(8).zip(words.as_flattened_mut()) {
+        *word = vm.ram()?.memory().read_obj(GuestAddress(at))?;
+    }
+    let [pending, mask] = words;
+    Ok(pending.iter().zip(mask).map(|(pending, mask)| (pending & !mask).count_ones()).sum())
 }

@@ -110,6 +110,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) ram: &'a GuestRam,
     pub(crate) session: &'a Session,
     pub(crate) line: Vec<u8>,
+    /// Events of a paravirtual guest that wait to be taken.
+    pub(crate) events: u32,
 }
 
 impl SnapshotOptions {
@@ -158,7 +160,7 @@ impl Saving {
     /// Writes the machine, whose vCPUs stand still.
     pub(crate) fn finish(mut self, machine: Machine<'_>, watch: &Watch) -> Result<()> {
         let started = Instant::now();
-        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session, line } = machine;
+        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session, line, events } = machine;
         let writer = &mut self.writer;
         // Nothing of the platform and its devices comes to a vCPU that has been saved.
         let finished = devices.map_or(0, Served::pause);
@@ -171,7 +173,7 @@ impl Saving {
         let known = KnownJson { session, heard: watch.heard(), line };
         writer.put("program", &Known { text: serde_json::to_string(&known)? })?;
         writer.put("vm/config", &config.resolve(hypervisor, vm)?)?;
-        let mut moment = Moment::default();
+        let mut moment = Moment { interrupts: events, ..Moment::default() };
         for vcpu in vcpus {
             let name = format!("cpu/{}", vcpu.index());
             let state = vcpu.save().with_context(|| name.clone())?;
