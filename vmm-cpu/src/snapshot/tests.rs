@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use vmm_memory::snapshot::SnapshotState as _;
+use vmm_memory::snapshot::SnapshotState;
 use vmm_memory::snapshot::mirror::Mirrored;
 
 use super::*;
@@ -129,6 +129,24 @@ fn values_that_are_none_are_named() {
     ] {
         assert_eq!(problem, expected);
     }
+}
+
+/// Bytes of this version are kept, and stay readable. `VMM_WRITE_SNAPSHOTS=1` writes those of a new version.
+#[test]
+fn states_of_releases_before_are_read() {
+    fn check<S: SnapshotState + PartialEq + std::fmt::Debug>(name: &str, state: &S) {
+        let path = format!("{}/tests/snapshots/{name}.v1", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var_os("VMM_WRITE_SNAPSHOTS").is_some() {
+            std::fs::write(&path, state.encode(1).unwrap()).unwrap();
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(&S::decode(&bytes, 1).unwrap(), state, "{name}");
+        assert_eq!(state.encode(1).unwrap(), bytes, "{name}");
+    }
+    check("cpu", &cpu());
+    check("vm", &vm());
+    let entries = vec![crate::cpuid::CpuidEntry::new(0, None, [1, 2, 3, 4])];
+    check("cpuid", &CpuidTable::new(entries));
 }
 
 proptest! {

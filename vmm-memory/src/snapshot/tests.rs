@@ -411,3 +411,27 @@ fn nothing_is_there_until_it_is_finished() {
         error(SnapshotWriter::create(place.path("no/vm"))).contains("opening its directory: No such file")
     );
 }
+
+/// Files of this version are kept, and stay readable. `VMM_WRITE_SNAPSHOTS=1` writes them anew.
+#[test]
+fn snapshots_of_releases_before_are_read() {
+    for (name, packed) in [("in-place.v1", false), ("packed.v1", true)] {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots").join(name);
+        let build = || {
+            let region = RegionConfig::new(GuestAddress(0x4000), 3 * PAGE_SIZE);
+            GuestRam::builder().region(region).build().unwrap()
+        };
+        let ram = build();
+        ram.memory().write_slice(b"page", GuestAddress(0x5ffe)).unwrap();
+        if std::env::var_os("VMM_WRITE_SNAPSHOTS").is_some() {
+            save(&ram, path.clone(), &RamOptions::new().packed(packed));
+        }
+        let snapshot = Snapshot::open(&path).unwrap();
+        assert_eq!(snapshot.get::<Toy>("toy").unwrap(), Toy { number: 7, text: "seven".to_owned() });
+        assert_eq!(snapshot.get::<Toy>("other-toy").unwrap(), Toy::new(8));
+        snapshot.finish().unwrap();
+        let loaded = build();
+        snapshot.load_ram(&loaded, &RamOptions::new()).unwrap();
+        assert!(contents(&loaded) == contents(&ram), "{name}");
+    }
+}
