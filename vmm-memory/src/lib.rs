@@ -7,6 +7,7 @@ mod advice;
 mod backing;
 #[cfg(feature = "boot")]
 pub mod boot;
+mod crew;
 pub mod dirty;
 mod discard;
 mod error;

@@ -6,46 +6,35 @@
 use std::hint::black_box;
 use std::io;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use rustix::io::Errno;
 use vm_memory::{GuestMemoryRegion, MmapRegion, VolatileMemory};
 
 use crate::advice::{Advice, advise};
 use crate::region::{GuestRegion, host_page_size, is_read_only};
-use crate::{MemoryError, PAGE_SIZE};
-
-/// More threads than this wait for each other in the host's page allocator.
-const MAX_THREADS: usize = 64;
+use crate::{MemoryError, PAGE_SIZE, crew};
 
 /// Bytes that a thread takes at a time, or a huge page where that is larger: many enough to keep all busy to the end, few enough to be cheap
 /// to hand out.
 const CHUNK: u64 = 32 << 20;
 
 pub(crate) fn prefault(regions: &[Arc<GuestRegion>], threads: NonZeroUsize) -> Result<(), MemoryError> {
-    let total: u64 = regions.iter().map(|region| region.len().div_ceil(chunk_of(region))).sum();
-    let threads = threads.get().min(MAX_THREADS).min(usize::try_from(total).unwrap_or(MAX_THREADS));
-    let work = Mutex::new(Work { chunks: chunks(regions), failure: None });
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            // Without a further thread, those that run, at least this one, do its share.
-            if thread::Builder::new().name("prefault".into()).spawn_scoped(scope, || run(&work)).is_err() {
-                break;
-            }
-        }
-        run(&work);
-    });
-    match work.into_inner().unwrap_or_else(PoisonError::into_inner).failure {
-        Some(error) => Err(error),
-        None => Ok(()),
-    }
-}
-
-struct Work<I> {
-    chunks: I,
-    failure: Option<MemoryError>,
+    let chunks: Vec<Chunk<'_>> = chunks(regions).collect();
+    crew::share(
+        "prefault",
+        threads,
+        chunks.len(),
+        || (),
+        |(), at| {
+            let Some(chunk) = chunks.get(at) else { return Ok(()) };
+            make_resident(chunk).map_err(|source| {
+                let gpa = chunk.region.start_addr().0 + chunk.offset;
+                MemoryError::Prefault { gpa, size: chunk.size, source }
+            })
+        },
+    )
 }
 
 struct Chunk<'a> {
@@ -58,7 +47,7 @@ fn chunk_of(region: &GuestRegion) -> u64 {
     CHUNK.max(host_page_size(region))
 }
 
-fn chunks(regions: &[Arc<GuestRegion>]) -> impl Iterator<Item = Chunk<'_>> + Send {
+fn chunks(regions: &[Arc<GuestRegion>]) -> impl Iterator<Item = Chunk<'_>> {
     regions.iter().flat_map(|region| {
         let chunk = chunk_of(region);
         (0..region.len().div_ceil(chunk)).map(move |index| {
@@ -66,26 +55,6 @@ fn chunks(regions: &[Arc<GuestRegion>]) -> impl Iterator<Item = Chunk<'_>> + Sen
             Chunk { region, offset, size: chunk.min(region.len() - offset) }
         })
     })
-}
-
-/// Works off chunks until there are none or one has failed.
-fn run<'a>(work: &Mutex<Work<impl Iterator<Item = Chunk<'a>>>>) {
-    let lock = || work.lock().unwrap_or_else(PoisonError::into_inner);
-    loop {
-        let chunk = {
-            let mut work = lock();
-            if work.failure.is_some() {
-                return;
-            }
-            work.chunks.next()
-        };
-        let Some(chunk) = chunk else { return };
-        if let Err(source) = make_resident(&chunk) {
-            let gpa = chunk.region.start_addr().0 + chunk.offset;
-            lock().failure.get_or_insert(MemoryError::Prefault { gpa, size: chunk.size, source });
-            return;
-        }
-    }
 }
 
 fn make_resident(chunk: &Chunk<'_>) -> io::Result<()> {
@@ -127,6 +96,8 @@ fn touch(chunk: &Chunk<'_>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
     use super::*;

@@ -6,8 +6,9 @@ use zerocopy::FromBytes as _;
 
 use super::chunk::{CHUNK_BYTES, PAGE_BYTES, RECORD, Record, codec, digest, is_zero, pages_of, runs};
 use super::layout::{Place, RamLayout};
-use super::{Count, RamOptions, crew};
+use super::{Count, RamOptions};
 use crate::PAGE_SIZE;
+use crate::crew;
 use crate::snapshot::error::SnapshotError;
 use crate::snapshot::format::HEADER_SIZE;
 use crate::snapshot::reader::{Part, Snapshot};
@@ -177,7 +178,7 @@ impl Image {
     /// Checks all that the file has, and that it has nothing else.
     pub(crate) fn verify(&self, snapshot: &Snapshot, options: &RamOptions<'_>) -> Result<(), SnapshotError> {
         let count = Count::new(self.layout.size(), options);
-        crew::share(options.threads, self.places.len(), Buffers::default, |buffers, at| {
+        crew::share("snapshot", options.threads, self.places.len(), Buffers::default, |buffers, at| {
             let (Some(record), Some(place)) = (self.records.get(at), self.places.get(at)) else {
                 return Ok(());
             };

@@ -7,7 +7,8 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryRegion, MemoryRegionAddress
 use super::chunk::{pages_of, runs};
 use super::image::{Buffers, Image};
 use super::layout::Place;
-use super::{Count, RamOptions, crew};
+use super::{Count, RamOptions};
+use crate::crew;
 use crate::region::{GuestRegion, host_page_size, is_read_only};
 use crate::snapshot::error::SnapshotError;
 use crate::snapshot::format::HEADER_SIZE;
@@ -86,7 +87,7 @@ impl Image {
         which: impl Fn(usize) -> (u64, bool) + Sync,
     ) -> Result<(), SnapshotError> {
         let count = Count::new(self.layout.size(), options);
-        crew::share(options.threads, self.places.len(), Buffers::default, |buffers, at| {
+        crew::share("snapshot", options.threads, self.places.len(), Buffers::default, |buffers, at| {
             let Some((place, region)) =
                 self.places.get(at).and_then(|place| Some((place, regions.get(place.region)?)))
             else {

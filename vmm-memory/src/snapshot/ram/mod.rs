@@ -8,10 +8,8 @@
 //! | `image` | the file's side: what its records say, and pages from it |
 //! | `load` | from the file to RAM |
 //! | `lazy`, `userfault` | the same, as it is touched |
-//! | `crew` | threads |
 
 pub(super) mod chunk;
-mod crew;
 pub(super) mod image;
 mod layout;
 mod lazy;

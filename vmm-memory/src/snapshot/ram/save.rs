@@ -15,7 +15,8 @@ use super::chunk::{
     CHUNK, CHUNK_BYTES, PAGE_BYTES, PAGES, RECORD, Record, codec, digest, occupied, pages_of, runs,
 };
 use super::layout::{Place, RamLayout};
-use super::{Count, RamOptions, RamStats, crew};
+use super::{Count, RamOptions, RamStats};
+use crate::crew;
 use crate::dirty::DirtyPages;
 use crate::region::GuestRegion;
 use crate::snapshot::format::HEADER_SIZE;
@@ -52,7 +53,7 @@ pub(crate) fn save(ram: &GuestRam, file: &File, options: &RamOptions<'_>) -> io:
         file.set_len(HEADER_SIZE + layout.size())?;
     }
     let make = || Buffers { chunk: vec![0; CHUNK_BYTES], packed: Vec::new(), compressed: Vec::new() };
-    crew::share(options.threads, places.len(), make, |buffers, at| {
+    crew::share("snapshot", options.threads, places.len(), make, |buffers, at| {
         let (Some(place), Some(region)) =
             (places.get(at), places.get(at).and_then(|place| regions.get(place.region)))
         else {

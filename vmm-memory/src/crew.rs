@@ -8,9 +8,10 @@ use std::thread;
 /// More threads than this wait for each other in the host's page allocator, or for its disk.
 const MAX_THREADS: usize = 64;
 
-/// Does `work` for each number below `count`, once, on at most so many threads, the calling one included. Each has what `make` makes. The
-/// first failure ends it; numbers that others have begun are finished.
+/// Does `work` for each number below `count`, once, on at most so many threads of that name, the calling one included. Each has what `make`
+/// makes. The first failure ends it; numbers that others have begun are finished.
 pub(crate) fn share<S, E: Send>(
+    name: &str,
     threads: NonZeroUsize,
     count: usize,
     make: impl Fn() -> S + Sync,
@@ -34,7 +35,7 @@ pub(crate) fn share<S, E: Send>(
     thread::scope(|scope| {
         for _ in 1..threads.get().min(MAX_THREADS).min(count) {
             // Without a further thread, those that run, at least this one, do its share.
-            if thread::Builder::new().name("snapshot".into()).spawn_scoped(scope, run).is_err() {
+            if thread::Builder::new().name(name.into()).spawn_scoped(scope, run).is_err() {
                 break;
             }
         }
@@ -52,6 +53,7 @@ mod tests {
         let threads = NonZeroUsize::new(4).unwrap();
         let done: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
         share(
+            "crew",
             threads,
             done.len(),
             || (),
@@ -66,6 +68,6 @@ mod tests {
             *own += 1;
             if at == 500 { Err(at) } else { Ok(()) }
         };
-        assert_eq!(share(threads, 1 << 40, || 0, fails), Err(500));
+        assert_eq!(share("crew", threads, 1 << 40, || 0, fails), Err(500));
     }
 }
