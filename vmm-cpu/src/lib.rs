@@ -14,6 +14,11 @@ pub mod gdb;
 mod hypervisor;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
+#[cfg(any(
+    feature = "xen-pv",
+    all(feature = "kvm", feature = "translate", target_os = "linux", target_arch = "x86_64")
+))]
+mod own_tables;
 #[cfg(any(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"), feature = "translate"))]
 mod pin;
 mod private_memory;

@@ -17,6 +17,7 @@ use super::descriptors::{ENTRIES, STUB_CS, TASK_STATE, own};
 use super::layout::{Layout, PRIVATE_SLOT, PRIVATE_VA};
 use super::shim::{SHIM_SLOT, ShimPages};
 use crate::error::{Error, Result};
+use crate::own_tables::{interrupt_table, task_state, task_state_descriptor};
 use crate::state::GeneralRegisters;
 
 /// Slot of the machine-to-physical table in kernel roots.
@@ -261,9 +262,10 @@ impl Private {
         };
         let entry = |table: u64, index: u64, value: u64| put(table + index * 8, &value.to_le_bytes());
         put(self.page(ENTRY_PAGE), &entry_page())?;
-        put(self.page(IDT_PAGE), &interrupt_table(EXCEPTIONS, Self::stub))?;
+        put(self.page(IDT_PAGE), &interrupt_table(STUB_CS, (0..EXCEPTIONS).map(Self::stub)))?;
         for vcpu in 0..u32::try_from(self.vcpus).unwrap_or(u32::MAX) {
-            put(self.page(Self::vcpu_page(vcpu)), &self.task_state_bytes(vcpu))?;
+            let stacks = [0, 1].map(|vector| self.stack_end(vcpu, vector));
+            put(self.page(Self::vcpu_page(vcpu)), &task_state(stacks))?;
             for (selector, descriptor) in own(compatibility_mode) {
                 put(self.descriptor(vcpu, selector >> 3).0, &descriptor.to_le_bytes())?;
             }
@@ -306,20 +308,6 @@ impl Private {
     /// The stub of an exception.
     fn stub(vector: u8) -> u64 {
         VA_EXCEPTIONS + u64::from(vector) * STUB_SIZE
-    }
-
-    /// A 64-bit task state (Intel SDM 3A 9.7) with two interrupt stacks and no I/O permissions.
-    fn task_state_bytes(&self, vcpu: u32) -> [u8; 0x68] {
-        let mut bytes = [0; 0x68];
-        let stacks = [(0x24, self.stack_end(vcpu, 0)), (0x2c, self.stack_end(vcpu, 1))];
-        for (offset, end) in stacks.into_iter().chain([(4, self.stack_end(vcpu, 0))]) {
-            if let Some(field) = bytes.get_mut(offset..offset + 8) {
-                field.copy_from_slice(&end.to_le_bytes());
-            }
-        }
-        // The permission map starts beyond the limit: there is none.
-        [bytes[0x66], bytes[0x67]] = 0x68_u16.to_le_bytes();
-        bytes
     }
 }
 
@@ -373,30 +361,6 @@ fn entry_page() -> Vec<u8> {
         put(VA_EXCEPTIONS + u64::from(vector) * STUB_SIZE, &[OUT, PORT_EXCEPTION + vector]);
     }
     page
-}
-
-/// Interrupt gates to the handlers of vectors 0 up. INT3 and INTO may be used by the guest itself, as the processor does for others.
-pub(super) fn interrupt_table(vectors: u8, handler: impl Fn(u8) -> u64) -> Vec<u8> {
-    let mut table = Vec::new();
-    for vector in 0..vectors {
-        let target = handler(vector);
-        let dpl: u64 = if matches!(vector, 3 | 4) { 3 } else { 0 };
-        let stack: u64 = if vector == 1 { 2 } else { 1 };
-        let low = target & 0xffff
-            | u64::from(STUB_CS) << 16
-            | stack << 32
-            | (0x8e | dpl << 5) << 40
-            | (target >> 16 & 0xffff) << 48;
-        table.extend(low.to_le_bytes());
-        table.extend((target >> 32).to_le_bytes());
-    }
-    table
-}
-
-/// A busy 64-bit task state of 0x68 bytes.
-fn task_state_descriptor(base: u64) -> [u64; 2] {
-    let low = 0x67 | (base & 0xff_ffff) << 16 | 0x8b << 40 | (base >> 24 & 0xff) << 56;
-    [low, base >> 32]
 }
 
 #[cfg(test)]

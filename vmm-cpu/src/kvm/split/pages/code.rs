@@ -2,7 +2,7 @@
 
 use vmm_memory::PAGE_SIZE;
 
-use super::{EXCEPTIONS, PAGE_BYTES, PROGRAMS_DOOR, SHOWN_DOORS, STUB_CS, STUBS_DOOR, VA, stack, va};
+use super::{EXCEPTIONS, PAGE_BYTES, PROGRAMS_DOOR, SHOWN_DOORS, STUBS_DOOR, VA, stack, va};
 
 /// Stub of SYSCALL, and behind its instruction.
 pub(in crate::kvm::split) const VA_SYSCALL: u64 = VA;
@@ -34,17 +34,9 @@ pub(super) fn stack_end(vector: u16) -> u64 {
     if vector == 1 { PAGE_SIZE } else { PAGE_SIZE / 2 }
 }
 
-/// A 64-bit task state (Intel SDM 3A 9.7) with two interrupt stacks and no I/O permissions.
-pub(super) fn task_state(vcpu: u32) -> [u8; 0x68] {
-    let mut bytes = [0; 0x68];
-    let page = va(stack(vcpu));
-    for (offset, end) in [(4, stack_end(0)), (0x24, stack_end(0)), (0x2c, stack_end(1))] {
-        if let Some(field) = bytes.get_mut(offset..offset + 8) {
-            field.copy_from_slice(&(page + end).to_le_bytes());
-        }
-    }
-    [bytes[0x66], bytes[0x67]] = 0x68_u16.to_le_bytes();
-    bytes
+/// Ends of the two interrupt stacks of a vCPU.
+pub(super) fn stack_ends(vcpu: u32) -> [u64; 2] {
+    [0, 1].map(|vector| va(stack(vcpu)) + stack_end(vector))
 }
 
 /// The stubs. What follows a store to a door is not reached: all registers are set before the vCPU runs again.
@@ -62,9 +54,9 @@ pub(super) fn stubs() -> Vec<u8> {
     // MOV CR3, RBP
     put(VA_LOAD_ROOT, &[0x0f, 0x22, 0xdd]);
     put(VA_LOAD_ROOT + 3, &store(VA_LOAD_ROOT + 3, va(STUBS_DOOR) + DOOR_DONE));
-    for vector in 0..u64::from(EXCEPTIONS) {
-        let at = VA_EXCEPTIONS + vector * STUB_SIZE;
-        put(at, &store(at, va(STUBS_DOOR) + vector * 8));
+    for vector in 0..EXCEPTIONS {
+        let at = exception_stub(vector);
+        put(at, &store(at, va(STUBS_DOOR) + u64::from(vector) * 8));
     }
     page
 }
@@ -76,22 +68,9 @@ fn store(at: u64, door: u64) -> [u8; STORE_SIZE] {
     [0x88, 0x05, a, b, c, d]
 }
 
-/// Interrupt gates to the stubs. Programs may use INT3 themselves.
-pub(super) fn interrupt_table() -> Vec<u8> {
-    let mut table = Vec::new();
-    for vector in 0..u64::from(EXCEPTIONS) {
-        let target = VA_EXCEPTIONS + vector * STUB_SIZE;
-        let dpl: u64 = if matches!(vector, 3 | 4) { 3 } else { 0 };
-        let stack: u64 = if vector == 1 { 2 } else { 1 };
-        let low = target & 0xffff
-            | u64::from(STUB_CS) << 16
-            | stack << 32
-            | (0x8e | dpl << 5) << 40
-            | (target >> 16 & 0xffff) << 48;
-        table.extend(low.to_le_bytes());
-        table.extend((target >> 32).to_le_bytes());
-    }
-    table
+/// The stub of an exception.
+pub(super) fn exception_stub(vector: u16) -> u64 {
+    VA_EXCEPTIONS + u64::from(vector) * STUB_SIZE
 }
 
 #[cfg(test)]

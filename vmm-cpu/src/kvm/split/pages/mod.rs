@@ -27,10 +27,11 @@ use std::sync::atomic::Ordering;
 use vmm_memory::vm_memory::{Bytes as _, GuestAddress, MemoryRegionAddress};
 use vmm_memory::{GuestRam, GuestRegion, PAGE_SIZE, RegionConfig};
 
-use self::code::{DOOR_DONE, interrupt_table, stack_end, stubs, task_state};
+use self::code::{DOOR_DONE, exception_stub, stack_end, stack_ends, stubs};
 pub(super) use self::code::{VA_PROGRAMS_DOOR, VA_SHOW, VA_SYSCALL, VA_SYSCALL_END, exception_at};
 use crate::error::{Error, Result};
 use crate::kvm::NAME;
+use crate::own_tables::{interrupt_table, task_state, task_state_descriptor};
 
 /// Entry of the top-level tables that leads here: one that Linux leaves to hypervisors.
 pub(super) const SLOT: u64 = 258;
@@ -184,15 +185,15 @@ impl Pages {
 
     fn write(&self) -> Result<()> {
         self.put(STUBS, 0, &stubs())?;
-        self.put(IDT, 0, &interrupt_table())?;
+        self.put(IDT, 0, &interrupt_table(STUB_CS, (0..EXCEPTIONS).map(exception_stub)))?;
         self.put_entry(GDT, u64::from(STUB_CS / 8), 0x00af_9b00_0000_ffff)?;
         self.put_entry(GDT, u64::from(STUB_SS / 8), 0x00cf_9300_0000_ffff)?;
         for vcpu in 0..MAX_VCPUS {
             let base = self.task_state(vcpu);
-            let low = 0x67 | (base & 0xff_ffff) << 16 | 0x8b << 40 | (base >> 24 & 0xff) << 56;
+            let [low, high] = task_state_descriptor(base);
             self.put_entry(GDT, u64::from(self.task(vcpu) / 8), low)?;
-            self.put_entry(GDT, u64::from(self.task(vcpu) / 8) + 1, base >> 32)?;
-            self.put(TASKS, base % PAGE_SIZE, &task_state(vcpu))?;
+            self.put_entry(GDT, u64::from(self.task(vcpu) / 8) + 1, high)?;
+            self.put(TASKS, base % PAGE_SIZE, &task_state(stack_ends(vcpu)))?;
         }
         self.put_entry(POINTERS, 0, self.page(DIRECTORY) | TABLE)?;
         self.put_entry(DIRECTORY, 0, self.page(LEAVES) | TABLE)?;

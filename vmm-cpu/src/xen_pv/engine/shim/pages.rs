@@ -19,12 +19,13 @@ use super::code::{self, Labels};
 use super::data::Data;
 use super::{SHIM_VA, WINDOW_VA};
 use crate::error::{Error, Result};
+use crate::own_tables::interrupt_table;
 use crate::state::rflags;
-use crate::xen_pv::engine::descriptors::{FLAT_CS64, FLAT_SS};
+use crate::xen_pv::engine::descriptors::{FLAT_CS64, FLAT_SS, STUB_CS};
 use crate::xen_pv::engine::layout::Layout;
 use crate::xen_pv::engine::private::{
     ACCESSED, DIRECTORY, DIRTY, EXCEPTIONS, NO_EXECUTE, PRESENT, TABLE, TABLE_ENTRIES, USER, WRITABLE,
-    interrupt_table, write_large,
+    write_large,
 };
 
 /// Guest-virtual distance of the parts of two virtual processors.
@@ -210,8 +211,8 @@ impl ShimPages {
             put(self.page(vcpu, 1), &second)?;
             put(self.page(vcpu, 2), &gates)?;
             put(self.page(vcpu, 3), self.initial_data(vcpu).as_bytes())?;
-            put(self.page(vcpu, 5), &interrupt_table(EXCEPTIONS, of_kernel))?;
-            put(self.page(vcpu, 6), &interrupt_table(EXCEPTIONS, of_user))?;
+            put(self.page(vcpu, 5), &interrupt_table(STUB_CS, (0..EXCEPTIONS).map(of_kernel)))?;
+            put(self.page(vcpu, 6), &interrupt_table(STUB_CS, (0..EXCEPTIONS).map(of_user)))?;
             const CODE: u64 = PRESENT | USER | ACCESSED;
             const TABLES: u64 = PRESENT | ACCESSED | NO_EXECUTE;
             const MEMORY: u64 = PRESENT | WRITABLE | ACCESSED | DIRTY | NO_EXECUTE;
