@@ -17,6 +17,16 @@ use crate::model::{Action, Flow, Kind, Op, ValueKind};
 
 /// Of one asker and peer. Where there are more, it is faster to look for the range.
 const LANES_OF_KEY: usize = BLOCK * LANES;
+/// Factors that are tried: a multiplication scatters keys that follow each other, as those of a policy do, as well as its factor is far from a
+/// fraction of small numbers, and one in forty is near to one.
+const FACTORS: usize = 8;
+/// One line of this many may have spilled before another factor is tried.
+const SPILLED: usize = 64;
+
+/// Odd, and nothing that whoever writes a policy can know.
+fn random_factor() -> u64 {
+    RandomState::new().hash_one(0) | 1
+}
 
 impl Front {
     /// For a policy's actions, with nothing said of them.
@@ -42,7 +52,7 @@ impl Front {
             lines: vec![Line::FREE],
             blocks: Vec::new(),
             wide: vec![Line::FREE; (usize::from(last) + 1) * RELATIONS],
-            factor: RandomState::new().hash_one(0) | 1,
+            factor: random_factor(),
             class_bits: 0,
             used: 0,
         }
@@ -83,10 +93,32 @@ impl Front {
         let lanes = count(&cells);
         let room = if self.used > 0 { lanes / 16 } else { 0 };
         self.lines = vec![Line::FREE; lanes * 2 / 5 + room + 1];
+        self.lay(&cells);
+        self.widen(wide);
+    }
+
+    /// Adds cells to lines in which there is nothing yet, by a factor that scatters their keys well.
+    fn lay(&mut self, cells: &[(u64, Vec<Lane>)]) {
+        let mut best = (usize::MAX, self.factor);
+        for _ in 0..FACTORS {
+            let spilled = self.lay_anew(cells);
+            if spilled <= self.lines.len() / SPILLED {
+                return;
+            }
+            best = best.min((spilled, self.factor));
+            self.factor = random_factor();
+        }
+        self.factor = best.1;
+        self.lay_anew(cells);
+    }
+
+    /// Adds cells by the factor that there is, and returns how many lines have spilled.
+    fn lay_anew(&mut self, cells: &[(u64, Vec<Lane>)]) -> usize {
+        self.lines.fill(Line::FREE);
         self.blocks.clear();
         self.used = 0;
         cells.iter().for_each(|(key, lanes)| self.add(*key, lanes));
-        self.widen(wide);
+        self.lines.iter().filter(|line| line.is_spilled()).count()
     }
 
     /// Adds what is said of whomever.

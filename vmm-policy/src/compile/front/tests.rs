@@ -107,8 +107,7 @@ fn whatever_the_ways_to_name_asker_and_peer() {
     assert_eq!(looked, 0);
 }
 
-#[test]
-fn many_pairs_have_room_for_their_rules() {
+fn rules_of_many_pairs() -> String {
     let mut rng = fastrand::Rng::with_seed(3);
     let mut text = String::new();
     for vm in 0..40 {
@@ -118,6 +117,27 @@ fn many_pairs_have_room_for_their_rules() {
         let (asker, peer, first) = (rng.u8(..40), rng.u8(..40), rng.u16(..1000));
         writeln!(text, "allow v{asker} to connect vsock {first}..{} of v{peer}", first + 100).unwrap();
     }
-    let [glanced, looked, asked] = compare(&text, (Kind::Vsock, Action::Connect), [0, 50, 333, 500, 999]);
+    text
+}
+
+#[test]
+fn many_pairs_have_room_for_their_rules() {
+    let values = [0, 50, 333, 500, 999];
+    let [glanced, looked, asked] = compare(&rules_of_many_pairs(), (Kind::Vsock, Action::Connect), values);
     assert!(looked * 100 > asked * 99 && glanced * 100 > asked * 95, "{glanced} and {looked} of {asked}");
+}
+
+#[test]
+fn factors_that_scatter_badly_are_not_kept() {
+    let text = rules_of_many_pairs();
+    for _ in 0..100 {
+        let front = Policy::parse(&text).unwrap().table.front.clone();
+        let spilled = front.lines.iter().filter(|line| line.is_spilled()).count();
+        assert!(
+            spilled * 32 <= front.lines.len(),
+            "{spilled} of {} with {:#x}",
+            front.lines.len(),
+            front.factor
+        );
+    }
 }
