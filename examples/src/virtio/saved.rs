@@ -1,6 +1,6 @@
 //! The devices of a machine that is saved, and of one that goes on.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
 use vmm_devices::ivshmem::{Ivshmem, IvshmemState};
@@ -10,6 +10,7 @@ use vmm_devices::virtio::{VirtioMmio, VirtioMmioState, VirtioPci, VirtioPciState
 use vmm_memory::snapshot::{Snapshot, SnapshotWriter};
 
 use super::{Ram, Served};
+use crate::pc::lock;
 
 /// The number of block devices among virtio's (5.2.1).
 const BLOCK: u16 = 2;
@@ -47,10 +48,6 @@ fn function(number: usize) -> String {
 
 fn region(number: usize) -> String {
     format!("ivshmem/{number}")
-}
-
-fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Served {

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -158,6 +158,18 @@ fn a_guest_whose_time_is_up_is_stopped_by_whoever_started_it() {
     assert!(place(Kind::Administration, None) < end, "{kinds:?}");
 }
 
+/// A monitor whose guest runs, and goes on doing so.
+fn running(dir: &Path) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_linux"));
+    command.args(["--backend", "translate", "--seconds", LONGEST_SECONDS, "--audit"]).arg(dir);
+    command.args(["--command", "echo it runs; sleep 200"]).stdout(Stdio::piped());
+    let mut linux = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(linux.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "it runs\n");
+    linux
+}
+
 /// Nothing is left of a process that writes the log and ends before its time, and the monitor goes on.
 #[test]
 fn a_log_that_is_killed_leaves_no_process() {
@@ -169,14 +181,7 @@ fn a_log_that_is_killed_leaves_no_process() {
         return println!("skipped: {error:#}");
     }
     let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_linux"));
-    command.args(["--backend", "translate", "--seconds", LONGEST_SECONDS, "--audit"]);
-    command.arg(folder.path().join("audit"));
-    command.args(["--command", "echo it runs; sleep 200"]).stdout(Stdio::piped());
-    let mut linux = command.spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(linux.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-    assert_eq!(line, "it runs\n");
+    let mut linux = running(&folder.path().join("audit"));
 
     // Each thread has children of its own.
     let children = |linux: u32| -> Vec<u32> {
@@ -208,13 +213,7 @@ fn a_monitor_that_is_killed_leaves_a_log_that_is_closed() {
     }
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("audit");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_linux"));
-    command.args(["--backend", "translate", "--seconds", LONGEST_SECONDS, "--audit"]).arg(&dir);
-    command.args(["--command", "echo it runs; sleep 200"]).stdout(Stdio::piped());
-    let mut linux = command.spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(linux.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert_eq!(line, "it runs\n");
+    let mut linux = running(&dir);
     linux.kill().unwrap();
     linux.wait().unwrap();
 

@@ -165,11 +165,12 @@ fn boot(vm: &XenPvVm, options: &Options, session: &Session) -> Result<()> {
 
 /// Event channels that are pending and not masked.
 fn pending(vm: &XenPvVm) -> Result<u32> {
+    let (ram, frame) = (vm.ram()?, vm.domain()?.shared_info_frame());
+    let memory = ram.memory();
     // In shared_info (Xen public/xen.h) 64 words of each follow 32 vcpu_info of 64 bytes.
     let mut words = [[0_u64; 64]; 2];
-    let start = vm.domain()?.shared_info_frame() * PAGE_SIZE + 32 * 64;
-    for (at, word) in (start..).step_by(8).zip(words.as_flattened_mut()) {
-        *word = vm.ram()?.memory().read_obj(GuestAddress(at))?;
+    for (at, word) in (frame * PAGE_SIZE + 32 * 64..).step_by(8).zip(words.as_flattened_mut()) {
+        *word = memory.read_obj(GuestAddress(at))?;
     }
     let [pending, mask] = words;
     Ok(pending.iter().zip(mask).map(|(pending, mask)| (pending & !mask).count_ones()).sum())
