@@ -10,6 +10,7 @@ use super::view::Snapshot;
 use crate::grant::channel::Channel;
 use crate::grant::{Grant, GrantId, Hold, OpenChannel, OwnedRequest, Revocation, Right};
 use crate::model::{Decision, Flow, Request, Verdict};
+use crate::sync::lock;
 
 /// Which answers beside `allow` the holder of a channel can act on. What it cannot is refused, so that a device which knows nothing of
 /// redirection does not connect to where it must not.
@@ -133,12 +134,26 @@ impl Monitor {
                 return Err(self.refused(decision));
             }
             // What was decided by what holds no more, and those who look at what is open have not seen, is decided again.
-            if self.shared.registry.insert(generation, &right) {
+            if self.put(generation, &right) {
                 given(&now, &decision);
                 return Ok(Hold::new(right, Arc::clone(&self.shared.registry)));
             }
             right.release();
         }
+    }
+
+    /// Adds what was decided at a generation to what is open, unless something has changed since.
+    fn put(&self, generation: u64, right: &Arc<Right>) -> bool {
+        let registry = &self.shared.registry;
+        if right.flow == Flow::None {
+            return registry.insert(generation, right);
+        }
+        // What somebody learns goes on along what is open: so nobody learns meanwhile, and what was learned since it was decided is to go on first.
+        let _wall = lock(&self.shared.wall);
+        let now = self.shared.now.load();
+        let resolved =
+            right.request.get().and_then(|request| now.main.resolve(&request).map(|all| all.gained()));
+        resolved == Some(0) && registry.insert(generation, right)
     }
 
     /// A decision as a refusal, with the rule's place and text, or what there is instead: for who asks and does not open.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{connect, monitor, vm};
 use crate::channel::{Region, Vsock};
 use crate::monitor::*;
+use crate::sync::{Mutex, lock};
 use crate::{Action, Decision, Layer, Object, Policy, SubjectSpec, Uuid, Verdict};
 
 #[test]
@@ -50,6 +51,37 @@ fn what_is_learned_goes_on_along_what_is_open() {
     // What one would learn of red, two would learn, and two has had to do with blue.
     assert_eq!(monitor.authorize(&connect(one, red, 1)).layer, Layer::Wall);
     assert_eq!(monitor.authorize(&connect(reader, red, 1)).layer, Layer::Wall, "it has seen what two has");
+}
+
+#[test]
+fn what_is_learned_while_a_channel_opens_goes_on_along_it() {
+    /// Has somebody learn while it is read: between what is decided and what is opened.
+    #[derive(Clone, Default)]
+    struct Meanwhile(Arc<Mutex<Option<(Monitor, Request<'static>)>>>);
+    impl Clock for Meanwhile {
+        fn monotonic(&self) -> u64 {
+            let learned = lock(&self.0).take();
+            if let Some((monitor, request)) = learned {
+                assert!(monitor.authorize(&request).permits());
+            }
+            0
+        }
+
+        fn wall(&self) -> u64 {
+            0
+        }
+    }
+    let text = "labels red, blue, free\nwall w: red, blue\nallow any to connect vsock of any\nallow any to map-ro region of any\n\
+        limit any to map-ro region of any at 10 per second";
+    let clock = Meanwhile::default();
+    let monitor = Monitor::builder(Policy::parse(text).unwrap()).clock(clock.clone()).build();
+    let (red, blue) = (vm(&monitor, 1, &["red"]), vm(&monitor, 2, &["blue"]));
+    let (writer, reader) = (vm(&monitor, 3, &[]), vm(&monitor, 4, &[]));
+    *lock(&clock.0) = Some((monitor.clone(), connect(writer, red, 1)));
+    let view = Request::new(reader, Action::MapRo, Object::region("r")).of(writer);
+    let _channel = monitor.open::<Region>(&view).unwrap();
+    assert!(lock(&clock.0).is_none(), "the clock was read");
+    assert_eq!(monitor.authorize(&connect(reader, blue, 1)).layer, Layer::Wall, "it sees what came from red");
 }
 
 #[test]
