@@ -111,11 +111,9 @@ impl Limits {
     }
 
     pub(super) fn add(&mut self, list: u32) {
-        if list != 0
-            && let Some(place) = self.lists.get_mut(self.count)
-        {
+        if let Some(place) = self.lists.get_mut(self.count) {
             *place = list;
-            self.count += 1;
+            self.count += usize::from(list != 0);
         }
     }
 }

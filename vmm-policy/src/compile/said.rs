@@ -1,5 +1,7 @@
 //! What is said of a range of objects, in a word.
 
+use std::hint::select_unpredictable;
+
 use super::model::Strength;
 use crate::limits;
 
@@ -56,6 +58,9 @@ const _: () = assert!(limits::STATEMENTS <= RULES as usize, "a rule has 18 bits"
 impl Said {
     pub(super) const NOTHING: Self = Self(7 << (RULE_BITS + CONDITION_BITS) | RULES << CONDITION_BITS);
 
+    /// The least of what is not a rule.
+    pub(super) const BESIDE_NOTHING: Self = Self(7 << (RULE_BITS + CONDITION_BITS));
+
     pub(super) fn from_bits(bits: u32) -> Self {
         Self(bits)
     }
@@ -82,6 +87,14 @@ impl Said {
     /// Nothing, and a number that is not too high for it.
     pub(super) fn nothing_but(number: u32) -> Option<Self> {
         (number < RULES).then(|| Self::new(7, number, 0))
+    }
+
+    /// That number; 0 for whatever else there is.
+    #[inline(always)]
+    pub(super) fn beside_nothing(self) -> u32 {
+        let number = self.0 >> CONDITION_BITS & RULES;
+        let is_nothing = self.0 >> (RULE_BITS + CONDITION_BITS) == 7;
+        select_unpredictable(is_nothing & (number != RULES), number, 0)
     }
 
     /// Whether it is one rule and not nothing, with a number or without one.
@@ -169,5 +182,9 @@ mod tests {
         assert!(Said::NOTHING.is_plain() && Said::NOTHING.entry().is_none());
         assert_eq!((Said::list(7).listed(), Said::list(7).entry()), (Some(7), None));
         assert_eq!(Said::list(7).only_if(false), Said::NOTHING);
+        let beside = Said::nothing_but(7).unwrap();
+        assert!(!beside.is_rule() && beside < Said::NOTHING && !Said::NOTHING.is_rule());
+        let numbers = [beside, Said::NOTHING, Said::list(7), all[7].1].map(Said::beside_nothing);
+        assert_eq!((numbers, Said::nothing_but(RULES)), ([7, 0, 0, 0], None));
     }
 }

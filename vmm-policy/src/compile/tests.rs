@@ -226,13 +226,17 @@ pub(super) fn front(
     };
     let of_table = limits(&table.limits_of(op, one, other, value));
     let shown = || format!("class {asker} to {op} {value} of class {peer}, {facts:?}\n{text}");
-    let glanced = table.glance(&asked);
+    let near = table.near(asked.row, asked.asker, asked.peer).unwrap();
+    let glanced = table.glance(near, asked);
     if let Some(ruling) = glanced {
         let found = (ruling.verdict(model), ruling.layer, ruling.rule());
         assert_eq!(found, wanted, "at a glance: {}", shown());
         assert!(ruling.limited || of_table.is_empty(), "at a glance: limits of {}", shown());
     }
-    let looked = table.look(&asked);
+    if let Some(list) = table.list_at(asked) {
+        assert_eq!(of_table, [list], "at a glance: the list of limits of {}", shown());
+    }
+    let looked = table.look(asked);
     if let Some((ruling, of_front)) = &looked {
         let found = (ruling.verdict(model), ruling.layer, ruling.rule());
         assert_eq!(found, wanted, "lane by lane: {}", shown());

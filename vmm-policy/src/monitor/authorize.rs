@@ -6,7 +6,7 @@ use arc_swap::{ArcSwap, Cache};
 
 use super::Monitor;
 use super::meter::Charge;
-use super::view::{Resolved, Snapshot, View};
+use super::view::{Glance, Resolved, Seat, Snapshot};
 use crate::compile::Limits;
 use crate::model::{Decision, Layer, Request, RuleId, Verdict};
 
@@ -74,11 +74,29 @@ impl Monitor {
         mode: Mode,
         charges: Option<&mut Vec<Charge>>,
     ) -> Decision {
-        // Nothing that is worked out for the one is kept for the other, so that the one has what it needs in registers.
+        // Nothing that is worked out at a glance is kept for what takes longer, so that it stays in registers.
         match now.main.glance(request) {
-            Some(ruling) => ruling.decision(now.epoch),
+            Some(Glance::Said(ruling)) => ruling.decision(now.epoch),
+            Some(Glance::Limited { ruling, .. }) if mode == Mode::Look => ruling.decision(now.epoch),
+            Some(Glance::Limited { ruling, asker, list }) => self
+                .take_listed(now, asker, list, request.bytes, mode, charges)
+                .unwrap_or_else(|| ruling.decision(now.epoch)),
             None => self.decide_closely(now, request, mode, charges),
         }
+    }
+
+    /// Takes what a request needs of a list of limits; nothing, or what is said if that cannot be.
+    #[inline(never)]
+    fn take_listed(
+        &self,
+        now: &Snapshot,
+        asker: &Seat,
+        list: u32,
+        bytes: u64,
+        mode: Mode,
+        charges: Option<&mut Vec<Charge>>,
+    ) -> Option<Decision> {
+        self.charge(now, asker, &[list], bytes, mode, charges)
     }
 
     /// The same, where there is more to do than to say so, or it cannot be told at a glance.
@@ -117,56 +135,48 @@ impl Monitor {
         mode: Mode,
         charges: Option<&mut Vec<Charge>>,
     ) -> Option<Decision> {
-        let (epoch, view) = (now.epoch, &now.main);
         if resolved.gained() != 0 && !self.learn(now, resolved) {
             // Histories are those of the policy in force; once for each that was put in force meanwhile.
             let current = self.shared.now.load_full();
-            if current.epoch != epoch {
+            if current.epoch != now.epoch {
                 return Some(self.decide(&current, request, mode, charges));
             }
-            return Some(denied(Layer::Wall, None, epoch));
+            return Some(denied(Layer::Wall, None, now.epoch));
         }
-        match self.charge(view, resolved, limits, request.bytes, mode) {
-            Ok(taken) => {
-                if let Some(charges) = charges {
-                    charges.extend(taken);
-                }
-                None
-            }
-            Err(limit) => Some(denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch)),
-        }
+        self.charge(now, resolved.asker, limits.lists(), request.bytes, mode, charges)
     }
 
-    /// Takes what the request needs of all limits that it falls under, or nothing and the limit that has not enough. What is
-    /// given back when the channel closes is returned; a rate is taken for good.
+    /// Takes what the request needs of all limits that it falls under, or nothing where one has not enough, and says so. What is
+    /// given back when the channel closes is added to `charges`; a rate is taken for good.
     fn charge(
         &self,
-        view: &View,
-        resolved: &Resolved<'_>,
-        limits: &Limits,
+        now: &Snapshot,
+        asker: &Seat,
+        lists: &[u32],
         bytes: u64,
         mode: Mode,
-    ) -> Result<Vec<Charge>, u32> {
+        charges: Option<&mut Vec<Charge>>,
+    ) -> Option<Decision> {
+        let (epoch, view) = (now.epoch, &now.main);
         let all = || {
-            let limits = limits.lists().iter().flat_map(|list| view.table.limits(*list));
+            let limits = lists.iter().flat_map(|list| view.table.limits(*list));
             limits.filter_map(|limit| {
-                let meter = resolved.asker.meters().get(*limit as usize)?.as_ref()?;
+                let meter = asker.meters().get(*limit as usize)?.as_ref()?;
                 (mode == Mode::Open || !meter.is_of_channels()).then_some((*limit, meter))
             })
         };
-        let mut now = None;
+        let mut time = None;
         for (at, (limit, meter)) in all().enumerate() {
-            let now = *now.get_or_insert_with(|| self.shared.clock.monotonic());
-            if !meter.take(bytes, now) {
+            if !meter.take(bytes, || *time.get_or_insert_with(|| self.shared.clock.monotonic())) {
                 all().take(at).for_each(|(_, meter)| meter.give_back(bytes));
-                return Err(limit);
+                return Some(denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch));
             }
         }
-        if mode != Mode::Open {
-            return Ok(Vec::new());
+        if let (Some(charges), Mode::Open) = (charges, mode) {
+            let of_channels = all().filter(|(_, meter)| meter.is_of_channels());
+            charges.extend(of_channels.map(|(_, meter)| Charge::new(meter, bytes)));
         }
-        let of_channels = all().filter(|(_, meter)| meter.is_of_channels());
-        Ok(of_channels.map(|(_, meter)| Charge::new(meter, bytes)).collect())
+        None
     }
 }
 

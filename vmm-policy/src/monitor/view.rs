@@ -4,6 +4,8 @@ use std::hint::select_unpredictable;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::clock::Clock;
 use super::meter::Meter;
 use super::wall::gained;
@@ -33,6 +35,9 @@ pub(super) struct State {
     pub(super) attested: bool,
 }
 
+/// What a subject has used of each limit, by the limit's number; `None` where it falls under none of it. Few policies have more than two limits.
+pub(super) type Meters = SmallVec<[Option<Arc<Meter>>; 2]>;
+
 /// In the place of nobody's life.
 const NO_LIFE: u64 = 0;
 
@@ -60,7 +65,7 @@ struct Behind {
     /// The bits that conditions ask for.
     facts: AtomicU64,
     /// What it has used of each limit, by the limit's number; `None` where it falls under none of it.
-    meters: Vec<Option<Arc<Meter>>>,
+    meters: Meters,
 }
 
 impl Seat {
@@ -70,7 +75,7 @@ impl Seat {
         subject: Arc<Subject>,
         class: u32,
         history: u64,
-        meters: Vec<Option<Arc<Meter>>>,
+        meters: Meters,
     ) -> Self {
         let seat = Self {
             life: subject.id.life.get(),
@@ -95,7 +100,7 @@ impl Seat {
             digest: None,
             state: Mutex::new(State { lifecycle: Lifecycle::default(), attested: false }),
         };
-        let mut seat = Self::new(policy, &policy.table, Arc::new(subject), NOBODY, 0, Vec::new());
+        let mut seat = Self::new(policy, &policy.table, Arc::new(subject), NOBODY, 0, Meters::new());
         seat.life = NO_LIFE;
         // It is in no state.
         seat.set_facts(&policy.model.conditions, 0);
@@ -218,6 +223,14 @@ pub(super) struct Resolved<'s> {
     value: u64,
 }
 
+/// What there is to do once it is known what the rules say.
+pub(super) enum Glance<'s> {
+    /// Nothing.
+    Said(Ruling),
+    /// To take these limits.
+    Limited { ruling: Ruling, asker: &'s Seat, list: u32 },
+}
+
 impl<'s> Resolved<'s> {
     /// Whether it leads to a subject.
     #[inline(always)]
@@ -276,20 +289,28 @@ impl View {
         Some(Resolved { op, asker, peer, object: self.table.class(class)?, value })
     }
 
-    /// What is said where that can be told at a glance, and there is no more to do than to say so.
+    /// What is said, where the table's front tells and no history grows.
     #[inline(always)]
-    pub(super) fn glance(&self, request: &Request<'_>) -> Option<Ruling> {
+    pub(super) fn glance(&self, request: &Request<'_>) -> Option<Glance<'_>> {
         let row = self.table.row(request.object.kind(), request.action)?;
         let (asker, peer) = self.both_seats(request)?;
+        let near = self.table.near(row, &asker.class, &peer.class)?;
         let (value, class) = self.table.object(&self.policy.model, &request.object);
         if class != NOBODY {
             return None;
         }
-        let ruling = self.table.glance(&self.asked(row, asker, peer, value))?;
+        let asked = self.asked(row, asker, peer, value);
+        let ruling = self.table.glance(near, asked)?;
         let gained = gained(row.flow, asker, peer, (asker.history(), peer.history()));
         // Whether it is allowed nobody can foresee; whether there is more to do then, one can.
         let more = (gained | u64::from(ruling.limited)) & ruling.all_if_opens();
-        (more == 0 && !ruling.is_throttled()).then_some(ruling)
+        if more == 0 && !ruling.is_throttled() {
+            return Some(Glance::Said(ruling));
+        }
+        if gained != 0 || ruling.is_throttled() {
+            return None;
+        }
+        Some(Glance::Limited { ruling, asker, list: self.table.list_at(asked)? })
     }
 
     #[inline(always)]
@@ -307,7 +328,7 @@ impl View {
         let Resolved { op, asker, peer, object, value } = *resolved;
         // The front knows no declared objects.
         let row = self.table.row(op.kind(), op.action()).filter(|_| object.id == NOBODY);
-        let of_front = row.and_then(|row| self.table.look(&self.asked(row, asker, peer, value)));
+        let of_front = row.and_then(|row| self.table.look(self.asked(row, asker, peer, value)));
         of_front.unwrap_or_else(|| {
             let ruling = self.judge(resolved, resolved.histories());
             let classes = self.classes(resolved).filter(|_| ruling.limited);
@@ -359,7 +380,7 @@ impl View {
         table: &Table,
         class: u32,
         before: &[(String, Arc<Meter>)],
-    ) -> Vec<Option<Arc<Meter>>> {
+    ) -> Meters {
         let model = &*policy.model;
         let meter = |(at, limit): (usize, &crate::compile::LimitDef)| {
             if !table.is_member(limit.targets.asker, class) {

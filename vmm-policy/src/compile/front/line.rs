@@ -26,6 +26,8 @@ impl Word {
     /// Where the number of a block begins.
     const BLOCK: u32 = 8;
     const TERM: u32 = TERMS as u32 - 1;
+    /// Below is what rules say.
+    const BESIDE_NOTHING: u32 = Said::BESIDE_NOTHING.bits();
 
     pub(super) fn rule(entry: Entry, term: u32) -> Option<Self> {
         Said::one(Entry { condition: term, ..entry }).map(|said| Self(said.bits()))
@@ -66,10 +68,16 @@ impl Word {
         self.0 & Self::LIMITED != 0
     }
 
+    /// Whether it is a list of limits.
+    #[inline(always)]
+    fn is_limits(self) -> bool {
+        self.0 >= Self::BESIDE_NOTHING && self.0 & (Self::FAR | Self::LIMITED) == Self::LIMITED
+    }
+
     /// The list of limits, if it is one; otherwise 0.
+    #[inline(always)]
     pub(super) fn limits(self) -> u32 {
-        let said = self.bare();
-        if said.is_rule() { 0 } else { said.rule().unwrap_or(0) }
+        Said::from_bits(self.0).beside_nothing()
     }
 
     /// One if its term is among those that hold.
@@ -173,10 +181,26 @@ impl Line {
             .fold(Word::NOTHING, |word, lane| select_unpredictable(lane.is_about(asked), lane.word, word))
     }
 
-    /// What all lanes say that are about it.
+    /// What all lanes say that are about it, and nothing in the place of the others.
+    #[inline(always)]
     pub(super) fn all(&self, asked: u64) -> impl Iterator<Item = Word> + '_ {
         let Self(lanes) = self;
-        lanes.iter().filter(move |lane| lane.is_about(asked)).map(|lane| lane.word)
+        lanes.iter().map(move |lane| select_unpredictable(lane.is_about(asked), lane.word, Word::NOTHING))
+    }
+
+    /// The list of limits that is about it, and 1; 0 if there is none, and more if there are several, or what is said stands elsewhere.
+    #[inline(always)]
+    pub(super) fn limits(&self, asked: u64) -> (u32, u32) {
+        let Self(lanes) = self;
+        lanes.iter().fold((0, 0), |(list, count), lane| {
+            let about = lane.is_about(asked);
+            let here = about & lane.word.is_limits();
+            let far = about & lane.word.is_far();
+            (
+                select_unpredictable(here, lane.word.limits(), list),
+                count + u32::from(here) + 2 * u32::from(far),
+            )
+        })
     }
 
     #[inline(always)]

@@ -12,6 +12,7 @@
 
 mod build;
 mod line;
+mod sum;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +20,7 @@ pub(super) use build::Origin;
 use line::{Line, Word};
 
 use super::classes::{Brief, NOBODY};
-use super::lookup::{Limits, Ruling};
+use super::lookup::Ruling;
 use super::said::Said;
 use super::table::Table;
 use crate::model::{Action, Flow, Kind, Layer, Op};
@@ -86,6 +87,16 @@ struct Found {
     limited: bool,
 }
 
+/// The lines of an asker and a peer. They are read before it is known which object is asked for: telling whether that is a name, and which one,
+/// goes on while they come from the cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Near<'t> {
+    key: u32,
+    one: &'t Line,
+    other: &'t Line,
+    spilled: bool,
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub(super) struct Front {
@@ -137,18 +148,23 @@ impl Front {
         self.wide.get(usize::from(row.number) * RELATIONS + relation(asker, peer))
     }
 
+    #[inline(always)]
+    fn near(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<Near<'_>> {
+        let key = self.key(row.number, asker.id, peer.id);
+        let (one, other) = self.lines(key)?;
+        Some(Near { key, one, other, spilled: one.is_spilled() & other.is_spilled() })
+    }
+
     /// What rules say, in most cases.
     #[inline(always)]
-    fn glance(&self, asked: &Asked<'_>) -> Option<Found> {
-        let Asked { row, asker, peer, value, terms, .. } = *asked;
+    fn glance(&self, near: Near<'_>, whole: Asked<'_>) -> Option<Found> {
+        let Asked { row, asker, peer, value, terms, .. } = whole;
         if row.more & !Row::WIDE != 0 {
             return None;
         }
-        let key = self.key(row.number, asker.id, peer.id);
-        let (one, other) = self.lines(key)?;
+        let Near { key, one, other, spilled } = near;
         let value = clamped(value);
         let asked = u64::from(key) << 32 | value;
-        let spilled = one.is_spilled() & other.is_spilled();
         let (one, other) = (one.first(asked), other.first(asked));
         let mut wide = Word::NOTHING;
         // This can be foreseen as well as the action can.
@@ -158,49 +174,10 @@ impl Front {
         let all = one | other | wide;
         let holds = one.holds(terms) & other.holds(terms) & wide.holds(terms);
         if (holds == 0) | all.is_far() | spilled {
-            return None;
+            return Some(self.sum(whole)?.found());
         }
         let word = one.stronger(other).stronger(wide);
         Some(Found { said: word.said(), conditional: word.is_conditional(), limited: all.is_limited() })
-    }
-
-    /// Each word that is about what is asked, whether it holds or not; nothing if the table is to be asked.
-    fn each(&self, asked: &Asked<'_>, mut each: impl FnMut(Word)) -> Option<()> {
-        let Asked { row, asker, peer, .. } = *asked;
-        let value = clamped(asked.value);
-        if row.more & (Row::TABLE | Row::NONE) != 0 {
-            return None;
-        }
-        let named = peer.id != NOBODY;
-        let keys = [
-            (true, asker.id, peer.id),
-            (named && row.more & Row::ANY_PEER != 0, asker.id, self.any()),
-            (named && row.more & Row::ANY_ASKER != 0, self.any(), peer.id),
-        ];
-        for (_, asker, peer) in keys.into_iter().filter(|(wanted, ..)| *wanted) {
-            let key = self.key(row.number, asker, peer);
-            let asked = u64::from(key) << 32 | value;
-            let (one, other) = self.lines(key)?;
-            if one.is_spilled() && other.is_spilled() {
-                return None;
-            }
-            let mut block = None;
-            let other = Some(other).filter(|other| !std::ptr::eq(*other, one));
-            for word in std::iter::once(one).chain(other).flat_map(|line| line.all(asked)) {
-                if word.is_far() { block = Some(word.block()?) } else { each(word) }
-            }
-            let Some(block) = block else { continue };
-            for line in self.blocks.iter().skip(block * BLOCK).take(BLOCK) {
-                line.all(asked).for_each(&mut each);
-            }
-        }
-        for word in self.wide(row, asker, peer)?.all(value) {
-            if word.is_far() {
-                return None;
-            }
-            each(word);
-        }
-        Some(())
     }
 }
 
@@ -217,36 +194,18 @@ impl Table {
         self.front.rows.get(Op::index_of(kind, action)).copied()
     }
 
+    /// Where there is to be [glanced](Self::glance).
+    #[inline(always)]
+    pub(crate) fn near(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<Near<'_>> {
+        self.front.near(row, asker, peer)
+    }
+
     /// What is said between two subjects, or an asker and nobody, in most cases; otherwise nothing, and it is to be
     /// [looked](Self::look) closer. The condition of what is said is another one than the rule's.
     #[inline(always)]
-    pub(crate) fn glance(&self, asked: &Asked<'_>) -> Option<Ruling> {
-        let found = self.front.glance(asked)?;
-        self.ruling(asked, found)
-    }
-
-    /// The same, lane by lane, and the limits that the request falls under; nothing if [`judge`](Self::judge) and
-    /// [`limits_of`](Self::limits_of) are to be asked.
-    #[inline(never)]
-    pub(crate) fn look(&self, asked: &Asked<'_>) -> Option<(Ruling, Limits)> {
-        let mut found = Found { said: Said::NOTHING, conditional: false, limited: false };
-        let mut missed = Said::NOTHING;
-        let mut limits = Limits::default();
-        self.front.each(asked, |word| {
-            limits.add(word.limits());
-            let said = word.said();
-            if word.holds(asked.terms) != 0 {
-                found.said = found.said.min(said);
-            } else if said.strength().opens() {
-                missed = missed.min(said);
-            }
-        })?;
-        found.conditional = found.said.condition() != 0;
-        found.limited = !limits.lists().is_empty();
-        if found.said == Said::NOTHING && missed != Said::NOTHING {
-            found = Found { said: Said::missed(missed.rule().unwrap_or(0)), conditional: true, ..found };
-        }
-        Some((self.ruling(asked, found)?, limits))
+    pub(crate) fn glance(&self, near: Near<'_>, asked: Asked<'_>) -> Option<Ruling> {
+        let found = self.front.glance(near, asked)?;
+        self.ruling(&asked, found)
     }
 
     /// What all layers say, if levels need not be compared.

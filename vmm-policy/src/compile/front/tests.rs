@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 
+use super::{Asked, Line};
 use crate::compile::conditions::TERMS;
+use crate::compile::table::Table;
 use crate::compile::tests::{front, random_facts};
 use crate::model::{Action, Kind, Op};
 use crate::policy::Policy;
@@ -105,6 +107,36 @@ fn whatever_the_ways_to_name_asker_and_peer() {
     let text = format!("{text}deny any to connect vsock 7 of any in other zone\n");
     let [_, looked, _] = compare(&text, (Kind::Vsock, Action::Connect), 0..45);
     assert_eq!(looked, 0);
+}
+
+#[test]
+fn limits_are_found_at_a_glance_where_there_are_no_others() {
+    let asked = |table: &Table, class| {
+        let (asker, peer) = (table.brief(class), table.brief(class + 1));
+        let row = table.row(Kind::Vsock, Action::Connect).unwrap();
+        table.list_at(Asked { row, asker: &asker, peer: &peer, value: 5, terms: 0, walled: false })
+    };
+    // Of the pair, with as many rules as stand in its lines or in a block, and of whomever.
+    for (rules, own, wide, found) in [
+        (2, false, false, false),
+        (2, true, false, true),
+        (2, false, true, true),
+        (2, true, true, false),
+        (10, true, false, false),
+        (10, true, true, false),
+    ] {
+        let mut text = String::from("family x: l, m\nvm a { labels l }\nvm b { labels m }\n");
+        for at in 0..rules {
+            writeln!(text, "allow a to connect vsock {}..{} of b", at * 2, at * 3 + 9).unwrap();
+        }
+        text += if own { "limit a to connect vsock 1..7 of b at 2 open\n" } else { "" };
+        text += if wide { "limit any to connect vsock of any at 3 open\n" } else { "" };
+        compare(&text, (Kind::Vsock, Action::Connect), 0..40);
+        let mut table = (*Policy::parse(&text).unwrap().table).clone();
+        assert_eq!(asked(&table, 1).is_some(), found, "{text}");
+        table.front.lines.iter_mut().for_each(Line::spill);
+        assert_eq!(asked(&table, 1), None, "there may be more than what is there");
+    }
 }
 
 fn rules_of_many_pairs() -> String {

@@ -1,0 +1,124 @@
+//! What is said where a glance does not tell: all lanes that are about a request, and their limits.
+
+use std::hint::select_unpredictable;
+
+use super::line::{Line, Word};
+use super::{Asked, BLOCK, Found, Front, Near, Row, clamped};
+use crate::compile::classes::NOBODY;
+use crate::compile::lookup::{Limits, Ruling};
+use crate::compile::said::Said;
+use crate::compile::table::Table;
+
+/// What lanes say together.
+pub(super) struct Sum {
+    /// What holds.
+    terms: u64,
+    said: Said,
+    /// The strongest that would open it and whose condition does not hold.
+    missed: Said,
+    limits: Limits,
+    /// The last one that says that it stands elsewhere.
+    far: Word,
+}
+
+impl Sum {
+    /// Adds what a line says. Which of its lanes are about a request, and which of those hold, nobody can foresee: no branch.
+    #[inline(always)]
+    fn add(&mut self, line: &Line, asked: u64) {
+        for word in line.all(asked) {
+            let (said, holds) = (word.said(), word.holds(self.terms) != 0);
+            let open = select_unpredictable(said.strength().opens(), said, Said::NOTHING);
+            self.said = self.said.min(select_unpredictable(holds, said, Said::NOTHING));
+            self.missed = self.missed.min(select_unpredictable(holds, Said::NOTHING, open));
+            self.limits.add(word.limits());
+            self.far = select_unpredictable(word.is_far(), word, self.far);
+        }
+    }
+
+    pub(super) fn found(&self) -> Found {
+        let limited = !self.limits.lists().is_empty();
+        if self.said == Said::NOTHING && self.missed != Said::NOTHING {
+            let said = Said::missed(self.missed.rule().unwrap_or(0));
+            return Found { said, conditional: true, limited };
+        }
+        Found { said: self.said, conditional: self.said.condition() != 0, limited }
+    }
+}
+
+impl Front {
+    /// Adds what is said of one key; nothing if the table is to be asked.
+    #[inline(always)]
+    fn add_key(&self, sum: &mut Sum, key: u32, value: u64) -> Option<()> {
+        let asked = u64::from(key) << 32 | value;
+        let (one, other) = self.lines(key)?;
+        if one.is_spilled() && other.is_spilled() {
+            return None;
+        }
+        sum.add(one, asked);
+        if !std::ptr::eq(one, other) {
+            sum.add(other, asked);
+        }
+        if sum.far.is_far() {
+            let block = sum.far.block()?;
+            sum.far = Word::NOTHING;
+            let lines = self.blocks.iter().skip(block * BLOCK).take(BLOCK);
+            lines.for_each(|line| sum.add(line, asked));
+        }
+        (!sum.far.is_far()).then_some(())
+    }
+
+    /// The list of limits that is all there is; nothing if there are several, or it is to be looked closer.
+    #[inline(always)]
+    fn list(&self, asked: Asked<'_>) -> Option<u32> {
+        let Asked { row, asker, peer, .. } = asked;
+        let Near { key, one, other, spilled } = self.near(row, asker, peer)?;
+        let value = clamped(asked.value);
+        let about = u64::from(key) << 32 | value;
+        let (of_one, in_one) = one.limits(about);
+        let (of_other, in_other) = other.limits(about);
+        let in_other = select_unpredictable(std::ptr::eq(one, other), 0, in_other);
+        let (of_wide, in_wide) = self.wide(row, asker, peer)?.limits(value);
+        let sole = !spilled & (in_one + in_other + in_wide == 1) & (row.more & !Row::WIDE == 0);
+        sole.then_some(of_one | of_other | of_wide)
+    }
+
+    /// What all lanes say; nothing if the table is to be asked.
+    #[inline(never)]
+    pub(super) fn sum(&self, asked: Asked<'_>) -> Option<Sum> {
+        let Asked { row, asker, peer, terms, .. } = asked;
+        let value = clamped(asked.value);
+        if row.more & (Row::TABLE | Row::NONE) != 0 {
+            return None;
+        }
+        let nothing = Said::NOTHING;
+        let limits = Limits::default();
+        let mut sum = Sum { terms, said: nothing, missed: nothing, limits, far: Word::NOTHING };
+        self.add_key(&mut sum, self.key(row.number, asker.id, peer.id), value)?;
+        if row.more & Row::ANY_PEER != 0 && peer.id != NOBODY {
+            self.add_key(&mut sum, self.key(row.number, asker.id, self.any()), value)?;
+        }
+        if row.more & Row::ANY_ASKER != 0 && peer.id != NOBODY {
+            self.add_key(&mut sum, self.key(row.number, self.any(), peer.id), value)?;
+        }
+        if row.more & Row::WIDE != 0 {
+            sum.add(self.wide(row, asker, peer)?, value);
+        }
+        (!sum.far.is_far()).then_some(sum)
+    }
+}
+
+impl Table {
+    /// What is said between two subjects, or an asker and nobody, and the limits that the request falls under; nothing if
+    /// [`judge`](Self::judge) and [`limits_of`](Self::limits_of) are to be asked.
+    #[inline(never)]
+    pub(crate) fn look(&self, asked: Asked<'_>) -> Option<(Ruling, Limits)> {
+        let sum = self.front.sum(asked)?;
+        Some((self.ruling(&asked, sum.found())?, sum.limits))
+    }
+
+    /// The list of limits that a request falls under, if it is one that is found at a glance; otherwise it is to be [looked](Self::look) closer.
+    #[inline(always)]
+    pub(crate) fn list_at(&self, asked: Asked<'_>) -> Option<u32> {
+        self.front.list(asked)
+    }
+}
