@@ -117,8 +117,12 @@ impl Meter {
 
     /// Gives back what was taken for so many bytes.
     pub(crate) fn give_back(&self, bytes: u64) {
-        // It was taken, so it is there.
-        self.level.fetch_sub(self.cost(bytes), Ordering::AcqRel);
+        // To where it may have come from: the first ones of a large burst have not made the level rise.
+        let step = |ahead: u64| (ahead < self.share).then_some(ahead + 1);
+        if self.ahead.fetch_update(Ordering::AcqRel, Ordering::Acquire, step).is_err() {
+            // It was taken, and not from what is whole: so it is there.
+            self.level.fetch_sub(self.cost(bytes), Ordering::AcqRel);
+        }
     }
 }
 
@@ -185,6 +189,19 @@ mod tests {
             assert!(meter.take(0, || SECOND));
             meter.give_back(0);
         }
+        assert!(meter.take(0, || SECOND) && !meter.take(0, || SECOND));
+        let meter = Meter::new(Quantity::Requests { count: 1, seconds: 60, burst: 6400 });
+        let mut taken = 0;
+        for round in 0..20_000 {
+            taken += u32::from(meter.take(0, || SECOND));
+            if round % 3 == 0 && taken > 0 {
+                taken -= 1;
+                meter.give_back(0);
+            }
+        }
+        assert_eq!(taken, 6400, "as many as if nothing had been given back");
+        assert!(!meter.take(0, || SECOND));
+        meter.give_back(0);
         assert!(meter.take(0, || SECOND) && !meter.take(0, || SECOND));
     }
 
