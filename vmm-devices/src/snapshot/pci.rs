@@ -1,59 +1,22 @@
 //! States of PCI: what a guest can change of functions and of the bridge.
 
-use versionize::{VersionMap, Versionize, VersionizeResult};
-use versionize_derive::Versionize;
+use vmm_memory::snapshot::mirror::{VersionMap, Versionize, VersionizeResult};
+use vmm_memory::{snapshot_mirror, snapshot_states};
 
-use super::mirror::{mirror, states};
+use super::DeviceStates;
 use crate::ivshmem::IvshmemState;
 use crate::pci::{ConfigState, HostBridgeState, MsixEntry, MsixState};
 
-states! {
-    ConfigState: Config,
-    MsixState: Msix,
-    HostBridgeState: Bridge,
-    IvshmemState: Ivshmem,
-}
+snapshot_states!(DeviceStates: ConfigState, MsixState, HostBridgeState, IvshmemState);
 
-#[derive(Versionize)]
-pub(super) struct Config {
-    ids: u32,
-    registers: Vec<(u16, u32)>,
-}
+snapshot_mirror!(Config of ConfigState { ids: u32, registers: Vec<(u16, u32)> });
 
-mirror!(struct Config = ConfigState { ids, registers });
+snapshot_mirror!(Msix of MsixState { entries: Vec<MsixEntry> });
 
-#[derive(Versionize)]
-pub(super) struct Msix {
-    entries: Vec<Vector>,
-}
+snapshot_mirror!(Vector of MsixEntry { address: u64, data: u32, masked: bool, pending: bool });
 
-mirror!(struct Msix = MsixState { entries });
+snapshot_mirror!(Bridge of HostBridgeState { config_address: u32, config: ConfigState });
 
-#[derive(Versionize)]
-struct Vector {
-    address: u64,
-    data: u32,
-    masked: bool,
-    pending: bool,
-}
-
-mirror!(struct Vector = MsixEntry { address, data, masked, pending });
-
-#[derive(Versionize)]
-struct Bridge {
-    config_address: u32,
-    config: Config,
-}
-
-mirror!(struct Bridge = HostBridgeState { config_address, config });
-
-#[derive(Versionize)]
-struct Ivshmem {
-    position: u16,
-    mask: u32,
-    status: u32,
-    config: Config,
-    msix: Option<Msix>,
-}
-
-mirror!(struct Ivshmem = IvshmemState { position, mask, status, config, msix });
+snapshot_mirror!(Ivshmem of IvshmemState {
+    position: u16, mask: u32, status: u32, config: ConfigState, msix: Option<MsixState>,
+});

@@ -1,81 +1,30 @@
 //! States of the platform's devices.
 
-use versionize::{VersionMap, Versionize, VersionizeError, VersionizeResult};
-use versionize_derive::Versionize;
-use vmm_memory::snapshot::StateError;
+use vmm_memory::snapshot::mirror::{VersionMap, Versionize, VersionizeResult};
+use vmm_memory::{snapshot_mirror, snapshot_numbered, snapshot_states};
 
-use super::mirror::{Mirror, mirror, states};
+use super::DeviceStates;
 use crate::platform::i8042::I8042Argument;
+use crate::platform::ioapic::PINS;
 use crate::platform::pic::{PicChipState, PicPhase};
 use crate::platform::pit::channel::{Bytes, ChannelState, Mode, Run};
 use crate::platform::{AcpiPmState, I8042State, IoApicState, PicState, PitState, RtcState, UartState};
 
-states! {
-    AcpiPmState: AcpiPm,
-    I8042State: I8042,
-    IoApicState: IoApic,
-    PicState: Pic,
-    PitState: Pit,
-    RtcState: Rtc,
-    UartState: Uart,
-}
+snapshot_states!(DeviceStates: AcpiPmState, I8042State, IoApicState, PicState, PitState, RtcState, UartState);
 
-#[derive(Versionize)]
-struct AcpiPm {
-    status: u16,
-    enable: u16,
-    control_low: u8,
-    sleep_type: u8,
-    timer: u32,
-}
+snapshot_mirror!(AcpiPm of AcpiPmState { status: u16, enable: u16, control_low: u8, sleep_type: u8, timer: u32 });
 
-mirror!(struct AcpiPm = AcpiPmState { status, enable, control_low, sleep_type, timer });
+snapshot_mirror!(I8042 of I8042State {
+    output: Option<u8>, timeout: bool, command: bool, configuration: u8, argument: I8042Argument,
+});
 
-#[derive(Versionize)]
-struct I8042 {
-    output: Option<u8>,
-    timeout: bool,
-    command: bool,
-    configuration: u8,
-    argument: Argument,
-}
+snapshot_numbered!(I8042Argument { None = 0, Configuration = 1, OutputPort = 2, Echo = 3, Second = 4 });
 
-mirror!(struct I8042 = I8042State { output, timeout, command, configuration, argument });
+snapshot_mirror!(IoApic of IoApicState { select: u8, id: u8, entries: [u64; PINS], asserted: u32 });
 
-#[derive(Versionize)]
-enum Argument {
-    None,
-    Configuration,
-    OutputPort,
-    Echo,
-    Second,
-}
+snapshot_mirror!(Pic of PicState { first: PicChipState, second: PicChipState });
 
-mirror!(enum Argument = I8042Argument { None, Configuration, OutputPort, Echo, Second });
-
-/// The redirection table.
-type Entries = [u64; crate::platform::ioapic::PINS];
-
-#[derive(Versionize)]
-struct IoApic {
-    select: u8,
-    id: u8,
-    entries: Entries,
-    asserted: u32,
-}
-
-mirror!(struct IoApic = IoApicState { select, id, entries, asserted });
-
-#[derive(Versionize)]
-struct Pic {
-    first: Chip,
-    second: Chip,
-}
-
-mirror!(struct Pic = PicState { first, second });
-
-#[derive(Versionize)]
-struct Chip {
+snapshot_mirror!(Chip of PicChipState {
     requested: u8,
     in_service: u8,
     mask: u8,
@@ -83,7 +32,7 @@ struct Chip {
     level_triggered: u8,
     vector_base: u8,
     top: u8,
-    phase: Phase,
+    phase: PicPhase,
     needs_modes: bool,
     single: bool,
     all_level: bool,
@@ -93,118 +42,47 @@ struct Chip {
     fully_nested: bool,
     read_in_service: bool,
     poll: bool,
-}
-
-mirror!(struct Chip = PicChipState {
-    requested, in_service, mask, asserted, level_triggered, vector_base, top, phase, needs_modes, single, all_level, auto_eoi,
-    rotate_on_auto_eoi, special_mask, fully_nested, read_in_service, poll,
 });
 
-#[derive(Versionize)]
-enum Phase {
-    Ready,
-    Vector,
-    Cascade,
-    Modes,
-}
+snapshot_numbered!(PicPhase { Ready = 0, Vector = 1, Cascade = 2, Modes = 3 });
 
-mirror!(enum Phase = PicPhase { Ready, Vector, Cascade, Modes });
+snapshot_mirror!(Pit of PitState { channels: [ChannelState; 3], control: u8, now: u64 });
 
-#[derive(Versionize)]
-struct Pit {
-    timer: Counter,
-    refresh: Counter,
-    speaker: Counter,
-    control: u8,
-    now: u64,
-}
-
-impl Mirror<PitState> for Pit {
-    fn of(PitState { channels: [timer, refresh, speaker], control, now }: &PitState) -> Self {
-        let (timer, refresh, speaker) = (Counter::of(timer), Counter::of(refresh), Counter::of(speaker));
-        Self { timer, refresh, speaker, control: *control, now: *now }
-    }
-
-    fn back(self) -> Result<PitState, StateError> {
-        let Self { timer, refresh, speaker, control, now } = self;
-        Ok(PitState { channels: [timer.back()?, refresh.back()?, speaker.back()?], control, now })
-    }
-}
-
-#[derive(Versionize)]
-struct Counter {
-    mode: CounterMode,
-    bytes: CounterBytes,
+snapshot_mirror!(Counter of ChannelState {
+    mode: Mode,
+    bytes: Bytes,
     bcd: bool,
     count: u32,
     next_count: Option<u32>,
-    run: CounterRun,
+    run: Run,
     written_low: Option<u8>,
     read_high: bool,
     latched_count: Option<u16>,
     latched_status: Option<u8>,
-}
-
-mirror!(struct Counter = ChannelState {
-    mode, bytes, bcd, count, next_count, run, written_low, read_high, latched_count, latched_status,
 });
 
-#[derive(Versionize)]
-enum CounterMode {
-    TerminalCount,
-    OneShot,
-    RateGenerator,
-    SquareWave,
-    SoftwareStrobe,
-    HardwareStrobe,
-}
-
-mirror!(enum CounterMode = Mode {
-    TerminalCount, OneShot, RateGenerator, SquareWave, SoftwareStrobe, HardwareStrobe,
+snapshot_numbered!(Mode {
+    TerminalCount = 0, OneShot = 1, RateGenerator = 2, SquareWave = 3, SoftwareStrobe = 4, HardwareStrobe = 5,
 });
 
-#[derive(Versionize)]
-enum CounterBytes {
-    Low,
-    High,
-    Both,
-}
+snapshot_numbered!(Bytes { Low = 0, High = 1, Both = 2 });
 
-mirror!(enum CounterBytes = Bytes { Low, High, Both });
+snapshot_mirror!(Counting of enum Run { Idle = 0, Paused(ticks: u64) = 1, Since(tick: u64) = 2 });
 
-#[derive(Versionize)]
-enum CounterRun {
-    Idle,
-    Paused(u64),
-    Since(u64),
-}
-
-mirror!(enum CounterRun = Run { Idle, Paused(ticks), Since(tick) });
-
-type CmosRam = [u8; 128];
-type Alarm = [u8; 3];
-type TimeRegisters = [u8; 8];
-
-#[derive(Versionize)]
-struct Rtc {
+snapshot_mirror!(Rtc of RtcState {
     index: u8,
-    ram: CmosRam,
-    alarm: Alarm,
+    ram: [u8; 128],
+    alarm: [u8; 3],
     a: u8,
     b: u8,
     c: u8,
     offset_ns: i128,
-    frozen: Option<TimeRegisters>,
+    frozen: Option<[u8; 8]>,
     divider_reset: bool,
     weekday_shift: u8,
-}
-
-mirror!(struct Rtc = RtcState {
-    index, ram, alarm, a, b, c, offset_ns, frozen, divider_reset, weekday_shift,
 });
 
-#[derive(Versionize)]
-struct Uart {
+snapshot_mirror!(Uart of UartState {
     divisor_low: u8,
     divisor_high: u8,
     interrupt_enable: u8,
@@ -215,9 +93,4 @@ struct Uart {
     modem_status: u8,
     scratch: u8,
     input: Vec<u8>,
-}
-
-mirror!(struct Uart = UartState {
-    divisor_low, divisor_high, interrupt_enable, interrupt_identification, line_control, line_status, modem_control, modem_status,
-    scratch, input,
 });

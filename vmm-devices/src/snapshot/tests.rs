@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use vmm_memory::snapshot::SnapshotState;
 
 use self::samples::{Sample, samples};
+use crate::virtio::VirtioMmioState;
 
 /// Where snapshots of each version are kept: this release reads them all.
 fn kept(name: &str, version: u16) -> PathBuf {
@@ -80,4 +81,29 @@ fn lists_take_no_more_memory_than_their_bytes() {
     assert_eq!(bytes[masked], 1);
     bytes[masked] = 2;
     MsixState::decode(&bytes, 1).unwrap_err();
+}
+
+#[test]
+fn numbers_of_nothing_are_named() {
+    use vmm_memory::snapshot::mirror::Mirrored as _;
+
+    use crate::platform::{I8042State, PitState};
+    let mut mirror = I8042State::default().mirror();
+    mirror.argument = 5;
+    let error = I8042State::from_mirror(mirror).unwrap_err().to_string();
+    assert_eq!(error, "argument: 5 is none of [0, 1, 2, 3, 4]");
+    let mut mirror = PitState::default().mirror();
+    mirror.channels[2].mode = 6;
+    let error = PitState::from_mirror(mirror).unwrap_err().to_string();
+    assert_eq!(error, "channels: mode: 6 is none of [0, 1, 2, 3, 4, 5]");
+    let mut mirror = PitState::default().mirror();
+    mirror.channels.truncate(2);
+    let error = PitState::from_mirror(mirror).unwrap_err().to_string();
+    assert_eq!(error, "channels: there are 2; 3 are expected");
+    // The kind of device is the first byte behind those of its queues.
+    let bytes = samples().into_iter().find(|sample| sample.name == "virtio-rng").unwrap().bytes;
+    let [before @ .., kind] = &bytes[..] else { panic!("it has none") };
+    assert_eq!(*kind, 0);
+    let error = VirtioMmioState::decode(&[before, &[6]].concat(), 1).unwrap_err().to_string();
+    assert!(error.contains("DeviceState: 6 is none of [0, 1, 2, 3, 4, 5]"), "{error}");
 }

@@ -65,6 +65,7 @@
 //! # Ok::<(), vmm_memory::snapshot::StateError>(())
 //! ```
 
+use smallvec::{Array, SmallVec};
 pub use versionize::{VersionMap, Versionize, VersionizeError, VersionizeResult};
 #[doc(hidden)]
 pub use versionize_derive;
@@ -81,8 +82,8 @@ pub trait Family {
     fn versions() -> VersionMap;
 }
 
-/// What has a mirror: structures by [`snapshot_mirror!`](crate::snapshot_mirror), enums by [`snapshot_numbered!`](crate::snapshot_numbered), and what
-/// they are made of.
+/// What has a mirror: structures and enums by [`snapshot_mirror!`](crate::snapshot_mirror), enums of numbers by
+/// [`snapshot_numbered!`](crate::snapshot_numbered), and what they are made of.
 pub trait Mirrored: Sized {
     /// The mirror.
     type Mirror: Versionize;
@@ -130,8 +131,107 @@ pub fn named<T: Mirrored>(field: &str, mirror: T::Mirror) -> Result<T, StateErro
 
 /// Makes the mirror of a structure, with the same fields, in this order; one that is forgotten does not compile. `versionize`'s attributes may stand
 /// before fields. In scope there have to be `VersionMap`, `Versionize` and `VersionizeResult`, see [`mirror`](crate::snapshot::mirror).
+///
+/// Likewise that of an enum whose variants hold something, or nothing: each has a number, as in [`snapshot_numbered!`](crate::snapshot_numbered), and
+/// a name for what is in it.
+///
+/// ```
+/// use vmm_memory::snapshot::{StateFormat, mirror};
+///
+/// #[derive(PartialEq, Debug)]
+/// pub enum Timer {
+///     Stopped,
+///     Since(u64),
+/// }
+///
+/// vmm_memory::snapshot_mirror!(Saved of enum Timer { Stopped = 0, Since(tick: u64) = 1 });
+///
+/// # struct Timers;
+/// # impl mirror::Family for Timers {
+/// #     const FORMAT: StateFormat = StateFormat { name: "timers", newest: 1, oldest: 1 };
+/// #     fn versions() -> mirror::VersionMap {
+/// #         mirror::VersionMap::new()
+/// #     }
+/// # }
+/// # // `Timers` is a family.
+/// let bytes = mirror::encode::<Timers, _>(&Timer::Since(7), 1)?;
+/// assert_eq!(bytes, [1, 7, 0, 0, 0, 0, 0, 0, 0]);
+/// assert_eq!(mirror::decode::<Timers, Timer>(&bytes, 1)?, Timer::Since(7));
+/// let error = mirror::decode::<Timers, Timer>(&[2], 1).unwrap_err();
+/// assert!(error.to_string().contains("Timer: 2 is none of [0, 1]"), "{error}");
+/// # Ok::<(), vmm_memory::snapshot::StateError>(())
+/// ```
 #[macro_export]
 macro_rules! snapshot_mirror {
+    ($mirror:ident of enum $state:ident { $($variant:ident $(($inner:ident: $type:ty))? = $number:literal),* $(,)? }) => {
+        #[doc(hidden)]
+        #[allow(missing_docs, unreachable_pub)]
+        #[derive(Clone)]
+        pub enum $mirror {
+            $($variant $((<$type as $crate::snapshot::mirror::Mirrored>::Mirror))?),*
+        }
+
+        // What `versionize` derives says of a number that it is unknown, and not which there are; and numbers go by the places of variants.
+        impl $crate::snapshot::mirror::Versionize for $mirror {
+            fn serialize<W: std::io::Write>(
+                &self,
+                writer: &mut W,
+                versions: &$crate::snapshot::mirror::VersionMap,
+                version: u16,
+            ) -> $crate::snapshot::mirror::VersionizeResult<()> {
+                use $crate::snapshot::mirror::Versionize;
+                match self {
+                    $(Self::$variant $(($inner))? => {
+                        <u8 as Versionize>::serialize(&$number, writer, versions, version)?;
+                        $(Versionize::serialize($inner, writer, versions, version)?;)?
+                    })*
+                }
+                Ok(())
+            }
+
+            fn deserialize<R: std::io::Read>(
+                reader: &mut R,
+                versions: &$crate::snapshot::mirror::VersionMap,
+                version: u16,
+            ) -> $crate::snapshot::mirror::VersionizeResult<Self> {
+                use $crate::snapshot::mirror::{Mirrored, Versionize, VersionizeError};
+                Ok(match <u8 as Versionize>::deserialize(reader, versions, version)? {
+                    $($number => Self::$variant $((
+                        <<$type as Mirrored>::Mirror as Versionize>::deserialize(reader, versions, version)?
+                    ))?,)*
+                    other => {
+                        let all = [$($number),*];
+                        let problem = format!("{}: {other} is none of {all:?}", stringify!($state));
+                        return Err(VersionizeError::Deserialize(problem));
+                    }
+                })
+            }
+
+            fn version() -> u16 {
+                1
+            }
+        }
+
+        impl $crate::snapshot::mirror::Mirrored for $state {
+            type Mirror = $mirror;
+
+            fn mirror(&self) -> $mirror {
+                match self {
+                    $(Self::$variant $(($inner))? => {
+                        $mirror::$variant $(($crate::snapshot::mirror::Mirrored::mirror($inner)))?
+                    })*
+                }
+            }
+
+            fn from_mirror(mirror: $mirror) -> Result<Self, $crate::snapshot::StateError> {
+                Ok(match mirror {
+                    $($mirror::$variant $(($inner))? => {
+                        Self::$variant $(($crate::snapshot::mirror::named(stringify!($inner), $inner)?))?
+                    })*
+                })
+            }
+        }
+    };
     ($mirror:ident of $state:ty { $($(#[$version:meta])* $field:ident: $type:ty),* $(,)? }) => {
         // As public as what it is the mirror of, which the compiler asks for.
         #[doc(hidden)]
@@ -213,7 +313,7 @@ macro_rules! plain {
         })*
     };
 }
-plain!(bool, u8, u16, u32, u64, i8, i16, i32, i64, String);
+plain!(bool, u8, u16, u32, u64, i8, i16, i32, i64, i128, String);
 
 impl<T: Mirrored> Mirrored for Option<T> {
     type Mirror = Option<T::Mirror>;
@@ -236,6 +336,43 @@ impl<T: Mirrored> Mirrored for Vec<T> {
 
     fn from_mirror(mirror: Self::Mirror) -> Result<Self, StateError> {
         mirror.into_iter().map(T::from_mirror).collect()
+    }
+}
+
+/// As what is in it.
+impl<T: Mirrored> Mirrored for Box<T> {
+    type Mirror = T::Mirror;
+
+    fn mirror(&self) -> Self::Mirror {
+        T::mirror(self)
+    }
+
+    fn from_mirror(mirror: Self::Mirror) -> Result<Self, StateError> {
+        T::from_mirror(mirror).map(Self::new)
+    }
+}
+
+impl<A: Mirrored, B: Mirrored> Mirrored for (A, B) {
+    type Mirror = (A::Mirror, B::Mirror);
+
+    fn mirror(&self) -> Self::Mirror {
+        (self.0.mirror(), self.1.mirror())
+    }
+
+    fn from_mirror((a, b): Self::Mirror) -> Result<Self, StateError> {
+        Ok((A::from_mirror(a)?, B::from_mirror(b)?))
+    }
+}
+
+impl<A: Array<Item: Mirrored>> Mirrored for SmallVec<A> {
+    type Mirror = Vec<<A::Item as Mirrored>::Mirror>;
+
+    fn mirror(&self) -> Self::Mirror {
+        self.iter().map(A::Item::mirror).collect()
+    }
+
+    fn from_mirror(mirror: Self::Mirror) -> Result<Self, StateError> {
+        mirror.into_iter().map(A::Item::from_mirror).collect()
     }
 }
 

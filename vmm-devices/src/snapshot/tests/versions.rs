@@ -1,12 +1,10 @@
 //! A state of which a release to come knows more: it is read by both, and written for the older one as long as nothing gets lost.
 
-use versionize::{VersionMap, Versionize, VersionizeError, VersionizeResult};
-use versionize_derive::Versionize;
-use vmm_memory::snapshot::{SnapshotState, StateError, StateFormat};
+use vmm_memory::snapshot::mirror::{Family, VersionMap, Versionize, VersionizeError, VersionizeResult};
+use vmm_memory::snapshot::{SnapshotState, StateFormat};
 
 use crate::platform::AcpiPmState;
-use crate::snapshot::FORMAT;
-use crate::snapshot::mirror::{decode, encode, mirror};
+use crate::snapshot::DeviceStates;
 
 /// [`AcpiPmState`] with a lid.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,8 +17,7 @@ struct WithLid {
     lid_closed: bool,
 }
 
-#[derive(Clone, Versionize)]
-struct Next {
+vmm_memory::snapshot_mirror!(Next of WithLid {
     status: u16,
     enable: u16,
     control_low: u8,
@@ -28,9 +25,7 @@ struct Next {
     timer: u32,
     #[version(start = 2, ser_fn = "lid_is_open")]
     lid_closed: bool,
-}
-
-mirror!(struct Next = WithLid { status, enable, control_low, sleep_type, timer, lid_closed });
+});
 
 impl Next {
     /// Version 1 has no lid, which is as if it were open.
@@ -42,23 +37,19 @@ impl Next {
     }
 }
 
-fn versions() -> VersionMap {
-    let mut versions = VersionMap::new();
-    versions.new_version().set_type_version(Next::type_id(), 2);
-    versions
-}
+struct NextStates;
 
-impl SnapshotState for WithLid {
-    const FORMAT: StateFormat = StateFormat { newest: 2, ..FORMAT };
+impl Family for NextStates {
+    const FORMAT: StateFormat = StateFormat { newest: 2, ..DeviceStates::FORMAT };
 
-    fn encode(&self, version: u16) -> Result<Vec<u8>, StateError> {
-        encode::<Self, Next>(self, &versions(), version)
-    }
-
-    fn decode(bytes: &[u8], version: u16) -> Result<Self, StateError> {
-        decode::<Self, Next>(bytes, &versions(), version)
+    fn versions() -> VersionMap {
+        let mut versions = VersionMap::new();
+        versions.new_version().set_type_version(Next::type_id(), 2);
+        versions
     }
 }
+
+vmm_memory::snapshot_states!(NextStates: WithLid);
 
 #[test]
 fn a_state_goes_to_the_next_version_and_back() {
