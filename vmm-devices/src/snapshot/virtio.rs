@@ -1,16 +1,16 @@
 //! States of virtio devices, on both transports.
 
 use vmm_memory::snapshot::StateError;
-use vmm_memory::snapshot::mirror::{Mirrored, VersionMap, Versionize, VersionizeResult};
+use vmm_memory::snapshot::mirror::{Mirrored, VersionMap, Versionize, VersionizeError, VersionizeResult};
 use vmm_memory::{snapshot_mirror, snapshot_states};
 
 use super::DeviceStates;
-use crate::net::{MacAddr, MacTable, RxFilter, VLANS};
+use crate::net::{HEADER, MacAddr, MacTable, RxFilter, VLANS};
 use crate::pci::{ConfigState, MsixState};
 use crate::virtio::balloon::BalloonState;
 use crate::virtio::block::BlockState;
 use crate::virtio::console::{ConsolePlaceState, ConsolePortState, ConsoleState, ConsoleTold};
-use crate::virtio::net::NetState;
+use crate::virtio::net::{NetFrameState, NetState};
 use crate::virtio::{DeviceState, VirtioMmioState, VirtioPciState, VirtioState, VirtqueueState};
 
 snapshot_states!(DeviceStates: VirtioMmioState, VirtioPciState);
@@ -82,8 +82,28 @@ snapshot_mirror!(Told of ConsoleTold {
 });
 
 snapshot_mirror!(Net of NetState {
-    mac: MacAddr, mtu: Option<u16>, filter: RxFilter, offloads: u64, pairs: u16, announce: bool,
+    mac: MacAddr,
+    mtu: Option<u16>,
+    filter: RxFilter,
+    offloads: u64,
+    pairs: u16,
+    announce: bool,
+    #[version(start = 2, ser_fn = "has_no_frames")]
+    waiting: Vec<NetFrameState>,
 });
+
+impl Net {
+    /// A frame that was taken from its network is nowhere else.
+    fn has_no_frames(&mut self, version: u16) -> VersionizeResult<()> {
+        let Some(Frame { pair, bytes, .. }) = self.waiting.first() else { return Ok(()) };
+        let len = bytes.len();
+        Err(VersionizeError::Semantic(format!(
+            "version {version} has no frames that wait, and one of {len} bytes waits for buffers or a rate of pair {pair}"
+        )))
+    }
+}
+
+snapshot_mirror!(Frame of NetFrameState { pair: u16, header: [u8; HEADER], bytes: Vec<u8> });
 
 impl Mirrored for MacAddr {
     type Mirror = <[u8; 6] as Mirrored>::Mirror;

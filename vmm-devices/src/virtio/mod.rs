@@ -52,7 +52,7 @@
 //! | block | the disk's size and name, which must be those of the new one, and the cache mode that the driver chose |
 //! | entropy | nothing |
 //! | console | what ports were told, input that the guest has not got, how much of a buffer was written |
-//! | network | what the driver wants of frames: address, filters, offloads, pairs of queues; it is asked to announce itself. Frames that wait for buffers are dropped |
+//! | network | what the driver wants of frames: address, filters, offloads, pairs of queues; it is asked to announce itself. Frames that came and wait for buffers or a rate, one of each pair at most |
 //! | balloon | its target, and what the driver says that it holds |
 //! | sockets | nothing: connections end, and the driver is told so (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, 5.10.6.7) |
 //!

@@ -150,7 +150,11 @@ impl Socket {
     }
 }
 
-fn device<M: DeviceMemory>(kind: Kind, clock: &Arc<ManualClock>) -> (Box<dyn VirtioDevice<M>>, Outside) {
+/// A device, and what it has to do with, whose rates go by that clock.
+pub(crate) fn device<M: DeviceMemory>(
+    kind: Kind,
+    clock: &Arc<ManualClock>,
+) -> (Box<dyn VirtioDevice<M>>, Outside) {
     // So much that just a request of 64 KiB, and what comes behind it, has to wait.
     let limits = Limits { bytes: Rate::new(1 << 20, 1 << 15), ..Limits::default() };
     let limiter = RateLimiter::new(Arc::clone(clock), limits);

@@ -26,7 +26,7 @@ use crate::virtio::block::{Block, BlockState, MemoryDisk};
 use crate::virtio::console::{
     Console, ConsolePlaceState, ConsolePortState, ConsoleState, ConsoleTold, PortConfig,
 };
-use crate::virtio::net::{Net, NetState};
+use crate::virtio::net::{Net, NetFrameState, NetState};
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{
     Balloon, DeviceState, Rng, VirtioDevice, VirtioMmio, VirtioMmioState, VirtioPci, VirtioPciState,
@@ -40,9 +40,13 @@ pub(super) type Question = Box<dyn Fn(&[u8]) -> bool>;
 
 pub(super) struct Sample {
     pub(super) name: &'static str,
+    /// Of which the bytes are.
+    pub(super) version: u16,
     pub(super) bytes: Vec<u8>,
     /// Whether bytes are that state.
     pub(super) is_it: Question,
+    /// Whether the newest version says the same of it.
+    pub(super) comes_to_the_newest: Question,
     /// Whether a new device takes bytes over. If not, it is as it was.
     pub(super) restore: Question,
 }
@@ -52,10 +56,27 @@ fn sample<S: SnapshotState + PartialEq + 'static>(
     state: S,
     restore: impl Fn(&S) -> bool + 'static,
 ) -> Sample {
-    let bytes = state.encode(1).unwrap();
-    let is_it = move |bytes: &[u8]| S::decode(bytes, 1).is_ok_and(|read| read == state);
-    let restore = move |bytes: &[u8]| S::decode(bytes, 1).is_ok_and(|read| restore(&read));
-    Sample { name, bytes, is_it: Box::new(is_it), restore: Box::new(restore) }
+    sample_since(1, name, state, restore)
+}
+
+/// One that no version before can express.
+fn sample_since<S: SnapshotState + PartialEq + 'static>(
+    version: u16,
+    name: &'static str,
+    state: S,
+    restore: impl Fn(&S) -> bool + 'static,
+) -> Sample {
+    let bytes = state.encode(version).unwrap();
+    (S::FORMAT.oldest..version).for_each(|before| drop(state.encode(before).unwrap_err()));
+    let is_it = move |bytes: &[u8]| S::decode(bytes, version).is_ok_and(|read| read == state);
+    let comes_to_the_newest = move |bytes: &[u8]| {
+        let (newest, read) = (S::FORMAT.newest, S::decode(bytes, version).unwrap());
+        S::decode(&read.encode(newest).unwrap(), newest).is_ok_and(|again| again == read)
+    };
+    let restore = move |bytes: &[u8]| S::decode(bytes, version).is_ok_and(|read| restore(&read));
+    let [is_it, comes_to_the_newest, restore]: [Question; 3] =
+        [Box::new(is_it), Box::new(comes_to_the_newest), Box::new(restore)];
+    Sample { name, version, bytes, is_it, comes_to_the_newest, restore }
 }
 
 /// Restores, and looks whether a device that refused is as it was.
@@ -268,19 +289,28 @@ fn at_work(make: Make, features: u64, used: usize, device: DeviceState) -> Virti
 }
 
 fn mmio(name: &'static str, make: Make, device: VirtioState) -> Sample {
-    sample(name, VirtioMmioState { interrupt_status: 1, device }, move |state: &VirtioMmioState| {
-        let mut mmio = VirtioMmio::new(make(), guest_memory(0x2_0000).unwrap(), Unconnected).unwrap();
-        let before = mmio.save().unwrap();
-        let taken = mmio.restore(state).is_ok();
-        let mut after = mmio.save().unwrap();
-        // Nobody has read it so far.
-        after.device.config_generation = before.device.config_generation;
-        assert!(taken || after == before, "{name}");
-        if taken {
-            mmio.resume().unwrap();
-        }
-        taken
-    })
+    mmio_since(1, name, make, device)
+}
+
+fn mmio_since(version: u16, name: &'static str, make: Make, device: VirtioState) -> Sample {
+    sample_since(
+        version,
+        name,
+        VirtioMmioState { interrupt_status: 1, device },
+        move |state: &VirtioMmioState| {
+            let mut mmio = VirtioMmio::new(make(), guest_memory(0x2_0000).unwrap(), Unconnected).unwrap();
+            let before = mmio.save().unwrap();
+            let taken = mmio.restore(state).is_ok();
+            let mut after = mmio.save().unwrap();
+            // Nobody has read it so far.
+            after.device.config_generation = before.device.config_generation;
+            assert!(taken || after == before, "{name}");
+            if taken {
+                mmio.resume().unwrap();
+            }
+            taken
+        },
+    )
 }
 
 fn pci_virtio(name: &'static str, make: Make, device: VirtioState) -> Sample {
@@ -347,7 +377,22 @@ fn virtio() -> Vec<Sample> {
     filter.vlans = Some(Box::new([5; 64]));
     // GUEST_CSUM with GUEST_TSO4, of which the driver has given up the latter; STATUS, CTRL_VQ, MQ.
     let features = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 7 | 1 << 16 | 1 << 17 | 1 << 18 | 1 << 22;
-    let frames = NetState { mac: MAC, mtu: Some(1500), filter, offloads: 2, pairs: 2, announce: true };
+    let frames = NetState {
+        mac: MAC,
+        mtu: Some(1500),
+        filter,
+        offloads: 2,
+        pairs: 2,
+        announce: true,
+        waiting: Vec::new(),
+    };
+    // A checksum is left to the driver, and nothing.
+    let (partial, plain) = ([1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0], [0; 12]);
+    let waiting = vec![
+        NetFrameState { pair: 0, header: partial, bytes: (1..=90).collect() },
+        NetFrameState { pair: 1, header: plain, bytes: vec![2; 14] },
+    ];
+    let holding = NetState { waiting, ..frames.clone() };
     let pages = BalloonState { target: 500, actual: 300, poison: 0xaa, requested: true };
     let begun =
         VirtioState { status: 3, queues: queues(&[64], 0), ..at_work(rng, 0, 1, DeviceState::Stateless) };
@@ -357,6 +402,7 @@ fn virtio() -> Vec<Sample> {
         mmio("virtio-block", block, at_work(block, 1 << 9 | 1 << 11, 1, DeviceState::Block(disk.clone()))),
         mmio("virtio-console", console, at_work(console, 2, 6, DeviceState::Console(ports))),
         mmio("virtio-net", net, at_work(net, features, 5, DeviceState::Net(frames))),
+        mmio_since(2, "virtio-net", net, at_work(net, features, 5, DeviceState::Net(holding))),
         mmio("virtio-balloon", balloon, at_work(balloon, 0, 2, DeviceState::Balloon(pages))),
         mmio("virtio-vsock", vsock, at_work(vsock, 1, 3, DeviceState::Stateless)),
         pci_virtio("virtio-pci", block, at_work(block, 1 << 9, 1, DeviceState::Block(disk))),

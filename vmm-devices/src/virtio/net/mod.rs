@@ -33,7 +33,7 @@ use std::sync::Arc;
 pub use config::feature;
 pub use handle::NetHandle;
 pub use shared::NetCounters;
-pub use state::NetState;
+pub use state::{NetFrameState, NetState};
 
 use self::config::Config;
 use self::control::ControlWorker;
@@ -267,6 +267,7 @@ impl<M: DeviceMemory> VirtioDevice<M> for Net {
             return Err(std::io::Error::other(why).into());
         }
         self.shared.use_pairs(1);
+        lock(&self.shared.waiting).clear();
         let mut filter = RxFilter::everything(self.shared.mac);
         if has(feature::CTRL_VLAN) {
             // None, until the driver says which (5.1.6.5.3).

@@ -14,9 +14,11 @@ use vmm_memory::vm_memory::{Permissions, VolatileSlice};
 
 use super::room::{Room, behind_header, fill, peek};
 use super::shared::{Shared, count, read};
+use super::state::NetFrameState;
 use crate::interrupt::lock;
 use crate::net::{
-    ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, Received, RxFilter, is_tagged,
+    ETHERNET_HEADER, HEADER, MAX_FRAME, NetError, NetPort, Offloads, PacketInfo, Received, RxFilter,
+    is_tagged,
 };
 use crate::vectored::MOST_SLICES;
 use crate::virtio::device::{DeviceMemory, Progress};
@@ -41,6 +43,17 @@ const SEEN: usize = ETHERNET_HEADER + 2;
 
 /// Slices that the buffers may consist of; one more is the device's own memory.
 const SLICES: usize = MOST_SLICES - 1;
+
+/// Bytes of a frame at most, which begins so, for a driver that was promised `mtu`.
+pub(super) fn longest(mtu: Option<u16>, info: &PacketInfo, seen: &[u8]) -> usize {
+    match mtu {
+        // Of what is to be cut the pieces are no longer (5.1.4.1); nor is a tag part of the packet.
+        Some(mtu) if info.gso.is_none() => {
+            usize::from(mtu) + ETHERNET_HEADER + if is_tagged(seen) { TAG } else { 0 }
+        }
+        _ => MAX_FRAME,
+    }
+}
 
 /// A buffer that the driver has made available. It holds no memory.
 struct Held {
@@ -83,6 +96,8 @@ pub(super) struct Receive<M: DeviceMemory> {
     offloads: Offloads,
     /// How often the driver had wished for something else when these were taken.
     wished: Option<u32>,
+    /// It was paused, here or elsewhere: what waited then is with the device.
+    paused: bool,
 }
 
 /// Why no more frames are received.
@@ -121,6 +136,7 @@ impl<M: DeviceMemory> Receive<M> {
             filter,
             offloads: agreed,
             wished: None,
+            paused: true,
         }
     }
 
@@ -142,11 +158,52 @@ impl<M: DeviceMemory> Receive<M> {
     pub(super) fn stop(&mut self) {
         self.waiting = None;
         self.held.clear();
+        drop(self.shared.kept(self.pair()));
+    }
+
+    /// Gives a frame that waits to the device, for which its place in line is given up: its bytes, which may be in buffers that the driver
+    /// makes available anew where it goes on.
+    pub(super) fn pause(&mut self) -> Result<(), QueueError> {
+        self.paused = true;
+        let memory = self.queue.memory();
+        let mut room = Room::new();
+        if matches!(&self.waiting, Some(Waiting { place: Place::Buffers(_), .. })) {
+            self.find(&*memory, &mut room)?;
+        }
+        let Some(Waiting { received: Received { info, len }, place, .. }) = self.waiting.take() else {
+            return Ok(());
+        };
+        let bytes = match place {
+            Place::Buffers(_) => {
+                let mut bytes = vec![0; len];
+                let there = peek(&behind_header(&room, &[]), len, &mut bytes).len();
+                bytes.truncate(there);
+                bytes
+            }
+            Place::Spill => self.spill.get(..len).unwrap_or_default().to_vec(),
+        };
+        self.shared.keep(NetFrameState::new(self.pair(), info, bytes));
+        Ok(())
+    }
+
+    /// Takes it back.
+    fn go_on(&mut self) {
+        if !std::mem::take(&mut self.paused) {
+            return;
+        }
+        let Some(frame) = self.shared.kept(self.pair()) else { return };
+        let len = frame.bytes.len();
+        if let Some((info, place)) = frame.info().zip(self.spill.get_mut(..len)) {
+            place.copy_from_slice(&frame.bytes);
+            let (received, begun_ns) = (Received { info, len }, self.shared.now_ns());
+            self.waiting = Some(Waiting { received, begun_ns, place: Place::Spill });
+        }
     }
 
     /// Receives what is there.
     pub(super) fn process(&mut self, port: &mut dyn NetPort) -> Result<Progress, QueueError> {
         self.queue.decline_doorbells()?;
+        self.go_on();
         self.look_at_wishes();
         let memory = self.queue.memory();
         // Taken out, so that the port may write to it while the rest is used.
@@ -367,13 +424,7 @@ impl<M: DeviceMemory> Receive<M> {
     /// Whether the driver gets a frame that begins so; with what it is told of it.
     fn check(&self, received: Received, seen: &[u8], begun_ns: u64) -> Option<Received> {
         let Received { mut info, len } = received;
-        let most = match self.mtu {
-            // Of what is to be cut the pieces are no longer (5.1.4.1); nor is a tag part of the packet.
-            Some(mtu) if info.gso.is_none() => {
-                usize::from(mtu) + ETHERNET_HEADER + if is_tagged(seen) { TAG } else { 0 }
-            }
-            _ => MAX_FRAME,
-        };
+        let most = longest(self.mtu, &info, seen);
         let fits = (ETHERNET_HEADER..=most).contains(&len) && info.check(len, self.offloads).is_ok();
         if !fits {
             self.drop_frame(begun_ns);

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use super::config::{ANNOUNCE, LINK_UP};
+use super::state::NetFrameState;
 use crate::clock::Clock;
 use crate::interrupt::lock;
 use crate::net::{Link, MacAddr, NetBackend, NetEvents, Offloads, RxFilter};
@@ -109,6 +110,8 @@ pub(super) struct Shared {
     /// What the monitor says of the link.
     pub(super) plugged: AtomicBool,
     pub(super) announce: AtomicBool,
+    /// While the device is paused: frames that have come and wait, by their pairs.
+    pub(super) waiting: Mutex<Vec<NetFrameState>>,
     generation: AtomicU32,
     /// Limits of frames to the driver, and from it.
     pub(super) receive_rate: Option<RateLimiter>,
@@ -135,6 +138,7 @@ impl Shared {
             in_use: RwLock::new(1),
             plugged: AtomicBool::new(true),
             announce: AtomicBool::new(false),
+            waiting: Mutex::default(),
             generation: AtomicU32::new(0),
             receive_rate: None,
             send_rate: None,
@@ -180,6 +184,20 @@ impl Shared {
         }
     }
 
+    /// Keeps a frame of a device that is paused.
+    pub(super) fn keep(&self, frame: NetFrameState) {
+        let mut waiting = lock(&self.waiting);
+        let at = waiting.partition_point(|other| other.pair < frame.pair);
+        waiting.insert(at, frame);
+    }
+
+    /// The frame of that pair, for a device that goes on.
+    pub(super) fn kept(&self, pair: u16) -> Option<NetFrameState> {
+        let mut waiting = lock(&self.waiting);
+        let at = waiting.iter().position(|frame| frame.pair == pair)?;
+        Some(waiting.remove(at))
+    }
+
     /// Asks the driver to announce itself; whether there is one that does.
     pub(super) fn announce(&self) -> bool {
         let announces = lock(&self.active).as_ref().is_some_and(|active| active.announces);
@@ -222,6 +240,7 @@ impl Shared {
     /// As it is before a driver says anything.
     pub(super) fn reset(&self) {
         self.announced();
+        lock(&self.waiting).clear();
         self.use_pairs(1);
         let filter = Arc::new(RxFilter::everything(self.mac));
         self.wish(|wishes| (wishes.filter, wishes.offloads) = (filter, Offloads::NONE));

@@ -40,4 +40,9 @@ impl<M: DeviceMemory> Worker for PairWorker<M> {
         self.transmit.stop();
         self.receive.stop();
     }
+
+    /// Frames to be sent stay with their queue. One that has come is nowhere else.
+    fn pause(&mut self) -> Result<(), QueueError> {
+        self.receive.pause()
+    }
 }

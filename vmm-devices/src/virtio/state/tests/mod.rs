@@ -2,6 +2,7 @@
 
 mod devices;
 mod disks;
+mod frames;
 mod hostile;
 
 use std::sync::{Arc, Mutex};
@@ -55,10 +56,14 @@ impl Saved {
     /// As it comes out of a snapshot.
     #[cfg(feature = "snapshot")]
     fn through_bytes(&self) -> Self {
-        use crate::snapshot::SnapshotState as _;
+        use crate::snapshot::SnapshotState;
+        fn again<S: SnapshotState>(state: &S) -> S {
+            let newest = S::FORMAT.newest;
+            S::decode(&state.encode(newest).unwrap(), newest).unwrap()
+        }
         match self {
-            Self::Mmio(state) => Self::Mmio(VirtioMmioState::decode(&state.encode(1).unwrap(), 1).unwrap()),
-            Self::Pci(state) => Self::Pci(VirtioPciState::decode(&state.encode(1).unwrap(), 1).unwrap()),
+            Self::Mmio(state) => Self::Mmio(again(state)),
+            Self::Pci(state) => Self::Pci(again(state)),
         }
     }
 
