@@ -86,6 +86,35 @@ fn configurations_come_back_as_they_were_resolved() {
     assert_eq!(CpuidTable::from_mirror(reversed).unwrap_err().to_string(), "its leaves do not ascend");
 }
 
+/// As many as a state can have take no longer to refuse than to read.
+#[test]
+fn leaves_that_do_not_ascend_are_refused_at_once() {
+    use crate::cpuid::CpuidEntry;
+    let refused = |entries: &[CpuidEntry]| {
+        let begun = std::time::Instant::now();
+        let mirror = entries.iter().map(Mirrored::mirror).collect();
+        let problem = CpuidTable::from_mirror(mirror).unwrap_err().to_string();
+        assert_eq!(problem, "its leaves do not ascend");
+        assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+    };
+    let entry = |leaf, subleaf| CpuidEntry::new(leaf, subleaf, [1; 4]);
+    let most = 300_000;
+    refused(&(0..most).rev().map(|leaf| entry(leaf, None)).collect::<Vec<_>>());
+    // A leaf that has subleaves and then none, over and over, behind many others.
+    let others = (0..most / 2).map(|leaf| entry(leaf, None));
+    let turns = (0..most / 2).map(|turn| entry(most, (turn % 2 == 0).then_some(0)));
+    refused(&others.chain(turns).collect::<Vec<_>>());
+    for pair in [
+        [entry(4, Some(1)), entry(4, Some(1))],
+        [entry(4, None), entry(4, Some(0))],
+        [entry(4, Some(0)), entry(4, None)],
+        [entry(4, None), entry(4, None)],
+        [entry(4, None), entry(3, Some(7))],
+    ] {
+        refused(&pair);
+    }
+}
+
 #[test]
 fn what_is_too_short_or_too_long_is_refused() {
     let (cpu, vm) = (cpu().encode(1).unwrap(), vm().encode(1).unwrap());
