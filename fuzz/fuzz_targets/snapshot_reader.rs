@@ -200,6 +200,8 @@ fuzz_target!(|input: Input| {
     let path = place("");
     fs::write(&path, changed(&input)).expect("room");
     let opened = if incremental { Snapshot::open_on(base(large), &path) } else { Snapshot::open(&path) };
+    // What is open stays.
+    fs::remove_file(&path).expect("it is there");
     let Some(snapshot) = located(opened) else { return };
     let states = (
         located(snapshot.get::<VmConfig>("vm/config")).is_some(),
