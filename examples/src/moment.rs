@@ -17,8 +17,10 @@ pub struct Moment {
     pub interrupts: u32,
     /// Instructions with REP of which some iterations were to come.
     pub repeats: u32,
-    /// Requests of devices that were in flight.
-    pub requests: u64,
+    /// Requests that disks had taken and not given back, and finished before they came to rest.
+    pub drained: u64,
+    /// The same, of which the snapshot knows: the disks that go on do them.
+    pub carried: u64,
 }
 
 /// What the line that tells of a moment begins with.
@@ -56,8 +58,9 @@ fn is_repeat(vcpu: &mut dyn Vcpu, state: &CpuState, ram: &GuestRam) -> bool {
 
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { running, interrupts, repeats, requests } = self;
-        write!(f, "running {running}, interrupts {interrupts}, repeats {repeats}, requests {requests}")
+        let Self { running, interrupts, repeats, drained, carried } = self;
+        write!(f, "running {running}, interrupts {interrupts}, repeats {repeats}, ")?;
+        write!(f, "drained {drained}, carried {carried}")
     }
 }
 
@@ -73,7 +76,8 @@ impl FromStr for Moment {
                 "running" => moment.running = count,
                 "interrupts" => moment.interrupts = count,
                 "repeats" => moment.repeats = count,
-                "requests" => moment.requests = count.into(),
+                "drained" => moment.drained = count.into(),
+                "carried" => moment.carried = count.into(),
                 _ => return Err(format!("{name:?} is none of a moment's counts")),
             }
         }
@@ -87,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_moment_is_read_as_it_is_shown() {
-        let moment = Moment { running: 2, interrupts: 1, repeats: 0, requests: 7 };
+        let moment = Moment { running: 2, interrupts: 1, repeats: 0, drained: 7, carried: 3 };
         assert_eq!(moment.to_string().parse(), Ok(moment));
         assert!("running 2, sleeping 1".parse::<Moment>().is_err());
     }

@@ -36,6 +36,10 @@ struct Options {
     /// Gives it a disk to compute over as well, on that transport.
     #[arg(long, value_name = "mmio|pci")]
     disk: Option<String>,
+    /// How many requests a second that disk serves at most, 0 for as many as it can. One for which it is too early waits, and is saved with
+    /// the disk.
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    iops: u64,
     /// Rounds that the guest computes; unless given, as many as take it as long as the runs, as far as can be foreseen.
     #[arg(long)]
     rounds: Option<u64>,
@@ -79,12 +83,11 @@ impl Soak {
         let mut devices = Vec::new();
         if let Some(transport) = &options.disk {
             native.arg(&here);
-            devices.extend([
-                "--transport".into(),
-                transport.into(),
-                "--disk".into(),
-                there.as_os_str().to_owned(),
-            ]);
+            let mut disk = there.as_os_str().to_owned();
+            if options.iops > 0 {
+                disk.push(format!(",iops={}", options.iops));
+            }
+            devices.extend(["--transport".into(), transport.into(), "--disk".into(), disk]);
         }
         let native = native.output()?;
         ensure!(native.status.success(), "digest: {}", String::from_utf8_lossy(&native.stderr));
@@ -170,13 +173,14 @@ impl Soak {
 }
 
 fn count(found: &mut BTreeMap<&'static str, u32>, moment: Moment) {
-    let Moment { running, interrupts, repeats, requests } = moment;
+    let Moment { running, interrupts, repeats, drained, carried } = moment;
     for (what, is_there) in [
         ("a vCPU that computes", running > 0),
         ("several vCPUs that compute", running > 1),
         ("an interrupt", interrupts > 0),
         ("a REP", repeats > 0),
-        ("a request of a device", requests > 0),
+        ("a request of a disk, which was finished first", drained > 0),
+        ("a request of a disk, which was saved with it", carried > 0),
     ] {
         *found.entry(what).or_default() += u32::from(is_there);
     }

@@ -4,6 +4,7 @@
 //! Over PCI each is a function of bus 0, which the guest finds by itself, and interrupts by messages.
 
 mod console;
+mod disk;
 mod doorbells;
 mod network;
 mod port;
@@ -11,6 +12,7 @@ mod saved;
 mod vsock;
 
 pub use console::VirtioConsole;
+pub use disk::Disk;
 pub use doorbells::KernelDoorbells;
 pub use network::{Network, Place};
 pub use port::NamedPort;
@@ -20,23 +22,19 @@ pub use vsock::VsockOptions;
 use std::error::Error;
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use vmm_cpu::Vm;
 use vmm_devices::acpi::{AcpiBuilder, AcpiDevice, AcpiPci};
 use vmm_devices::channel::{AllowAll, Gatekeeper};
 use vmm_devices::ivshmem::{Ivshmem, Member};
 use vmm_devices::pci::PciLayout;
-use vmm_devices::virtio::block::{self, RawFile};
 use vmm_devices::virtio::console::{Console, MAX_PORTS};
-use vmm_devices::virtio::metrics::DeviceMetrics;
 use vmm_devices::virtio::{
-    Balloon, Block, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio, VirtioPci,
+    Balloon, EventLoop, Executor, Inline, LoopThread, Rng, VirtioDevice, VirtioMmio, VirtioPci,
 };
 use vmm_devices::{BusRange, Clock};
 use vmm_memory::vm_memory::{GuestAddress, GuestMemoryAtomic};
@@ -46,7 +44,6 @@ use crate::audit::OnFailure;
 use crate::ivshmem::{Mapper, SharedRegion};
 use crate::metrics::{Exporter, Sources};
 use crate::pc::{Output, Pc};
-use crate::policy::lock_image;
 use saved::Attached;
 
 /// How the guest finds the devices.
@@ -76,26 +73,6 @@ struct Device {
     device: Box<dyn VirtioDevice<Ram>>,
 }
 
-/// A disk of the guest's: a file of this machine, or a block device, taken for the disk's bytes whatever is in them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    /// Where it is here.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    pub read_only: bool,
-}
-
-impl FromStr for Disk {
-    type Err = anyhow::Error;
-
-    /// `FILE`, or `FILE,ro`.
-    fn from_str(text: &str) -> Result<Self> {
-        let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
-        ensure!(!path.is_empty(), "{text:?} is not FILE[,ro]");
-        Ok(Self { path: path.into(), read_only })
-    }
-}
-
 /// What a machine has.
 pub struct VirtioDevices {
     transport: Transport,
@@ -107,7 +84,8 @@ pub struct VirtioDevices {
     /// By which they say how long requests took.
     clock: Arc<dyn Clock>,
     figures: Sources,
-    disks: Vec<Arc<DeviceMetrics>>,
+    /// Which of the devices are disks.
+    disks: Vec<usize>,
     /// Who is asked before a channel opens.
     gatekeeper: Gatekeeper,
     on_failure: Option<OnFailure>,
@@ -117,7 +95,8 @@ pub struct VirtioDevices {
 #[must_use]
 pub struct Served {
     attached: Attached,
-    disks: Vec<Arc<DeviceMetrics>>,
+    /// Which of the devices are disks.
+    disks: Vec<usize>,
     /// It ends when it is dropped.
     _thread: Option<LoopThread>,
 }
@@ -167,29 +146,10 @@ impl VirtioDevices {
     /// If the file cannot be opened, or is no disk, another program writes to it, or is to have it while this one writes, or there are too many
     /// devices.
     pub fn disk(mut self, disk: &Disk) -> Result<Self> {
-        let Disk { path, read_only } = disk;
-        let shown = path.display();
-        let file = RawFile::open(path, *read_only).with_context(|| format!("disk {shown}"))?;
-        match lock_image(&file, *read_only) {
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                let (other, take) = if *read_only {
-                    ("it is written to by another program or disk", "end that one")
-                } else {
-                    ("another program or disk has it open", "take it read-only (,ro)")
-                };
-                bail!("disk {shown}: {other}, and an image has one writer or readers alone; {take}");
-            }
-            Err(error) => tracing::warn!(%shown, %error, "nobody is kept from writing to a disk, too"),
-            Ok(()) => {}
-        }
-        let name = path.file_name().map(|name| name.as_encoded_bytes().to_vec()).unwrap_or_default();
-        let serial = name.get(..name.len().min(block::ID_BYTES)).unwrap_or_default();
-        let device = Block::builder(Arc::new(file)).read_only(*read_only).serial(serial);
-        let figures = self.figures.device("block");
-        self.disks.push(Arc::clone(&figures));
-        let device = device.metrics(figures, Arc::clone(&self.clock));
-        let device = device.build().with_context(|| format!("disk {shown}"))?;
-        self.add(format!("disk {shown}"), "virtio_blk", Box::new(device))
+        let name = format!("disk {}", disk.path.display());
+        let device = disk.device(self.figures.device("block"), &self.clock).with_context(|| name.clone())?;
+        self.disks.push(self.devices.len());
+        self.add(name, "virtio_blk", Box::new(device))
     }
 
     /// A network device, whose frames go to a tap device of this machine, or to a switch.

@@ -1,19 +1,16 @@
 //! The devices of a machine that is saved, and of one that goes on.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
 use vmm_devices::ivshmem::{Ivshmem, IvshmemState};
 use vmm_devices::pci::{HostBridge, HostBridgeState};
-use vmm_devices::virtio::metrics::{DeviceMetrics, MetricsSnapshot};
-use vmm_devices::virtio::{VirtioMmio, VirtioMmioState, VirtioPci, VirtioPciState, VirtioState};
+use vmm_devices::virtio::{VirtioMmio, VirtioMmioState, VirtioPci, VirtioPciState};
 use vmm_memory::snapshot::{Snapshot, SnapshotWriter};
 
 use super::{Ram, Served};
 use crate::pc::lock;
-
-/// The number of block devices among virtio's (5.2.1).
-const BLOCK: u16 = 2;
 
 /// Where the devices are.
 pub(super) enum Attached {
@@ -51,22 +48,32 @@ fn region(number: usize) -> String {
 }
 
 impl Served {
-    /// Brings all devices to rest; how many requests of disks were finished meanwhile, which were in flight. The vCPUs stand still.
-    pub fn pause(&self) -> u64 {
-        let before = self.requests_done();
+    /// Brings all devices to rest. Of requests that disks had taken when they were asked to, and not given back: how many were finished
+    /// meanwhile, and how many stay in flight and are saved so. The vCPUs stand still.
+    pub fn pause(&self) -> (u64, u64) {
+        let before = self.in_flight();
         match &self.attached {
             Attached::Mmio(devices) => devices.iter().for_each(|device| lock(device).pause()),
             Attached::Pci { functions, .. } => functions.iter().for_each(|device| lock(device).pause()),
         }
-        self.requests_done() - before
+        let after = self.in_flight();
+        // No vCPU makes the same one again.
+        let carried = before.intersection(&after).count();
+        ((before.len() - carried) as u64, carried as u64)
     }
 
-    fn requests_done(&self) -> u64 {
-        let done = |disk: &Arc<DeviceMetrics>| {
-            let MetricsSnapshot { read, write, other, .. } = disk.snapshot();
-            read.requests + write.requests + other.requests
+    /// Requests that disks have taken, and not given back: the number of the device, its queue, and the descriptor.
+    fn in_flight(&self) -> BTreeSet<(usize, u16, u16)> {
+        let of_device = |number: usize| match &self.attached {
+            Attached::Mmio(devices) => devices.get(number).map(|device| lock(device).in_flight()),
+            Attached::Pci { functions, .. } => functions.get(number).map(|device| lock(device).in_flight()),
         };
-        self.disks.iter().map(done).sum()
+        let of_disk = |number: &usize| {
+            let number = *number;
+            let requests = of_device(number).unwrap_or_default().into_iter();
+            requests.map(move |(queue, head)| (number, queue, head))
+        };
+        self.disks.iter().flat_map(of_disk).collect()
     }
 
     /// Lets them go on.
@@ -146,17 +153,6 @@ impl Served {
             _ => anyhow::bail!("the devices were on another bus"),
         }
         Ok(())
-    }
-
-    /// Requests that were taken, and stay in flight.
-    #[must_use]
-    pub fn carried(states: &DeviceStates) -> u64 {
-        let devices: Vec<&VirtioState> = match states {
-            DeviceStates::Mmio(states) => states.iter().map(|state| &state.device).collect(),
-            DeviceStates::Pci { functions, .. } => functions.iter().map(|state| &state.device).collect(),
-        };
-        let disks = devices.into_iter().filter(|device| device.device_type == BLOCK);
-        disks.flat_map(|device| &device.queues).map(|queue| queue.in_flight.len() as u64).sum()
     }
 }
 

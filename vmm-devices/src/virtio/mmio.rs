@@ -131,6 +131,12 @@ impl<M: DeviceMemory> VirtioMmio<M> {
         self.control.pause();
     }
 
+    /// Requests that the device has taken and not given back: the queue, and the first descriptor of the chain. While it is at work that is so for
+    /// a moment; of one that is paused, these are the ones that stay in flight, and are saved with it.
+    pub fn in_flight(&self) -> Vec<(u16, u16)> {
+        self.control.in_flight()
+    }
+
     /// Goes on after a [`pause`](Self::pause) or [`restore`](Self::restore), and looks at each queue once.
     ///
     /// # Errors

@@ -98,8 +98,9 @@ pub(crate) struct Options {
     /// devices.
     #[arg(long, value_enum)]
     pub(crate) transport: Option<Transport>,
-    /// Gives the guest a disk: a file or block device, taken for the disk's bytes as they are. Repeatable.
-    #[arg(long, value_name = "FILE[,ro]")]
+    /// Gives the guest a disk: a file or block device, taken for the disk's bytes as they are. With `iops` it serves so many requests
+    /// a second at most. Repeatable.
+    #[arg(long, value_name = "FILE[,ro][,iops=N]")]
     pub(crate) disk: Vec<Disk>,
     /// Gives the guest a network device whose frames come out at the tap device NAME of this machine, which has to be there (`ip
     /// tuntap add dev NAME mode tap`), or go to the switch of the program `net_switch` at PATH. At the Unix socket of `cable` programs

@@ -123,7 +123,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
             ram: &vm.ram()?,
             session: &session,
             line: line.bytes(),
-            events: pending(&vm)?,
+            events: pending(&vm, &ram)?,
         };
         saving.finish(machine, &watch)?;
     }
@@ -163,10 +163,9 @@ fn boot(vm: &XenPvVm, options: &Options, session: &Session) -> Result<()> {
     Ok(())
 }
 
-/// Event channels that are pending and not masked.
-fn pending(vm: &XenPvVm) -> Result<u32> {
-    let (ram, frame) = (vm.ram()?, vm.domain()?.shared_info_frame());
-    let memory = ram.memory();
+/// Event channels that are pending and not masked. Where they are told is above the domain's RAM, in the handle that it was made with.
+fn pending(vm: &XenPvVm, ram: &GuestRam) -> Result<u32> {
+    let (memory, frame) = (ram.memory(), vm.domain()?.shared_info_frame());
     // In shared_info (Xen public/xen.h) 64 words of each follow 32 vcpu_info of 64 bytes.
     let mut words = [[0_u64; 64]; 2];
     for (at, word) in (frame * PAGE_SIZE + 32 * 64..).step_by(8).zip(words.as_flattened_mut()) {

@@ -163,7 +163,7 @@ impl Saving {
         let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session, line, events } = machine;
         let writer = &mut self.writer;
         // Nothing of the platform and its devices comes to a vCPU that has been saved.
-        let finished = devices.map_or(0, Served::pause);
+        let (drained, carried) = devices.map(Served::pause).unwrap_or_default();
         let still = pc.map(Pc::still);
         let session = match session {
             // Its input is in the guest.
@@ -173,7 +173,7 @@ impl Saving {
         let known = KnownJson { session, heard: watch.heard(), line };
         writer.put("program", &Known { text: serde_json::to_string(&known)? })?;
         writer.put("vm/config", &config.resolve(hypervisor, vm)?)?;
-        let mut moment = Moment { interrupts: events, ..Moment::default() };
+        let mut moment = Moment { interrupts: events, drained, carried, ..Moment::default() };
         for vcpu in vcpus {
             let name = format!("cpu/{}", vcpu.index());
             let state = vcpu.save().with_context(|| name.clone())?;
@@ -182,9 +182,7 @@ impl Saving {
         }
         writer.put("vm", &vm.save()?)?;
         if let Some(devices) = devices {
-            let states = devices.states()?;
-            states.put(writer)?;
-            moment.requests = finished + Served::carried(&states);
+            devices.states()?.put(writer)?;
         }
         if let (Some(pc), Some(still)) = (pc, &still) {
             pc.state(still).put(writer)?;

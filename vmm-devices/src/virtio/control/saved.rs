@@ -10,6 +10,7 @@ use super::{AtWork, Control, Signal, Started, status};
 use crate::error::StateError;
 use crate::virtio::device::{ActivateError, DeviceMemory, DriverLink as _};
 use crate::virtio::executor::Running;
+use crate::virtio::queue::Position;
 use crate::virtio::state::{VirtioState, VirtioStateError, VirtqueueState};
 
 const DEVICE: &str = "virtio";
@@ -44,6 +45,17 @@ impl<M: DeviceMemory, S: Signal + 'static> Control<M, S> {
             workers.iter_mut().for_each(|worker| worker.stop());
         }
         started.at_work = AtWork::Paused(workers);
+    }
+
+    /// Chains that were taken and not completed: by queue, and in the order in which they were taken.
+    pub(crate) fn in_flight(&self) -> Vec<(u16, u16)> {
+        let started = self.started.as_ref().filter(|_| is_at_work(self.status()));
+        let positions = (0..).zip(started.iter().flat_map(|started| &started.positions));
+        let of_queue = |(queue, position): (u16, &Option<Arc<Position>>)| {
+            let heads = position.as_ref().map(|position| position.in_flight()).unwrap_or_default();
+            heads.into_iter().map(move |head| (queue, head))
+        };
+        positions.flat_map(of_queue).collect()
     }
 
     /// Goes on.

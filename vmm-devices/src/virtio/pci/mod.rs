@@ -142,6 +142,11 @@ impl<M: DeviceMemory> VirtioPci<M> {
         self.control.pause();
     }
 
+    /// Requests that the device has taken and not given back, as [`VirtioMmio::in_flight`](super::VirtioMmio::in_flight) has it.
+    pub fn in_flight(&self) -> Vec<(u16, u16)> {
+        self.control.in_flight()
+    }
+
     /// Goes on after a [`pause`](Self::pause) or [`restore`](Self::restore), and looks at each queue once.
     ///
     /// # Errors

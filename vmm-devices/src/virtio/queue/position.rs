@@ -1,7 +1,7 @@
 //! How far a queue has come: what its worker leaves behind for who saves the device.
 //!
-//! The worker alone writes it, whatever thread it is called by, and who reads it has waited for the end of its calls. So nothing here needs
-//! more order than that wait gives.
+//! The worker alone writes it, whatever thread it is called by, and who saves it has waited for the end of its calls. So nothing here needs
+//! more order than that wait gives. Who looks at a queue that is at work sees each value as it is or was a moment ago.
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering::Relaxed};
 

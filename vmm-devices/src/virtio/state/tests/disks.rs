@@ -206,6 +206,8 @@ fn what_the_disk_has_is_waited_for_and_what_waits_for_a_limit_goes_on_elsewhere(
         machine.driver.notify(0);
         disk.await_blocked(2);
         assert!(matches!(machine.try_save(), Err(VirtioStateError::Running)));
+        let heads = (0..6).map(|request| (0, 3 * request));
+        assert_eq!(machine.transport.in_flight(), Vec::from_iter(heads), "the sixth one waits");
         std::thread::scope(|scope| {
             let transport = machine.transport.clone();
             let pause = scope.spawn(move || transport.pause());
@@ -217,6 +219,7 @@ fn what_the_disk_has_is_waited_for_and_what_waits_for_a_limit_goes_on_elsewhere(
         assert_eq!(stream.done, 5);
         let mut saved = machine.save();
         assert_eq!(saved.device().queues[0].in_flight, [15], "the descriptors of five come before");
+        assert_eq!(machine.transport.in_flight(), [(0, 15)]);
         // Here it can go on as well.
         machine.resume();
         clock.advance(200_000_000);

@@ -37,6 +37,13 @@ impl Transport {
             Self::Pci(device) => lock(device).pause(),
         }
     }
+
+    fn in_flight(&self) -> Vec<(u16, u16)> {
+        match self {
+            Self::Mmio(device) => lock(device).in_flight(),
+            Self::Pci(device) => lock(device).in_flight(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
