@@ -1,12 +1,20 @@
-//! What a machine was in the middle of when it was saved.
+//! What a machine was in the middle of when it was saved, and when.
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use vmm_cpu::Vcpu;
 use vmm_cpu::state::{CpuState, RunState};
 use vmm_memory::GuestRam;
 use vmm_memory::vm_memory::Bytes as _;
+
+/// What time it is by a clock that all processes have in common (CLOCK_MONOTONIC).
+#[must_use]
+pub fn now() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::try_from(now).unwrap_or_default()
+}
 
 /// What vCPUs were in the middle of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -20,7 +20,7 @@ use vmm_devices::platform::{
 };
 use vmm_devices::{BusDevice, BusRange, Clock, InterruptLine, MmioBus, PioBus, Timed};
 use vmm_memory::GuestRam;
-use vmm_memory::vm_memory::GuestAddress;
+use vmm_memory::vm_memory::{Bytes as _, GuestAddress};
 
 use crate::guest_command::SerialPort;
 use crate::pc_state::Still;
@@ -363,6 +363,9 @@ impl Pc {
             .device(AcpiDevice::rtc());
         let tables = further(builder).build(BIOS_AREA.start..GENERATION.0).context("ACPI tables")?;
         tables.write_to(ram)?;
+        // The first generation. A page of zeros would be none that a snapshot has, and another generation is what a machine that goes on
+        // writes before anything else.
+        ram.memory().write_slice(&1_u128.to_le_bytes(), GENERATION)?;
         Ok(tables.rsdp())
     }
 

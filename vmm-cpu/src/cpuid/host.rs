@@ -27,13 +27,19 @@ mod read {
         let until = |last: fn(&CpuidEntry) -> bool| {
             (0..SUBLEAVES_MAX).find(|n| last(&read(leaf, Some(*n)))).unwrap_or(SUBLEAVES_MAX)
         };
+        // Components of the extended state, for XCR0 and IA32_XSS, of which each has a subleaf; a hypervisor below may take long to say of
+        // each other one that it is empty.
+        let components = || {
+            let (user, supervisor) = (read(leaf, Some(0)), read(leaf, Some(1)));
+            u64::from(user.eax | supervisor.ecx) | u64::from(user.edx | supervisor.edx) << 32
+        };
         let last = match leaf {
             // Caches, ended by one of type 0.
             4 | 0x8000_001d => until(|entry| entry.eax & 0x1f == 0),
             // Levels, ended by one of type 0.
             0xb | 0x1f | 0x8000_0026 => until(|entry| entry.ecx & 0xff00 == 0),
             7 | 0x14 | 0x17 | 0x18 | 0x1d | 0x20 | 0x24 => announced(),
-            0xd => 63,
+            0xd => 63 - components().leading_zeros().min(62),
             0xf => 1,
             0x10 | 0x8000_0020 => 3,
             0x12 | 0x23 => 5,

@@ -14,7 +14,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::dirty::DirtyRings;
 use super::vm::{KvmVm, VmInner, VmParts, enable_cap};
-use super::{NAME, host, platform_state};
+use super::{NAME, host, platform_state, sys};
 use crate::cpuid::{CpuidEntry, CpuidTable};
 use crate::error::{Error, Result};
 use crate::hypervisor::{Capabilities, ClockSource, Hypervisor, InterruptMode, VmConfig};
@@ -60,7 +60,7 @@ const REQUIRED: [(Cap, &str); 9] = [
 /// let kvm = KvmHypervisor::with_options(KvmOptions::default().dirty_ring(Some(4096)))?;
 /// # Ok::<(), vmm_cpu::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KvmOptions {
     dirty_ring: Option<u32>,
@@ -147,6 +147,9 @@ pub struct KvmHypervisor {
     /// What programs see, and the width of their addresses, where privileged code is software's.
     #[cfg(feature = "translate")]
     host: (CpuidTable, u8),
+    /// What the processor itself says.
+    #[cfg(feature = "translate")]
+    processor: CpuidTable,
     saved_msrs: Vec<u32>,
     run_page_size: usize,
     max_slots: u32,
@@ -169,18 +172,28 @@ impl KvmHypervisor {
     /// As [`KvmHypervisor::open`]; [`Error::Unsupported`] for an option that the host's KVM lacks, and
     /// [`Error::InvalidArgument`] for a number of entries that it does not allow.
     pub fn with_options(options: KvmOptions) -> Result<Self> {
-        let this = Self::open()?;
-        if let Some(entries) = options.dirty_ring {
-            check_dirty_ring(&this.kvm, entries)?;
+        Self::open()?.options(options)
+    }
+
+    /// The same for virtual machines with those options: for who has looked at its [capabilities](Hypervisor::capabilities) first.
+    ///
+    /// # Errors
+    /// As [`KvmHypervisor::with_options`]; [`Error::Unsupported`] if it was given options already.
+    pub fn options(self, options: KvmOptions) -> Result<Self> {
+        if self.options != KvmOptions::default() {
+            return Err(Error::unsupported("other options", "this backend was given some before"));
         }
-        let types = this.kvm.check_extension_raw(u64::from(KVM_CAP_VM_TYPES));
+        if let Some(entries) = options.dirty_ring {
+            check_dirty_ring(&self.kvm, entries)?;
+        }
+        let types = self.kvm.check_extension_raw(u64::from(KVM_CAP_VM_TYPES));
         if options.software_protected && types & 1 << KVM_X86_SW_PROTECTED_VM == 0 {
             return Err(Error::unsupported(
                 "a software-protected virtual machine",
                 "KVM_CAP_VM_TYPES of this host lacks it (CONFIG_KVM_SW_PROTECTED_VM, and two-dimensional paging)",
             ));
         }
-        let this = Self { options, ..this };
+        let this = Self { options, ..self };
         #[cfg(feature = "translate")]
         if this.options.privileged_in_software {
             return this.split();
@@ -208,7 +221,7 @@ impl KvmHypervisor {
         self.capabilities.tsc_scaling = false;
         self.capabilities.hardware_assisted = Some(false);
         self.capabilities.shadowed_page_tables = false;
-        self.cpuid = crate::translate::native::supported_with_vectors(&CpuidTable::host(), &self.host.0);
+        self.cpuid = crate::translate::native::supported_with_vectors(&self.processor, &self.host.0);
         Ok(self)
     }
 
@@ -216,10 +229,10 @@ impl KvmHypervisor {
     #[cfg(feature = "translate")]
     fn create_split(&self, config: &VmConfig) -> Result<super::split::SplitVm> {
         self.check(config)?;
-        let tsc_khz = self.tsc_khz(config.clock.tsc_khz)?;
         let cpuid = config.cpu.resolve(&self.cpuid)?;
         let below = VmConfig { interrupts: InterruptMode::External, ..config.clone() };
         let kvm = self.create_inner(&below, self.host.0.clone(), false)?;
+        let tsc_khz = kvm.clock.tsc_khz();
         let always = self.options.all_programs;
         // Beyond x87 and SSE, which all have.
         let vectors = self.cpuid.get(0xd, 0).map_or(0, |leaf| u64::from(leaf.eax & !3));
@@ -262,7 +275,8 @@ impl KvmHypervisor {
                 return Err(Error::HostTooOld { backend: NAME, what: name.to_owned() });
             }
         }
-        let cpuid = supported_cpuid(&kvm)?;
+        let processor = CpuidTable::host();
+        let cpuid = supported_cpuid(&kvm, &processor)?;
         let saved_msrs = kvm
             .get_msr_index_list()
             .map_err(|errno| host("KVM_GET_MSR_INDEX_LIST", errno))?
@@ -280,6 +294,8 @@ impl KvmHypervisor {
             options,
             #[cfg(feature = "translate")]
             host: (cpuid.clone(), capabilities.gpa_bits),
+            #[cfg(feature = "translate")]
+            processor,
             capabilities,
             cpuid,
             saved_msrs,
@@ -332,10 +348,11 @@ impl KvmHypervisor {
     }
 
     fn create_inner(&self, config: &VmConfig, cpuid: CpuidTable, finishes: bool) -> Result<Arc<VmInner>> {
-        let tsc_khz = self.tsc_khz(config.clock.tsc_khz)?;
         let kind = if self.options.software_protected { KVM_X86_SW_PROTECTED_VM } else { KVM_X86_DEFAULT_VM };
         let fd =
             self.kvm.create_vm_with_type(u64::from(kind)).map_err(|errno| host("KVM_CREATE_VM", errno))?;
+        let default_tsc_khz = self.default_tsc_khz(&fd)?;
+        let tsc_khz = self.tsc_khz(config.clock.tsc_khz, default_tsc_khz)?;
         let dirty_rings =
             self.options.dirty_ring.map(|entries| enable_dirty_rings(&fd, entries)).transpose()?;
         fd.set_identity_map_address(IDENTITY_MAP)
@@ -355,7 +372,7 @@ impl KvmHypervisor {
             dirty_rings,
             finish,
         }));
-        inner.clock.set_rates(tsc_khz, self.default_tsc_khz()?);
+        inner.clock.set_rates(tsc_khz, default_tsc_khz);
         tracing::debug!(?config.interrupts, config.max_vcpus, "kvm: virtual machine created");
         Ok(inner)
     }
@@ -380,11 +397,14 @@ impl KvmHypervisor {
         Ok(None)
     }
 
-    /// The rate of vCPUs that ask for none: that of a vCPU made for the question, 0 if KVM cannot say (the host's
-    /// TSC is unstable).
-    fn default_tsc_khz(&self) -> Result<u32> {
+    /// The rate of vCPUs that ask for none, 0 if KVM cannot say (the host's TSC is unstable). Before Linux 5.18 a virtual machine
+    /// does not say, and a vCPU is made for the question: to make that and its machine, and end them, takes milliseconds.
+    fn default_tsc_khz(&self, vm: &VmFd) -> Result<u32> {
         if let Some(khz) = self.default_tsc_khz.get() {
             return Ok(*khz);
+        }
+        if let Some(khz) = sys::vm_tsc_khz(vm) {
+            return Ok(*self.default_tsc_khz.get_or_init(|| khz));
         }
         let vm = self.kvm.create_vm().map_err(|errno| host("KVM_CREATE_VM", errno))?;
         let vcpu = vm.create_vcpu(0).map_err(|errno| host("KVM_CREATE_VCPU", errno))?;
@@ -392,8 +412,7 @@ impl KvmHypervisor {
     }
 
     /// The rate of a VM's vCPUs.
-    fn tsc_khz(&self, wanted: Option<u32>) -> Result<u32> {
-        let default = self.default_tsc_khz()?;
+    fn tsc_khz(&self, wanted: Option<u32>, default: u32) -> Result<u32> {
         match wanted {
             None => Ok(default),
             Some(0) => Err(Error::invalid("ClockConfig::tsc_khz", 0, "at least 1 kHz")),
@@ -466,7 +485,7 @@ fn create_interrupt_controllers(fd: &VmFd, config: &VmConfig) -> Result<()> {
     Ok(())
 }
 
-fn supported_cpuid(kvm: &Kvm) -> Result<CpuidTable> {
+fn supported_cpuid(kvm: &Kvm, processor: &CpuidTable) -> Result<CpuidTable> {
     /// KVM_CPUID_FLAG_SIGNIFCANT_INDEX.
     const SUBLEAF_MATTERS: u32 = 1;
     let table = kvm
@@ -482,9 +501,8 @@ fn supported_cpuid(kvm: &Kvm) -> Result<CpuidTable> {
     });
     let mut supported = CpuidTable::new(entries.collect());
     // KVM leaves the processor's name to its users.
-    let host = CpuidTable::host();
     for leaf in BRAND_STRING {
-        if let Some(entry) = host.get(leaf, 0)
+        if let Some(entry) = processor.get(leaf, 0)
             && supported.max_extended_leaf() >= leaf
         {
             supported.set(entry);

@@ -32,6 +32,7 @@ mod request {
     ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
     ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
     ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
+    ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xa3);
     ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 }
 
@@ -279,6 +280,13 @@ pub(super) fn create_guest_memfd(vm: &VmFd, argument: kvm_create_guest_memfd) ->
     let fd = vm.create_guest_memfd(argument)?;
     // SAFETY: the kernel has just made the descriptor for this call.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// KVM_GET_TSC_KHZ of a virtual machine: the rate that its vCPUs begin with. `None` if KVM does not say.
+pub(super) fn vm_tsc_khz(vm: &VmFd) -> Option<u32> {
+    // SAFETY: the descriptor is a VM's, and the request takes no argument.
+    let khz = unsafe { ioctl(vm, request::KVM_GET_TSC_KHZ()) };
+    u32::try_from(khz).ok().filter(|khz| *khz > 0)
 }
 
 /// KVM_RESET_DIRTY_RINGS: how many entries were reset.

@@ -150,7 +150,10 @@ fn report(watch: &Watch, ended: Duration, vcpus: &[Box<dyn Vcpu>], memory: Optio
             eprintln!("{what}: {:.3} s", time.as_secs_f64());
         }
     };
-    at("first instruction", watch.begun.get());
+    if let Some(begun) = watch.begun.get() {
+        // A snapshot is there sooner than the other moments can tell.
+        eprintln!("first instruction: {:.4} s", begun.as_secs_f64());
+    }
     at("first line of the kernel", watch.first_output.get());
     at("init", watch.init.get());
     at("end", Some(&ended));
