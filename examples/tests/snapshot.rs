@@ -89,6 +89,55 @@ fn the_date_is_right_afterwards() {
     }
 }
 
+#[test]
+fn what_has_changed_is_saved_alone_and_goes_on_with_its_base() {
+    let directory = tempfile::tempdir().unwrap();
+    for backend in backends("what has changed") {
+        let [whole, second, third] = ["whole", "second", "third"].map(|name| place(&directory, name));
+        let [whole, second, third] = [&whole, &second, &third].map(|path| path.to_str().unwrap());
+        let line = "head -c 3000000 /dev/urandom >a; md5sum a >sums; snapshot; \
+                    head -c 3000000 /dev/urandom >b; md5sum b >>sums; snapshot; rm a; cp b a; snapshot; \
+                    cmp a b && md5sum -c sums; exit 9";
+        saved(backend, Path::new(whole), line, &["--cpus", "2"]);
+        let pages = |stderr: &[u8]| {
+            let said = text(stderr);
+            let (_, rest) = said.split_once(": ").and_then(|(_, rest)| rest.split_once(": ")).unwrap();
+            rest.split_once(" of 65536 pages").expect(&said).0.parse::<u32>().unwrap()
+        };
+        for how in ["map", "load", "lazy"] {
+            let from = |from: &[&str], to: &str| {
+                let more = ["--snapshot-to", to, "--snapshot-incremental", "--restore-ram", how];
+                let output = linux(backend, &[&["--restore-from"], from, &more].concat());
+                assert_eq!(output.status.code(), Some(0), "{backend}, {how}: {}", text(&output.stderr));
+                pages(&output.stderr)
+            };
+            // Each has what the guest has written, and not the whole kernel.
+            for stored in [from(&[whole], second), from(&[second, "--restore-base", whole], third)] {
+                assert!((700..6000).contains(&stored), "{backend}, {how}: {stored} pages");
+            }
+            let bases = ["--restore-base", whole, "--restore-base", second];
+            let output = restored(backend, Path::new(third), &[&bases, &["--restore-ram", how][..]].concat());
+            let said = text(&output.stdout);
+            assert_eq!(output.status.code(), Some(9), "{backend}, {how}: {said}{}", text(&output.stderr));
+            assert_eq!(said, "a: FAILED\nb: OK\n", "{backend}, {how}");
+        }
+        for (arguments, expected) in [
+            (&["--restore-from", second][..], "and has to be opened with that"),
+            (&["--restore-from", third, "--restore-base", whole], "it is based on "),
+            (&["--restore-from", whole, "--restore-base", whole], "it is based on no other"),
+            (
+                &["--restore-from", whole, "--snapshot-to", whole, "--snapshot-incremental"],
+                "whose place it takes",
+            ),
+        ] {
+            let output = linux(backend, arguments);
+            let said = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(VMM_FAILURE), "{said}");
+            assert!(said.contains(expected), "no {expected:?} in {said}");
+        }
+    }
+}
+
 /// Where KVM emulates the guest's kernel it shows the host's time-stamp counter, so the guest had it from the beginning.
 #[test]
 fn a_guest_changes_its_backend_and_comes_back() {

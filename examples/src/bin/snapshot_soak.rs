@@ -5,6 +5,7 @@
 //! this machine. The program counts what the machine was in the middle of when it was saved.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Output};
 use std::time::Instant;
@@ -40,6 +41,9 @@ struct Options {
     /// the disk.
     #[arg(long, value_name = "N", default_value_t = 200)]
     iops: u64,
+    /// After each save of the whole machine, saves that many times just what has changed since the one before.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=62))]
+    incremental: u32,
     /// Rounds that the guest computes; unless given, as many as take it as long as the runs, as far as can be foreseen.
     #[arg(long)]
     rounds: Option<u64>,
@@ -98,22 +102,25 @@ impl Soak {
         );
 
         let mut found = BTreeMap::new();
-        let (mut output, mut saves) = (Vec::new(), 0);
+        let (mut output, mut runs) = (Vec::new(), 0);
+        let (mut whole, mut increments) = (Figures::default(), Figures::default());
+        // The snapshot to go on from, behind those that it is based on.
+        let mut chain: Vec<PathBuf> = Vec::new();
         let started = Instant::now();
+        // The first one boots and is saved when the guest asks for it, the last one ends.
         loop {
-            let backend =
-                options.backend.get(saves as usize % options.backend.len()).context("no backend")?;
-            let milliseconds = random.u64(10..=options.longest);
-            let (from, to) = (self.snapshot(saves), self.snapshot(saves + 1));
+            let backend = options.backend.get(runs as usize % options.backend.len()).context("no backend")?;
+            let to = self.directory.join(runs.to_string());
+            let is_increment = (1..=options.incremental as usize).contains(&chain.len());
             let mut command = Command::new(&self.linux);
             command.args(["--backend", backend, "--seconds", "600"]).args(&devices).args(&options.arguments);
-            if saves == 0 {
+            if runs == 0 {
                 if options.backend.len() > 1 && backend == "translate" {
                     // For KVM without virtualization hardware to go on with.
                     command.arg("--host-tsc");
                 }
                 let disk = if options.disk.is_some() { " /dev/vda" } else { "" };
-                let line = format!("/root/digest {rounds} {threads}{disk}");
+                let line = format!("snapshot; /root/digest {rounds} {threads}{disk}");
                 command.args([
                     "--cpus",
                     &threads,
@@ -122,15 +129,23 @@ impl Soak {
                     "--command",
                     &line,
                 ]);
-            } else {
-                command.arg("--restore-from").arg(&from);
             }
-            if saves < options.saves {
-                // It boots first.
-                let first = if saves == 0 { 1500 } else { 0 };
-                command
-                    .args(["--snapshot-after", &(first + milliseconds).to_string(), "--snapshot-to"])
-                    .arg(&to);
+            if let Some((from, bases)) = chain.split_last() {
+                command.arg("--restore-from").arg(from);
+                for base in bases {
+                    command.arg("--restore-base").arg(base);
+                }
+            }
+            let mut milliseconds = 0;
+            if runs <= options.saves {
+                command.arg("--snapshot-to").arg(&to);
+                if is_increment {
+                    command.arg("--snapshot-incremental");
+                }
+                if runs > 0 {
+                    milliseconds = random.u64(10..=options.longest);
+                    command.args(["--snapshot-after", &milliseconds.to_string()]);
+                }
             }
             let Output { status, stdout, stderr } = command.output()?;
             output.extend(stdout);
@@ -138,19 +153,28 @@ impl Soak {
             let moment = said.lines().find_map(|line| line.split_once(SAVED)).map(|(_, moment)| moment);
             match moment {
                 Some(moment) if status.success() => {
-                    let moment: Moment = moment.parse().map_err(anyhow::Error::msg)?;
-                    count(&mut found, moment);
-                    saves += 1;
-                    println!("{saves}: {backend}, after {milliseconds} ms: {moment}");
-                    if saves > 1 {
-                        std::fs::remove_file(&from)?;
+                    if runs > 0 {
+                        let moment: Moment = moment.parse().map_err(anyhow::Error::msg)?;
+                        count(&mut found, moment);
+                        println!("{runs}: {backend}, after {milliseconds} ms: {moment}");
                     }
+                    if is_increment { &mut increments } else { &mut whole }.add(&said)?;
+                    if !is_increment {
+                        chain.drain(..).try_for_each(std::fs::remove_file)?;
+                    }
+                    chain.push(to);
+                    runs += 1;
                 }
                 _ if status.success() => break,
-                _ => bail!("{backend} ended with {status}, after {saves} saves: {said}"),
+                _ => bail!("{backend} ended with {status}, in run {runs}: {said}"),
             }
         }
+        let saves = runs.saturating_sub(1);
         println!("saves: {saves}, in {:.1} s", started.elapsed().as_secs_f64());
+        println!("of the whole machine: {whole}");
+        if options.incremental > 0 {
+            println!("of what has changed: {increments}");
+        }
         for (what, count) in &found {
             println!("in the middle of {what}: {count}");
         }
@@ -166,9 +190,34 @@ impl Soak {
         }
         Ok(if same && saves == options.saves { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
 
-    fn snapshot(&self, number: u32) -> PathBuf {
-        self.directory.join(number.to_string())
+/// What saves took.
+#[derive(Default)]
+struct Figures {
+    saves: u32,
+    mib: f64,
+    seconds: f64,
+}
+
+impl Figures {
+    /// Adds a save, of which `linux` has said that.
+    fn add(&mut self, said: &str) -> Result<()> {
+        let numbers = said.lines().find_map(|line| {
+            let (mib, rest) = line.split_once(" pages, ")?.1.split_once(" MiB, in ")?;
+            Some((mib.parse::<f64>().ok()?, rest.split_once(" s;")?.0.parse::<f64>().ok()?))
+        });
+        let (mib, seconds) = numbers.context("a save without figures")?;
+        (self.saves, self.mib, self.seconds) = (self.saves + 1, self.mib + mib, self.seconds + seconds);
+        Ok(())
+    }
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { saves, mib, seconds } = self;
+        let each = f64::from((*saves).max(1));
+        write!(f, "{saves} saves of {:.1} MiB in {:.3} s each", mib / each, seconds / each)
     }
 }
 

@@ -218,8 +218,19 @@ impl Snapshot {
         lowest
     }
 
-    pub(super) fn check_layout_of(&self, ram: &GuestRam) -> Result<(), SnapshotError> {
+    /// How many snapshots one has below it that is based on this one.
+    fn depth(&self) -> usize {
+        std::iter::successors(Some(self), |base| base.base.as_deref()).count()
+    }
+
+    /// Whether a snapshot of `ram` can be based on it.
+    pub(super) fn check_base_of(&self, ram: &GuestRam) -> Result<(), SnapshotError> {
+        let depth = self.depth();
         let problem = match &self.image {
+            Some(_) if depth >= MAX_DEPTH => Some(format!(
+                "{depth} snapshots would be below the next; at most {} are allowed",
+                MAX_DEPTH - 1
+            )),
             None => Some("it has no RAM, so that nothing can be based on it".to_owned()),
             Some(image) => image.layout.differs(ram),
         };
@@ -292,11 +303,11 @@ impl Snapshot {
         let problem = match (self.base_digest(), &self.base) {
             (None, None) => return Ok(()),
             (Some(expected), Some(base)) if expected == base.digest() => {
-                let depth = std::iter::successors(Some(base), |base| base.base.as_ref()).count();
+                let depth = base.depth();
                 if depth < MAX_DEPTH {
                     return Ok(());
                 }
-                format!("{depth} snapshots are below it; at most {MAX_DEPTH} are allowed")
+                format!("{depth} snapshots are below it; at most {} are allowed", MAX_DEPTH - 1)
             }
             (Some(expected), Some(base)) => {
                 format!("it is based on {expected}, and {} is {}", base.path.display(), base.digest())

@@ -127,7 +127,8 @@ impl SnapshotWriter {
     /// Adds RAM, once: all regions, those that are shared with others as well.
     ///
     /// # Errors
-    /// [`SnapshotError::File`], for instance for want of room; [`SnapshotError::Base`] if RAM is laid out otherwise than in the base;
+    /// [`SnapshotError::File`], for instance for want of room; [`SnapshotError::Base`] if RAM is laid out otherwise than in the base, or that has
+    /// too many below it;
     /// [`SnapshotError::Unwritable`] for a second one, and for memory that the host cannot read.
     pub fn put_ram(&mut self, ram: &GuestRam, options: &RamOptions<'_>) -> Result<RamStats, SnapshotError> {
         let unwritable =
@@ -149,7 +150,7 @@ impl SnapshotWriter {
             }
         }
         if let Some((base, _)) = options.base {
-            base.check_layout_of(ram)?;
+            base.check_base_of(ram)?;
             self.base = base.digest().0;
         }
         let saved = save(ram, &self.file, options).map_err(failed(&self.path, "writing RAM"))?;

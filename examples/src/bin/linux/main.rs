@@ -11,6 +11,7 @@
 mod audited;
 mod end;
 mod guest;
+mod increment;
 mod memory;
 mod options;
 mod paravirtual;
@@ -62,11 +63,18 @@ fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(io::stderr)
         .init();
-    run(&Options::parse(), started).map(ExitCode::from).unwrap_or_else(|error| {
-        terminal::restore();
-        eprintln!("linux: {error:#}");
-        ExitCode::from(VMM_FAILURE)
-    })
+    let options = Options::parse();
+    // Before this process was there.
+    let before = options
+        .wanted_at
+        .map_or(Duration::ZERO, |then| vmm_examples::moment::now().saturating_sub(then + started.elapsed()));
+    run(&options, started.checked_sub(before).unwrap_or(started)).map(ExitCode::from).unwrap_or_else(
+        |error| {
+            terminal::restore();
+            eprintln!("linux: {error:#}");
+            ExitCode::from(VMM_FAILURE)
+        },
+    )
 }
 
 fn run(options: &Options, started: Instant) -> Result<u8> {
@@ -100,7 +108,8 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let ram_backing =
         if hypervisor.name() == translate::NAME { options.translated_ram() } else { Backing::Anonymous };
     let new_ram = |bytes| -> Result<GuestRam> {
-        let ram = GuestRam::builder().ram(bytes).track_dirty(rerun.hashes());
+        let ram =
+            GuestRam::builder().ram(bytes).track_dirty(rerun.hashes() || options.snapshot.tracks_changes());
         Ok(options.ram.apply(ram, ram_backing).build()?)
     };
     let ram = match &restored {
@@ -158,8 +167,9 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     let clocks = if one_clock { rerun.clocks(&*vm)? } else { Clocks::host() };
     let pc = Arc::new(Pc::with_clocks(clocks, messages, output, move || at_end.raise())?);
     let served = devices.map(|devices| devices.attach(&pc, &vm, &ram, exporter)).transpose()?;
-    let mut check = None;
+    let (mut check, mut changes) = (None, None);
     if let Some(restored) = &restored {
+        changes = restored.changes(&*vm, &ram)?;
         tell_time(Arc::clone(&pc))?;
         restored.machine(&pc, served.as_ref(), &ram)?;
         check = restored.check_beside(&watch)?;
@@ -240,12 +250,12 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     }
     confine(&*hypervisor, &inherited, options, audit.as_ref())?;
 
-    watch.begin();
     match &debugger {
         None => threads.resume(),
         Some(debugger) if !options.debug.waits() => debugger.resume(),
         Some(_) => {}
     }
+    watch.begin();
     if let Some(check) = check {
         check.send(())?;
     }
@@ -280,6 +290,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
             session: &session,
             line: Vec::new(),
             events: 0,
+            changes: changes.as_ref(),
         };
         saving.finish(machine, &watch)?;
     }

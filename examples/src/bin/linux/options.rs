@@ -2,6 +2,7 @@
 
 use std::io::{self, Read as _};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
@@ -149,9 +150,16 @@ pub(crate) struct Options {
     pub(crate) rerun: RerunOptions,
     #[command(flatten)]
     pub(crate) debug: DebugOptions,
+    /// When the program was wanted, in nanoseconds of CLOCK_MONOTONIC: times are counted from there, and not from where it begins.
+    #[arg(long, value_name = "NANOSECONDS", value_parser = nanoseconds, hide = true)]
+    pub(crate) wanted_at: Option<Duration>,
     /// Times, exits by kind, instructions and memory, on standard error at the end.
     #[arg(long)]
     pub(crate) timings: bool,
+}
+
+fn nanoseconds(text: &str) -> Result<Duration, std::num::ParseIntError> {
+    text.parse().map(Duration::from_nanos)
 }
 
 /// What executes privileged code.
@@ -226,7 +234,7 @@ impl Options {
             return Ok(Box::new(kvm));
         }
         let options = KvmOptions::default().privileged_in_software(true);
-        Ok(Box::new(KvmHypervisor::with_options(options)?))
+        Ok(Box::new(kvm.options(options)?))
     }
 
     /// What RAM is made of for that backend: what it maps a second time, into address windows, has to be shared.

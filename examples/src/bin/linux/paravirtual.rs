@@ -90,6 +90,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
             (vm, vcpus)
         }
     };
+    let changes = restored.as_ref().map(|restored| restored.changes(&*vm, &ram)).transpose()?.flatten();
     let with_nothing = |vcpu| (vcpu, Box::new(EmptyBus) as Box<dyn VcpuIo + Send>);
     let threads = VcpuThreads::spawn(vcpus.into_iter().map(with_nothing).collect())?;
     let pause = threads.pause_handle();
@@ -105,8 +106,8 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     let memory = options.timings.then(|| Memory::open(&ram)).transpose()?;
     confine(&*engine, inherited, options, None)?;
 
-    watch.begin();
     threads.resume();
+    watch.begin();
     if let Some(check) = check {
         check.send(())?;
     }
@@ -124,6 +125,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
             session: &session,
             line: line.bytes(),
             events: pending(&vm, &ram)?,
+            changes: changes.as_ref(),
         };
         saving.finish(machine, &watch)?;
     }

@@ -19,10 +19,11 @@ use vmm_examples::terminal;
 use vmm_examples::virtio::Served;
 use vmm_memory::GuestRam;
 use vmm_memory::snapshot::mirror::{Family, VersionMap, Versionize, VersionizeResult};
-use vmm_memory::snapshot::{LazyRam, RamOptions, Snapshot, SnapshotError, SnapshotWriter, StateFormat};
+use vmm_memory::snapshot::{LazyRam, RamOptions, SnapshotError, SnapshotWriter, StateFormat};
 use vmm_memory::{snapshot_mirror, snapshot_states};
 
 use crate::VMM_FAILURE;
+use crate::increment::{Chain, Changes};
 use crate::watch::{StopSign, Watch};
 
 /// The options for snapshots.
@@ -37,6 +38,9 @@ pub(crate) struct SnapshotOptions {
     /// Compresses its RAM, which has to be loaded then and cannot be mapped.
     #[arg(long, requires = "snapshot_to")]
     snapshot_packed: bool,
+    /// Saves those pages of its RAM alone that have changed since the snapshot of --restore-from, on which it is based then.
+    #[arg(long, requires_all = ["snapshot_to", "restore_from"])]
+    snapshot_incremental: bool,
     /// Goes on from a snapshot instead of booting a kernel. Devices are given again as they were when it was saved; RAM and vCPUs are as
     /// they were.
     #[arg(
@@ -45,6 +49,9 @@ pub(crate) struct SnapshotOptions {
         conflicts_with_all = ["kernel", "initrd", "command", "packages", "add", "cpus", "memory", "hugepages", "audit"]
     )]
     restore_from: Option<PathBuf>,
+    /// The snapshot that the one of --restore-from is based on. Repeatable, for one that is based on another itself: each behind its base.
+    #[arg(long, value_name = "FILE", requires = "restore_from")]
+    restore_base: Vec<PathBuf>,
     /// How RAM comes out of the snapshot.
     #[arg(long, value_enum, default_value_t, requires = "restore_from")]
     restore_ram: RestoreRam,
@@ -112,6 +119,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) line: Vec<u8>,
     /// Events of a paravirtual guest that wait to be taken.
     pub(crate) events: u32,
+    /// What has changed since the snapshot that it is to be based on.
+    pub(crate) changes: Option<&'a Changes>,
 }
 
 impl SnapshotOptions {
@@ -121,6 +130,11 @@ impl SnapshotOptions {
 
     pub(crate) fn is_lazy(&self) -> bool {
         self.restore_from.is_some() && self.restore_ram == RestoreRam::Lazy
+    }
+
+    /// Whether what a guest writes is followed.
+    pub(crate) fn tracks_changes(&self) -> bool {
+        self.snapshot_incremental
     }
 
     pub(crate) fn saves(&self) -> bool {
@@ -137,7 +151,13 @@ impl SnapshotOptions {
     /// Opens the snapshot to go on from.
     pub(crate) fn restored(&self, has_pc: bool) -> Result<Option<Restored>> {
         let Some(path) = &self.restore_from else { return Ok(None) };
-        Restored::open(path, self.restore_ram, has_pc).context("--restore-from").map(Some)
+        let chain = Chain::open(&self.restore_base, path).context("--restore-from")?;
+        if let Some(to) = self.snapshot_to.as_ref().filter(|_| self.snapshot_incremental) {
+            chain.check_apart(to).context("--snapshot-incremental")?;
+        }
+        let mut restored = Restored::new(chain, self.restore_ram, has_pc).context("--restore-from")?;
+        restored.tracks_changes = self.snapshot_incremental;
+        Ok(Some(restored))
     }
 
     /// Starts the thread that stops the vCPUs when it is time for the snapshot; what tells that it is.
@@ -160,7 +180,8 @@ impl Saving {
     /// Writes the machine, whose vCPUs stand still.
     pub(crate) fn finish(mut self, machine: Machine<'_>, watch: &Watch) -> Result<()> {
         let started = Instant::now();
-        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session, line, events } = machine;
+        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session, line, events, changes } =
+            machine;
         let writer = &mut self.writer;
         // Nothing of the platform and its devices comes to a vCPU that has been saved.
         let (drained, carried) = devices.map(Served::pause).unwrap_or_default();
@@ -189,7 +210,11 @@ impl Saving {
         }
         // The process has confined itself to the threads that it has.
         let options = RamOptions::new().packed(self.packed).threads(NonZeroUsize::MIN);
-        let stats = writer.put_ram(ram, &options)?;
+        let stats = match changes {
+            // Nothing writes RAM any more.
+            Some(changes) => writer.put_ram(ram, &options.since(changes.base(), &changes.harvest()?))?,
+            None => writer.put_ram(ram, &options)?,
+        };
         let digest = self.writer.finish()?;
         eprintln!(
             "linux: {}: {} of {} pages, {:.1} MiB, in {:.3} s; digest {digest}",
@@ -206,8 +231,10 @@ impl Saving {
 
 /// A machine that goes on from a snapshot: all that the snapshot has, and nothing else.
 pub(crate) struct Restored {
-    snapshot: Arc<Snapshot>,
+    chain: Chain,
     how: RestoreRam,
+    /// It is to be saved with what it has changed alone.
+    tracks_changes: bool,
     pub(crate) session: Session,
     pub(crate) heard: Heard,
     pub(crate) config: VmConfig,
@@ -218,8 +245,8 @@ pub(crate) struct Restored {
 }
 
 impl Restored {
-    fn open(path: &PathBuf, how: RestoreRam, has_pc: bool) -> Result<Self> {
-        let snapshot = Snapshot::open(path)?;
+    fn new(chain: Chain, how: RestoreRam, has_pc: bool) -> Result<Self> {
+        let snapshot = chain.last();
         let Known { text } = snapshot.get("program")?;
         let KnownJson { session, heard, line } =
             serde_json::from_str(&text).context("the state \"program\"")?;
@@ -232,22 +259,24 @@ impl Restored {
             line,
             vm: snapshot.get("vm")?,
             cpus: cpus.collect::<Result<_, _>>()?,
-            pc: if has_pc { Some(PcState::get(&snapshot)?) } else { None },
+            pc: if has_pc { Some(PcState::get(snapshot)?) } else { None },
             config,
-            snapshot: Arc::new(snapshot),
+            chain,
             how,
+            tracks_changes: false,
         })
     }
 
     /// Nothing of the snapshot is left.
     pub(crate) fn finish(&self) -> Result<()> {
-        self.snapshot.finish().context("--restore-from")
+        self.chain.last().finish().context("--restore-from")
     }
 
     /// Makes platform and devices what they were, if they are those that the snapshot has.
     pub(crate) fn machine(&self, pc: &Pc, devices: Option<&Served>, ram: &GuestRam) -> Result<()> {
-        let states = devices.map(|devices| devices.get(&self.snapshot)).transpose();
-        let states = states.and_then(|states| self.snapshot.finish().map(|()| states).map_err(Into::into));
+        let snapshot = self.chain.last();
+        let states = devices.map(|devices| devices.get(snapshot)).transpose();
+        let states = states.and_then(|states| snapshot.finish().map(|()| states).map_err(Into::into));
         let states = states.context("--restore-from: other devices are given than it was saved with")?;
         pc.restore(self.pc.as_ref().context("a machine without a PC")?)?;
         if let (Some(devices), Some(states)) = (devices, states) {
@@ -258,19 +287,16 @@ impl Restored {
     }
 
     pub(crate) fn ram(&self, load: impl FnOnce(u64) -> Result<GuestRam>) -> Result<GuestRam> {
-        let options = RamOptions::new();
+        let (options, snapshot) = (RamOptions::new(), self.chain.last());
+        let size = snapshot.ram_layout().map_or(0, |layout| layout.size());
         match self.how {
-            RestoreRam::Map => Ok(self.snapshot.map_ram(false, &options)?),
+            RestoreRam::Map => Ok(snapshot.map_ram(self.tracks_changes, &options)?),
             RestoreRam::Load => {
-                let size = self.snapshot.ram_layout().map_or(0, |layout| layout.size());
                 let ram = load(size)?;
-                self.snapshot.load_ram(&ram, &options)?;
+                snapshot.load_ram(&ram, &options)?;
                 Ok(ram)
             }
-            RestoreRam::Lazy => {
-                let size = self.snapshot.ram_layout().map_or(0, |layout| layout.size());
-                Ok(GuestRam::builder().ram(size).build()?)
-            }
+            RestoreRam::Lazy => Ok(GuestRam::builder().ram(size).track_dirty(self.tracks_changes).build()?),
         }
     }
 
@@ -281,6 +307,12 @@ impl Restored {
     pub(crate) fn vcpus(&self, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
         let restore = |(index, state)| vm.restore_vcpu(index, state).with_context(|| format!("cpu/{index}"));
         (0..).zip(&self.cpus).map(restore).collect()
+    }
+
+    /// Begins to follow what changes, if that is wanted, with RAM mapped, and before anything writes it.
+    pub(crate) fn changes(&self, vm: &dyn Vm, ram: &GuestRam) -> Result<Option<Changes>> {
+        let begin = || Changes::since(self.chain.last(), vm, ram).context("--snapshot-incremental");
+        self.tracks_changes.then(begin).transpose()
     }
 
     /// Starts the thread that gives RAM as it is touched, if it is to come so. It ends with what is returned.
@@ -294,7 +326,7 @@ impl Restored {
             eprintln!("linux: --restore-from: {error}");
             std::process::exit(VMM_FAILURE.into());
         };
-        Ok(Some(self.snapshot.load_ram_lazily(ram, failed)?))
+        Ok(Some(self.chain.last().load_ram_lazily(ram, failed)?))
     }
 
     /// Starts the thread that checks RAM that is mapped, once it is told to, and stops the guest if it is not what was saved.
@@ -302,14 +334,14 @@ impl Restored {
         if self.how != RestoreRam::Map {
             return Ok(None);
         }
-        let (snapshot, watch) = (Arc::clone(&self.snapshot), Arc::clone(watch));
+        let (snapshots, watch) = (self.chain.snapshots().to_vec(), Arc::clone(watch));
         let (tell, told) = mpsc::channel();
         let check = move || {
             if told.recv().is_err() {
                 return;
             }
             let options = RamOptions::new().threads(NonZeroUsize::MIN);
-            if let Err(error) = snapshot.verify_ram(&options) {
+            if let Err(error) = snapshots.iter().try_for_each(|snapshot| snapshot.verify_ram(&options)) {
                 watch.fail(format!("--restore-from: {error}"));
             }
         };
