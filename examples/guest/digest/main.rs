@@ -120,9 +120,7 @@ impl Lane {
 
     fn write(&mut self, block: usize) {
         let at = self.place(block);
-        self.disk
-            .write_all_at(&self.memory[self.start..self.start + BLOCK], at)
-            .expect("writing the disk");
+        self.disk.write_all_at(&self.memory[self.start..self.start + BLOCK], at).expect("writing the disk");
         // That takes a while.
         self.disk.sync_data().expect("flushing the disk");
     }
