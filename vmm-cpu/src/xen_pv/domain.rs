@@ -2,7 +2,7 @@
 //!
 //! Locks are leaves: none is held while another is taken or while anything outside is called.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -76,6 +76,8 @@ pub struct Domain {
     pub(crate) grants: Grants,
     pub(crate) console: Console,
     pub(crate) console_port: OnceLock<u32>,
+    /// The guest has closed it: what has that number now is something else.
+    console_closed: AtomicBool,
     pub(crate) clock: Clock,
     pub(crate) cpuid: CpuidTable,
     pub(crate) gate: Box<dyn Gate>,
@@ -136,6 +138,7 @@ impl Domain {
             grants: parts.grants,
             console: Console::new(config.console),
             console_port: OnceLock::new(),
+            console_closed: AtomicBool::new(false),
             clock: Clock::new(config.tsc_khz, config.boot_time)?,
             cpuid: config.cpuid,
             gate: config.gate,
@@ -238,10 +241,15 @@ impl Domain {
 
     pub(crate) fn service_console(&self) {
         if self.console.service(&self.memory) == Ok(true)
-            && let Some(port) = self.console_port.get()
+            && let Some(port) = self.open_console_port()
         {
-            self.set_pending(*port);
+            self.set_pending(port);
         }
+    }
+
+    /// The console's port, as long as the guest has it open.
+    pub(crate) fn open_console_port(&self) -> Option<u32> {
+        self.console_port.get().copied().filter(|_| !self.console_closed.load(Ordering::SeqCst))
     }
 
     /// The event channels, for back ends.
@@ -387,8 +395,16 @@ impl Domain {
     /// `EVTCHNOP_close`, also for back ends.
     pub(crate) fn close_port(&self, port: u32) -> Result<(), Errno> {
         self.ports.close(port)?;
-        self.clear_pending(port);
+        self.port_closed(port);
         Ok(())
+    }
+
+    /// What a port that was closed leaves behind.
+    pub(crate) fn port_closed(&self, port: u32) {
+        if self.console_port.get() == Some(&port) {
+            self.console_closed.store(true, Ordering::SeqCst);
+        }
+        self.clear_pending(port);
     }
 
     /// `EVTCHNOP_send`.

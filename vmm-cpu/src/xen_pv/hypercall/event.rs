@@ -60,7 +60,7 @@ impl Call<'_> {
                     return Err(Errno::ESRCH.into());
                 }
                 for port in self.domain.ports.reset() {
-                    self.domain.clear_pending(port);
+                    self.domain.port_closed(port);
                 }
                 Ok(Done::OK)
             }

@@ -68,7 +68,7 @@ impl Domain {
             assists: self.assists.load(Ordering::Relaxed),
             shutdown: self.shutdown_reason().map(ShutdownReason::number),
             shutdown_code,
-            console: ConsoleState { ring, port: self.console_port.get().copied(), input },
+            console: ConsoleState { ring, port: self.open_console_port(), input },
             ports: self.ports.save(),
             grant_frames: self.grants.frames(),
             processors: self.processors.iter().map(Processor::save).collect(),

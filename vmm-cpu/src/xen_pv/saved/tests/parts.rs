@@ -225,6 +225,38 @@ fn the_console_goes_on() {
     assert!(domain.attach_console(RING).is_err(), "it has one");
 }
 
+/// It has given its console up, by one call or another, and may have something else under that number.
+#[test]
+fn a_guest_that_has_closed_its_console_is_saved() {
+    for all in [false, true] {
+        let mut guest = furnished();
+        let port = state(&guest).console.port.unwrap();
+        if all {
+            let at = guest.put(&domid::SELF);
+            guest.call(nr::EVENT_CHANNEL_OP, &[evtchnop::RESET, at]).unwrap();
+        } else {
+            guest.domain.close_port(port).unwrap();
+        }
+        let (saved, memory) = (state(&guest), copied(&guest));
+        assert_eq!((saved.console.port, saved.console.ring), (None, Some(RING)));
+        let domain = restored(&memory, &saved, |_| {}).unwrap();
+        assert_eq!(domain.ports.status(port).unwrap().status, status::CLOSED);
+        // Another back end's, of which the console knows nothing.
+        let sink = Arc::new(Counter::default());
+        assert_eq!(guest.domain.events().allocate(domid::BACKEND, sink.clone()).unwrap(), port);
+        guest.domain.clear_pending(port);
+        let page = RING * PAGE_SIZE;
+        guest.domain.memory.store_u32(page + 3072, 1024).unwrap();
+        guest.domain.console_input(b"more");
+        assert!(!guest.domain.is_pending(port).unwrap());
+        let (saved, memory) = (state(&guest), copied(&guest));
+        let domain = restored(&memory, &saved, |_| {}).unwrap();
+        domain.events().connect(port, domid::BACKEND, sink.clone()).unwrap();
+        domain.send(port).unwrap();
+        assert_eq!(sink.0.load(Ordering::SeqCst), 1);
+    }
+}
+
 #[test]
 fn grants_that_nobody_uses_any_more_are_the_guests_again() {
     let guest = furnished();
