@@ -213,6 +213,31 @@ fn damage_and_what_does_not_fit_are_told() {
     refused(&[], "is not a snapshot");
 }
 
+#[test]
+fn a_guest_for_which_there_is_no_room_goes_on() {
+    // In a mount namespace of its own.
+    let probe = Command::new("unshare").args(["--mount", "true"]).output();
+    if !probe.is_ok_and(|probe| probe.status.success()) {
+        println!("no room: skipped: no mount namespace is to be had");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = place(&directory, "vm");
+    let script = "mount -t tmpfs -o size=4m none \"$0\" || exit 1
+        \"$@\"; status=$?; echo \"left: $(ls -A \"$0\")\" >&2; exit $status";
+    for backend in backends("no room") {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script]).arg(directory.path()).arg(LINUX);
+        command.args(["--backend", backend, "--cpus", "2", "--transport", "pci", "--seconds", "300"]);
+        command.args(["--snapshot-to", path.to_str().unwrap(), "--command"]);
+        command.arg("snapshot; sleep 1; snapshot; head -c 9 /dev/hwrng >/dev/null; nproc; exit 9");
+        let output = command.env_remove("RUST_LOG").output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!((output.status.code(), &*text(&output.stdout)), (Some(9), "2\n"), "{backend}: {said}");
+        assert!(said.contains("No space left on device") && said.ends_with("left: \n"), "{backend}: {said}");
+    }
+}
+
 /// What a machine computes does not depend on when it is saved.
 #[test]
 fn digests_of_guests_that_are_saved_at_random_moments_are_the_same() {

@@ -42,7 +42,7 @@ struct Options {
     #[arg(long, value_name = "N", default_value_t = 200)]
     iops: u64,
     /// After each save of the whole machine, saves that many times just what has changed since the one before.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=62))]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=63))]
     incremental: u32,
     /// Rounds that the guest computes; unless given, as many as take it as long as the runs, as far as can be foreseen.
     #[arg(long)]

@@ -1,5 +1,6 @@
 //! Whole snapshots. Their damage is in `damage`.
 
+mod chain;
 mod damage;
 mod lazy;
 

@@ -39,7 +39,7 @@ use vmm_examples::guest_command::{Hardware, SerialPort, Session, clock_line};
 use vmm_examples::pc::{Buses, Clocks, Pc};
 use vmm_examples::replay::{Finish, Machine, Rerun};
 use vmm_examples::terminal::{self, RawMode};
-use vmm_examples::virtio::VirtioDevices;
+use vmm_examples::virtio::{Served, VirtioDevices};
 use vmm_memory::snapshot::LazyRam;
 use vmm_memory::{Backing, GuestRam};
 
@@ -47,7 +47,7 @@ use crate::audited::Audited;
 use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
 use crate::options::{Options, Virtio, session};
-use crate::snapshot::Machine as Saved;
+use crate::snapshot::{Machine as Saved, Saving, run_or_save};
 use crate::watch::{StopSign, Watch, alarm, read_keys};
 
 /// Statuses of the program's own; those of commands end at 123 by custom, and a debug exit's is QEMU's.
@@ -117,7 +117,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
         None => new_ram(options.memory << 20)?,
     };
     let stop = Arc::new(StopSign::default());
-    let saving = options.snapshot.saving()?;
+    let mut saving = options.snapshot.saving()?;
     let heard = restored.as_ref().map(|restored| restored.heard.clone());
     let watch = Watch::new(&session, Arc::clone(&stop), started, heard, saving.is_some());
     let watch = Arc::new(watch);
@@ -262,29 +262,13 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     if let Some(audit) = &mut audit {
         audit.launched();
     }
-    let end = match debugger {
-        None => end_by(threads.wait(None), pc.end(), &watch, &time_is_up, &snapshot_is_due),
-        Some(debugger) => {
-            let end = match told.recv()? {
-                Some(Event::Exit(exit)) => {
-                    end_by(Some(exit), pc.end(), &watch, &time_is_up, &snapshot_is_due)
-                }
-                Some(_) => Ok(End::User),
-                None => end_by(None, pc.end(), &watch, &time_is_up, &snapshot_is_due),
-            };
-            debugger.finish(if let Ok(End::DebugExit(status)) = end { status } else { 0 });
-            end
-        }
-    };
-    let mut vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
-    if let (Ok(End::Snapshot), Some(saving)) = (&end, saving) {
-        let vcpus = &mut *vcpus;
+    let save = |saving: Saving| {
         let machine = Saved {
             devices: served.as_ref(),
             hypervisor: &*hypervisor,
             config: &config,
             vm: &*vm,
-            vcpus,
+            threads: &threads,
             pc: Some(&pc),
             ram: &ram,
             session: &session,
@@ -292,8 +276,30 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
             events: 0,
             changes: changes.as_ref(),
         };
-        saving.finish(machine, &watch)?;
+        saving.finish(machine, &watch)
+    };
+    let go_on = || {
+        watch.give_up_snapshots();
+        snapshot_is_due.store(false, Ordering::SeqCst);
+        served.as_ref().map_or(Ok(()), Served::resume)
+    };
+    let end_of = |exit| end_by(exit, pc.end(), &watch, &time_is_up, &snapshot_is_due);
+    let end = match debugger {
+        None => run_or_save(&threads, &mut saving, end_of, &save, go_on),
+        Some(debugger) => {
+            let end = match told.recv()? {
+                Some(Event::Exit(exit)) => end_of(Some(exit)),
+                Some(_) => Ok(End::User),
+                None => end_of(None),
+            };
+            debugger.finish(if let Ok(End::DebugExit(status)) = end { status } else { 0 });
+            end
+        }
+    };
+    if let (Ok(End::Snapshot), Some(saving)) = (&end, saving.take()) {
+        save(saving)?;
     }
+    let vcpus = Arc::into_inner(threads).context("somebody holds the vCPUs")?.stop();
     drop((raw, lazy));
     if let Some(audit) = audit {
         audit.end(pc.end(), &end).context("--audit")?;

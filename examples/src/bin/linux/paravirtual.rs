@@ -20,7 +20,7 @@ use vmm_memory::{GuestRam, PAGE_SIZE, RegionConfig};
 use crate::end::{End, Memory, conclude, end_by};
 use crate::guest::Guest;
 use crate::options::{Options, session};
-use crate::snapshot::Machine;
+use crate::snapshot::{Machine, Saving, run_or_save};
 use crate::watch::{StopSign, Watch, alarm, read_keys};
 use crate::{TSC_KHZ, choose, confine};
 
@@ -66,7 +66,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
         Some(restored) => restored.config.clone(),
         None => config(&hypervisor, options),
     };
-    let saving = options.snapshot.saving()?;
+    let mut saving = options.snapshot.saving()?;
     let stop = Arc::new(StopSign::default());
     let heard = restored.as_ref().map(|restored| restored.heard.clone());
     let watch = Arc::new(Watch::new(&session, Arc::clone(&stop), started, heard, saving.is_some()));
@@ -111,14 +111,12 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
     if let Some(check) = check {
         check.send(())?;
     }
-    let mut end = end_by(threads.wait(None), None, &watch, &time_is_up, &snapshot_is_due);
-    let mut vcpus = threads.stop();
-    if let (Ok(End::Snapshot), Some(saving)) = (&end, saving) {
+    let save = |saving: Saving| {
         let machine = Machine {
             hypervisor: &hypervisor,
             config: &config,
             vm: &*vm,
-            vcpus: &mut vcpus,
+            threads: &threads,
             pc: None,
             devices: None,
             ram: &vm.ram()?,
@@ -127,8 +125,19 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
             events: pending(&vm, &ram)?,
             changes: changes.as_ref(),
         };
-        saving.finish(machine, &watch)?;
+        saving.finish(machine, &watch)
+    };
+    let go_on = || {
+        watch.give_up_snapshots();
+        snapshot_is_due.store(false, Ordering::SeqCst);
+        Ok(())
+    };
+    let end_of = |exit| end_by(exit, None, &watch, &time_is_up, &snapshot_is_due);
+    let mut end = run_or_save(&threads, &mut saving, end_of, &save, go_on);
+    if let (Ok(End::Snapshot), Some(saving)) = (&end, saving.take()) {
+        save(saving)?;
     }
+    let vcpus = threads.stop();
     drop((raw, lazy));
     if let Some(reason @ (ShutdownReason::Crash | ShutdownReason::Watchdog)) = vm.shutdown_reason() {
         // A command that ended before has a status of its own.

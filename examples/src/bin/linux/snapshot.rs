@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use vmm_cpu::state::{CpuState, VmState};
-use vmm_cpu::{Hypervisor, Vcpu, Vm, VmConfig};
+use vmm_cpu::{Hypervisor, Vcpu, VcpuExit, VcpuThreads, Vm, VmConfig};
 use vmm_examples::guest_command::{Heard, Session};
 use vmm_examples::moment::{Moment, SAVED};
 use vmm_examples::pc::Pc;
@@ -23,6 +23,7 @@ use vmm_memory::snapshot::{LazyRam, RamOptions, SnapshotError, SnapshotWriter, S
 use vmm_memory::{snapshot_mirror, snapshot_states};
 
 use crate::VMM_FAILURE;
+use crate::end::End;
 use crate::increment::{Chain, Changes};
 use crate::watch::{StopSign, Watch};
 
@@ -110,7 +111,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) hypervisor: &'a dyn Hypervisor,
     pub(crate) config: &'a VmConfig,
     pub(crate) vm: &'a dyn Vm,
-    pub(crate) vcpus: &'a mut [Box<dyn Vcpu>],
+    pub(crate) threads: &'a VcpuThreads,
     /// A paravirtual guest has none.
     pub(crate) pc: Option<&'a Pc>,
     pub(crate) devices: Option<&'a Served>,
@@ -176,13 +177,42 @@ impl SnapshotOptions {
     }
 }
 
+/// Waits for the end of the run. A snapshot that cannot be written is none: the program says why, and the guest goes on without.
+///
+/// `end_of` says what an exit is the end of, `save` saves, and `go_on` forgets that somebody wanted a snapshot, and lets devices go on.
+pub(crate) fn run_or_save(
+    threads: &VcpuThreads,
+    saving: &mut Option<Saving>,
+    end_of: impl Fn(Option<VcpuExit>) -> Result<End>,
+    save: impl Fn(Saving) -> Result<()>,
+    go_on: impl Fn() -> Result<()>,
+) -> Result<End> {
+    loop {
+        let exit = threads.wait(None);
+        // A vCPU that has stopped by itself does not go on.
+        let can_go_on = exit.is_none();
+        let end = end_of(exit);
+        if !can_go_on || !matches!(end, Ok(End::Snapshot)) {
+            return end;
+        }
+        match saving.take().map(&save) {
+            Some(Ok(())) => return end,
+            Some(Err(error)) => eprintln!("linux: --snapshot-to: {error:#}; the guest goes on without"),
+            None => {}
+        }
+        go_on()?;
+        threads.resume();
+    }
+}
+
 impl Saving {
-    /// Writes the machine, whose vCPUs stand still.
+    /// Writes the machine, whose vCPUs and devices stand still afterwards. If it cannot, nothing is left of the file.
     pub(crate) fn finish(mut self, machine: Machine<'_>, watch: &Watch) -> Result<()> {
         let started = Instant::now();
-        let Machine { hypervisor, config, vm, vcpus, pc, devices, ram, session, line, events, changes } =
+        let Machine { hypervisor, config, vm, threads, pc, devices, ram, session, line, events, changes } =
             machine;
         let writer = &mut self.writer;
+        threads.pause();
         // Nothing of the platform and its devices comes to a vCPU that has been saved.
         let (drained, carried) = devices.map(Served::pause).unwrap_or_default();
         let still = pc.map(Pc::still);
@@ -195,11 +225,14 @@ impl Saving {
         writer.put("program", &Known { text: serde_json::to_string(&known)? })?;
         writer.put("vm/config", &config.resolve(hypervisor, vm)?)?;
         let mut moment = Moment { interrupts: events, drained, carried, ..Moment::default() };
-        for vcpu in vcpus {
-            let name = format!("cpu/{}", vcpu.index());
-            let state = vcpu.save().with_context(|| name.clone())?;
-            writer.put(&name, &state)?;
-            moment.add(&mut **vcpu, &state, ram);
+        for index in threads.indices() {
+            let name = format!("cpu/{index}");
+            let state = threads.with_vcpu(index, |vcpu| {
+                let state = vcpu.save()?;
+                moment.add(vcpu, &state, ram);
+                Ok::<_, vmm_cpu::Error>(state)
+            });
+            writer.put(&name, &state.flatten().with_context(|| name.clone())?)?;
         }
         writer.put("vm", &vm.save()?)?;
         if let Some(devices) = devices {

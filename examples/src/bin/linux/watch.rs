@@ -44,7 +44,7 @@ pub(crate) struct Watch {
     /// A program of the guest wants a snapshot.
     pub(crate) snapshot: AtomicBool,
     /// Whether there is to be one.
-    pub(crate) takes_snapshots: bool,
+    takes_snapshots: AtomicBool,
     /// What else ends the machine.
     failure: OnceLock<String>,
 }
@@ -75,7 +75,7 @@ impl Watch {
             enough: AtomicBool::new(false),
             broken: AtomicBool::new(false),
             snapshot: AtomicBool::new(false),
-            takes_snapshots,
+            takes_snapshots: takes_snapshots.into(),
             failure: OnceLock::new(),
         }
     }
@@ -100,7 +100,9 @@ impl Watch {
         if streams.init_has_begun() {
             self.init.get_or_init(|| self.started.elapsed());
         }
-        if self.takes_snapshots && streams.asks_for_snapshot() && !self.snapshot.swap(true, Ordering::SeqCst)
+        if self.takes_snapshots.load(Ordering::SeqCst)
+            && streams.asks_for_snapshot()
+            && !self.snapshot.swap(true, Ordering::SeqCst)
         {
             self.stop.raise();
         }
@@ -119,6 +121,12 @@ impl Watch {
     pub(crate) fn heard(&self) -> Heard {
         let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         streams.as_ref().map(GuestStreams::heard).unwrap_or_default()
+    }
+
+    /// There is no snapshot, though one was wanted, and will be none.
+    pub(crate) fn give_up_snapshots(&self) {
+        self.takes_snapshots.store(false, Ordering::SeqCst);
+        self.snapshot.store(false, Ordering::SeqCst);
     }
 
     /// Ends the machine, for that reason.
