@@ -285,7 +285,7 @@ fn run(options: &Options, started: Instant) -> Result<u8> {
     };
     let end_of = |exit| end_by(exit, pc.end(), &watch, &time_is_up, &snapshot_is_due);
     let end = match debugger {
-        None => run_or_save(&threads, &mut saving, end_of, &save, go_on),
+        None => run_or_save(&threads, &mut saving, end_of, save, go_on),
         Some(debugger) => {
             let end = match told.recv()? {
                 Some(Event::Exit(exit)) => end_of(Some(exit)),

@@ -133,7 +133,7 @@ pub(crate) fn run(options: &Options, started: Instant, inherited: &[RawFd]) -> R
         Ok(())
     };
     let end_of = |exit| end_by(exit, None, &watch, &time_is_up, &snapshot_is_due);
-    let mut end = run_or_save(&threads, &mut saving, end_of, &save, go_on);
+    let mut end = run_or_save(&threads, &mut saving, end_of, save, go_on);
     if let (Ok(End::Snapshot), Some(saving)) = (&end, saving.take()) {
         save(saving)?;
     }
