@@ -13,6 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::chunk::{CHUNK, PAGE_BYTES, pages_of, runs};
 use super::image::{Buffers, Image};
+use super::load::forget_dirty;
 use crate::region::{host_page_size, is_read_only};
 use crate::snapshot::error::SnapshotError;
 use crate::snapshot::ram::userfault::{REQUESTS, UserFaults};
@@ -110,6 +111,7 @@ impl Image {
             }
             // What was there would not be missing.
             ram.discard(gpa, region.len())?;
+            forget_dirty(&region);
             faults.add(&region).map_err(host("UFFDIO_REGISTER"))?;
             first.push(before);
             before += usize::try_from(region.len().div_ceil(CHUNK)).unwrap_or(usize::MAX);

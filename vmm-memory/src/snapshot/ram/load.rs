@@ -104,12 +104,7 @@ impl Image {
             count.add(place.size);
             done
         })?;
-        for region in regions {
-            // What is as it was saved is not dirty.
-            if let Some(bitmap) = MmapRegion::bitmap(region) {
-                drop(bitmap.get_and_reset());
-            }
-        }
+        regions.iter().for_each(|region| forget_dirty(region));
         Ok(())
     }
 
@@ -156,6 +151,13 @@ impl Image {
             }
         }
         Ok(())
+    }
+}
+
+/// What is as it was saved is not dirty.
+pub(super) fn forget_dirty(region: &GuestRegion) {
+    if let Some(bitmap) = MmapRegion::bitmap(region) {
+        drop(bitmap.get_and_reset());
     }
 }
 
