@@ -104,7 +104,7 @@ fn what_has_changed_is_saved_alone_and_goes_on_with_its_base() {
             let (_, rest) = said.split_once(": ").and_then(|(_, rest)| rest.split_once(": ")).unwrap();
             rest.split_once(" of 65536 pages").expect(&said).0.parse::<u32>().unwrap()
         };
-        for how in ["map", "load"] {
+        for how in ["map", "load", "lazy"] {
             let from = |from: &[&str], to: &str| {
                 let more = ["--snapshot-to", to, "--snapshot-incremental", "--restore-ram", how];
                 let output = linux(backend, &[&["--restore-from"], from, &more].concat());

@@ -172,9 +172,9 @@ impl Snapshot {
     /// Lets `ram` become what it was while the guest runs: whoever touches a page that is not there waits until it has come out of the file and was
     /// checked (userfaultfd(2)); what nobody touches comes in between. It also works for what is packed, and leaves nothing of the file mapped.
     ///
-    /// RAM has to be anonymous memory, laid out as it was; what was in it does not matter, and nothing of it is dirty then. Another mapping of the memory would not see what is
-    /// missing. `failed` is called if the file is damaged, or the host refuses. Whoever touches what is missing then waits for good, vCPUs too, which cannot
-    /// be kicked out of that: it is for `failed` to end the process.
+    /// RAM has to be anonymous memory, laid out as it was; what was in it does not matter, and nothing of it is dirty then. Another mapping of
+    /// the memory would not see what is missing. `failed` is called if the file is damaged, or the host refuses. Whoever touches what is missing
+    /// then waits for good, vCPUs too, which cannot be kicked out of that: it is for `failed` to end the process.
     ///
     /// # Errors
     /// [`SnapshotError::Layout`]; [`SnapshotError::Host`] where the host has no user faults, or keeps them from this process
