@@ -97,6 +97,14 @@ pub(crate) struct Near<'t> {
     spilled: bool,
 }
 
+impl Near<'_> {
+    /// An object of theirs, as lanes have it.
+    #[inline(always)]
+    fn asked(&self, value: u64) -> u64 {
+        u64::from(self.key) << 32 | value
+    }
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub(super) struct Front {
@@ -138,20 +146,14 @@ impl Front {
     }
 
     #[inline(always)]
-    fn lines(&self, key: u32) -> Option<(&Line, &Line)> {
-        let [one, other] = self.places(key);
-        Some((self.lines.get(one)?, self.lines.get(other)?))
-    }
-
-    #[inline(always)]
     fn wide(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<&Line> {
         self.wide.get(usize::from(row.number) * RELATIONS + relation(asker, peer))
     }
 
     #[inline(always)]
-    fn near(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<Near<'_>> {
-        let key = self.key(row.number, asker.id, peer.id);
-        let (one, other) = self.lines(key)?;
+    fn near(&self, key: u32) -> Option<Near<'_>> {
+        let [one, other] = self.places(key);
+        let (one, other) = (self.lines.get(one)?, self.lines.get(other)?);
         Some(Near { key, one, other, spilled: one.is_spilled() & other.is_spilled() })
     }
 
@@ -162,9 +164,9 @@ impl Front {
         if row.more & !Row::WIDE != 0 {
             return None;
         }
-        let Near { key, one, other, spilled } = near;
+        let Near { one, other, spilled, .. } = near;
         let value = clamped(value);
-        let asked = u64::from(key) << 32 | value;
+        let asked = near.asked(value);
         let (one, other) = (one.first(asked), other.first(asked));
         let mut wide = Word::NOTHING;
         // This can be foreseen as well as the action can.
@@ -197,7 +199,7 @@ impl Table {
     /// Where there is to be [glanced](Self::glance).
     #[inline(always)]
     pub(crate) fn near(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<Near<'_>> {
-        self.front.near(row, asker, peer)
+        self.front.near(self.front.key(row.number, asker.id, peer.id))
     }
 
     /// What is said between two subjects, or an asker and nobody, in most cases; otherwise nothing, and it is to be

@@ -49,11 +49,12 @@ impl Front {
     /// Adds what is said of one key; nothing if the table is to be asked.
     #[inline(always)]
     fn add_key(&self, sum: &mut Sum, key: u32, value: u64) -> Option<()> {
-        let asked = u64::from(key) << 32 | value;
-        let (one, other) = self.lines(key)?;
-        if one.is_spilled() && other.is_spilled() {
+        let near = self.near(key)?;
+        let Near { one, other, spilled, .. } = near;
+        if spilled {
             return None;
         }
+        let asked = near.asked(value);
         sum.add(one, asked);
         if !std::ptr::eq(one, other) {
             sum.add(other, asked);
@@ -71,9 +72,10 @@ impl Front {
     #[inline(always)]
     fn list(&self, asked: Asked<'_>) -> Option<u32> {
         let Asked { row, asker, peer, .. } = asked;
-        let Near { key, one, other, spilled } = self.near(row, asker, peer)?;
+        let near = self.near(self.key(row.number, asker.id, peer.id))?;
+        let Near { one, other, spilled, .. } = near;
         let value = clamped(asked.value);
-        let about = u64::from(key) << 32 | value;
+        let about = near.asked(value);
         let (of_one, in_one) = one.limits(about);
         let (of_other, in_other) = other.limits(about);
         let in_other = select_unpredictable(std::ptr::eq(one, other), 0, in_other);
