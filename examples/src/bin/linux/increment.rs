@@ -10,26 +10,21 @@ use vmm_memory::{DirtyPages, DirtyTracker, GuestRam, is_read_only};
 
 /// A snapshot, and those that it is based on: each on the one before it.
 pub(crate) struct Chain {
-    snapshots: Vec<Arc<Snapshot>>,
+    bases: Vec<Arc<Snapshot>>,
     last: Arc<Snapshot>,
 }
 
 impl Chain {
     pub(crate) fn open(bases: &[PathBuf], path: &Path) -> Result<Self, SnapshotError> {
-        let mut snapshots: Vec<Arc<Snapshot>> = Vec::new();
-        for path in bases {
-            let snapshot = match snapshots.last() {
-                Some(base) => Snapshot::open_on(base, path)?,
-                None => Snapshot::open(path)?,
-            };
-            snapshots.push(Arc::new(snapshot));
-        }
-        let last = match snapshots.last() {
-            Some(base) => Arc::new(Snapshot::open_on(base, path)?),
-            None => Arc::new(Snapshot::open(path)?),
+        let open = |base: Option<&Arc<Snapshot>>, path: &Path| {
+            base.map_or_else(|| Snapshot::open(path), |base| Snapshot::open_on(base, path)).map(Arc::new)
         };
-        snapshots.push(Arc::clone(&last));
-        Ok(Self { snapshots, last })
+        let mut opened = Vec::new();
+        for path in bases {
+            opened.push(open(opened.last(), path)?);
+        }
+        let last = open(opened.last(), path)?;
+        Ok(Self { bases: opened, last })
     }
 
     /// The one that the machine goes on from.
@@ -38,15 +33,15 @@ impl Chain {
     }
 
     /// All of them.
-    pub(crate) fn snapshots(&self) -> &[Arc<Snapshot>] {
-        &self.snapshots
+    pub(crate) fn snapshots(&self) -> impl Iterator<Item = &Arc<Snapshot>> {
+        self.bases.iter().chain([&self.last])
     }
 
     /// Whether a snapshot at `path` would take the place of none of these.
     pub(crate) fn check_apart(&self, path: &Path) -> Result<()> {
         // What is not there yet is none of them.
         let Ok(place) = path.canonicalize() else { return Ok(()) };
-        for snapshot in &self.snapshots {
+        for snapshot in self.snapshots() {
             let own = snapshot.path();
             let is_own = own.canonicalize().is_ok_and(|own| own == place);
             ensure!(!is_own, "{} would be based on {}, whose place it takes", path.display(), own.display());

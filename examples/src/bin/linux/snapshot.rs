@@ -367,7 +367,7 @@ impl Restored {
         if self.how != RestoreRam::Map {
             return Ok(None);
         }
-        let (snapshots, watch) = (self.chain.snapshots().to_vec(), Arc::clone(watch));
+        let (snapshots, watch) = (self.chain.snapshots().cloned().collect::<Vec<_>>(), Arc::clone(watch));
         let (tell, told) = mpsc::channel();
         let check = move || {
             if told.recv().is_err() {
