@@ -47,12 +47,19 @@ pub(crate) struct Class {
 /// What most decisions need to know of a class.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Brief {
-    pub(crate) id: u32,
+    pub(super) id: u16,
     /// One more than its label of the first family of [`Model::wide_families`](super::Model::wide_families); 0 for none.
     pub(super) family: u32,
     /// Of [`Ways`](super::ways::Ways).
     pub(super) level: u8,
     pub(crate) exempt: bool,
+}
+
+impl Brief {
+    #[inline(always)]
+    pub(crate) fn id(&self) -> u32 {
+        self.id.into()
+    }
 }
 
 /// What there is to ask of it without a table, in which it would have a number.

@@ -103,6 +103,15 @@ impl Said {
         self.0 < 7 << (RULE_BITS + CONDITION_BITS)
     }
 
+    /// Whether it is one rule, and opens what it is about.
+    #[inline(always)]
+    pub(super) fn opens(self) -> bool {
+        // Strengths up to here deny.
+        const LEAST: u32 = (Strength::Deny as u32 + 1) << (RULE_BITS + CONDITION_BITS);
+        const NOTHING: u32 = 7 << (RULE_BITS + CONDITION_BITS);
+        self.0.wrapping_sub(LEAST) < NOTHING - LEAST
+    }
+
     pub(super) fn list(number: u32) -> Self {
         Self(LISTED | number)
     }
@@ -170,6 +179,7 @@ mod tests {
                         (Some(entry), Some(rule), condition)
                     );
                     assert_eq!((said.strength(), said.is_plain()), (entry.strength(), condition == 0));
+                    assert_eq!(said.opens(), said.strength().opens());
                     assert_eq!((said.only_if(true), said.only_if(false)), (said, Said::NOTHING));
                     assert!(said < Said::NOTHING && said.listed().is_none());
                     all.push((entry.rank, said));
@@ -183,6 +193,7 @@ mod tests {
         assert_eq!((Said::list(7).listed(), Said::list(7).entry()), (Some(7), None));
         assert_eq!(Said::list(7).only_if(false), Said::NOTHING);
         let beside = Said::nothing_but(7).unwrap();
+        assert!(![beside, Said::NOTHING, Said::list(7)].iter().any(|said| said.opens()));
         assert!(!beside.is_rule() && beside < Said::NOTHING && !Said::NOTHING.is_rule());
         let numbers = [beside, Said::NOTHING, Said::list(7), all[7].1].map(Said::beside_nothing);
         assert_eq!((numbers, Said::nothing_but(RULES)), ([7, 0, 0, 0], None));

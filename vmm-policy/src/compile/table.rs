@@ -155,8 +155,9 @@ impl Table {
     /// What most decisions need to know of a class.
     pub(crate) fn brief(&self, class: u32) -> Brief {
         let made = self.class(class).copied().unwrap_or_default();
+        const { assert!(limits::CLASSES - 1 <= u16::MAX as usize) };
         let [family, ..] = self.families.get(class as usize).copied().unwrap_or_default();
-        Brief { id: made.id, family, level: made.level, exempt: made.exempt }
+        Brief { id: made.id as u16, family, level: made.level, exempt: made.exempt }
     }
 
     pub(crate) fn class_count(&self) -> u32 {

@@ -233,7 +233,7 @@ pub(super) fn front(
         assert_eq!(found, wanted, "at a glance: {}", shown());
         assert!(ruling.limited || of_table.is_empty(), "at a glance: limits of {}", shown());
     }
-    if let Some(list) = table.list_at(asked) {
+    if let Some(list) = table.list_at(near, asked) {
         assert_eq!(of_table, [list], "at a glance: the list of limits of {}", shown());
     }
     let looked = table.look(asked);

@@ -6,7 +6,7 @@ use arc_swap::{ArcSwap, Cache};
 
 use super::Monitor;
 use super::meter::Charge;
-use super::view::{Glance, Resolved, Seat, Snapshot};
+use super::view::{Glance, Resolved, Seat, Snapshot, View};
 use crate::compile::Limits;
 use crate::model::{Decision, Layer, Request, RuleId, Verdict};
 
@@ -96,7 +96,13 @@ impl Monitor {
         mode: Mode,
         charges: Option<&mut Vec<Charge>>,
     ) -> Option<Decision> {
-        self.charge(now, asker, &[list], bytes, mode, charges)
+        let view = &now.main;
+        let (Mode::Once, [limit]) = (mode, view.table.limits(list)) else {
+            return self.charge(now, asker, &[list], bytes, mode, charges);
+        };
+        let meter = asker.meter(*limit).filter(|meter| !meter.is_of_channels())?;
+        let taken = meter.take(bytes, || self.shared.clock.monotonic());
+        (!taken).then(|| exceeded(view, *limit, now.epoch))
     }
 
     /// The same, where there is more to do than to say so, or it cannot be told at a glance.
@@ -157,11 +163,11 @@ impl Monitor {
         mode: Mode,
         charges: Option<&mut Vec<Charge>>,
     ) -> Option<Decision> {
-        let (epoch, view) = (now.epoch, &now.main);
+        let view = &now.main;
         let all = || {
             let limits = lists.iter().flat_map(|list| view.table.limits(*list));
             limits.filter_map(|limit| {
-                let meter = asker.meters().get(*limit as usize)?.as_ref()?;
+                let meter = asker.meter(*limit)?;
                 (mode == Mode::Open || !meter.is_of_channels()).then_some((*limit, meter))
             })
         };
@@ -169,7 +175,7 @@ impl Monitor {
         for (at, (limit, meter)) in all().enumerate() {
             if !meter.take(bytes, || *time.get_or_insert_with(|| self.shared.clock.monotonic())) {
                 all().take(at).for_each(|(_, meter)| meter.give_back(bytes));
-                return Some(denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch));
+                return Some(exceeded(view, limit, now.epoch));
             }
         }
         if let (Some(charges), Mode::Open) = (charges, mode) {
@@ -183,6 +189,12 @@ impl Monitor {
 #[inline(always)]
 fn denied(layer: Layer, rule: Option<RuleId>, epoch: u64) -> Decision {
     Decision { verdict: Verdict::Deny, layer, rule, epoch }
+}
+
+/// What is said where a limit has been used up.
+#[cold]
+fn exceeded(view: &View, limit: u32, epoch: u64) -> Decision {
+    denied(Layer::Quota, Some(view.policy.model.limit_id(limit as usize)), epoch)
 }
 
 /// Decides for one thread; see [`Monitor::judge`]. What it says is that of the policy in force when it is asked.

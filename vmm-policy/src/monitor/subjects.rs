@@ -296,7 +296,7 @@ impl Monitor {
     /// What is to be done if the subject misbehaves, by the first `escalate` that is about it.
     pub(crate) fn escalation(&self, id: SubjectId) -> Option<crate::syntax::Escalation> {
         let now = self.shared.now.load();
-        let class = now.main.seat(id)?.class.id;
+        let class = now.main.seat(id)?.class.id();
         let escalations = &now.main.policy.model.escalations;
         let about = escalations.iter().find(|(who, ..)| now.main.table.is_member(*who, class));
         about.map(|(_, escalation, _)| escalation.clone())
@@ -327,7 +327,7 @@ impl Monitor {
     pub(crate) fn may_confirm(&self, decision: &crate::Decision, id: SubjectId) -> bool {
         let now = self.shared.now.load();
         match (ask_of(&now, decision), now.main.seat(id)) {
-            (Some((by, _)), Some(seat)) => now.main.table.is_member(by, seat.class.id),
+            (Some((by, _)), Some(seat)) => now.main.table.is_member(by, seat.class.id()),
             _ => false,
         }
     }

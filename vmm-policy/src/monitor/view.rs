@@ -4,8 +4,6 @@ use std::hint::select_unpredictable;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
 use super::clock::Clock;
 use super::meter::Meter;
 use super::wall::gained;
@@ -35,8 +33,19 @@ pub(super) struct State {
     pub(super) attested: bool,
 }
 
-/// What a subject has used of each limit, by the limit's number; `None` where it falls under none of it. Few policies have more than two limits.
-pub(super) type Meters = SmallVec<[Option<Arc<Meter>>; 2]>;
+/// What a subject has used of each limit, by the limit's number; `None` where it does not fall under it.
+#[derive(Debug, Default)]
+pub(super) struct Meters {
+    /// Few policies have more than this one.
+    first: Option<Arc<Meter>>,
+    others: Box<[Option<Arc<Meter>>]>,
+}
+
+impl Meters {
+    fn new(mut all: impl Iterator<Item = Option<Arc<Meter>>>) -> Self {
+        Self { first: all.next().flatten(), others: all.collect() }
+    }
+}
 
 /// In the place of nobody's life.
 const NO_LIFE: u64 = 0;
@@ -53,6 +62,7 @@ pub(super) struct Seat {
     history: AtomicU64,
     /// What the history keeps apart from it.
     forbidden: AtomicU64,
+    first_meter: Option<Arc<Meter>>,
     behind: Arc<Behind>,
 }
 
@@ -64,8 +74,8 @@ struct Behind {
     subject: Arc<Subject>,
     /// The bits that conditions ask for.
     facts: AtomicU64,
-    /// What it has used of each limit, by the limit's number; `None` where it falls under none of it.
-    meters: Meters,
+    /// Of all limits but the first.
+    meters: Box<[Option<Arc<Meter>>]>,
 }
 
 impl Seat {
@@ -83,7 +93,8 @@ impl Seat {
             terms: Default::default(),
             history: AtomicU64::new(history),
             forbidden: AtomicU64::new(table.forbidden_by(history)),
-            behind: Arc::new(Behind { facts: AtomicU64::new(0), subject, meters }),
+            first_meter: meters.first,
+            behind: Arc::new(Behind { facts: AtomicU64::new(0), subject, meters: meters.others }),
         };
         seat.look_at_state(policy);
         seat
@@ -100,7 +111,7 @@ impl Seat {
             digest: None,
             state: Mutex::new(State { lifecycle: Lifecycle::default(), attested: false }),
         };
-        let mut seat = Self::new(policy, &policy.table, Arc::new(subject), NOBODY, 0, Meters::new());
+        let mut seat = Self::new(policy, &policy.table, Arc::new(subject), NOBODY, 0, Meters::default());
         seat.life = NO_LIFE;
         // It is in no state.
         seat.set_facts(&policy.model.conditions, 0);
@@ -116,6 +127,7 @@ impl Seat {
             terms: self.terms.each_ref().map(of),
             history: of(&self.history),
             forbidden: of(&self.forbidden),
+            first_meter: self.first_meter.clone(),
             behind: Arc::clone(&self.behind),
         }
     }
@@ -153,14 +165,19 @@ impl Seat {
         &self.behind.subject
     }
 
-    pub(super) fn meters(&self) -> &[Option<Arc<Meter>>] {
-        &self.behind.meters
+    /// What it has used of a limit, if it falls under it.
+    #[inline]
+    pub(super) fn meter(&self, limit: u32) -> Option<&Arc<Meter>> {
+        match limit.checked_sub(1) {
+            None => self.first_meter.as_ref(),
+            Some(other) => self.behind.meters.get(other as usize)?.as_ref(),
+        }
     }
 
     /// Whether it is a subject's, and not nobody's.
     #[inline(always)]
     pub(super) fn is_subject(&self) -> bool {
-        self.class.id != NOBODY
+        self.class.id() != NOBODY
     }
 
     /// Whether levels and walls are not asked about it: it has no history then.
@@ -310,7 +327,7 @@ impl View {
         if gained != 0 || ruling.is_throttled() {
             return None;
         }
-        Some(Glance::Limited { ruling, asker, list: self.table.list_at(asked)? })
+        Some(Glance::Limited { ruling, asker, list: self.table.list_at(near, asked)? })
     }
 
     #[inline(always)]
@@ -339,9 +356,9 @@ impl View {
 
     /// The classes of the asker, and of the subject or of the object that stands for itself.
     pub(super) fn classes<'v>(&'v self, resolved: &Resolved<'v>) -> Option<(&'v Class, &'v Class)> {
-        let peer = self.table.class(resolved.peer.class.id)?;
+        let peer = self.table.class(resolved.peer.class.id())?;
         let peer = if resolved.is_of_subject() { peer } else { resolved.object };
-        Some((self.table.class(resolved.asker.class.id)?, peer))
+        Some((self.table.class(resolved.asker.class.id())?, peer))
     }
 
     /// What the policy says where asker and peer have these histories at walls.
@@ -391,16 +408,14 @@ impl View {
                 before.iter().find(|(known, meter)| *known == text && meter.quantity() == limit.quantity);
             Some(same.map_or_else(|| Arc::new(Meter::new(limit.quantity)), |(_, meter)| Arc::clone(meter)))
         };
-        model.limits.iter().enumerate().map(meter).collect()
+        Meters::new(model.limits.iter().enumerate().map(meter))
     }
 
     /// The meters of a subject, by what their limits say.
     pub(super) fn meters_of(&self, id: SubjectId) -> Vec<(String, Arc<Meter>)> {
-        let meters = self.seat(id).map_or(&[][..], Seat::meters);
-        let named = |(at, meter): (usize, &Option<Arc<Meter>>)| {
-            Some((limit_text(&self.policy, at), Arc::clone(meter.as_ref()?)))
-        };
-        meters.iter().enumerate().filter_map(named).collect()
+        let Some(seat) = self.seat(id) else { return Vec::new() };
+        let named = |at: usize| Some((limit_text(&self.policy, at), Arc::clone(seat.meter(at as u32)?)));
+        (0..self.policy.model.limits.len()).filter_map(named).collect()
     }
 }
 

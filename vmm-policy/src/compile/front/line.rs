@@ -91,6 +91,12 @@ impl Word {
         self.0 & Self::TERM != 0
     }
 
+    /// Whether it is a rule that opens what it is about.
+    #[inline(always)]
+    fn opens(self) -> bool {
+        self.bare().opens()
+    }
+
     /// The one that says the stronger.
     #[inline(always)]
     pub(super) fn stronger(self, other: Self) -> Self {
@@ -108,6 +114,21 @@ impl Word {
     fn bare(self) -> Said {
         Said::from_bits(self.0 & !(Self::LIMITED | Self::SPILLED))
     }
+}
+
+/// What several lanes say.
+#[derive(Clone, Copy)]
+pub(super) struct Weighed {
+    /// The strongest whose condition holds.
+    pub(super) said: Word,
+    /// The strongest that would open it and whose condition does not hold.
+    pub(super) missed: Word,
+    /// What any of them has.
+    pub(super) all: Word,
+}
+
+impl Weighed {
+    pub(super) const NOTHING: Self = Self { said: Word::NOTHING, missed: Word::NOTHING, all: Word::NOTHING };
 }
 
 impl BitOr for Word {
@@ -186,6 +207,18 @@ impl Line {
     pub(super) fn all(&self, asked: u64) -> impl Iterator<Item = Word> + '_ {
         let Self(lanes) = self;
         lanes.iter().map(move |lane| select_unpredictable(lane.is_about(asked), lane.word, Word::NOTHING))
+    }
+
+    /// Weighs what all lanes say that are about it.
+    #[inline(always)]
+    pub(super) fn weigh(&self, asked: u64, terms: u64, weighed: &mut Weighed) {
+        for word in self.all(asked) {
+            let holds = word.holds(terms) != 0;
+            let would_open = !holds & word.opens();
+            weighed.said = weighed.said.stronger(select_unpredictable(holds, word, Word::NOTHING));
+            weighed.missed = weighed.missed.stronger(select_unpredictable(would_open, word, Word::NOTHING));
+            weighed.all = weighed.all | word;
+        }
     }
 
     /// The list of limits that is about it, and 1; 0 if there is none, and more if there are several, or what is said stands elsewhere.

@@ -59,7 +59,7 @@ const RELATIONS: usize = 4;
 fn relation(asker: &Brief, peer: &Brief) -> usize {
     let both = (asker.family != 0) & (peer.family != 0);
     let differ = asker.family != peer.family;
-    usize::from(peer.id != NOBODY) + usize::from(both) + usize::from(both & differ)
+    usize::from(peer.id() != NOBODY) + usize::from(both) + usize::from(both & differ)
 }
 
 /// Asker, peer and object of a request, and what holds.
@@ -85,6 +85,17 @@ struct Found {
     conditional: bool,
     /// There may be limits.
     limited: bool,
+}
+
+impl Found {
+    /// By the strongest whose condition holds, and the strongest that would open it and whose condition does not.
+    #[inline(always)]
+    fn weighed(said: Said, missed: Said, limited: bool) -> Self {
+        if (said == Said::NOTHING) & (missed != Said::NOTHING) {
+            return Self { said: Said::missed(missed.rule().unwrap_or(0)), conditional: true, limited };
+        }
+        Self { said, conditional: said.condition() != 0, limited }
+    }
 }
 
 /// The lines of an asker and a peer. They are read before it is known which object is asked for: telling whether that is a name, and which one,
@@ -176,7 +187,7 @@ impl Front {
         let all = one | other | wide;
         let holds = one.holds(terms) & other.holds(terms) & wide.holds(terms);
         if (holds == 0) | all.is_far() | spilled {
-            return Some(self.sum(whole)?.found());
+            return self.closer(whole);
         }
         let word = one.stronger(other).stronger(wide);
         Some(Found { said: word.said(), conditional: word.is_conditional(), limited: all.is_limited() })
@@ -199,7 +210,7 @@ impl Table {
     /// Where there is to be [glanced](Self::glance).
     #[inline(always)]
     pub(crate) fn near(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<Near<'_>> {
-        self.front.near(self.front.key(row.number, asker.id, peer.id))
+        self.front.near(self.front.key(row.number, asker.id(), peer.id()))
     }
 
     /// What is said between two subjects, or an asker and nobody, in most cases; otherwise nothing, and it is to be

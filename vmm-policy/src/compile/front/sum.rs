@@ -2,7 +2,7 @@
 
 use std::hint::select_unpredictable;
 
-use super::line::{Line, Word};
+use super::line::{Line, Weighed, Word};
 use super::{Asked, BLOCK, Found, Front, Near, Row, clamped};
 use crate::compile::classes::NOBODY;
 use crate::compile::lookup::{Limits, Ruling};
@@ -36,16 +36,30 @@ impl Sum {
     }
 
     pub(super) fn found(&self) -> Found {
-        let limited = !self.limits.lists().is_empty();
-        if self.said == Said::NOTHING && self.missed != Said::NOTHING {
-            let said = Said::missed(self.missed.rule().unwrap_or(0));
-            return Found { said, conditional: true, limited };
-        }
-        Found { said: self.said, conditional: self.said.condition() != 0, limited }
+        Found::weighed(self.said, self.missed, !self.limits.lists().is_empty())
     }
 }
 
 impl Front {
+    /// What rules say where the first lanes do not: all lanes of the same lines, if none of them says that it stands elsewhere.
+    #[inline(never)]
+    pub(super) fn closer(&self, asked: Asked<'_>) -> Option<Found> {
+        let Asked { row, asker, peer, terms, .. } = asked;
+        let value = clamped(asked.value);
+        let near = self.near(self.key(row.number, asker.id(), peer.id()))?;
+        let about = near.asked(value);
+        let mut weighed = Weighed::NOTHING;
+        // What a line that is there twice says twice is the same.
+        near.one.weigh(about, terms, &mut weighed);
+        near.other.weigh(about, terms, &mut weighed);
+        self.wide(row, asker, peer)?.weigh(value, terms, &mut weighed);
+        let Weighed { said, missed, all } = weighed;
+        if near.spilled | all.is_far() {
+            return None;
+        }
+        Some(Found::weighed(said.said(), missed.said(), all.is_limited()))
+    }
+
     /// Adds what is said of one key; nothing if the table is to be asked.
     #[inline(always)]
     fn add_key(&self, sum: &mut Sum, key: u32, value: u64) -> Option<()> {
@@ -70,9 +84,8 @@ impl Front {
 
     /// The list of limits that is all there is; nothing if there are several, or it is to be looked closer.
     #[inline(always)]
-    fn list(&self, asked: Asked<'_>) -> Option<u32> {
+    fn list(&self, near: Near<'_>, asked: Asked<'_>) -> Option<u32> {
         let Asked { row, asker, peer, .. } = asked;
-        let near = self.near(self.key(row.number, asker.id, peer.id))?;
         let Near { one, other, spilled, .. } = near;
         let value = clamped(asked.value);
         let about = near.asked(value);
@@ -95,12 +108,12 @@ impl Front {
         let nothing = Said::NOTHING;
         let limits = Limits::default();
         let mut sum = Sum { terms, said: nothing, missed: nothing, limits, far: Word::NOTHING };
-        self.add_key(&mut sum, self.key(row.number, asker.id, peer.id), value)?;
-        if row.more & Row::ANY_PEER != 0 && peer.id != NOBODY {
-            self.add_key(&mut sum, self.key(row.number, asker.id, self.any()), value)?;
+        self.add_key(&mut sum, self.key(row.number, asker.id(), peer.id()), value)?;
+        if row.more & Row::ANY_PEER != 0 && peer.id() != NOBODY {
+            self.add_key(&mut sum, self.key(row.number, asker.id(), self.any()), value)?;
         }
-        if row.more & Row::ANY_ASKER != 0 && peer.id != NOBODY {
-            self.add_key(&mut sum, self.key(row.number, self.any(), peer.id), value)?;
+        if row.more & Row::ANY_ASKER != 0 && peer.id() != NOBODY {
+            self.add_key(&mut sum, self.key(row.number, self.any(), peer.id()), value)?;
         }
         if row.more & Row::WIDE != 0 {
             sum.add(self.wide(row, asker, peer)?, value);
@@ -120,7 +133,7 @@ impl Table {
 
     /// The list of limits that a request falls under, if it is one that is found at a glance; otherwise it is to be [looked](Self::look) closer.
     #[inline(always)]
-    pub(crate) fn list_at(&self, asked: Asked<'_>) -> Option<u32> {
-        self.front.list(asked)
+    pub(crate) fn list_at(&self, near: Near<'_>, asked: Asked<'_>) -> Option<u32> {
+        self.front.list(near, asked)
     }
 }

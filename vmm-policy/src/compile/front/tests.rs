@@ -114,7 +114,8 @@ fn limits_are_found_at_a_glance_where_there_are_no_others() {
     let asked = |table: &Table, class| {
         let (asker, peer) = (table.brief(class), table.brief(class + 1));
         let row = table.row(Kind::Vsock, Action::Connect).unwrap();
-        table.list_at(Asked { row, asker: &asker, peer: &peer, value: 5, terms: 0, walled: false })
+        let near = table.near(row, &asker, &peer).unwrap();
+        table.list_at(near, Asked { row, asker: &asker, peer: &peer, value: 5, terms: 0, walled: false })
     };
     // Of the pair, with as many rules as stand in its lines or in a block, and of whomever.
     for (rules, own, wide, found) in [
