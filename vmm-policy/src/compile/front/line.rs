@@ -91,6 +91,13 @@ impl Word {
         self.0 & Self::TERM != 0
     }
 
+    /// That it is denied, by the condition of a rule that would open it.
+    #[inline(always)]
+    fn denied(self) -> Self {
+        let rule = self.bare().rule().unwrap_or(0);
+        Self(Said::missed(rule).bits() | self.0 & Self::TERM)
+    }
+
     /// Whether it is a rule that opens what it is about.
     #[inline(always)]
     fn opens(self) -> bool {
@@ -120,15 +127,23 @@ impl Word {
 #[derive(Clone, Copy)]
 pub(super) struct Weighed {
     /// The strongest whose condition holds.
-    pub(super) said: Word,
+    said: Word,
     /// The strongest that would open it and whose condition does not hold.
-    pub(super) missed: Word,
+    missed: Word,
     /// What any of them has.
-    pub(super) all: Word,
+    all: Word,
 }
 
 impl Weighed {
     pub(super) const NOTHING: Self = Self { said: Word::NOTHING, missed: Word::NOTHING, all: Word::NOTHING };
+
+    /// What they say together; nothing if something stands elsewhere.
+    #[inline(always)]
+    pub(super) fn word(self) -> Option<Word> {
+        let Self { said, missed, all } = self;
+        let misses = (said.said() == Said::NOTHING) & (missed != Word::NOTHING);
+        (!all.is_far()).then_some(select_unpredictable(misses, missed.denied(), said))
+    }
 }
 
 impl BitOr for Word {

@@ -87,17 +87,6 @@ struct Found {
     limited: bool,
 }
 
-impl Found {
-    /// By the strongest whose condition holds, and the strongest that would open it and whose condition does not.
-    #[inline(always)]
-    fn weighed(said: Said, missed: Said, limited: bool) -> Self {
-        if (said == Said::NOTHING) & (missed != Said::NOTHING) {
-            return Self { said: Said::missed(missed.rule().unwrap_or(0)), conditional: true, limited };
-        }
-        Self { said, conditional: said.condition() != 0, limited }
-    }
-}
-
 /// The lines of an asker and a peer. They are read before it is known which object is asked for: telling whether that is a name, and which one,
 /// goes on while they come from the cache.
 #[derive(Clone, Copy)]
@@ -157,8 +146,13 @@ impl Front {
     }
 
     #[inline(always)]
+    fn wide_at(&self, row: Row, asker: &Brief, peer: &Brief) -> usize {
+        usize::from(row.number) * RELATIONS + relation(asker, peer)
+    }
+
+    #[inline(always)]
     fn wide(&self, row: Row, asker: &Brief, peer: &Brief) -> Option<&Line> {
-        self.wide.get(usize::from(row.number) * RELATIONS + relation(asker, peer))
+        self.wide.get(self.wide_at(row, asker, peer))
     }
 
     #[inline(always)]
@@ -186,10 +180,13 @@ impl Front {
         }
         let all = one | other | wide;
         let holds = one.holds(terms) & other.holds(terms) & wide.holds(terms);
-        if (holds == 0) | all.is_far() | spilled {
-            return self.closer(whole);
+        if all.is_far() | spilled {
+            return None;
         }
-        let word = one.stronger(other).stronger(wide);
+        let mut word = one.stronger(other).stronger(wide);
+        if holds == 0 {
+            word = self.weigh(near.key, self.wide_at(row, asker, peer), value, terms)?;
+        }
         Some(Found { said: word.said(), conditional: word.is_conditional(), limited: all.is_limited() })
     }
 }

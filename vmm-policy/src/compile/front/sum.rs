@@ -36,28 +36,29 @@ impl Sum {
     }
 
     pub(super) fn found(&self) -> Found {
-        Found::weighed(self.said, self.missed, !self.limits.lists().is_empty())
+        let limited = !self.limits.lists().is_empty();
+        if self.said == Said::NOTHING && self.missed != Said::NOTHING {
+            let said = Said::missed(self.missed.rule().unwrap_or(0));
+            return Found { said, conditional: true, limited };
+        }
+        Found { said: self.said, conditional: self.said.condition() != 0, limited }
     }
 }
 
 impl Front {
-    /// What rules say where the first lanes do not: all lanes of the same lines, if none of them says that it stands elsewhere.
+    /// What all lanes of a key say, and those of a line for whomever; nothing if one of them says that it stands elsewhere. It takes numbers and
+    /// no more of them than there are registers, so that a glance keeps nothing for it in memory.
+    #[cold]
     #[inline(never)]
-    pub(super) fn closer(&self, asked: Asked<'_>) -> Option<Found> {
-        let Asked { row, asker, peer, terms, .. } = asked;
-        let value = clamped(asked.value);
-        let near = self.near(self.key(row.number, asker.id(), peer.id()))?;
-        let about = near.asked(value);
+    pub(super) fn weigh(&self, key: u32, wide: usize, value: u64, terms: u64) -> Option<Word> {
+        let near = self.near(key)?;
+        let asked = near.asked(value);
         let mut weighed = Weighed::NOTHING;
         // What a line that is there twice says twice is the same.
-        near.one.weigh(about, terms, &mut weighed);
-        near.other.weigh(about, terms, &mut weighed);
-        self.wide(row, asker, peer)?.weigh(value, terms, &mut weighed);
-        let Weighed { said, missed, all } = weighed;
-        if near.spilled | all.is_far() {
-            return None;
-        }
-        Some(Found::weighed(said.said(), missed.said(), all.is_limited()))
+        near.one.weigh(asked, terms, &mut weighed);
+        near.other.weigh(asked, terms, &mut weighed);
+        self.wide.get(wide)?.weigh(value, terms, &mut weighed);
+        weighed.word()
     }
 
     /// Adds what is said of one key; nothing if the table is to be asked.
