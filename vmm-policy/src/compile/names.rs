@@ -19,6 +19,11 @@ pub(crate) struct NameIndex {
     all: Vec<(Box<str>, bool)>,
 }
 
+/// Of so many pairs of seeds the one is taken with which the most patterns are where they are looked for first.
+const SEEDS: usize = 16;
+/// Of more patterns than this about as many are there with one pair as with another.
+const ENOUGH: usize = 1 << 13;
+
 /// Bytes of a short pattern.
 const SHORT: usize = 16;
 
@@ -73,7 +78,7 @@ const WHOLE: u32 = 1 << 31;
 impl Short {
     fn new(all: &[(Box<str>, bool)]) -> Self {
         let short = || (1..).zip(all).filter(|(_, (text, _))| text.len() <= SHORT);
-        let random = RandomState::new();
+        let count = short().count();
         let mut lengths: Vec<usize> =
             short().filter(|(_, (_, whole))| !whole).map(|(_, (text, _))| text.len()).collect();
         lengths.sort_unstable_by(|one, other| other.cmp(one));
@@ -83,15 +88,28 @@ impl Short {
             bytes: *bytes as u32,
             mask: [ones(bytes * 8), ones((bytes * 8).saturating_sub(64))],
         };
-        let mut index = Self {
-            seeds: [random.hash_one(1), random.hash_one(2)],
-            places: vec![Place::default(); (short().count() * 4).next_power_of_two()],
-            lengths: lengths.iter().map(length).collect(),
-            has_whole: short().any(|(_, (_, whole))| *whole),
+        let lengths: Vec<Length> = lengths.iter().map(length).collect();
+        let has_whole = short().any(|(_, (_, whole))| *whole);
+        let with_seeds = || {
+            let random = RandomState::new();
+            let mut index = Self {
+                seeds: [random.hash_one(1), random.hash_one(2)],
+                places: vec![Place::default(); (count * 4).next_power_of_two()],
+                lengths: lengths.clone(),
+                has_whole,
+            };
+            let elsewhere = short().filter(|(atom, (text, whole))| {
+                let length = text.len() as u32 | if *whole { WHOLE } else { 0 };
+                index.insert(Place { words: words(text.as_bytes()), length, atom: *atom })
+            });
+            (elsewhere.count(), index)
         };
-        for (atom, (text, whole)) in short() {
-            let length = text.len() as u32 | if *whole { WHOLE } else { 0 };
-            index.insert(Place { words: words(text.as_bytes()), length, atom });
+        let (mut least, mut index) = with_seeds();
+        for _ in 1..SEEDS.min(ENOUGH / count.max(1)) {
+            let (elsewhere, other) = with_seeds();
+            if elsewhere < least {
+                (least, index) = (elsewhere, other);
+            }
         }
         index
     }
@@ -104,16 +122,19 @@ impl Short {
         (product as u64 ^ (product >> 64) as u64) as usize & (self.places.len() - 1)
     }
 
-    fn insert(&mut self, new: Place) {
-        let mut at = self.begin(new.words, new.length);
+    /// Whether it is elsewhere than where it is looked for first.
+    fn insert(&mut self, new: Place) -> bool {
+        let begin = self.begin(new.words, new.length);
+        let mut at = begin;
         // Most of the places are free.
         while let Some(place) = self.places.get_mut(at) {
             if place.atom == 0 {
                 *place = new;
-                return;
+                break;
             }
             at = (at + 1) & (self.places.len() - 1);
         }
+        at != begin
     }
 
     #[inline(always)]
