@@ -146,7 +146,8 @@ pub(crate) mod tests {
 
     use super::{Closer, MOST};
 
-    const LONGEST: Duration = Duration::from_secs(10);
+    /// Half as long as what is stubborn.
+    const LONGEST: Duration = Duration::from_secs(30);
 
     /// A descriptor whose close waits for a minute, and what ends that when it is dropped: as of a file whose server is hostile (FUSE).
     /// Send it, and drop it.

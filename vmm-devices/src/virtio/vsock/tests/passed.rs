@@ -199,7 +199,7 @@ fn what_waits_at_the_door_does_not_hold_up_the_device() {
                 send(&client, line, flags).unwrap();
             }
             let ends = pass_stubborn(&client, line, flags);
-            soon("the device", move || {
+            soon(&format!("the device, {kind:?}, way {way}"), move || {
                 match way {
                     // Of a stream the line is looked at together with what is behind it.
                     1 if kind == Kind::SeqPacket => {
