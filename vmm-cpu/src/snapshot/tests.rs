@@ -96,7 +96,7 @@ fn leaves_that_do_not_ascend_are_refused_at_once() {
         assert_eq!(problem, "its leaves do not ascend");
     };
     let entry = |leaf, subleaf| CpuidEntry::new(leaf, subleaf, [1; 4]);
-    // So many that whoever sorts them in by moving others does not come to an end.
+    // So many that sorting them in by moving others takes minutes.
     let most = 300_000;
     refused(&(0..most).rev().map(|leaf| entry(leaf, None)).collect::<Vec<_>>());
     // A leaf that has subleaves and then none, over and over, behind many others.

@@ -106,6 +106,9 @@ impl Short {
         };
         let (mut least, mut index) = with_seeds();
         for _ in 1..SEEDS.min(ENOUGH / count.max(1)) {
+            if least == 0 {
+                break;
+            }
             let (elsewhere, other) = with_seeds();
             if elsewhere < least {
                 (least, index) = (elsewhere, other);

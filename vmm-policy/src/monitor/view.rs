@@ -34,18 +34,7 @@ pub(super) struct State {
 }
 
 /// What a subject has used of each limit, by the limit's number; `None` where it does not fall under it.
-#[derive(Debug, Default)]
-pub(super) struct Meters {
-    /// Few policies have more than this one.
-    first: Option<Arc<Meter>>,
-    others: Box<[Option<Arc<Meter>>]>,
-}
-
-impl Meters {
-    fn new(mut all: impl Iterator<Item = Option<Arc<Meter>>>) -> Self {
-        Self { first: all.next().flatten(), others: all.collect() }
-    }
-}
+pub(super) type Meters = Vec<Option<Arc<Meter>>>;
 
 /// In the place of nobody's life.
 const NO_LIFE: u64 = 0;
@@ -62,6 +51,7 @@ pub(super) struct Seat {
     history: AtomicU64,
     /// What the history keeps apart from it.
     forbidden: AtomicU64,
+    /// Of the first limit: few policies have another one.
     first_meter: Option<Arc<Meter>>,
     behind: Arc<Behind>,
 }
@@ -87,14 +77,15 @@ impl Seat {
         history: u64,
         meters: Meters,
     ) -> Self {
+        let mut meters = meters.into_iter();
         let seat = Self {
             life: subject.id.life.get(),
             class: table.brief(class),
             terms: Default::default(),
             history: AtomicU64::new(history),
             forbidden: AtomicU64::new(table.forbidden_by(history)),
-            first_meter: meters.first,
-            behind: Arc::new(Behind { facts: AtomicU64::new(0), subject, meters: meters.others }),
+            first_meter: meters.next().flatten(),
+            behind: Arc::new(Behind { facts: AtomicU64::new(0), subject, meters: meters.collect() }),
         };
         seat.look_at_state(policy);
         seat
@@ -111,7 +102,7 @@ impl Seat {
             digest: None,
             state: Mutex::new(State { lifecycle: Lifecycle::default(), attested: false }),
         };
-        let mut seat = Self::new(policy, &policy.table, Arc::new(subject), NOBODY, 0, Meters::default());
+        let mut seat = Self::new(policy, &policy.table, Arc::new(subject), NOBODY, 0, Meters::new());
         seat.life = NO_LIFE;
         // It is in no state.
         seat.set_facts(&policy.model.conditions, 0);
@@ -408,7 +399,7 @@ impl View {
                 before.iter().find(|(known, meter)| *known == text && meter.quantity() == limit.quantity);
             Some(same.map_or_else(|| Arc::new(Meter::new(limit.quantity)), |(_, meter)| Arc::clone(meter)))
         };
-        Meters::new(model.limits.iter().enumerate().map(meter))
+        model.limits.iter().enumerate().map(meter).collect()
     }
 
     /// The meters of a subject, by what their limits say.

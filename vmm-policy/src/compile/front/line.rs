@@ -137,12 +137,27 @@ pub(super) struct Weighed {
 impl Weighed {
     pub(super) const NOTHING: Self = Self { said: Word::NOTHING, missed: Word::NOTHING, all: Word::NOTHING };
 
-    /// What they say together; nothing if something stands elsewhere.
+    /// Adds what one says. Whether it holds nobody can foresee: no branch.
     #[inline(always)]
-    pub(super) fn word(self) -> Option<Word> {
-        let Self { said, missed, all } = self;
-        let misses = (said.said() == Said::NOTHING) & (missed != Word::NOTHING);
-        (!all.is_far()).then_some(select_unpredictable(misses, missed.denied(), said))
+    pub(super) fn add(&mut self, word: Word, terms: u64) {
+        let holds = word.holds(terms) != 0;
+        let would_open = !holds & word.opens();
+        self.said = self.said.stronger(select_unpredictable(holds, word, Word::NOTHING));
+        self.missed = self.missed.stronger(select_unpredictable(would_open, word, Word::NOTHING));
+        self.all = self.all | word;
+    }
+
+    /// What they say together, but for what stands elsewhere.
+    #[inline(always)]
+    pub(super) fn word(self) -> Word {
+        let misses = (self.said.said() == Said::NOTHING) & (self.missed != Word::NOTHING);
+        select_unpredictable(misses, self.missed.denied(), self.said)
+    }
+
+    /// Whether something stands elsewhere.
+    #[inline(always)]
+    pub(super) fn is_far(self) -> bool {
+        self.all.is_far()
     }
 }
 
@@ -222,18 +237,6 @@ impl Line {
     pub(super) fn all(&self, asked: u64) -> impl Iterator<Item = Word> + '_ {
         let Self(lanes) = self;
         lanes.iter().map(move |lane| select_unpredictable(lane.is_about(asked), lane.word, Word::NOTHING))
-    }
-
-    /// Weighs what all lanes say that are about it.
-    #[inline(always)]
-    pub(super) fn weigh(&self, asked: u64, terms: u64, weighed: &mut Weighed) {
-        for word in self.all(asked) {
-            let holds = word.holds(terms) != 0;
-            let would_open = !holds & word.opens();
-            weighed.said = weighed.said.stronger(select_unpredictable(holds, word, Word::NOTHING));
-            weighed.missed = weighed.missed.stronger(select_unpredictable(would_open, word, Word::NOTHING));
-            weighed.all = weighed.all | word;
-        }
     }
 
     /// The list of limits that is about it, and 1; 0 if there is none, and more if there are several, or what is said stands elsewhere.

@@ -87,6 +87,13 @@ struct Found {
     limited: bool,
 }
 
+impl Found {
+    #[inline(always)]
+    fn by(word: Word, limited: bool) -> Self {
+        Self { said: word.said(), conditional: word.is_conditional(), limited }
+    }
+}
+
 /// The lines of an asker and a peer. They are read before it is known which object is asked for: telling whether that is a name, and which one,
 /// goes on while they come from the cache.
 #[derive(Clone, Copy)]
@@ -187,7 +194,7 @@ impl Front {
         if holds == 0 {
             word = self.weigh(near.key, self.wide_at(row, asker, peer), value, terms)?;
         }
-        Some(Found { said: word.said(), conditional: word.is_conditional(), limited: all.is_limited() })
+        Some(Found::by(word, all.is_limited()))
     }
 }
 

@@ -6,42 +6,31 @@ use super::line::{Line, Weighed, Word};
 use super::{Asked, BLOCK, Found, Front, Near, Row, clamped};
 use crate::compile::classes::NOBODY;
 use crate::compile::lookup::{Limits, Ruling};
-use crate::compile::said::Said;
 use crate::compile::table::Table;
 
-/// What lanes say together.
+/// What lanes say together, with their limits.
 pub(super) struct Sum {
     /// What holds.
     terms: u64,
-    said: Said,
-    /// The strongest that would open it and whose condition does not hold.
-    missed: Said,
+    weighed: Weighed,
     limits: Limits,
     /// The last one that says that it stands elsewhere.
     far: Word,
 }
 
 impl Sum {
-    /// Adds what a line says. Which of its lanes are about a request, and which of those hold, nobody can foresee: no branch.
+    /// Adds what a line says. Which of its lanes are about a request nobody can foresee: no branch.
     #[inline(always)]
     fn add(&mut self, line: &Line, asked: u64) {
         for word in line.all(asked) {
-            let (said, holds) = (word.said(), word.holds(self.terms) != 0);
-            let open = select_unpredictable(said.strength().opens(), said, Said::NOTHING);
-            self.said = self.said.min(select_unpredictable(holds, said, Said::NOTHING));
-            self.missed = self.missed.min(select_unpredictable(holds, Said::NOTHING, open));
+            self.weighed.add(word, self.terms);
             self.limits.add(word.limits());
             self.far = select_unpredictable(word.is_far(), word, self.far);
         }
     }
 
     pub(super) fn found(&self) -> Found {
-        let limited = !self.limits.lists().is_empty();
-        if self.said == Said::NOTHING && self.missed != Said::NOTHING {
-            let said = Said::missed(self.missed.rule().unwrap_or(0));
-            return Found { said, conditional: true, limited };
-        }
-        Found { said: self.said, conditional: self.said.condition() != 0, limited }
+        Found::by(self.weighed.word(), !self.limits.lists().is_empty())
     }
 }
 
@@ -55,10 +44,9 @@ impl Front {
         let asked = near.asked(value);
         let mut weighed = Weighed::NOTHING;
         // What a line that is there twice says twice is the same.
-        near.one.weigh(asked, terms, &mut weighed);
-        near.other.weigh(asked, terms, &mut weighed);
-        self.wide.get(wide)?.weigh(value, terms, &mut weighed);
-        weighed.word()
+        let lanes = near.one.all(asked).chain(near.other.all(asked)).chain(self.wide.get(wide)?.all(value));
+        lanes.for_each(|word| weighed.add(word, terms));
+        (!weighed.is_far()).then(|| weighed.word())
     }
 
     /// Adds what is said of one key; nothing if the table is to be asked.
@@ -106,9 +94,8 @@ impl Front {
         if row.more & (Row::TABLE | Row::NONE) != 0 {
             return None;
         }
-        let nothing = Said::NOTHING;
         let limits = Limits::default();
-        let mut sum = Sum { terms, said: nothing, missed: nothing, limits, far: Word::NOTHING };
+        let mut sum = Sum { terms, weighed: Weighed::NOTHING, limits, far: Word::NOTHING };
         self.add_key(&mut sum, self.key(row.number, asker.id(), peer.id()), value)?;
         if row.more & Row::ANY_PEER != 0 && peer.id() != NOBODY {
             self.add_key(&mut sum, self.key(row.number, asker.id(), self.any()), value)?;
