@@ -18,6 +18,8 @@ use vmm_examples::replay::{Director, Finish, Inputs, Machine, StateHash};
 use vmm_memory::GuestRam;
 use vmm_memory::boot::{Boot, KernelImage};
 
+use crate::multiboot;
+
 const LINUX: &str = env!("CARGO_BIN_EXE_linux");
 const VMM_FAILURE: i32 = 125;
 
@@ -26,9 +28,6 @@ const VMM_FAILURE: i32 = 125;
 fn kernel() -> Vec<u8> {
     use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, dx, eax, ebx, ecx, edi};
 
-    const BASE: u32 = 0x10_0000;
-    const HEADERS: u32 = 52 + 32;
-    const MULTIBOOT: u32 = 12;
     let mut code = CodeAssembler::new(32).unwrap();
     let (mut again, mut idle) = (code.create_label(), code.create_label());
     // The PIT counts.
@@ -62,24 +61,7 @@ fn kernel() -> Vec<u8> {
     code.out(0xf4, al).unwrap();
     code.set_label(&mut idle).unwrap();
     code.jmp(again).unwrap();
-    let code = code.assemble(u64::from(BASE + HEADERS + MULTIBOOT)).unwrap();
-
-    let length = HEADERS + MULTIBOOT + u32::try_from(code.len()).unwrap();
-    let mut image = b"\x7fELF\x01\x01\x01".to_vec();
-    image.resize(16, 0);
-    image.extend([2, 0, 3, 0, 1, 0, 0, 0]);
-    for value in [BASE + HEADERS + MULTIBOOT, 52, 0, 0, 32 << 16 | 52, 1, 0] {
-        image.extend(value.to_le_bytes());
-    }
-    for value in [1, 0, BASE, BASE, length, length, 5, 0x1000] {
-        image.extend(value.to_le_bytes());
-    }
-    const MAGIC: u32 = 0x1bad_b002;
-    for value in [MAGIC, 0, MAGIC.wrapping_neg()] {
-        image.extend(value.to_le_bytes());
-    }
-    image.extend(code);
-    image
+    multiboot::kernel(code)
 }
 
 /// A directory with the kernel in it.

@@ -8,6 +8,7 @@ mod doorbells;
 mod gdb;
 mod guest_session;
 mod memory_options;
+mod multiboot;
 mod paravirtual;
 mod paravirtual_32bit;
 mod paravirtual_programs;

@@ -7,6 +7,8 @@ use std::process::{Command, Output, Stdio};
 
 use vmm_examples::debian::{self, Series};
 
+use crate::multiboot;
+
 /// The freestanding guest, as `hello` has it built in.
 const GUEST: &str = env!("HELLO_GUEST");
 /// What the guest's word for success becomes at the debug-exit port.
@@ -144,9 +146,6 @@ fn linux_ends_a_guest_that_never_ends() {
 fn multiboot_kernel() -> Vec<u8> {
     use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, dx, eax, ebx, ecx, esi};
 
-    const BASE: u32 = 0x10_0000;
-    const HEADERS: u32 = 52 + 32;
-    const MULTIBOOT: u32 = 12;
     let mut code = CodeAssembler::new(32).unwrap();
     let (mut print, mut printed) = (code.create_label(), code.create_label());
     code.mov(dx, 0x3f8).unwrap();
@@ -165,24 +164,7 @@ fn multiboot_kernel() -> Vec<u8> {
     code.rep().outsb().unwrap();
     code.mov(al, 21).unwrap();
     code.out(0xf4, al).unwrap();
-    let code = code.assemble(u64::from(BASE + HEADERS + MULTIBOOT)).unwrap();
-
-    let length = HEADERS + MULTIBOOT + u32::try_from(code.len()).unwrap();
-    let mut image = b"\x7fELF\x01\x01\x01".to_vec();
-    image.resize(16, 0);
-    image.extend([2, 0, 3, 0, 1, 0, 0, 0]);
-    for value in [BASE + HEADERS + MULTIBOOT, 52, 0, 0, 32 << 16 | 52, 1, 0] {
-        image.extend(value.to_le_bytes());
-    }
-    for value in [1, 0, BASE, BASE, length, length, 5, 0x1000] {
-        image.extend(value.to_le_bytes());
-    }
-    const MAGIC: u32 = 0x1bad_b002;
-    for value in [MAGIC, 0, MAGIC.wrapping_neg()] {
-        image.extend(value.to_le_bytes());
-    }
-    image.extend(code);
-    image
+    multiboot::kernel(code)
 }
 
 #[test]
