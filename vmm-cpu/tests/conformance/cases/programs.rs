@@ -4,13 +4,16 @@
 //! The kernel here is two handlers. UD2 asks it to store R13 at R14 and to forget the translation of RDI, by what R12 says; a page
 //! fault is noted at R15, with its error code and address, and the program goes on at RBX.
 
+use std::hint;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{
-    CodeLabel, byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r9, r11, r12d,
-    r13, r14, r15, rax, rbx, rcx, rdi, rsi, rsp, ymm1, ymmword_ptr,
+    CodeLabel, byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r9, r10, r11, r12,
+    r12d, r13, r14, r15, rax, rbx, rcx, rdi, rsi, rsp, xmm1, ymm1, ymmword_ptr,
 };
 use vmm_cpu::cpuid::Feature;
+use vmm_cpu::vmm_memory::vm_memory::{Bytes as _, GuestAddress};
 
 use crate::suite::backend::Backend;
 use crate::suite::case::{Outcome, Stop, cases};
@@ -30,6 +33,7 @@ cases![
     page_that_another_vcpu_maps_anew_is_the_new_one,
     locked_additions_of_a_program_and_of_a_kernel_add_up,
     kernel_keeps_vector_registers_of_a_program,
+    programs_that_take_turns_keep_their_vector_registers,
     flags_that_a_program_may_not_choose_stay_as_they_are,
     programs_find_nothing_where_engines_may_keep_something,
     steps_of_a_program_are_seen_by_its_kernel,
@@ -37,6 +41,7 @@ cases![
     number_of_the_processor_is_what_the_kernel_has_said,
 ];
 
+const NMI: u8 = 2;
 const UNDEFINED: u8 = 6;
 const PAGE_FAULT: u8 = 14;
 /// What UD2 asks for, in R12: INVLPG, a load of CR3, the end.
@@ -524,6 +529,90 @@ fn kernel_keeps_vector_registers_of_a_program(backend: &Backend) -> Outcome {
     // XSTATE_BV, and where the upper half is: the first of the components that come behind the header.
     assert_eq!(machine.word(AREA + 512)? & 4, 4);
     assert_eq!(machine.bytes(AREA + 576, 32)?[16..], pattern[16..]);
+    Ok(())
+}
+
+/// Two programs whose kernel goes over from one to the other with each NMI, as often and as soon as they come.
+fn programs_that_take_turns_keep_their_vector_registers(backend: &Backend) -> Outcome {
+    const AREAS: [u64; 2] = [layout::DATA + 0x6000, layout::DATA + 0x7000];
+    const RUNS: u64 = layout::DATA + 0x8000;
+    const IS_OVER: u64 = layout::DATA + 0x9000;
+    const NUMBERS: [u64; 2] = [0x1111, 0x2222];
+    const SSE: u32 = 2;
+    const NMIS: u64 = 16_000;
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let has_xsave = backend.hypervisor.supported_cpuid().has(Feature::XSAVE);
+    let mut p = Program::new()?;
+    let (mut start, mut user, mut last) = (p.create_label(), p.create_label(), p.create_label());
+    p.jmp(start)?;
+    p.handler(UNDEFINED)?;
+    p.end()?;
+    // Of the one that stops: its number in RBX, the one that it read in RAX, and R12 with its area. Of the other one the same in R8, R9 and R13.
+    p.handler(NMI)?;
+    p.mov(r10, rax)?;
+    p.xor(edx, edx)?;
+    p.mov(eax, SSE)?;
+    if has_xsave {
+        p.xsave64(byte_ptr(r12))?;
+    } else {
+        p.fxsave64(byte_ptr(r12))?;
+    }
+    p.xchg(r12, r13)?;
+    if has_xsave {
+        p.xrstor64(byte_ptr(r12))?;
+    } else {
+        p.fxrstor64(byte_ptr(r12))?;
+    }
+    p.xchg(rbx, r8)?;
+    p.mov(rax, r9)?;
+    p.mov(r9, r10)?;
+    p.iretq()?;
+    p.set_label(&mut start)?;
+    p.mov(rax, KERNEL_STACK)?;
+    p.mov(qword_ptr(layout::TSS + 4), rax)?;
+    enter(&mut p, user)?;
+    p.set_label(&mut user)?;
+    for (register, value) in
+        [(rbx, NUMBERS[0]), (r8, NUMBERS[1]), (r9, NUMBERS[1]), (r12, AREAS[0]), (r13, AREAS[1])]
+    {
+        p.mov(register, value)?;
+    }
+    p.movq(xmm1, rbx)?;
+    p.mov(qword_ptr(RUNS), 1)?;
+    let again = p.here()?;
+    p.movq(rax, xmm1)?;
+    p.cmp(rax, rbx)?;
+    p.jne(last)?;
+    p.cmp(qword_ptr(IS_OVER), 0)?;
+    p.je(again)?;
+    p.set_label(&mut last)?;
+    p.ud2()?;
+    let mut machine = Machine::new(backend, &p.assemble()?)?;
+    // FCW, MXCSR, XMM1, XSTATE_BV.
+    machine.write(AREAS[1], &0x37f_u16.to_le_bytes())?;
+    machine.write(AREAS[1] + 24, &0x1f80_u32.to_le_bytes())?;
+    machine.write(AREAS[1] + 176, &NUMBERS[1].to_le_bytes())?;
+    machine.write(AREAS[1] + 512, &SSE.to_le_bytes())?;
+    let (handle, ram) = (machine.vcpu.handle(), machine.ram.clone());
+    let sender = thread::spawn(move || -> Outcome {
+        let begun = Instant::now();
+        while word(&ram, RUNS)? == 0 && begun.elapsed() < PATIENCE {
+            thread::yield_now();
+        }
+        for n in 0..NMIS {
+            handle.nmi()?;
+            // At other moments of what the vCPU does meanwhile.
+            let next = Instant::now() + Duration::from_nanos(n * 7919 % 150_000);
+            while Instant::now() < next {
+                hint::spin_loop();
+            }
+        }
+        Ok(ram.memory().write_obj(1_u64, GuestAddress(IS_OVER))?)
+    });
+    machine.run_to_end()?;
+    sender.join().expect("the sending thread ends")?;
+    let registers = machine.vcpu.registers()?;
+    assert!(NUMBERS.contains(&registers.rbx) && registers.rax == registers.rbx, "{registers}");
     Ok(())
 }
 

@@ -224,8 +224,11 @@ impl Programs {
         self.vcpu.set_registers(&GeneralRegisters { rflags: flags, ..general })?;
         let vectors = m.program_vectors();
         if self.vectors.as_ref() != Some(&vectors) {
+            self.vectors = None;
             sys::set_xsave(self.vcpu.fd(), self.split.kvm.xsave_size, vectors.bytes())
                 .map_err(|errno| host("KVM_SET_XSAVE", errno))?;
+            // Also where the program does not come to run: somebody wants something before.
+            self.vectors = Some(vectors);
         }
         Ok(())
     }
