@@ -140,6 +140,7 @@ impl Short {
         at != begin
     }
 
+    /// The number of a pattern, or 0.
     #[inline(always)]
     fn find(&self, words: [u64; 2], length: u32) -> u32 {
         let [first, last] = words;
@@ -147,9 +148,9 @@ impl Short {
         while let Some(place) = self.places.get(at) {
             let [known_first, known_last] = place.words;
             let differs = (first ^ known_first) | (last ^ known_last) | u64::from(length ^ place.length);
-            let same = u32::from(differs == 0);
-            if (place.atom == 0) | (same != 0) {
-                return place.atom * same;
+            // In a free place is no pattern, and 0 for its number.
+            if differs == 0 || place.atom == 0 {
+                return if differs == 0 { place.atom } else { 0 };
             }
             at = (at + 1) & (self.places.len() - 1);
         }
@@ -168,9 +169,12 @@ impl Short {
         }
         for length in &self.lengths {
             let [one, other] = length.mask;
-            let atom = self.find([first & one, last & other], length.bytes);
             // What is behind a name's end is no 0 of a pattern.
-            if atom != 0 && length.bytes as usize <= name.len() {
+            if length.bytes as usize > name.len() {
+                continue;
+            }
+            let atom = self.find([first & one, last & other], length.bytes);
+            if atom != 0 {
                 return atom;
             }
         }
@@ -211,6 +215,7 @@ impl NameIndex {
         long.unwrap_or_else(|| self.short.atom(name.as_bytes())).into()
     }
 
+    #[inline(never)]
     fn long_atom(&self, name: &str) -> Option<u32> {
         let [names, beginnings] = &self.long;
         let beginning = |length: &usize| beginnings.get(name.get(..*length)?).copied();

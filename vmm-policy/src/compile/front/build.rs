@@ -53,7 +53,7 @@ impl Front {
             blocks: Vec::new(),
             wide: vec![Line::FREE; (usize::from(last) + 1) * RELATIONS],
             factor: random_factor(),
-            class_bits: 0,
+            classes: 1,
             used: 0,
         }
     }
@@ -61,7 +61,7 @@ impl Front {
     /// Whether actions and this many classes together have numbers of 32 bits.
     fn fits(&self) -> bool {
         let last = self.rows.iter().map(|row| u32::from(row.number)).max().unwrap_or(0);
-        last.leading_zeros() >= 2 * self.class_bits
+        last.leading_zeros() >= 2 * self.classes.trailing_zeros()
     }
 
     /// Adds what cells say that are new.
@@ -70,14 +70,14 @@ impl Front {
         let mut cells: Vec<(u64, Vec<Lane>)> = fresh.iter().map(with_lanes).collect();
         let count = |cells: &[(u64, Vec<Lane>)]| cells.iter().map(|(_, lanes)| lanes.len()).sum::<usize>();
         let is_room = self.used + count(&cells) <= self.lines.len() * LANES * 5 / 8;
-        let fits = origin.classes < 1 << self.class_bits;
+        let fits = origin.classes < self.classes as usize;
         if fits && is_room && !cells.iter().any(|(key, _)| is_wide(*key)) {
             if self.fits() {
                 cells.iter().for_each(|(key, lanes)| self.add(*key, lanes));
             }
             return;
         }
-        self.class_bits = usize::BITS - origin.classes.leading_zeros();
+        self.classes = 1 << (usize::BITS - origin.classes.leading_zeros());
         let fits = self.fits();
         for row in self.rows.iter_mut() {
             row.more = row.more & Row::NONE | if fits { 0 } else { Row::TABLE };

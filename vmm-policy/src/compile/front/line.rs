@@ -68,12 +68,6 @@ impl Word {
         self.0 & Self::LIMITED != 0
     }
 
-    /// Whether it is a list of limits.
-    #[inline(always)]
-    fn is_limits(self) -> bool {
-        self.0 >= Self::BESIDE_NOTHING && self.0 & (Self::FAR | Self::LIMITED) == Self::LIMITED
-    }
-
     /// The list of limits, if it is one; otherwise 0.
     #[inline(always)]
     pub(super) fn limits(self) -> u32 {
@@ -161,6 +155,29 @@ impl Weighed {
     }
 }
 
+/// The lists of limits that lanes are.
+#[derive(Clone, Copy)]
+pub(super) struct Lists {
+    /// How many, with what stands elsewhere.
+    count: u32,
+    /// Lists are more than any rule, and what stands elsewhere is more than any list.
+    most: u32,
+}
+
+impl Lists {
+    #[inline(always)]
+    pub(super) fn and(self, other: Self) -> Self {
+        Self { count: self.count + other.count, most: self.most.max(other.most) }
+    }
+
+    /// The one that there is.
+    #[inline(always)]
+    pub(super) fn sole(self) -> Option<u32> {
+        let word = Word(self.most);
+        (self.count == 1 && !word.is_far()).then_some(word.limits())
+    }
+}
+
 impl BitOr for Word {
     type Output = Self;
 
@@ -234,24 +251,19 @@ impl Line {
 
     /// What all lanes say that are about it, and nothing in the place of the others.
     #[inline(always)]
-    pub(super) fn all(&self, asked: u64) -> impl Iterator<Item = Word> + '_ {
+    pub(super) fn all(&self, asked: u64) -> [Word; LANES] {
         let Self(lanes) = self;
-        lanes.iter().map(move |lane| select_unpredictable(lane.is_about(asked), lane.word, Word::NOTHING))
+        lanes.each_ref().map(|lane| select_unpredictable(lane.is_about(asked), lane.word, Word::NOTHING))
     }
 
-    /// The list of limits that is about it, and 1; 0 if there is none, and more if there are several, or what is said stands elsewhere.
+    /// The lists of limits that are about it, and what stands elsewhere.
     #[inline(always)]
-    pub(super) fn limits(&self, asked: u64) -> (u32, u32) {
+    pub(super) fn limits(&self, asked: u64) -> Lists {
         let Self(lanes) = self;
-        lanes.iter().fold((0, 0), |(list, count), lane| {
-            let about = lane.is_about(asked);
-            let here = about & lane.word.is_limits();
-            let far = about & lane.word.is_far();
-            (
-                select_unpredictable(here, lane.word.limits(), list),
-                count + u32::from(here) + 2 * u32::from(far),
-            )
-        })
+        let of = |lane: &Lane| select_unpredictable(lane.is_about(asked), lane.word.0, 0);
+        let words = lanes.each_ref().map(of);
+        let count = words.map(|word| u32::from(word >= Word::BESIDE_NOTHING)).iter().sum();
+        Lists { count, most: words.into_iter().fold(0, u32::max) }
     }
 
     #[inline(always)]

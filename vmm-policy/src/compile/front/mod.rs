@@ -125,8 +125,8 @@ pub(super) struct Front {
     wide: Vec<Line>,
     /// Odd.
     factor: u64,
-    /// Bits of a class in a key.
-    class_bits: u32,
+    /// How many classes a key can tell apart: a power of two.
+    classes: u32,
     /// Lanes that are not free.
     used: usize,
 }
@@ -134,12 +134,16 @@ pub(super) struct Front {
 impl Front {
     #[inline(always)]
     fn key(&self, number: u16, asker: u32, peer: u32) -> u32 {
-        (u32::from(number) << self.class_bits | asker) << self.class_bits | peer
+        u32::from(number)
+            .wrapping_mul(self.classes)
+            .wrapping_add(asker)
+            .wrapping_mul(self.classes)
+            .wrapping_add(peer)
     }
 
     /// A class that is none, and stands for whomever.
     fn any(&self) -> u32 {
-        (1 << self.class_bits) - 1
+        self.classes - 1
     }
 
     /// The two lines in which the lanes of a key can be. With a choice of two, hardly one has no room where three of eight lanes are free
@@ -148,8 +152,8 @@ impl Front {
     fn places(&self, key: u32) -> [usize; 2] {
         // Both halves of the product, scaled to the number of lines: as for the table's cells, no two keys are likely to lie together.
         let hash = u64::from(key).wrapping_mul(self.factor);
-        let scaled = |hash: u64| ((u128::from(hash) * self.lines.len() as u128) >> 64) as usize;
-        [scaled(hash), scaled(hash << 32)]
+        let scaled = |half: u64| (half.wrapping_mul(self.lines.len() as u64) >> 32) as usize;
+        [scaled(hash >> 32), scaled(hash & u64::from(u32::MAX))]
     }
 
     #[inline(always)]
@@ -186,12 +190,11 @@ impl Front {
             wide = self.wide(row, asker, peer)?.first(value);
         }
         let all = one | other | wide;
-        let holds = one.holds(terms) & other.holds(terms) & wide.holds(terms);
         if all.is_far() | spilled {
             return None;
         }
         let mut word = one.stronger(other).stronger(wide);
-        if holds == 0 {
+        if word.holds(terms) == 0 {
             word = self.weigh(near.key, self.wide_at(row, asker, peer), value, terms)?;
         }
         Some(Found::by(word, all.is_limited()))

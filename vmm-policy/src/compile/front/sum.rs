@@ -44,8 +44,9 @@ impl Front {
         let asked = near.asked(value);
         let mut weighed = Weighed::NOTHING;
         // What a line that is there twice says twice is the same.
-        let lanes = near.one.all(asked).chain(near.other.all(asked)).chain(self.wide.get(wide)?.all(value));
-        lanes.for_each(|word| weighed.add(word, terms));
+        for words in [near.one.all(asked), near.other.all(asked), self.wide.get(wide)?.all(value)] {
+            words.into_iter().for_each(|word| weighed.add(word, terms));
+        }
         (!weighed.is_far()).then(|| weighed.word())
     }
 
@@ -71,19 +72,17 @@ impl Front {
         (!sum.far.is_far()).then_some(())
     }
 
-    /// The list of limits that is all there is; nothing if there are several, or it is to be looked closer.
-    #[inline(always)]
-    fn list(&self, near: Near<'_>, asked: Asked<'_>) -> Option<u32> {
-        let Asked { row, asker, peer, .. } = asked;
-        let Near { one, other, spilled, .. } = near;
-        let value = clamped(asked.value);
-        let about = near.asked(value);
-        let (of_one, in_one) = one.limits(about);
-        let (of_other, in_other) = other.limits(about);
-        let in_other = select_unpredictable(std::ptr::eq(one, other), 0, in_other);
-        let (of_wide, in_wide) = self.wide(row, asker, peer)?.limits(value);
-        let sole = !spilled & (in_one + in_other + in_wide == 1) & (row.more & !Row::WIDE == 0);
-        sole.then_some(of_one | of_other | of_wide)
+    /// The list of limits that is all there is; nothing if there are several, or it is to be looked closer. It takes numbers for the same reason as
+    /// [`weigh`](Self::weigh).
+    #[inline(never)]
+    pub(super) fn list(&self, key: u32, wide: usize, value: u64) -> Option<u32> {
+        let near = self.near(key).filter(|near| !near.spilled)?;
+        let asked = near.asked(value);
+        let mut lists = near.one.limits(asked).and(self.wide.get(wide)?.limits(value));
+        if !std::ptr::eq(near.one, near.other) {
+            lists = lists.and(near.other.limits(asked));
+        }
+        lists.sole()
     }
 
     /// What all lanes say; nothing if the table is to be asked.
@@ -122,6 +121,10 @@ impl Table {
     /// The list of limits that a request falls under, if it is one that is found at a glance; otherwise it is to be [looked](Self::look) closer.
     #[inline(always)]
     pub(crate) fn list_at(&self, near: Near<'_>, asked: Asked<'_>) -> Option<u32> {
-        self.front.list(near, asked)
+        let Asked { row, asker, peer, value, .. } = asked;
+        if row.more & !Row::WIDE != 0 {
+            return None;
+        }
+        self.front.list(near.key, self.front.wide_at(row, asker, peer), clamped(value))
     }
 }
