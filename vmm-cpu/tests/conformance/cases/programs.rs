@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{
-    CodeLabel, byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r9, r10, r11, r12,
-    r12d, r13, r14, r15, rax, rbx, rcx, rdi, rsi, rsp, xmm1, ymm1, ymmword_ptr,
+    byte_ptr, cr0, cr2, cr3, cr4, dword_ptr, eax, ecx, edx, ptr, qword_ptr, r8, r9, r10, r11, r12, r12d, r13,
+    r14, r15, rax, rbx, rcx, rdi, rsi, rsp, xmm1, ymm1, ymmword_ptr,
 };
 use vmm_cpu::cpuid::Feature;
 use vmm_cpu::vmm_memory::vm_memory::{Bytes as _, GuestAddress};
@@ -71,7 +71,7 @@ const KERNEL_STACK: u64 = layout::STACK_TOP - 0x8000;
 
 /// The kernel's beginning, up to where the program begins.
 fn kernel(p: &mut Program) -> Outcome {
-    let (mut start, mut program) = (p.create_label(), p.create_label());
+    let mut start = p.create_label();
     p.jmp(start)?;
     p.handler(UNDEFINED)?;
     let (mut no_reload, mut no_end) = (p.create_label(), p.create_label());
@@ -97,8 +97,6 @@ fn kernel(p: &mut Program) -> Outcome {
     p.mov(qword_ptr(rsp), rbx)?;
     p.iretq()?;
     p.set_label(&mut start)?;
-    p.mov(rax, KERNEL_STACK)?;
-    p.mov(qword_ptr(layout::TSS + 4), rax)?;
     for (frame, number) in FRAMES.into_iter().zip(1..) {
         p.mov(qword_ptr(frame), number)?;
     }
@@ -110,15 +108,15 @@ fn kernel(p: &mut Program) -> Outcome {
     p.mov(rdi, PAGE)?;
     p.mov(r15, FAULTS)?;
     p.mov(rsi, SEEN)?;
-    enter(p, program)?;
-    p.set_label(&mut program)?;
-    Ok(())
+    enter(p)
 }
 
-/// Goes on at privilege level 3, on a processor that has all vector registers turned on.
-fn enter(p: &mut Program, program: CodeLabel) -> Outcome {
+/// Goes on at privilege level 3, with a stack for the kernel, on a processor that has all vector registers turned on.
+fn enter(p: &mut Program) -> Outcome {
     const XSAVE: u32 = 26;
-    let mut has_none = p.create_label();
+    let (mut has_none, mut program) = (p.create_label(), p.create_label());
+    p.mov(rax, KERNEL_STACK)?;
+    p.mov(qword_ptr(layout::TSS + 4), rax)?;
     p.mov(r8, rbx)?;
     p.mov(r9, rcx)?;
     p.mov(rax, cr4)?;
@@ -149,7 +147,8 @@ fn enter(p: &mut Program, program: CodeLabel) -> Outcome {
     p.push(0x202)?;
     p.push(i32::from(selector::USER_CODE))?;
     p.push(rax)?;
-    Ok(p.iretq()?)
+    p.iretq()?;
+    Ok(p.set_label(&mut program)?)
 }
 
 /// Asks the kernel.
@@ -204,11 +203,15 @@ fn run(
     let count = (machine.vcpu.registers()?.r15 - FAULTS) / 16;
     let faults = (0..count).map(|n| Ok((machine.word(FAULTS + n * 16)?, machine.word(FAULTS + n * 16 + 8)?)));
     let faults = faults.collect::<Outcome<Vec<_>>>()?;
-    // Where another engine runs programs, it has run this one.
+    has_run_there(&machine);
+    Ok((machine, found, faults))
+}
+
+/// Where another engine runs programs, it has run this one.
+fn has_run_there(machine: &Machine) {
     let counts = machine.vcpu.exit_counts();
     let stays = counts.iter().find(|(name, _)| *name == "program-stays");
     assert!(stays.is_none_or(|(_, stays)| *stays > 0), "{counts:?}");
-    Ok((machine, found, faults))
 }
 
 const NOTHING: u64 = 0xffff_ffff;
@@ -381,7 +384,7 @@ fn page_that_another_vcpu_maps_anew_is_the_new_one(backend: &Backend) -> Outcome
     };
     let program = || -> Outcome<Image> {
         let mut p = Program::new()?;
-        let (mut start, mut user) = (p.create_label(), p.create_label());
+        let mut start = p.create_label();
         p.jmp(start)?;
         p.handler(UNDEFINED)?;
         let mut goes_on = p.create_label();
@@ -393,8 +396,6 @@ fn page_that_another_vcpu_maps_anew_is_the_new_one(backend: &Backend) -> Outcome
         p.add(qword_ptr(rsp), 2)?;
         p.iretq()?;
         p.set_label(&mut start)?;
-        p.mov(rax, KERNEL_STACK)?;
-        p.mov(qword_ptr(layout::TSS + 4), rax)?;
         for (frame, number) in FRAMES.into_iter().zip(0..) {
             p.mov(qword_ptr(frame), number)?;
             p.mov(qword_ptr(frame + COUNTER), 0)?;
@@ -407,8 +408,7 @@ fn page_that_another_vcpu_maps_anew_is_the_new_one(backend: &Backend) -> Outcome
         p.mov(r8, rax)?;
         p.mov(rbx, rax)?;
         p.mov(qword_ptr(DROPPED), -1)?;
-        enter(&mut p, user)?;
-        p.set_label(&mut user)?;
+        enter(&mut p)?;
         p.nop()?;
         let next = p.here()?;
         let mut fresh = p.create_label();
@@ -460,15 +460,12 @@ fn locked_additions_of_a_program_and_of_a_kernel_add_up(backend: &Backend) -> Ou
         Ok(p.jne(again)?)
     };
     let mut p = Program::new()?;
-    let (mut start, mut user) = (p.create_label(), p.create_label());
+    let mut start = p.create_label();
     p.jmp(start)?;
     p.handler(UNDEFINED)?;
     p.hlt()?;
     p.set_label(&mut start)?;
-    p.mov(rax, KERNEL_STACK)?;
-    p.mov(qword_ptr(layout::TSS + 4), rax)?;
-    enter(&mut p, user)?;
-    p.set_label(&mut user)?;
+    enter(&mut p)?;
     count(&mut p)?;
     p.ud2()?;
     let program = p.assemble_at(code(0))?;
@@ -490,7 +487,7 @@ fn kernel_keeps_vector_registers_of_a_program(backend: &Backend) -> Outcome {
         return Err(Stop::skipped("the processor has no AVX"));
     }
     let mut p = Program::new()?;
-    let (mut start, mut user, mut last) = (p.create_label(), p.create_label(), p.create_label());
+    let (mut start, mut last) = (p.create_label(), p.create_label());
     p.jmp(start)?;
     p.handler(UNDEFINED)?;
     p.cmp(r12d, END)?;
@@ -509,10 +506,7 @@ fn kernel_keeps_vector_registers_of_a_program(backend: &Backend) -> Outcome {
     p.set_label(&mut last)?;
     p.end()?;
     p.set_label(&mut start)?;
-    p.mov(rax, KERNEL_STACK)?;
-    p.mov(qword_ptr(layout::TSS + 4), rax)?;
-    enter(&mut p, user)?;
-    p.set_label(&mut user)?;
+    enter(&mut p)?;
     p.vmovdqu(ymm1, ymmword_ptr(layout::DATA))?;
     call(&mut p, INVALIDATE)?;
     p.vmovdqu(ymmword_ptr(SEEN), ymm1)?;
@@ -537,13 +531,15 @@ fn programs_that_take_turns_keep_their_vector_registers(backend: &Backend) -> Ou
     const AREAS: [u64; 2] = [layout::DATA + 0x6000, layout::DATA + 0x7000];
     const RUNS: u64 = layout::DATA + 0x8000;
     const IS_OVER: u64 = layout::DATA + 0x9000;
+    const TURNS: u64 = IS_OVER + 8;
+    const IS_WRONG: u64 = IS_OVER + 16;
     const NUMBERS: [u64; 2] = [0x1111, 0x2222];
     const SSE: u32 = 2;
-    const NMIS: u64 = 16_000;
+    const NMIS: u64 = 4000;
     const PATIENCE: Duration = Duration::from_secs(10);
     let has_xsave = backend.hypervisor.supported_cpuid().has(Feature::XSAVE);
     let mut p = Program::new()?;
-    let (mut start, mut user, mut last) = (p.create_label(), p.create_label(), p.create_label());
+    let (mut start, mut wrong) = (p.create_label(), p.create_label());
     p.jmp(start)?;
     p.handler(UNDEFINED)?;
     p.end()?;
@@ -566,12 +562,10 @@ fn programs_that_take_turns_keep_their_vector_registers(backend: &Backend) -> Ou
     p.xchg(rbx, r8)?;
     p.mov(rax, r9)?;
     p.mov(r9, r10)?;
+    p.inc(qword_ptr(TURNS))?;
     p.iretq()?;
     p.set_label(&mut start)?;
-    p.mov(rax, KERNEL_STACK)?;
-    p.mov(qword_ptr(layout::TSS + 4), rax)?;
-    enter(&mut p, user)?;
-    p.set_label(&mut user)?;
+    enter(&mut p)?;
     for (register, value) in
         [(rbx, NUMBERS[0]), (r8, NUMBERS[1]), (r9, NUMBERS[1]), (r12, AREAS[0]), (r13, AREAS[1])]
     {
@@ -582,10 +576,13 @@ fn programs_that_take_turns_keep_their_vector_registers(backend: &Backend) -> Ou
     let again = p.here()?;
     p.movq(rax, xmm1)?;
     p.cmp(rax, rbx)?;
-    p.jne(last)?;
+    p.jne(wrong)?;
     p.cmp(qword_ptr(IS_OVER), 0)?;
     p.je(again)?;
-    p.set_label(&mut last)?;
+    p.ud2()?;
+    // NMIs come here, too, and leave other registers.
+    p.set_label(&mut wrong)?;
+    p.mov(qword_ptr(IS_WRONG), 1)?;
     p.ud2()?;
     let mut machine = Machine::new(backend, &p.assemble()?)?;
     // FCW, MXCSR, XMM1, XSTATE_BV.
@@ -596,23 +593,32 @@ fn programs_that_take_turns_keep_their_vector_registers(backend: &Backend) -> Ou
     let (handle, ram) = (machine.vcpu.handle(), machine.ram.clone());
     let sender = thread::spawn(move || -> Outcome {
         let begun = Instant::now();
-        while word(&ram, RUNS)? == 0 && begun.elapsed() < PATIENCE {
-            thread::yield_now();
-        }
-        for n in 0..NMIS {
-            handle.nmi()?;
-            // At other moments of what the vCPU does meanwhile.
+        let comes_to = |gpa, count| -> Outcome {
+            while word(&ram, gpa)? < count && begun.elapsed() < PATIENCE {
+                thread::yield_now();
+            }
+            Ok(())
+        };
+        comes_to(RUNS, 1)?;
+        for n in 1..=NMIS {
+            // At other moments of what the vCPU does behind the last one.
             let next = Instant::now() + Duration::from_nanos(n * 7919 % 150_000);
             while Instant::now() < next {
                 hint::spin_loop();
             }
+            handle.nmi()?;
+            comes_to(TURNS, n)?;
         }
         Ok(ram.memory().write_obj(1_u64, GuestAddress(IS_OVER))?)
     });
     machine.run_to_end()?;
     sender.join().expect("the sending thread ends")?;
     let registers = machine.vcpu.registers()?;
+    assert_eq!(machine.word(IS_WRONG)?, 0, "{registers}");
     assert!(NUMBERS.contains(&registers.rbx) && registers.rax == registers.rbx, "{registers}");
+    let turns = machine.word(TURNS)?;
+    assert!((2..=NMIS).contains(&turns), "{turns} turns");
+    has_run_there(&machine);
     Ok(())
 }
 
@@ -623,7 +629,7 @@ fn flags_that_a_program_may_not_choose_stay_as_they_are(backend: &Backend) -> Ou
     const IF: u64 = 1 << 9;
     const IOPL: u64 = 3 << 12;
     let mut p = Program::new()?;
-    let (mut start, mut user, mut behind) = (p.create_label(), p.create_label(), p.create_label());
+    let (mut start, mut behind) = (p.create_label(), p.create_label());
     p.jmp(start)?;
     for (vector, frame) in [(UNDEFINED, 0), (PAGE_FAULT, 8)] {
         p.handler(vector)?;
@@ -634,10 +640,7 @@ fn flags_that_a_program_may_not_choose_stay_as_they_are(backend: &Backend) -> Ou
         p.end()?;
     }
     p.set_label(&mut start)?;
-    p.mov(rax, KERNEL_STACK)?;
-    p.mov(qword_ptr(layout::TSS + 4), rax)?;
-    enter(&mut p, user)?;
-    p.set_label(&mut user)?;
+    enter(&mut p)?;
     p.lea(rcx, ptr(behind))?;
     p.mov(r11, IOPL | 2)?;
     p.mov(rax, WHERE_XEN_IS)?;
@@ -692,7 +695,7 @@ fn steps_of_a_program_are_seen_by_its_kernel(backend: &Backend) -> Outcome {
     const TF: i32 = 1 << 8;
     const STEPS: u64 = 7;
     let mut p = Program::new()?;
-    let (mut start, mut user) = (p.create_label(), p.create_label());
+    let mut start = p.create_label();
     p.jmp(start)?;
     p.handler(DEBUG)?;
     p.inc(qword_ptr(SEEN))?;
@@ -702,10 +705,7 @@ fn steps_of_a_program_are_seen_by_its_kernel(backend: &Backend) -> Outcome {
     p.mov(qword_ptr(SEEN + 8), rax)?;
     p.end()?;
     p.set_label(&mut start)?;
-    p.mov(rax, KERNEL_STACK)?;
-    p.mov(qword_ptr(layout::TSS + 4), rax)?;
-    enter(&mut p, user)?;
-    p.set_label(&mut user)?;
+    enter(&mut p)?;
     // It has computed before, and computes on after.
     p.mov(ecx, 1000)?;
     let before = p.here()?;
@@ -736,7 +736,7 @@ fn alignment_is_checked_if_the_kernel_wants_that(backend: &Backend) -> Outcome {
     const AC: i32 = 1 << 18;
     for (am, expected) in [(0, 0), (AM, 1)] {
         let mut p = Program::new()?;
-        let (mut start, mut user) = (p.create_label(), p.create_label());
+        let mut start = p.create_label();
         p.jmp(start)?;
         p.handler(ALIGNMENT)?;
         p.inc(qword_ptr(SEEN))?;
@@ -744,13 +744,10 @@ fn alignment_is_checked_if_the_kernel_wants_that(backend: &Backend) -> Outcome {
         p.handler(UNDEFINED)?;
         p.end()?;
         p.set_label(&mut start)?;
-        p.mov(rax, KERNEL_STACK)?;
-        p.mov(qword_ptr(layout::TSS + 4), rax)?;
         p.mov(rax, cr0)?;
         p.or(eax, am)?;
         p.mov(cr0, rax)?;
-        enter(&mut p, user)?;
-        p.set_label(&mut user)?;
+        enter(&mut p)?;
         p.mov(rdi, SEEN)?;
         p.pushfq()?;
         p.or(qword_ptr(rsp), AC)?;
@@ -772,19 +769,16 @@ fn number_of_the_processor_is_what_the_kernel_has_said(backend: &Backend) -> Out
         return Err(Stop::skipped("the processor has no RDTSCP"));
     }
     let mut p = Program::new()?;
-    let (mut start, mut user) = (p.create_label(), p.create_label());
+    let mut start = p.create_label();
     p.jmp(start)?;
     p.handler(UNDEFINED)?;
     p.end()?;
     p.set_label(&mut start)?;
-    p.mov(rax, KERNEL_STACK)?;
-    p.mov(qword_ptr(layout::TSS + 4), rax)?;
     p.mov(ecx, TSC_AUX)?;
     p.mov(eax, NUMBER)?;
     p.xor(edx, edx)?;
     p.wrmsr()?;
-    enter(&mut p, user)?;
-    p.set_label(&mut user)?;
+    enter(&mut p)?;
     p.rdtscp()?;
     p.mov(qword_ptr(SEEN), rcx)?;
     p.ud2()?;
