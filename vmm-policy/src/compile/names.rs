@@ -148,9 +148,11 @@ impl Short {
         while let Some(place) = self.places.get(at) {
             let [known_first, known_last] = place.words;
             let differs = (first ^ known_first) | (last ^ known_last) | u64::from(length ^ place.length);
-            // In a free place is no pattern, and 0 for its number.
-            if differs == 0 || place.atom == 0 {
-                return if differs == 0 { place.atom } else { 0 };
+            if differs == 0 {
+                return place.atom;
+            }
+            if place.atom == 0 {
+                return 0;
             }
             at = (at + 1) & (self.places.len() - 1);
         }

@@ -74,10 +74,10 @@ impl Word {
         Said::from_bits(self.0).beside_nothing()
     }
 
-    /// One if its term is among those that hold.
+    /// Whether its term is among those that hold.
     #[inline(always)]
-    pub(super) fn holds(self, terms: u64) -> u64 {
-        terms >> (self.0 & Self::TERM) & 1
+    pub(super) fn holds(self, terms: u64) -> bool {
+        terms >> (self.0 & Self::TERM) & 1 != 0
     }
 
     #[inline(always)]
@@ -134,7 +134,7 @@ impl Weighed {
     /// Adds what one says. Whether it holds nobody can foresee: no branch.
     #[inline(always)]
     pub(super) fn add(&mut self, word: Word, terms: u64) {
-        let holds = word.holds(terms) != 0;
+        let holds = word.holds(terms);
         let would_open = !holds & word.opens();
         self.said = self.said.stronger(select_unpredictable(holds, word, Word::NOTHING));
         self.missed = self.missed.stronger(select_unpredictable(would_open, word, Word::NOTHING));

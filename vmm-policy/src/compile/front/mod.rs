@@ -194,7 +194,7 @@ impl Front {
             return None;
         }
         let mut word = one.stronger(other).stronger(wide);
-        if word.holds(terms) == 0 {
+        if !word.holds(terms) {
             word = self.weigh(near.key, self.wide_at(row, asker, peer), value, terms)?;
         }
         Some(Found::by(word, all.is_limited()))
